@@ -1,0 +1,53 @@
+"""Capture activations from chosen places of a transformer model, and only those."""
+
+from actctx._activations import Activations, Sink
+from actctx._capture import Capture, capture
+from actctx._decorator import captures
+from actctx._errors import (
+    ActctxError,
+    AxisError,
+    CaptureStateError,
+    HookNameError,
+    HooksRemovedError,
+    JoinError,
+    NeverFiredError,
+    NotCapturedError,
+    OptionError,
+    OutputError,
+    SelectionError,
+    SeveralFiringsError,
+    StoppedError,
+)
+from actctx._forward import Stopped
+from actctx._names import Site, hook_names
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActctxError",
+    "Activations",
+    "AxisError",
+    "Capture",
+    "CaptureStateError",
+    "HookNameError",
+    "HooksRemovedError",
+    "JoinError",
+    "NeverFiredError",
+    "NotCapturedError",
+    "OptionError",
+    "OutputError",
+    "SelectionError",
+    "SeveralFiringsError",
+    "Sink",
+    "Site",
+    "Stopped",
+    "StoppedError",
+    "capture",
+    "captures",
+    "hook_names",
+]
+
+# Tracebacks and reprs name what users import.
+for _name in __all__:
+    globals()[_name].__module__ = __name__
+del _name

@@ -1,0 +1,349 @@
+"""The buffer that is handed back: captured tensors by name."""
+
+import json
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._axes import Axes
+from actctx._column import Column, wait_for
+from actctx._errors import (
+    HookNameError,
+    JoinError,
+    NotCapturedError,
+    OptionError,
+    SeveralFiringsError,
+)
+from actctx._names import matches
+from actctx._select import Owned
+from actctx._table import Row, as_html, as_text, format_bytes, shortened
+
+
+class Sink(Protocol):
+    """Where captured tensors go. `Activations` is one; a writer to disk is another."""
+
+    def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
+        """Take what one forward left: for each site that fired, a tensor for each firing."""
+
+
+class Activations(Mapping[str, Tensor]):
+    """Captured activations by name, each joined over the forwards that left it.
+
+    The tensors are owned by whoever reads them: contiguous, detached from the model (unless
+    captured with `grad=True`), never inference tensors, and sharing storage with nothing else.
+    They can be read at any time between forwards, also inside the block; a tensor that was read
+    keeps its values when further forwards come. Iteration is in the order in which the sites
+    ran. A buffer is not safe to read in one thread while another thread runs a forward into it.
+
+    `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
+    alias of it; `acts.resid` does for an alias that is an identifier. With `join=None` a list
+    of tensors is read, one for each forward.
+    """
+
+    def __init__(self, join: str | None = "batch") -> None:
+        self._join = join
+        self._columns: dict[str, Column] = {}
+        self._order: dict[str, None] = {}
+        self._forwards = 0
+        self._metadata: dict[str, str] = {}
+
+    # What a capture does with its buffer.
+
+    def expect(self, key: str, names: tuple[str, ...]) -> None:
+        """Make room for a site, before it fires."""
+        self._columns[key] = Column(key, names)
+
+    def describe(self, key: str, axes: Axes) -> None:
+        """Name the axes of what a site leaves, once it has fired."""
+        self._columns[key].axes = axes
+
+    def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
+        """Take what one forward left: for each site that fired, a tensor for each firing."""
+        self._forwards += 1
+        for key, firings in forward.items():
+            self._order.setdefault(key)
+            self._columns[key].write(firings)
+
+    # What its reader does.
+
+    def __getitem__(self, name: str) -> Any:
+        """Read the activations of a site.
+
+        Returns:
+            The tensor, joined over the forwards; with `join=None` a list, one a forward.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            SeveralFiringsError: The site fired more than once in a forward.
+            JoinError: The activations of several forwards do not join.
+
+        """
+        column = self._column(name)
+        if len(column.firings) > 1:
+            raise SeveralFiringsError(
+                f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
+                f"tensor; acts.firings({name!r}) has them all"
+            )
+        return column.joined(0, self._join)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or name not in self._columns:
+            raise AttributeError(
+                f"Activations has no attribute {name!r}; the captured names are {self._listed()}"
+            )
+        return self[name]
+
+    def __contains__(self, name: object) -> bool:
+        column = self._find(name)
+        return column is not None and bool(column.firings)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(key for key in self._order if key.isidentifier())]
+
+    @property
+    def tensor(self) -> Shaped[Tensor, "..."]:
+        """The captured tensor, where exactly one site was captured.
+
+        Raises:
+            NotCapturedError: There is none, or more than one.
+
+        """
+        if len(self) != 1:
+            raise NotCapturedError(
+                f"acts.tensor is for exactly one site, but {len(self)} were captured: "
+                f"{self._listed()}; read acts[name]"
+            )
+        tensor: Tensor = self[next(iter(self))]
+        return tensor
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The names of sites that a pattern matched but that never fired."""
+        return tuple(key for key in self._columns if key not in self._order)
+
+    @property
+    def forwards(self) -> int:
+        """The number of forwards that left something."""
+        return self._forwards
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the captured tensors hold."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def axes(self, name: str) -> Axes:
+        """Name the axes of a captured tensor, such as `("batch", "pos", "d_model")`.
+
+        An axis whose name is not known is `"_"`, as in jaxtyping.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+
+        """
+        return self._column(name).axes
+
+    def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
+        """Read a site that fires more than once in a forward, such as a shared module.
+
+        Returns:
+            A tensor for each firing of a forward, in the order in which they came, each joined
+            over the forwards.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            JoinError: The activations of several forwards do not join.
+
+        """
+        column = self._column(name)
+        return [column.joined(k, self._join) for k in range(len(column.firings))]
+
+    def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
+        """Stack the activations of one kind over the layers, along a new first axis `layer`.
+
+        The result is a copy, as large as what it stacks.
+
+        Args:
+            name: The name within a layer, such as `"hook_resid_post"` or `"attn.hook_z"`; or a
+                pattern of whole names, such as `"encoder_blocks.*.hook_resid_post"`.
+
+        Raises:
+            NotCapturedError: No captured site has this name in any layer.
+            JoinError: The layers do not have one shape, or are of several stacks.
+
+        """
+        return torch.stack([self[key] for key in self._layers(name)])
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Activations":
+        """Copy to a device or a dtype; floating-point activations are cast, others only moved.
+
+        Returns:
+            A new buffer. Drop this one to free what it holds.
+
+        """
+
+        def move(chunk: Owned) -> Owned:
+            wait_for(chunk)
+            cast = dtype if chunk.value.is_floating_point() else None
+            return Owned(chunk.value.to(device=device, dtype=cast, copy=True))
+
+        return self._mapped(move)
+
+    def clear(self) -> None:
+        """Drop what was captured so far; what comes after is captured as before."""
+        for column in self._columns.values():
+            column.firings.clear()
+        self._order.clear()
+        self._forwards = 0
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the activations to a safetensors file, the axes of each in its metadata.
+
+        Read them with `safetensors.torch.load_file(path)`; the metadata, all of it strings,
+        holds `axes` (JSON: name to axes), the model's class and the versions that wrote it.
+
+        Args:
+            path: Where to write; an existing file is replaced once all is written.
+
+        Raises:
+            NotCapturedError: Nothing was captured.
+            OptionError: The activations are lists (`join=None`), which a file cannot hold.
+            SeveralFiringsError: A site fired more than once in a forward.
+
+        """
+        from pathlib import Path
+
+        from safetensors.torch import save_file
+
+        if not self:
+            raise NotCapturedError("nothing was captured, so there is nothing to save")
+        if self._join is None:
+            raise OptionError(
+                "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
+                "capture with join='batch', or save the tensors of the lists yourself"
+            )
+        metadata = self._metadata | {
+            "axes": json.dumps({key: " ".join(self.axes(key)) for key in self}),
+            "format": "pt",
+        }
+        partial = Path(f"{path}.partial")
+        try:
+            save_file({key: self[key].contiguous() for key in self}, partial, metadata=metadata)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def __repr__(self) -> str:
+        return as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._summary())
+
+    __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Activations":
+        return self._mapped(lambda chunk: Owned(wait_for(chunk).clone()))
+
+    def __getstate__(self) -> dict[str, object]:
+        for column in self._columns.values():
+            column.settle()
+        return self.__dict__
+
+    # The inside.
+
+    def _summary(self) -> tuple[str, list[Row]]:
+        forwards = f"{self._forwards} forward{'s' * (self._forwards != 1)}"
+        sites = f"{len(self)} site{'s' * (len(self) != 1)}"
+        size = format_bytes(self.nbytes)
+        return f"Activations: {sites}, {size}, {forwards}", [*map(self._row, self)]
+
+    def _row(self, key: str) -> Row:
+        column = self._columns[key]
+        first = column.firings[0][0].value
+        return Row(
+            site=key if len(column.firings) == 1 else f"{key} ({len(column.firings)} firings)",
+            axes=" ".join(column.axes),
+            shape=column.shape(self._join),
+            dtype=str(first.dtype).removeprefix("torch."),
+            device=str(first.device),
+            nbytes=column.nbytes,
+        )
+
+    def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
+        copy = Activations(self._join)
+        copy._metadata = dict(self._metadata)
+        copy._order = dict(self._order)
+        copy._forwards = self._forwards
+        for key, column in self._columns.items():
+            copy._columns[key] = Column(
+                key,
+                column.names,
+                column.axes,
+                [deque(map(change, chunks)) for chunks in column.firings],
+            )
+        return copy
+
+    def _find(self, name: object) -> Column | None:
+        if isinstance(name, str) and name in self._columns:
+            return self._columns[name]
+        alike = [column for column in self._columns.values() if name in column.names]
+        return alike[0] if len(alike) == 1 else None
+
+    def _column(self, name: str) -> Column:
+        column = self._find(name)
+        if column is not None and column.firings:
+            return column
+        if column is None:
+            reason = f"the captured names are {self._listed()}"
+        elif self._forwards == 0:
+            reason = "no forward has run since the block began or the buffer was cleared"
+        else:
+            reason = f"it never fired in {self._forwards} forwards"
+        raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
+
+    def _listed(self) -> str:
+        return shortened([repr(key) for key in self._order] or ["none yet"])
+
+    def _layers(self, name: str) -> list[str]:
+        whole = any(character in name for character in "*?[")
+        in_layer = re.compile(r"(.*?)(\d+)\." + (".*" if whole else re.escape(name)))
+        found: dict[int, list[str]] = {}
+        for key in self._order:
+            for other in dict.fromkeys((key, *self._columns[key].names)):
+                match = in_layer.fullmatch(other)
+                if match and (not whole or matches(other, name)):
+                    found.setdefault(int(match[2]), []).append(key)
+                    break
+        if not found:
+            raise NotCapturedError(
+                f"no captured site is {name!r} in some layer; the captured names are "
+                f"{self._listed()}"
+            )
+        double = next((keys for keys in found.values() if len(keys) > 1), None)
+        if double:
+            raise HookNameError(
+                f"{name!r} means more than one site of a layer: {double[0]!r} and {double[1]!r}; "
+                "give a pattern of whole names, such as 'encoder_blocks.*.hook_resid_post'"
+            )
+        shapes = {tuple(self[keys[0]].shape): keys[0] for keys in found.values()}
+        if len(shapes) > 1:
+            (first, one), (second, other) = list(shapes.items())[:2]
+            raise JoinError(
+                f"cannot stack {one!r} of the shape {first} with {other!r} of the shape {second}; "
+                "stack layers of one shape"
+            )
+        return [found[layer][0] for layer in sorted(found)]

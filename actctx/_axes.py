@@ -1,0 +1,165 @@
+"""The named axes of TransformerLens' hook points, and their sizes in a model's config.
+
+The names follow TransformerLens' documentation of its hook points: `batch pos d_model` for the
+residual stream, `batch pos head d_head` for queries and the attention's output a head,
+`batch head query key` for attention patterns. A size-one axis is written `1`, as in jaxtyping.
+"""
+
+import re
+from collections.abc import Container, Mapping
+from typing import Any
+
+Axes = tuple[str, ...]
+
+# The end of a canonical or `HookedTransformer` hook name, and its axes: the first match wins.
+_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(rf"(?:^|\.)(?:{names})$"), axes)
+    for names, axes in (
+        (r"hook_(?:cross_)?pattern|hook_attn_scores", "batch head query key"),
+        (r"hook_q|hook_z|hook_rot_q|hook_q_normed|q\.hook_out|o\.hook_in", "batch pos head d_head"),
+        (r"q_norm\.hook_(?:in|out|normalized)", "batch pos head d_head"),
+        (r"q_norm\.hook_scale", "batch pos head 1"),
+        (
+            r"hook_[kv]|hook_rot_k|hook_k_normed|[kv]\.hook_out|k_norm\.hook_(?:in|out|normalized)",
+            "batch pos kv_head d_head",
+        ),
+        (r"k_norm\.hook_scale", "batch pos kv_head 1"),
+        (r"hook_result|hook_q_input|hook_attn_in", "batch pos head d_model"),
+        (r"hook_[kv]_input", "batch pos kv_head d_model"),
+        (r"hook_(?:cos|sin)", "batch pos d_rotary"),
+        (r"mlp\.ln\.hook_normalized|mlp\.hook_mid", "batch pos d_mlp"),
+        (r"hook_scale", "batch pos 1"),
+        (
+            r"mlp\.hook_(?:pre|post|pre_linear)|mlp\.(?:in|gate)\.hook_out|mlp\.out\.hook_in",
+            "batch pos d_mlp",
+        ),
+        (r"hook_tokens|(?:token_type_|pos_)?embed\.hook_in", "batch pos"),
+        (r"hook_unembed|unembed\.hook_out", "batch pos d_vocab"),
+        (
+            r"hook_(?:embed|pos_embed|token_type_embed|full_embed|normalized|hidden_states)",
+            "batch pos d_model",
+        ),
+        (
+            r"hook_(?:resid_pre|resid_mid|resid_mid2|resid_post|normalized_resid_post)",
+            "batch pos d_model",
+        ),
+        (r"hook_(?:cross_)?attn_out|hook_mlp_in|hook_mlp_out", "batch pos d_model"),
+        (
+            r"(?:\w*embed|\w*ln\w*|mlm_head|rotary_emb|\w*attn|mlp|unembed)\.hook_(?:in|out)",
+            "batch pos d_model",
+        ),
+        (
+            r"(?:q|k|v|qkv|in|gate)\.hook_in|(?:o|out)\.hook_out|\w*blocks\.\d+\.hook_(?:in|out)",
+            "batch pos d_model",
+        ),
+    )
+)
+
+# A mixture of experts routes tokens, not sequences: its router's hooks have one row a token.
+_ROUTER = {
+    "hook_in": ("token", "d_model"),
+    "hook_out": ("token", "expert"),
+    "hook_expert_weights": ("token", "expert"),
+    "hook_expert_indices": ("token", "choice"),
+}
+# T5's relative position bias.
+_BIAS = {"hook_in": ("query", "key"), "hook_out": ("query", "key", "head")}
+
+
+# The parts of hook names in the order in which they run: of a model, of a block, of its components.
+_PARTS = (
+    "hook_tokens embed hook_embed token_type_embed pos_embed hook_pos_embed hook_full_embed "
+    "embed_ln rotary_emb encoder_blocks encoder_ln_final decoder_pos_embed decoder_blocks "
+    "decoder_ln_final blocks "
+    "hook_in hook_resid_pre hook_attn_in hook_q_input hook_k_input hook_v_input ln1 attn self_attn "
+    "qkv q k v hook_q hook_k hook_v q_norm hook_q_normed k_norm hook_k_normed "
+    "hook_cos hook_sin hook_rot_q hook_rot_k hook_attn_scores hook_pattern "
+    "o hook_z hook_result hook_hidden_states "
+    "ln1_post hook_attn_out hook_resid_mid ln2 cross_attn hook_cross_attn_out hook_resid_mid2 ln3 "
+    "hook_mlp_in mlp gate hook_pre in hook_pre_linear hook_mid ln out hook_post "
+    "hook_scale hook_normalized "
+    "ln2_post hook_mlp_out hook_out hook_expert_weights hook_expert_indices "
+    "hook_resid_post hook_normalized_resid_post "
+    "mlm_head ln_final unembed hook_unembed"
+)
+_ORDER = {part: rank for rank, part in enumerate(_PARTS.split())}
+
+
+def running_order(name: str) -> tuple[int, ...]:
+    """Rank a hook point's name by when it runs in a block that normalizes first.
+
+    Parts that are not known run last of their component.
+    """
+    return tuple(
+        int(part) if part.isdecimal() else _ORDER.get(part, len(_ORDER)) for part in name.split(".")
+    )
+
+
+def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -> Axes | None:
+    """Name the axes of a hook point.
+
+    Args:
+        name: The canonical name of the hook point, such as `blocks.0.attn.q.hook_out`.
+        siblings: All hook names of the model: some names mean another thing in some
+            architectures, and their neighbours tell.
+        pos_dim: The axis that holds the position, where the model declares it
+            (`HookPoint.pos_dim` of TransformerLens 4.3).
+
+    Returns:
+        The axes of an activation with its batch axis, or None where they are not known.
+
+    """
+    parent, _, leaf = name.rpartition(".")
+    if parent.endswith("gate") and f"{parent}.hook_expert_weights" in siblings:
+        return _ROUTER.get(leaf)
+    if parent in {"pos_embed", "decoder_pos_embed"} and "encoder_blocks.0.hook_in" in siblings:
+        return _BIAS.get(leaf)
+    for pattern, names in _RULES:
+        if pattern.search(name):
+            axes = tuple(names.split())
+            if pos_dim is not None and "pos" in axes and axes.index("pos") != pos_dim:
+                return _with_pos_at(pos_dim, axes)
+            return axes
+    return None
+
+
+def _with_pos_at(dim: int, axes: Axes) -> Axes | None:
+    """Move `pos` where the model says that it is, as in a norm of the queries a head."""
+    rest = [axis for axis in axes if axis != "pos"]
+    if not 0 <= dim <= len(rest):
+        return None
+    rest.insert(dim, "pos")
+    return tuple(rest)
+
+
+def fired_axes(axes: Axes | None, rank: int) -> Axes:
+    """Name the axes of an activation of this rank, whose hook point is known to have `axes`.
+
+    OPT's MLP works on flattened sequences, so what is `batch pos ...` elsewhere has one row a
+    token there. An axis whose name is not known is `_`, as in jaxtyping.
+    """
+    if axes is not None and len(axes) == rank:
+        return axes
+    if axes is not None and len(axes) == rank + 1 and axes[:2] == ("batch", "pos"):
+        return ("token", *axes[2:])
+    return ("_",) * rank
+
+
+def axis_sizes(config: Any) -> Mapping[str, int]:
+    """Read the sizes that a TransformerLens config fixes, such as `{"d_model": 768, "head": 12}`.
+
+    `d_mlp` is left out: a bridge's config holds four times `d_model` for OPT and T5, whatever
+    their MLP is.
+
+    Returns:
+        The known sizes in elements; empty for a model without such a config.
+
+    """
+    heads = getattr(config, "n_heads", None)
+    found = {
+        "d_model": getattr(config, "d_model", None),
+        "d_head": getattr(config, "d_head", None),
+        "head": heads,
+        "kv_head": getattr(config, "n_key_value_heads", None) or heads,
+    }
+    return {axis: size for axis, size in found.items() if isinstance(size, int) and size > 0}

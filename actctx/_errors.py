@@ -1,0 +1,74 @@
+"""The errors of actctx, all below one base.
+
+ActctxError
+├── OptionError (ValueError)            an option of `capture`, `captures` or `Site` makes no sense
+├── HookNameError (LookupError)         a name matches no hook point and no module
+├── AxisError (LookupError)             a slice or a join names an axis that the site does not have
+├── SelectionError (IndexError)         a position lies outside the axis it selects from
+├── OutputError (TypeError)             a site yields no tensor to capture
+├── CaptureStateError (RuntimeError)    opened twice, closed while not open
+├── HooksRemovedError (RuntimeError)    somebody removed the hooks of an open capture
+├── NeverFiredError (RuntimeError)      a site that was asked for by name never fired
+├── StoppedError (RuntimeError)         the output of a forward that was stopped early was used
+├── NotCapturedError (KeyError)         the buffer does not hold what was asked of it
+├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
+└── JoinError (ValueError)              activations of several forwards do not join
+
+Every message says what was asked, what was found and what to do.
+"""
+
+
+class ActctxError(Exception):
+    """The base of every error that actctx raises on purpose."""
+
+    def __str__(self) -> str:
+        # KeyError, one of the built-in bases, would show the repr of the message.
+        return Exception.__str__(self)
+
+
+class OptionError(ActctxError, ValueError):
+    """An option of `capture`, `captures` or `Site` makes no sense."""
+
+
+class HookNameError(ActctxError, LookupError):
+    """A name matches no hook point and no module of the model."""
+
+
+class AxisError(ActctxError, LookupError):
+    """A slice or a join names an axis that the site does not have."""
+
+
+class SelectionError(ActctxError, IndexError):
+    """A position lies outside the axis it selects from."""
+
+
+class OutputError(ActctxError, TypeError):
+    """A site yields no tensor to capture."""
+
+
+class CaptureStateError(ActctxError, RuntimeError):
+    """A capture was opened twice, or closed while not open."""
+
+
+class HooksRemovedError(ActctxError, RuntimeError):
+    """The hooks of an open capture were removed by somebody else."""
+
+
+class NeverFiredError(ActctxError, RuntimeError):
+    """A site that was asked for by its name never fired, or never can."""
+
+
+class StoppedError(ActctxError, RuntimeError):
+    """The output of a forward that was stopped early was used."""
+
+
+class NotCapturedError(ActctxError, KeyError):
+    """The buffer does not hold what was asked of it."""
+
+
+class SeveralFiringsError(ActctxError, ValueError):
+    """A site fired more than once in a forward, so one tensor would be a silent choice."""
+
+
+class JoinError(ActctxError, ValueError):
+    """Activations of several forwards do not join into one tensor."""

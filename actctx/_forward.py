@@ -1,0 +1,239 @@
+"""The forwards of a model while captures watch it: where they begin, end and stop.
+
+# NOTE [One interceptor a model]
+To stop a forward early, a hook raises, and something has to catch it where the forward began, so
+that the rest of the user's block runs on. A context manager cannot: it sees an exception only once
+the block is left. So while captures are open, `model.forward` is shadowed by an `Interceptor`, one
+for all captures of that model, in whatever order they open and close. It also tells where a forward
+ends, so that nothing of a forward that raised is kept.
+
+# NOTE [Frames]
+A call of an intercepted forward is a `Frame`, which holds what the captures that watch it have
+staged. Frames live in a context variable: another thread, or another coroutine, has frames of its
+own. Interceptors nest where captures watch a model and a part of it. A forward stops once nothing
+in the whole chain of frames waits for a site, and it stops in the outermost.
+"""
+
+import functools
+import types
+import weakref
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, Never, Protocol
+
+import torch
+from torch import nn
+
+from actctx._errors import StoppedError
+from actctx._select import Owned
+
+
+class Watcher(Protocol):
+    """What a forward needs to know of an open capture."""
+
+    @property
+    def stop(self) -> bool:
+        """Whether forwards shall end once every site has fired."""
+
+    @property
+    def grad(self) -> bool:
+        """Whether forwards keep the autograd graph."""
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """The keys of the sites that a forward must not stop before."""
+
+    def is_visible(self) -> bool:
+        """Whether the forwards of this thread and context are its own."""
+
+    def check_hooks(self) -> None:
+        """Raise `HooksRemovedError` if somebody removed its hooks."""
+
+    def write(self, forward: dict[str, list[Owned]]) -> None:
+        """Keep what one finished forward left."""
+
+
+class StopForward(Exception):  # noqa: N818  a signal, not an error; torch only unwinds for Exception
+    """Unwind a forward that nobody waits for any more, up to its outermost frame."""
+
+    def __init__(self, frame: "Frame", site: str) -> None:
+        super().__init__("actctx stopped this forward early, which its caller catches")
+        self.frame = frame
+        self.site = site
+
+
+class Frame:
+    """One call of an intercepted forward, and what its watchers have staged."""
+
+    def __init__(self, watchers: list[Watcher], parent: "Frame | None") -> None:
+        self.parent = parent
+        self.staged: dict[Watcher, dict[str, list[Owned]]] = {watcher: {} for watcher in watchers}
+        self.waiting = {watcher: set(watcher.awaited) for watcher in watchers}
+        self.stop: bool = any(watcher.stop for watcher in watchers) or (
+            parent is not None and parent.stop
+        )
+
+    def stage(self, watcher: Watcher, key: str, owned: Owned) -> None:
+        """Keep a tensor until the forward ends, and stop the forward if it was the last.
+
+        Raises:
+            StopForward: Nothing waits for the rest of this forward.
+
+        """
+        self.staged[watcher].setdefault(key, []).append(owned)
+        waiting = self.waiting[watcher]
+        waiting.discard(key)
+        innermost = _FRAME.get()
+        if waiting or innermost is None or not innermost.stop:
+            return
+        outermost = innermost
+        for frame in innermost.chain():
+            outermost = frame
+            if any(frame.waiting.values()):
+                return
+        raise StopForward(outermost, key)
+
+    def chain(self) -> "list[Frame]":
+        """List this frame and those around it, from the inside out."""
+        return [self] if self.parent is None else [self, *self.parent.chain()]
+
+
+_FRAME: ContextVar[Frame | None] = ContextVar("actctx_frame", default=None)
+
+
+def frame_of(watcher: Watcher) -> Frame | None:
+    """Find the running forward that a watcher watches, in this thread and context."""
+    frame = _FRAME.get()
+    while frame is not None and watcher not in frame.staged:
+        frame = frame.parent
+    return frame
+
+
+class Interceptor:
+    """Stands in for `model.forward` while captures watch the model; see the notes above."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._shadowed = model.__dict__.get("forward")
+        self._forward: Callable[..., Any] = model.forward
+        self._name = type(model).__name__
+        self._watchers: list[weakref.ref[Watcher]] = []
+        # `generate` of Hugging Face reads the signature of `forward`.
+        functools.update_wrapper(self, self._forward)
+
+    @classmethod
+    def watch(cls, model: nn.Module, watcher: Watcher) -> Callable[[], None]:
+        """Have a watcher see the forwards of a model, until the returned function is called."""
+        interceptor = model.__dict__.get("forward")
+        if not isinstance(interceptor, cls):
+            interceptor = cls(model)
+            # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
+            model.__dict__["forward"] = interceptor
+        reference = weakref.ref(watcher)
+        interceptor._watchers.append(reference)
+        return functools.partial(interceptor._unwatch, weakref.ref(model), reference)
+
+    def _unwatch(
+        self, model_reference: "weakref.ref[nn.Module]", reference: "weakref.ref[Watcher]"
+    ) -> None:
+        self._watchers.remove(reference)
+        model = model_reference()
+        # Where somebody shadowed it in turn, it stays below, and passes every call through.
+        if self._watchers or model is None or model.__dict__.get("forward") is not self:
+            return
+        if self._shadowed is None:
+            del model.__dict__["forward"]
+        else:
+            model.__dict__["forward"] = self._shadowed
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        parent = _FRAME.get()
+        seen = (
+            set[Watcher]().union(*(frame.staged for frame in parent.chain())) if parent else set()
+        )
+        alive = [watcher for reference in self._watchers if (watcher := reference())]
+        watchers = [w for w in alive if w not in seen and w.is_visible()]
+        if not watchers:
+            return self._forward(*args, **kwargs)
+        return self._run(Frame(watchers, parent), args, kwargs)
+
+    def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for watcher in frame.staged:
+            watcher.check_hooks()
+        token = _FRAME.set(frame)
+        try:
+            # One capture with `grad=True`, here or around, is enough to keep the graph.
+            graph = any(watcher.grad for outer in frame.chain() for watcher in outer.staged)
+            with torch.set_grad_enabled(graph):
+                output = self._forward(*args, **kwargs)
+        except StopForward as signal:
+            if signal.frame is not frame:
+                raise
+            output = Stopped(self._name, signal.site)
+            # A traceback that lives on would keep the unwound frames' tensors alive.
+            signal.__traceback__ = signal.__context__ = None
+        finally:
+            _FRAME.reset(token)
+        for watcher, forward in frame.staged.items():
+            watcher.write(forward)
+        return output
+
+    # A copied or pickled model gets the forward that it has without captures.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        if not isinstance(self._forward, types.MethodType):
+            return self._forward
+        model = self._forward.__self__
+        return types.MethodType(self._forward.__func__, memo.get(id(model), model))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self._forward, types.MethodType):
+            return (_same, (self._forward,))
+        return (getattr, (self._forward.__self__, self._forward.__name__))
+
+
+def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
+    return forward
+
+
+class Stopped:
+    """What a forward returns that was stopped early: it has no output.
+
+    Every use of it raises a `StoppedError` that says why.
+    """
+
+    def __init__(self, model: str, site: str) -> None:
+        self.__dict__["_why"] = (model, site)
+
+    def __repr__(self) -> str:
+        model, site = self.__dict__["_why"]
+        return f"<Stopped: {model}.forward ended after {site!r}, as capture(stop=True) asked>"
+
+    def _refuse(self, *_args: object, **_kwargs: object) -> Never:
+        model, site = self.__dict__["_why"]
+        raise StoppedError(
+            f"this forward of {model} was stopped after {site!r}, the last site that was asked "
+            "for, so it has no output; to use the output, or to call generate(), "
+            "run_with_cache() or a parent module, capture with stop=False"
+        )
+
+    def __getattr__(self, name: str) -> Never:
+        if (name.startswith("__") and name.endswith("__")) or name.startswith(
+            ("_repr_", "_ipython")
+        ):
+            raise AttributeError(name)  # what copy, pickle and notebooks probe for
+        self._refuse()
+
+    @classmethod
+    def __torch_function__(
+        cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: Any = None
+    ) -> Never:
+        found = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)]
+        (found or [cls("the model", "its last site")])[0]._refuse()
+
+    __setattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __call__ = _refuse
+    __contains__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = _refuse
+    __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
+    __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
+    __matmul__ = __rmatmul__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
+    __hash__ = object.__hash__

@@ -1,0 +1,65 @@
+"""The short table that shows what was captured."""
+
+from dataclasses import astuple, dataclass, fields
+from html import escape
+
+
+@dataclass(frozen=True)
+class Row:
+    """One captured site, as a person reads it."""
+
+    site: str
+    axes: str
+    shape: str
+    dtype: str
+    device: str
+    nbytes: int
+
+
+_HEADER = tuple(column.name.replace("nbytes", "bytes") for column in fields(Row))
+
+
+def format_bytes(nbytes: float) -> str:
+    """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 2**10:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 2**10
+    return f"{nbytes:.1f} TiB"
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    """List names for a message, the first few of them where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    *texts, nbytes = astuple(row)
+    return (*texts, format_bytes(nbytes))
+
+
+def as_text(title: str, rows: list[Row]) -> str:
+    """Draw the table in plain text."""
+    lines = [_HEADER, *map(_cells, rows)] if rows else []
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    drawn = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    )
+    return "\n".join([title, *(f"  {line}" for line in drawn)])
+
+
+def as_html(title: str, rows: list[Row]) -> str:
+    """Draw the table in HTML, without colours of its own, so that every theme can show it."""
+    head = "".join(f'<th style="text-align:left">{escape(cell)}</th>' for cell in _HEADER)
+    body = "".join(
+        "<tr>"
+        + "".join(f'<td style="text-align:left">{escape(cell)}</td>' for cell in _cells(row))
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f"<div><div>{escape(title)}</div>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
