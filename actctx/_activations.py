@@ -4,8 +4,10 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
 from os import PathLike
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Shaped
@@ -25,6 +27,7 @@ from actctx._select import Owned
 from actctx._table import Row, as_html, as_text, format_bytes, shortened
 
 
+@runtime_checkable
 class Sink(Protocol):
     """Where captured tensors go. `Activations` is one; a writer to disk is another."""
 
@@ -46,12 +49,12 @@ class Activations(Mapping[str, Tensor]):
     of tensors is read, one for each forward.
     """
 
-    def __init__(self, join: str | None = "batch") -> None:
+    def __init__(self, join: str | None = "batch", *, source: str = "") -> None:
         self._join = join
+        self._source = source
         self._columns: dict[str, Column] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
-        self._metadata: dict[str, str] = {}
 
     # What a capture does with its buffer.
 
@@ -118,8 +121,13 @@ class Activations(Mapping[str, Tensor]):
 
         Raises:
             NotCapturedError: There is none, or more than one.
+            OptionError: With `join=None` there is a list of tensors instead.
 
         """
+        if self._join is None:
+            raise OptionError(
+                "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+            )
         if len(self) != 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
@@ -209,14 +217,15 @@ class Activations(Mapping[str, Tensor]):
         self._order.clear()
         self._forwards = 0
 
-    def save(self, path: str | PathLike[str]) -> None:
+    def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the activations to a safetensors file, the axes of each in its metadata.
 
-        Read them with `safetensors.torch.load_file(path)`; the metadata, all of it strings,
-        holds `axes` (JSON: name to axes), the model's class and the versions that wrote it.
+        Read them with `safetensors.torch.load_file(path)`. The metadata holds `axes`, a JSON
+        object of axes by name, `model`, the class of the model, and the versions that wrote it.
 
         Args:
             path: Where to write; an existing file is replaced once all is written.
+            metadata: More to keep in the file beside it.
 
         Raises:
             NotCapturedError: Nothing was captured.
@@ -224,8 +233,6 @@ class Activations(Mapping[str, Tensor]):
             SeveralFiringsError: A site fired more than once in a forward.
 
         """
-        from pathlib import Path
-
         from safetensors.torch import save_file
 
         if not self:
@@ -235,13 +242,16 @@ class Activations(Mapping[str, Tensor]):
                 "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
                 "capture with join='batch', or save the tensors of the lists yourself"
             )
-        metadata = self._metadata | {
+        described = {
+            **(metadata or {}),
             "axes": json.dumps({key: " ".join(self.axes(key)) for key in self}),
-            "format": "pt",
+            "model": self._source,
+            "actctx": version("actctx"),
+            "torch": torch.__version__,
         }
         partial = Path(f"{path}.partial")
         try:
-            save_file({key: self[key].contiguous() for key in self}, partial, metadata=metadata)
+            save_file({key: self[key] for key in self}, partial, metadata=described)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
@@ -284,8 +294,7 @@ class Activations(Mapping[str, Tensor]):
         )
 
     def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
-        copy = Activations(self._join)
-        copy._metadata = dict(self._metadata)
+        copy = Activations(self._join, source=self._source)
         copy._order = dict(self._order)
         copy._forwards = self._forwards
         for key, column in self._columns.items():

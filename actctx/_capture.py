@@ -263,7 +263,7 @@ class _Opening:
     def __init__(
         self, model: nn.Module, sites: list[_Site], *, stop: bool, join: str | None, grad: bool
     ) -> None:
-        self.buffer = Activations(join)
+        self.buffer = Activations(join, source=type(model).__name__)
         self.stop = stop
         self.grad = grad
         self.awaited = frozenset(

@@ -4,7 +4,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ R = TypeVar("R")
 ModelOf = nn.Module | Callable[..., nn.Module]
 
 
+@runtime_checkable
 class _Decorator(Protocol):
     @overload
     def __call__(self, function: Callable[Concatenate[Activations, P], R]) -> Callable[P, R]: ...

@@ -19,7 +19,7 @@ import types
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any, Never, Protocol
+from typing import Any, Never, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from actctx._errors import StoppedError
 from actctx._select import Owned
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """What a forward needs to know of an open capture."""
 
@@ -177,15 +178,8 @@ class Interceptor:
             watcher.write(forward)
         return output
 
-    # A copied or pickled model gets the forward that it has without captures.
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        if not isinstance(self._forward, types.MethodType):
-            return self._forward
-        model = self._forward.__self__
-        return types.MethodType(self._forward.__func__, memo.get(id(model), model))
-
     def __reduce__(self) -> tuple[Any, ...]:
+        # A copied or pickled model gets the forward that it has without captures.
         if not isinstance(self._forward, types.MethodType):
             return (_same, (self._forward,))
         return (getattr, (self._forward.__self__, self._forward.__name__))

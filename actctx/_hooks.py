@@ -1,5 +1,6 @@
 """Hooks on hook points and modules: put on, found again, taken off."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -35,7 +36,11 @@ class Hook:
         # splits queries into heads. TransformerLens 3 does not return what it appends.
         point: Any = self._place.module
         self._lens = point.add_hook(_PointHook(self._place.name, fire)) or point.fwd_hooks[-1]
-        return self._lens.hook
+        handle = self._lens.hook
+        # What TransformerLens registers is a closure, which a copy of the model would share.
+        hooks = point._forward_hooks
+        hooks[handle.id] = _OwnHook(point, hooks[handle.id])
+        return handle
 
     @property
     def is_attached(self) -> bool:
@@ -52,12 +57,37 @@ class Hook:
             point.fwd_hooks[:] = [lens for lens in point.fwd_hooks if lens is not self._lens]
 
 
+def _ignore(*_args: object, **_kwargs: object) -> None:
+    """Do nothing, in place of a hook, in a copy of a model that was made during a capture."""
+
+
+def _idle() -> Callable[..., None]:
+    return _ignore
+
+
+class _OwnHook:
+    """A torch hook that only the module it was put on keeps."""
+
+    def __init__(self, module: nn.Module, hook: Callable[..., Any]) -> None:
+        self._module = weakref.ref(module)
+        self._hook = hook
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        return self._hook(module, args, output) if module is self._module() else None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_idle, ())
+
+
 class _SiteHook:
     """A callable that names its site, since TransformerLens shows the repr of its hooks."""
 
     def __init__(self, site: str, fire: Fire) -> None:
         self._site = site
         self._fire = fire
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_idle, ())
 
     def __repr__(self) -> str:
         return f"actctx.capture({self._site!r})"

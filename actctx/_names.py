@@ -1,7 +1,7 @@
 """From the names that a user writes to places in a model."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeAlias
@@ -32,7 +32,7 @@ class Place:
         names: Every name that it answers to, its aliases included.
         module: The `HookPoint`, or the module whose input or output is captured.
         is_hook_point: Whether the module is a TransformerLens `HookPoint`.
-        axes: The names of the activation's axes, or None where they are not known.
+        siblings: The names of all other places of its kind in the model.
 
     """
 
@@ -40,7 +40,14 @@ class Place:
     names: tuple[str, ...]
     module: nn.Module
     is_hook_point: bool
-    axes: Axes | None
+    siblings: Container[str] = field(repr=False)
+
+    @property
+    def axes(self) -> Axes | None:
+        """The names of the activation's axes, or None where they are not known."""
+        if not self.is_hook_point:
+            return None
+        return hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Request:
 
 def is_hook_point(module: nn.Module) -> bool:
     """Recognise a TransformerLens `HookPoint` of any generation without importing it."""
-    return hasattr(module, "fwd_hooks") and hasattr(module, "add_hook")
+    return "fwd_hooks" in vars(module) and hasattr(type(module), "add_hook")
 
 
 def find_places(model: nn.Module) -> dict[str, Place]:
@@ -137,12 +144,11 @@ def _group(named: Mapping[str, nn.Module], siblings: Mapping[str, nn.Module]) ->
     places = {}
     for group in names.values():
         module = named[group[0]]
-        own = getattr(module, "name", None)
-        canonical = own if own in group else group[0]
         hooked = is_hook_point(module)
-        axes = hook_axes(canonical, siblings, getattr(module, "pos_dim", None)) if hooked else None
+        own = vars(module).get("name") if hooked else None
+        canonical = own if own in group else group[0]
         everything = (canonical, *(name for name in group if name != canonical))
-        place = Place(canonical, everything, module, hooked, axes)
+        place = Place(canonical, everything, module, hooked, siblings)
         places.update(dict.fromkeys(group, place))
     return places
 

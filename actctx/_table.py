@@ -19,13 +19,16 @@ class Row:
 _HEADER = tuple(column.name.replace("nbytes", "bytes") for column in fields(Row))
 
 
-def format_bytes(nbytes: float) -> str:
+def format_bytes(nbytes: int) -> str:
     """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if nbytes < 2**10:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 2**10
-    return f"{nbytes:.1f} TiB"
+    if nbytes < 2**10:
+        return f"{nbytes} B"
+    amount = float(nbytes)
+    for unit in ("KiB", "MiB", "GiB", "TiB"):
+        amount /= 2**10
+        if amount < 2**10:
+            break
+    return f"{amount:.1f} {unit}"
 
 
 def shortened(names: list[str], most: int = 8) -> str:

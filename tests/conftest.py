@@ -1,0 +1,40 @@
+import pytest
+import torch
+from models import Mlp, bridge, huggingface, tokens
+
+
+@pytest.fixture(autouse=True)
+def _gradients_are_left_as_they_were():
+    assert torch.is_grad_enabled()
+    yield
+    assert torch.is_grad_enabled(), "a test, or what it tested, left gradients off"
+
+
+@pytest.fixture(scope="session")
+def _shared_gpt2():
+    return bridge("GPT2LMHeadModel")
+
+
+@pytest.fixture
+def gpt2(_shared_gpt2):
+    """A tiny GPT-2 bridge, which each test must leave as it was."""
+    yield _shared_gpt2
+    left = [name for name, point in _shared_gpt2.hook_dict.items() if point.has_hooks()]
+    assert not left, f"hooks were left on {left}"
+    assert "forward" not in _shared_gpt2.__dict__
+
+
+@pytest.fixture
+def llama():
+    """A tiny plain Hugging Face Llama."""
+    return huggingface("LlamaForCausalLM")
+
+
+@pytest.fixture
+def mlp():
+    return Mlp()
+
+
+@pytest.fixture
+def ids():
+    return tokens()

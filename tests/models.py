@@ -1,0 +1,131 @@
+"""Tiny models of every architecture, built from their configs, with fixed weights."""
+
+import functools
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+VOCAB = 50
+BATCH, POS = 3, 7
+
+_LLAMA = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": VOCAB,
+    "max_position_embeddings": 64,
+}
+_WITH_HEAD_DIM = {**_LLAMA, "head_dim": 8}
+_WITHOUT_GROUPS = {name: size for name, size in _LLAMA.items() if name != "num_key_value_heads"}
+
+_CONFIGS = {
+    "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "LlamaForCausalLM": ("LlamaConfig", _WITH_HEAD_DIM),
+    "MistralForCausalLM": ("MistralConfig", _WITH_HEAD_DIM),
+    "Qwen2ForCausalLM": ("Qwen2Config", _LLAMA),
+    "Qwen3ForCausalLM": ("Qwen3Config", _WITH_HEAD_DIM),
+    "Gemma2ForCausalLM": ("Gemma2Config", _WITH_HEAD_DIM),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", _WITH_HEAD_DIM),
+    "GPTNeoXForCausalLM": ("GPTNeoXConfig", _WITHOUT_GROUPS),
+    "PhiForCausalLM": ("PhiConfig", _WITHOUT_GROUPS),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {**_WITHOUT_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    ),
+    "BloomForCausalLM": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "MixtralForCausalLM": (
+        "MixtralConfig",
+        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
+    "BertForMaskedLM": ("BertConfig", _WITHOUT_GROUPS),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {
+            "d_model": 32,
+            "d_ff": 64,
+            "d_kv": 8,
+            "num_layers": 2,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
+    ),
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> nn.Module:
+    """Build a tiny Hugging Face model of an architecture."""
+    name, sizes = _CONFIGS[architecture]
+    config = getattr(transformers, name)(**{**sizes, "vocab_size": VOCAB, "pad_token_id": 0})
+    config.architectures = [architecture]
+    config._attn_implementation = attention
+    torch.manual_seed(seed)
+    return getattr(transformers, architecture)(config).eval()
+
+
+def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
+    """Build a tiny `TransformerBridge` of an architecture."""
+    model = huggingface(architecture, seed=seed)
+    return build_bridge_from_module(model, architecture, hf_config=model.config)
+
+
+def tokens(batch: int = BATCH, pos: int = POS, seed: int = 0) -> Tensor:
+    """Draw tokens, none of which is padding."""
+    return torch.randint(1, VOCAB, (batch, pos), generator=torch.Generator().manual_seed(seed))
+
+
+class Mlp(nn.Module):
+    """A plain torch module, whose block is used twice where `twice` is set."""
+
+    def __init__(self, *, twice: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(VOCAB, 8)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+        self.head = nn.Linear(8, 4)
+        self.twice = twice
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map token ids `batch pos` to `batch pos 4`."""
+        hidden = self.block(self.embed(ids))
+        return self.head(self.block(hidden) if self.twice else hidden)
+
+
+def plainly_hooked(model: nn.Module, ids: Tensor, *names: str) -> dict[str, list[Tensor]]:
+    """Read hook points the plain way: what `capture` must agree with, bit for bit."""
+    fired: dict[str, list[Tensor]] = {}
+
+    def keep(name: str, activation: Tensor, hook: object) -> None:  # noqa: ARG001
+        fired.setdefault(name, []).append(activation.detach().clone())
+
+    points = {name: model.hook_dict[name] for name in names or _canonical(model)}
+    for name, point in points.items():
+        point.add_hook(functools.partial(keep, name))
+    try:
+        with torch.no_grad():
+            model(ids)
+    finally:
+        for point in points.values():
+            point.remove_hooks()
+    return fired
+
+
+def _canonical(model: nn.Module) -> list[str]:
+    return list(dict.fromkeys(point.name for point in model.hook_dict.values()))
+
+
+def hooks_of(model: nn.Module) -> list[tuple[str, list[int], list[int], int]]:
+    """List what hooks a model carries, and whether its `forward` is shadowed."""
+    return [
+        (
+            name,
+            list(module._forward_hooks),
+            list(module._forward_pre_hooks),
+            len(getattr(module, "fwd_hooks", ())),
+        )
+        for name, module in model.named_modules()
+    ] + [("forward", [id(model.__dict__.get("forward"))], [], 0)]

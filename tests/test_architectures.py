@@ -1,0 +1,103 @@
+"""Every hook point of every architecture, against plain hooks."""
+
+import pytest
+import torch
+from models import ARCHITECTURES, BATCH, POS, VOCAB, bridge, hooks_of, plainly_hooked, tokens
+
+from actctx import Site, Stopped, capture, hook_names
+from actctx._axes import axis_sizes
+
+# Where the activations have no batch axis of their own, or one row a token.
+BROADCAST = ("hook_cos", "hook_sin", "pos_embed.hook_in")
+FREE = {"batch": BATCH, "pos": POS, "query": POS, "key": POS, "1": 1, "d_vocab": VOCAB}
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request):
+    return bridge(request.param)
+
+
+def test_every_hook_point_is_captured_bit_for_bit(model):
+    expected = plainly_hooked(model, tokens())
+    with capture(model, "**") as acts:
+        model(tokens())
+    assert set(acts) == set(expected)
+    for name, firings in expected.items():
+        assert len(firings) == 1
+        assert acts[name].dtype == firings[0].dtype
+        assert torch.equal(acts[name], firings[0]), name
+
+
+def test_sites_are_listed_in_the_order_in_which_they_ran(model):
+    expected = plainly_hooked(model, tokens())
+    with capture(model, "**") as acts:
+        model(tokens())
+    assert list(acts) == list(expected)
+
+
+def test_what_never_fires_is_listed_as_missing(model):
+    expected = plainly_hooked(model, tokens())
+    with capture(model, "**") as acts:
+        model(tokens())
+    names = {point.name for point in model.hook_dict.values()}
+    assert set(acts.missing) == names - set(expected)
+
+
+def test_axes_agree_with_the_shapes_and_the_config(model):
+    with capture(model, "**") as acts:
+        model(tokens())
+    sizes = {**FREE, **axis_sizes(model.cfg)}
+    for name in acts:
+        axes, shape = acts.axes(name), acts[name].shape
+        assert len(axes) == len(shape)
+        assert "_" not in axes, name
+        for axis, size in zip(axes, shape, strict=True):
+            if axis == "batch" and name.endswith(BROADCAST):
+                assert size in {1, BATCH}
+            else:
+                assert sizes.get(axis, size) == size, (name, axes, shape)
+
+
+def test_an_alias_reads_what_its_canonical_name_reads(model):
+    with capture(model, "**") as acts:
+        model(tokens())
+    aliases = {alias: point.name for alias, point in model.hook_dict.items() if point.name in acts}
+    for alias, name in aliases.items():
+        assert acts[alias] is acts[name]
+
+
+def test_a_stop_at_any_hook_point_leaves_the_next_forward_right(model):
+    expected = plainly_hooked(model, tokens())
+    before = hooks_of(model)
+    for name, firings in expected.items():
+        with capture(model, name, stop=True, join=None) as acts:
+            assert isinstance(model(tokens()), Stopped)
+            assert isinstance(model(tokens()), Stopped)
+        assert all(torch.equal(found, firings[0]) for found in acts[name]), name
+    assert hooks_of(model) == before
+    again = plainly_hooked(model, tokens())
+    for name, firings in expected.items():
+        assert torch.equal(again[name][0], firings[0]), name
+
+
+def test_a_stopped_forward_runs_nothing_after_its_last_site(model):
+    fired = list(plainly_hooked(model, tokens()))
+    for position in range(0, len(fired), 9):
+        ran = []
+        points = {name: model.hook_dict[name] for name in fired}
+        for name, point in points.items():
+            point.add_hook(lambda activation, hook, name=name: ran.append(name))  # noqa: ARG005
+        with capture(model, [fired[position], fired[0]], stop=True):
+            model(tokens())
+        for point in points.values():
+            point.remove_hooks()
+        assert ran == fired[: position + 1]
+
+
+def test_slices_select_what_indexing_selects(model):
+    expected = plainly_hooked(model, tokens())
+    names = [name for name in expected if name in hook_names(model)]
+    with capture(model, {name: Site(name, slice=(..., 0)) for name in names}) as acts:
+        model(tokens())
+    for name in names:
+        assert torch.equal(acts[name], expected[name][0][..., 0]), name

@@ -1,0 +1,227 @@
+"""Early stops: where forwards end, and what a stopped call returns."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+from models import Mlp, bridge, hooks_of, plainly_hooked
+from torch import nn
+
+from actctx import Stopped, StoppedError, capture
+
+RESID = "blocks.0.hook_resid_post"
+LATER = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def stopped(mlp, ids):
+    with capture(mlp, "block", stop=True):
+        output = mlp(ids)
+    return output
+
+
+def _ran(model, ids, *names):
+    """List which of the hook points run in a forward."""
+    ran = []
+    for name in names:
+        model.hook_dict[name].add_hook(lambda activation, hook: ran.append(hook.name))  # noqa: ARG005
+    model(ids)
+    for name in names:
+        model.hook_dict[name].remove_hooks()
+    return ran
+
+
+def test_each_forward_of_a_loop_stops(gpt2, ids):
+    with capture(gpt2, RESID, stop=True) as acts:
+        outputs = [gpt2(ids) for _ in range(4)]
+    assert all(isinstance(output, Stopped) for output in outputs)
+    assert torch.equal(acts.tensor[:3], plainly_hooked(gpt2, ids, RESID)[RESID][0])
+    assert len(acts.tensor) == 12
+
+
+def test_a_forward_stops_after_its_last_site_in_whatever_order_they_are_asked_for(gpt2, ids):
+    with capture(gpt2, [LATER, RESID], stop=True) as acts:
+        ran = _ran(gpt2, ids, "blocks.1.hook_in", "ln_final.hook_in")
+    assert ran == ["blocks.1.hook_in"]
+    assert list(acts) == [RESID, LATER]
+
+
+def test_hook_points_that_are_switched_off_do_not_keep_a_forward_running(gpt2, ids):
+    with capture(gpt2, "blocks.0.**", stop=True) as acts:
+        assert isinstance(gpt2(ids), Stopped) is ("blocks.0.attn.qkv.hook_in" not in acts.missing)
+
+
+def test_a_stop_inside_a_stop_waits_for_the_outer_capture(gpt2, ids):
+    with capture(gpt2, LATER, stop=True) as outer, capture(gpt2, RESID, stop=True) as inner:
+        assert isinstance(gpt2(ids), Stopped)
+    assert outer.tensor.shape == inner.tensor.shape == (3, 7, 32)
+
+
+def test_an_inner_stop_never_starves_an_outer_capture(gpt2, ids):
+    with capture(gpt2, ["unembed.hook_out", RESID]) as outer:
+        with capture(gpt2, RESID, stop=True) as inner:
+            gpt2(ids)
+        assert gpt2(ids).shape == (3, 7, 50)
+    assert outer["unembed.hook_out"].shape == (6, 7, 50)
+    assert inner.tensor.shape == (3, 7, 32)
+
+
+def test_a_forward_stops_once_the_sites_of_all_captures_have_fired(gpt2, ids):
+    with capture(gpt2, LATER), capture(gpt2, RESID, stop=True):
+        ran = _ran(gpt2, ids, "blocks.1.hook_in", "ln_final.hook_in")
+    assert ran == ["blocks.1.hook_in"]
+
+
+def test_forwards_run_to_their_end_once_the_stopping_capture_is_closed(gpt2, ids):
+    outer, inner = capture(gpt2, RESID, stop=True), capture(gpt2, LATER)
+    outer.__enter__()
+    inner.__enter__()
+    assert isinstance(gpt2(ids), Stopped)
+    outer.__exit__(None, None, None)
+    assert gpt2(ids).shape == (3, 7, 50)
+    inner.__exit__(None, None, None)
+
+
+def test_a_stop_in_a_part_waits_for_a_capture_of_the_whole(llama, ids):
+    with capture(llama, "lm_head") as outer, capture(llama.model, "layers.0", stop=True) as inner:
+        llama(ids)
+    assert outer.tensor.shape == (3, 7, 50)
+    assert inner.tensor.shape == (3, 7, 32)
+
+
+def test_hooks_that_must_always_run_do_run_when_a_forward_stops(mlp, ids):
+    ran = []
+    handle = mlp.block.register_forward_hook(lambda *args: ran.append(args), always_call=True)
+    with capture(mlp, mlp.block[0], stop=True):
+        mlp(ids)
+    handle.remove()
+    assert len(ran) == 1
+
+
+def test_a_stopped_forward_leaves_no_tensor_alive():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Identity()
+
+        def forward(self, x):
+            scratch = x + 1
+            references.append(scratch.untyped_storage()._weak_ref())
+            return self.inner(scratch)
+
+    references = []
+    model = Held()
+    gc.collect()
+    gc.disable()
+    try:
+        with capture(model, "inner", stop=True) as acts:
+            for _ in range(5):
+                model(torch.zeros(4))
+        alive = [ref for ref in references if not torch.UntypedStorage._expired(ref)]
+    finally:
+        gc.enable()
+        for ref in references:
+            torch.UntypedStorage._free_weak_ref(ref)
+    assert acts.tensor.shape == (20,)
+    assert not alive
+
+
+# What a stopped call returns.
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda out: out.logits,
+        lambda out: out[0],
+        lambda out: out + 1,
+        lambda out: 1 - out,
+        lambda out: out == 0,
+        lambda out: out < 0,
+        bool,
+        float,
+        len,
+        list,
+        torch.argmax,
+        lambda out: torch.zeros(1) + out,
+        lambda out: nn.functional.softmax(out, dim=-1),
+        lambda out: out(1),
+        lambda out: 3 in out,
+        lambda out: setattr(out, "logits", 0),
+        lambda out: -out,
+        lambda out: out @ out,
+    ],
+)
+def test_every_use_of_a_stopped_output_raises(stopped, use):
+    with pytest.raises(StoppedError, match="'block'"):
+        use(stopped)
+
+
+def test_a_stopped_output_shows_what_happened(stopped):
+    assert (
+        repr(stopped) == "<Stopped: Mlp.forward ended after 'block', as capture(stop=True) asked>"
+    )
+
+
+def test_generate_of_hugging_face_under_stop_is_an_error(llama, ids):
+    before = hooks_of(llama)
+    with pytest.raises(StoppedError), capture(llama, "model.layers.0", stop=True):
+        llama.generate(ids, max_new_tokens=2)
+    assert hooks_of(llama) == before
+
+
+def test_generate_of_a_bridge_under_stop_is_an_error(gpt2, ids):
+    with pytest.raises(StoppedError), capture(gpt2, RESID, stop=True):
+        gpt2.generate(ids, max_new_tokens=2, verbose=False)
+
+
+def test_run_with_cache_under_stop_is_an_error(gpt2, ids):
+    before = hooks_of(gpt2)
+    with pytest.raises(StoppedError), capture(gpt2, RESID, stop=True):
+        gpt2.run_with_cache(ids)
+    assert hooks_of(gpt2) == before
+    _, cache = gpt2.run_with_cache(ids)
+    assert torch.equal(cache[RESID].detach(), plainly_hooked(gpt2, ids, RESID)[RESID][0])
+
+
+def test_a_call_through_a_parent_module_under_stop_is_an_error(llama, ids):
+    before = hooks_of(llama)
+    with pytest.raises(StoppedError), capture(llama.model, "layers.0", stop=True):
+        llama(ids)
+    assert hooks_of(llama) == before
+
+
+def test_the_signature_of_forward_can_be_read_during_a_capture(llama):
+    import inspect
+
+    before = inspect.signature(llama.forward)
+    with capture(llama, "model.layers.0"):
+        assert inspect.signature(llama.forward) == before
+
+
+CLONES = {"deepcopy": copy.deepcopy, "pickle": lambda m: pickle.loads(pickle.dumps(m))}  # noqa: S301
+
+
+@pytest.mark.parametrize("clone", CLONES.values(), ids=CLONES)
+def test_a_copy_of_a_model_made_during_a_capture_is_its_own(ids, clone):
+    model = Mlp()
+    with capture(model, "head", stop=True) as acts:
+        twin = clone(model)
+        with torch.no_grad():
+            twin.head.bias += 1
+        assert torch.is_tensor(twin(ids))
+        assert len(acts) == 0
+        model(ids)
+    assert torch.allclose(twin(ids), model(ids) + 1)
+
+
+def test_a_copy_of_a_bridge_made_during_a_capture_is_its_own(ids):
+    model = bridge()
+    with capture(model, RESID, stop=True) as acts:
+        twin = copy.deepcopy(model)
+        assert twin(ids).shape == (3, 7, 50)
+        assert len(acts) == 0
+    with torch.no_grad():
+        assert torch.equal(twin(ids), model(ids))
