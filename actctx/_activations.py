@@ -96,7 +96,9 @@ class Activations(Mapping[str, Tensor]):
         return column.joined(0, self._join)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_") or name not in self._columns:
+        if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
+            raise AttributeError(name)
+        if name not in self._columns:
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are {self._listed()}"
             )

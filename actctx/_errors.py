@@ -12,7 +12,8 @@ ActctxError
 ├── StoppedError (RuntimeError)         the output of a forward that was stopped early was used
 ├── NotCapturedError (KeyError)         the buffer does not hold what was asked of it
 ├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
-└── JoinError (ValueError)              activations of several forwards do not join
+├── JoinError (ValueError)              activations of several forwards do not join
+└── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
 """
@@ -72,3 +73,7 @@ class SeveralFiringsError(ActctxError, ValueError):
 
 class JoinError(ActctxError, ValueError):
     """Activations of several forwards do not join into one tensor."""
+
+
+class LoadError(ActctxError, OSError):
+    """The command line cannot load the model that was asked for."""

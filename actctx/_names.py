@@ -221,11 +221,9 @@ def resolve(model: nn.Module, names: Names) -> list[Request]:
     found: dict[str, Request] = {}
     unknown: list[str] = []
     for alias, site in _sites(names):
-        try:
-            requests = _find(places, alias, site)
-        except LookupError as error:
-            unknown.append(str(error.args[0]))
-            continue
+        requests = _find(places, alias, site)
+        if isinstance(site, Site) and not requests:
+            unknown.append(str(site.name))
         for request in requests:
             _add(found, request)
     if unknown:
@@ -269,7 +267,7 @@ def _as_site(name: Any) -> Site:
 
 
 def _find(places: Mapping[str, Place], alias: str | None, site: Site | Predicate) -> list[Request]:
-    """Resolve one site or predicate; raises LookupError with what matched nothing."""
+    """Resolve one site or predicate, to nothing where it matches nothing."""
     if not isinstance(site, Site):
         return [
             Request(name, place, Site(name), exact=False) for name, place in _matching(places, site)
@@ -280,8 +278,6 @@ def _find(places: Mapping[str, Place], alias: str | None, site: Site | Predicate
         return [Request(alias or site.name, places[site.name], site, exact=True)]
     pattern = site.name
     matched = _matching(places, lambda name: matches(name, pattern)) if _is_glob(pattern) else []
-    if not matched:
-        raise LookupError(pattern)
     if alias is not None and len(matched) > 1:
         raise HookNameError(
             f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "

@@ -23,12 +23,8 @@ def format_bytes(nbytes: int) -> str:
     """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
     if nbytes < 2**10:
         return f"{nbytes} B"
-    amount = float(nbytes)
-    for unit in ("KiB", "MiB", "GiB", "TiB"):
-        amount /= 2**10
-        if amount < 2**10:
-            break
-    return f"{amount:.1f} {unit}"
+    power = min((nbytes.bit_length() - 1) // 10, 4)
+    return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
 
 
 def shortened(names: list[str], most: int = 8) -> str:

@@ -1,3 +1,4 @@
+import jaxtyping
 import pytest
 import torch
 from models import Mlp, bridge, huggingface, tokens
@@ -38,3 +39,11 @@ def mlp():
 @pytest.fixture
 def ids():
     return tokens()
+
+
+@pytest.fixture
+def unchecked():
+    """Switch off the type checks that the tests add, to see what users see who pass nonsense."""
+    jaxtyping.config.update("jaxtyping_disable", True)  # noqa: FBT003  its own way of saying so
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)  # noqa: FBT003

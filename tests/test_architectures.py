@@ -86,7 +86,7 @@ def test_a_stopped_forward_runs_nothing_after_its_last_site(model):
         ran = []
         points = {name: model.hook_dict[name] for name in fired}
         for name, point in points.items():
-            point.add_hook(lambda activation, hook, name=name: ran.append(name))  # noqa: ARG005
+            point.add_hook(lambda activation, hook, name=name, ran=ran: ran.append(name))  # noqa: ARG005
         with capture(model, [fired[position], fired[0]], stop=True):
             model(tokens())
         for point in points.values():

@@ -497,12 +497,12 @@ def test_a_hook_point_that_is_switched_off_is_refused_before_any_forward(gpt2):
 
 
 def test_a_hook_point_that_is_switched_on_is_captured(gpt2, ids):
-    gpt2.set_use_attn_result(True)  # noqa: FBT003
+    gpt2.set_use_attn_result(True)
     try:
         with capture(gpt2, "blocks.0.attn.hook_result") as acts:
             gpt2(ids)
     finally:
-        gpt2.set_use_attn_result(False)  # noqa: FBT003
+        gpt2.set_use_attn_result(False)
     assert acts.axes("blocks.0.attn.hook_result") == ("batch", "pos", "head", "d_model")
     assert acts.tensor.shape == (3, 7, 4, 32)
 

@@ -18,8 +18,7 @@ LATER = "blocks.1.hook_resid_post"
 @pytest.fixture
 def stopped(mlp, ids):
     with capture(mlp, "block", stop=True):
-        output = mlp(ids)
-    return output
+        return mlp(ids)
 
 
 def _ran(model, ids, *names):

@@ -1,0 +1,287 @@
+"""The buffer that is handed back."""
+
+import copy
+import json
+import pickle
+from collections.abc import Mapping
+
+import pytest
+import torch
+from models import Mlp, tokens
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from actctx import (
+    Activations,
+    AxisError,
+    HookNameError,
+    JoinError,
+    NotCapturedError,
+    OptionError,
+    SeveralFiringsError,
+    Site,
+    capture,
+)
+
+RESID = "blocks.1.hook_resid_post"
+
+
+@pytest.fixture
+def acts(gpt2, ids):
+    with capture(gpt2, {"resid": RESID, "blocks.0.attn.hook_z": "blocks.0.attn.hook_z"}) as acts:
+        gpt2(ids)
+    return acts
+
+
+def test_it_is_a_mapping_in_the_order_in_which_sites_ran(acts):
+    assert isinstance(acts, Mapping)
+    assert list(acts) == ["blocks.0.attn.hook_z", "resid"]
+    assert len(acts) == 2
+    assert [tuple(tensor.shape) for tensor in acts.values()] == [(3, 7, 4, 8), (3, 7, 32)]
+
+
+def test_a_site_is_read_under_every_name_of_its_place(acts):
+    assert acts["resid"] is acts[RESID] is acts["blocks.1.hook_out"] is acts.resid
+    assert RESID in acts
+    assert "blocks.0.hook_out" not in acts
+    assert acts.get("blocks.0.hook_out") is None
+
+
+def test_a_name_that_two_sites_share_reads_neither(gpt2, ids):
+    with capture(gpt2, {"a": Site(RESID, slice=0), "b": Site(RESID, slice=1)}) as acts:
+        gpt2(ids)
+    assert "a" in acts
+    assert RESID not in acts
+
+
+def test_bytes_and_axes_are_told(acts):
+    assert acts.nbytes == 2 * 3 * 7 * 32 * 4
+    assert acts.axes("resid") == ("batch", "pos", "d_model")
+    assert acts.axes("blocks.0.attn.hook_z") == ("batch", "pos", "head", "d_head")
+
+
+def test_axes_that_are_not_known_are_anonymous(mlp, ids):
+    with capture(mlp, "block") as acts:
+        mlp(ids)
+    assert acts.axes("block") == ("_", "_", "_")
+
+
+def test_layers_are_stacked_in_their_order(gpt2, ids):
+    names = ["blocks.1.hook_resid_post", "blocks.0.hook_resid_post", "blocks.0.hook_resid_pre"]
+    with capture(gpt2, names) as acts:
+        gpt2(ids)
+    stacked = acts.stack("hook_resid_post")
+    assert stacked.shape == (2, 3, 7, 32)
+    assert torch.equal(stacked[1], acts[RESID])
+    assert torch.equal(acts.stack("blocks.*.hook_resid_post"), stacked)
+
+
+def test_layers_of_a_plain_model_are_stacked(llama, ids):
+    with capture(llama, "model.layers.*.mlp") as acts:
+        llama(ids)
+    assert acts.stack("mlp").shape == (2, 3, 7, 32)
+
+
+def test_a_copy_on_a_device_or_in_a_dtype_leaves_the_original(gpt2, ids):
+    with capture(gpt2, [RESID, "embed.hook_in"]) as acts:
+        gpt2(ids)
+    half = acts.to(dtype=torch.float16)
+    assert half[RESID].dtype == torch.float16
+    assert half["embed.hook_in"].dtype == torch.int64
+    assert acts[RESID].dtype == torch.float32
+    assert acts.to("meta")[RESID].is_meta
+    assert half.axes(RESID) == acts.axes(RESID)
+
+
+def test_clearing_forgets_and_goes_on(gpt2, ids):
+    with capture(gpt2, RESID) as acts:
+        gpt2(ids)
+        read = acts.tensor
+        acts.clear()
+        assert len(acts) == 0
+        assert acts.nbytes == 0
+        gpt2(ids[:1])
+    assert acts.tensor.shape == (1, 7, 32)
+    assert read.shape == (3, 7, 32)
+
+
+def test_joining_releases_what_it_joined(gpt2, ids):
+    with capture(gpt2, RESID) as acts:
+        for _ in range(4):
+            gpt2(ids)
+    before = acts.nbytes
+    joined = acts.tensor
+    assert acts.nbytes == before == joined.nbytes
+    assert joined is acts.tensor
+
+
+def test_a_file_holds_what_was_captured(acts, tmp_path):
+    acts.save(tmp_path / "acts.safetensors", metadata={"note": "mine"})
+    loaded = load_file(tmp_path / "acts.safetensors")
+    assert loaded.keys() == set(acts)
+    assert all(torch.equal(loaded[name], acts[name]) for name in acts)
+    with safe_open(tmp_path / "acts.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["note"] == "mine"
+    assert metadata["model"] == "TransformerBridge"
+    assert json.loads(metadata["axes"])["resid"] == "batch pos d_model"
+    assert [path.name for path in tmp_path.iterdir()] == ["acts.safetensors"]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(ids, tmp_path):
+    target = tmp_path / "acts.safetensors"
+    target.write_text("precious")
+    model = Mlp(twice=True)
+    with capture(model, "block") as acts:
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        acts.save(target)
+    assert target.read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["acts.safetensors"]
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda acts: pickle.loads(pickle.dumps(acts))])  # noqa: S301
+def test_a_copy_holds_the_same_and_shares_nothing(acts, clone):
+    twin = clone(acts)
+    assert list(twin) == list(acts)
+    assert torch.equal(twin.resid, acts.resid)
+    assert twin.resid.data_ptr() != acts.resid.data_ptr()
+    assert twin.axes("resid") == acts.axes("resid")
+
+
+def test_its_repr_is_a_short_table(acts):
+    assert repr(acts).splitlines() == [
+        "Activations: 2 sites, 5.2 KiB, 1 forward",
+        "  site                  axes                   shape         dtype    device  bytes",
+        "  blocks.0.attn.hook_z  batch pos head d_head  (3, 7, 4, 8)  float32  cpu     2.6 KiB",
+        "  resid                 batch pos d_model      (3, 7, 32)    float32  cpu     2.6 KiB",
+    ]
+
+
+def test_its_repr_does_not_join(gpt2, ids):
+    with capture(gpt2, RESID) as acts:
+        gpt2(ids)
+        gpt2(ids)
+        assert "(6, 7, 32)" in repr(acts)
+    assert len(acts._columns[RESID].firings[0]) == 2
+
+
+def test_the_repr_of_an_empty_buffer_says_so():
+    assert repr(Activations()) == "Activations: 0 sites, 0 B, 0 forwards"
+    assert "<table>" in Activations()._repr_html_()
+
+
+def test_its_html_is_safe_against_odd_names(mlp, ids):
+    with capture(mlp, {"<script>": "block"}) as acts:
+        mlp(ids)
+    assert "<script>" not in acts._repr_html_()
+    assert "&lt;script&gt;" in acts._repr_html_()
+
+
+def test_names_complete_in_an_editor(acts):
+    assert "resid" in dir(acts)
+    assert "blocks.0.attn.hook_z" not in dir(acts)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (3 * 2**20, "3.0 MiB"),
+        (2**52, "4096.0 TiB"),
+    ],
+)
+def test_bytes_are_shown_in_the_unit_that_fits(size, text):
+    from actctx._table import format_bytes
+
+    assert format_bytes(size) == text
+
+
+# What cannot be read.
+
+
+def test_nothing_is_read_that_was_not_captured(acts):
+    with pytest.raises(NotCapturedError):
+        acts["nowhere"]
+    with pytest.raises(KeyError):
+        acts["nowhere"]
+    with pytest.raises(AttributeError):
+        acts.nowhere  # noqa: B018
+    with pytest.raises(NotCapturedError):
+        acts.tensor  # noqa: B018
+    with pytest.raises(NotCapturedError):
+        acts.stack("hook_resid_post ")
+
+
+def test_a_site_with_several_firings_is_not_one_tensor(ids):
+    model = Mlp(twice=True)
+    with capture(model, "block") as acts:
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        acts["block"]
+    assert len(acts.firings("block")) == 2
+
+
+def test_lengths_that_differ_do_not_join(gpt2):
+    with capture(gpt2, RESID) as acts:
+        gpt2(tokens(2, 5))
+        gpt2(tokens(2, 4))
+    with pytest.raises(JoinError):
+        acts[RESID]
+    assert [chunk.value.shape for chunk in acts._columns[RESID].firings[0]] == [
+        (2, 5, 32),
+        (2, 4, 32),
+    ]
+
+
+def test_forwards_do_not_join_along_an_axis_that_a_slice_dropped(gpt2, ids):
+    with capture(gpt2, RESID, slice={"batch": 0}) as acts:
+        gpt2(ids)
+        assert acts.tensor.shape == (7, 32)
+        gpt2(ids)
+    with pytest.raises(AxisError):
+        acts[RESID]
+
+
+def test_dtypes_that_differ_do_not_join(mlp, ids):
+    with capture(mlp, "block") as acts:
+        mlp(ids)
+        mlp.double()(ids)
+    with pytest.raises(JoinError):
+        acts["block"]
+
+
+def test_layers_of_different_shapes_do_not_stack(gpt2, ids):
+    names = ["blocks.0.hook_resid_post", Site(RESID, slice=-1)]
+    with capture(gpt2, names) as acts:
+        gpt2(ids)
+    with pytest.raises(JoinError):
+        acts.stack("hook_resid_post")
+
+
+def test_layers_of_two_stacks_do_not_stack(ids):
+    from models import bridge
+
+    model = bridge("T5ForConditionalGeneration")
+    with capture(model, "*hook_resid_post") as acts:
+        model(ids)
+    with pytest.raises(HookNameError):
+        acts.stack("hook_resid_post")
+    assert acts.stack("encoder_blocks.*.hook_resid_post").shape == (2, 3, 7, 32)
+
+
+def test_lists_are_not_saved(gpt2, ids, tmp_path):
+    with capture(gpt2, RESID, join=None) as acts:
+        gpt2(ids)
+    with pytest.raises(OptionError):
+        acts.save(tmp_path / "acts.safetensors")
+    with pytest.raises(OptionError):
+        acts.tensor  # noqa: B018
+
+
+def test_a_sink_is_anything_with_write():
+    from actctx import Sink
+
+    assert isinstance(Activations(), Sink)

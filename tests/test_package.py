@@ -1,0 +1,116 @@
+"""What the package promises of itself: its public names, its imports, its layers."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import actctx
+
+PACKAGE = Path(actctx.__file__).parent
+# Imports go down this list only.
+ROOMS = (
+    "_errors",
+    "_table",
+    "_axes",
+    "_names",
+    "_select",
+    "_column",
+    "_activations",
+    "_grad",
+    "_forward",
+    "_hooks",
+    "_opening",
+    "_capture",
+    "_decorator",
+    "__init__",
+    "_loading",
+    "_sequences",
+    "__main__",
+)
+LAZY = ("transformer_lens", "transformers", "safetensors", "typer", "rich", "numpy.testing")
+
+
+def test_the_public_names_are_these():
+    assert actctx.__all__ == [
+        "ActctxError",
+        "Activations",
+        "AxisError",
+        "Capture",
+        "CaptureStateError",
+        "HookNameError",
+        "HooksRemovedError",
+        "JoinError",
+        "LoadError",
+        "NeverFiredError",
+        "NotCapturedError",
+        "OptionError",
+        "OutputError",
+        "SelectionError",
+        "SeveralFiringsError",
+        "Sink",
+        "Site",
+        "Stopped",
+        "StoppedError",
+        "capture",
+        "captures",
+        "hook_names",
+    ]
+
+
+def test_public_names_say_where_they_are_imported_from():
+    assert {getattr(actctx, name).__module__ for name in actctx.__all__} == {"actctx"}
+
+
+def test_every_public_name_is_documented():
+    for name in actctx.__all__:
+        assert getattr(actctx, name).__doc__, name
+
+
+def test_every_error_is_below_one_base_and_in_its_picture():
+    import actctx._errors
+
+    picture = actctx._errors.__doc__
+    errors = {name for name in vars(actctx._errors) if name.endswith("Error")}
+    for name in errors:
+        assert issubclass(getattr(actctx._errors, name), actctx.ActctxError)
+        assert name in picture
+        assert name in actctx.__all__
+
+
+def _imported(statement):
+    code = f"import sys; {statement}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_importing_actctx_imports_no_transformer_library():
+    assert not _imported("import actctx") & set(LAZY)
+
+
+def test_a_lazy_import_would_be_noticed():
+    assert _imported("import actctx, safetensors") & set(LAZY) == {"safetensors"}
+
+
+def test_imports_go_down_the_list_of_rooms():
+    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
+    for position, room in enumerate(ROOMS):
+        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
+        used = {
+            node.module.removeprefix("actctx.")
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("actctx.")
+        }
+        assert used <= set(ROOMS[:position]), room
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.name)
+def test_files_and_functions_stay_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            assert not body or body[-1].end_lineno - body[0].lineno < 60, node.name
