@@ -129,7 +129,7 @@ class Capture:
         for site in self._sites:
             reason = why_it_never_fires(self._model, site.place)
             if site.exact and reason:
-                raise NeverFiredError(f"{site.key!r} would never fire: {reason}")
+                raise NeverFiredError(f"{site.shown} would never fire: {reason}")
         self._opening = Opening(
             self._model, self._sites, stop=self._stop, join=self._join, grad=self._grad
         )

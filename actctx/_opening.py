@@ -20,6 +20,7 @@ from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._names import Place, why_it_never_fires
 from actctx._select import Owned, Selector, own
+from actctx._table import shortened
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,12 @@ class WatchedSite:
     selector: Selector
     dtype: torch.dtype | None
     device: torch.device | None
+
+    @property
+    def shown(self) -> str:
+        """The name to show: the alias that the user gave, and what it stands for."""
+        known = self.key in self.place.names
+        return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
 
 
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
@@ -138,7 +145,7 @@ class Opening:
         """Raise `NeverFiredError` if a forward ran and a site that must fire did not."""
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
         if self._ran and silent:
-            names = ", ".join(repr(site.key) for site in silent)
+            names = shortened([site.shown for site in silent])
             reason = _why_silent(self._model, silent[0].place)
             forwards = f"{self._ran} forward{'s' * (self._ran != 1)}"
             raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")

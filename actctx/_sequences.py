@@ -43,7 +43,7 @@ class Sequences:
 
     """
 
-    tokens: list[Int[Tensor, " pos"]]
+    tokens: list[Int[Tensor, " _"]]
     limit: int
     cut: list[int]
 
@@ -74,13 +74,16 @@ class Batch:
     rows: list[int]
 
 
-def in_batches(sequences: Sequence[Int[Tensor, " pos"]], size: int) -> list[Batch]:
+def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[Batch]:
     """Put sequences of one length together, `size` of them at most; the longest come first."""
     by_length: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):
         by_length.setdefault(len(sequence), []).append(row)
     return [
-        Batch(torch.stack([sequences[row] for row in rows[start : start + size]]), rows[start : start + size])
+        Batch(
+            torch.stack([sequences[row] for row in rows[start : start + size]]),
+            rows[start : start + size],
+        )
         for _, rows in sorted(by_length.items(), reverse=True)
         for start in range(0, len(rows), size)
     ]
@@ -152,3 +155,73 @@ def run(
         result.cache_bytes += counted[shape]
     _join_all(result, left, sum(len(batch.rows) for batch in batches))
     return result
+
+
+def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
+    """Move what was left into one buffer, site by site, so that it is held twice for one only."""
+    joined = {}
+    for key in list(left):
+        site = left.pop(key)
+        result.activations.expect(key, ())
+        result.activations.describe(key, site.axes)
+        joined[key] = [Owned(_joined(key, site, rows))]
+        result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
+    result.activations.write(joined)
+
+
+def _without_batch(site: _Left, part: Shaped[Tensor, "..."]) -> tuple[int, ...]:
+    return tuple(size for size, axis in zip(part.shape, site.axes, strict=True) if axis != "batch")
+
+
+def _joined(key: str, site: _Left, rows: int) -> Shaped[Tensor, "..."]:
+    """Put rows where they belong, filled up with zeros at the end of the axes that differ."""
+    if len(site.parts) == 1 and len(site.parts[0][1]) == rows:
+        return site.parts[0][0]
+    dim = site.axes.index("batch") if "batch" in site.axes else None
+    complete = dim is not None and all(part.shape[dim] == len(own) for part, own in site.parts)
+    if dim is None or not complete or sum(len(own) for _, own in site.parts) < rows:
+        raise JoinError(
+            f"{key!r} does not leave a row for each sequence (its axes are "
+            f"{' '.join(site.axes)!r}), so several batches do not join; give one text, or texts "
+            "of one length and a batch size that holds them all"
+        )
+    shape = [max(sizes) for sizes in zip(*(part.shape for part, _ in site.parts), strict=True)]
+    shape[dim] = rows
+    whole = site.parts[0][0].new_zeros(shape)
+    for part, own in site.parts:
+        window = [slice(size) for size in part.shape]
+        window[dim] = slice(None)
+        whole[tuple(window)].index_copy_(dim, torch.tensor(own), part)
+    return whole
+
+
+def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
+    """Count what `run_with_cache` would hold after a forward, without holding it.
+
+    It keeps what every hook point last fired with, under each of its names; tensors that share a
+    storage are counted once, at the size of the storage.
+
+    Args:
+        model: A TransformerLens model.
+        forward: Runs the model.
+
+    Returns:
+        The bytes of the storages.
+
+    """
+    held: dict[str, tuple[StorageWeakRef, int]] = {}
+
+    def see(name: str, _module: nn.Module | None, value: object) -> None:
+        tensor = value[0] if isinstance(value, tuple) and value else value
+        if isinstance(tensor, Tensor):
+            storage = tensor.untyped_storage()
+            # A weak reference keeps the storage's address from being used again, not its memory.
+            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+            held[name] = (reference, storage.nbytes())
+
+    places = {name: place for name, place in find_places(model).items() if place.is_hook_point}
+    with ExitStack() as undo, torch.no_grad():
+        for name, place in places.items():
+            undo.callback(Hook(place, "out", partial(see, name)).remove)
+        forward()
+    return sum({reference.cdata: nbytes for reference, nbytes in held.values()}.values())

@@ -1,7 +1,11 @@
+import os
+
 import jaxtyping
 import pytest
 import torch
 from models import Mlp, bridge, huggingface, tokens
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; none shall wait for it
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,339 @@
+"""The command line: `actctx names` and `actctx capture`, also as `python -m actctx`."""
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from torch import nn
+
+from actctx._errors import ActctxError, OptionError
+from actctx._loading import load
+from actctx._names import Place, find_places, hook_names, resolve
+from actctx._select import Index
+from actctx._sequences import Batch, Result, Sequences, in_batches, paragraphs, run, tokenize
+from actctx._table import format_bytes, shortened
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.progress import track
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: the command line needs {error.name}, which is not installed; "
+        "install it with: pip install 'actctx[cli]'"
+    )
+
+app = typer.Typer(
+    help="Capture activations from chosen places of a transformer model, and only those.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+
+_UNBROKEN = 10_000
+"""More columns than any table has."""
+
+
+class _Dtype(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub name, the directory of a saved model, or `minilm`: the trained MiniLM of "
+        "the demo extra, which needs no network. Its hidden states are trained; its logits are "
+        "not, since its MLM head is initialised at random.",
+    ),
+]
+_Pattern = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PATTERN",
+        help="A glob, in quotes: `*` stays within two dots, `**` spans them. Without a dot it "
+        "matches the last part of a name.",
+    ),
+]
+_Hooks = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="HOOK",
+        help="Hook names, or globs in quotes; `actctx names MODEL` lists them.",
+    ),
+]
+_Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Read texts from a file, or from the standard input with `-`: each paragraph, up "
+        "to a blank line, is one.",
+    ),
+]
+_Prompt = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="One text. Can be given again.")
+]
+_Slice = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="AXIS=INDEX",
+        help="What to keep along an axis: `pos=-1`, the last token of each text; `pos=0:10`; "
+        "`head=0,3`. Can be given again, for another axis.",
+    ),
+]
+_AsDtype = Annotated[_Dtype | None, typer.Option(help="The dtype to keep. [default: the model's]")]
+_Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Save to this safetensors file. [default: only the table]"),
+]
+_Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
+_BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
+_Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
+
+
+def _show_version(*, asked: bool) -> bool:
+    if asked:
+        typer.echo(f"actctx {version('actctx')}")
+        raise typer.Exit
+    return asked
+
+
+@app.callback()
+def _actctx(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("names")
+def _names(model: _Model, pattern: _Pattern = None) -> None:
+    """List what can be captured from MODEL: names, their aliases, their axes.
+
+    Every place has a line. A pipe gets the lines unbroken and without a header, for grep.
+    """
+    with _errors_as_messages(model):
+        _print(_table_of(_matching(load(model), pattern)))
+
+
+@app.command("capture")
+def _capture(
+    model: _Model,
+    hook: _Hooks,
+    *,
+    text: _Text = None,
+    prompt: _Prompt = None,
+    slice: _Slice = None,  # noqa: A002  as in `capture`
+    dtype: _AsDtype = None,
+    out: _Out = None,
+    force: _Force = False,
+    batch_size: _BatchSize = 8,
+    device: _Device = "cpu",
+) -> None:
+    """Run texts through MODEL, capture what every HOOK leaves, show its size and save it.
+
+    A forward stops once the last HOOK has fired. Texts of one length run together, so no forward
+    sees padding; the rows are in the order of the texts. Where texts differ in length, shorter
+    rows are filled up with zeros at their end, and `lengths` in the metadata tells them apart.
+    """
+    with _errors_as_messages(model):
+        selected = _parse_slices(slice or [])
+        _check_out(out, force=force)
+        texts = _read_texts(text, prompt or [])
+        loaded = load(model, device=device)
+        sequences = tokenize(loaded, texts)
+        batches = in_batches(sequences.tokens, batch_size)
+        as_dtype = None if dtype is None else getattr(torch, dtype)
+        result = run(loaded, hook, batches, slice=selected, dtype=as_dtype, watch=_progress)
+        _note_what_was_lost(result, sequences)
+        _print_sizes(result, len(texts))
+        if out is not None:
+            described = {
+                "model_name": model,
+                "hooks": json.dumps(hook),
+                "slice": json.dumps(slice or []),
+                "text": text or "--prompt",
+                "lengths": json.dumps([len(tokens) for tokens in sequences.tokens]),
+                "transformer_lens": version("transformer_lens"),
+            }
+            result.activations.save(out, metadata=described)
+            typer.echo(f"saved {out}")
+
+
+def main() -> None:
+    """Run the command line; what it refuses ends in a message and the exit status 2."""
+    app(prog_name="actctx")
+
+
+@contextmanager
+def _errors_as_messages(model: str) -> Iterator[None]:
+    try:
+        yield
+    except ActctxError as error:
+        message = str(error).replace("actctx.hook_names(model)", f"actctx names {model}")
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+        raise typer.Exit(2) from None
+
+
+# What was asked.
+
+
+def _parse_slices(asked: Sequence[str]) -> dict[str, Index]:
+    """Read the `--slice` options, such as `pos=-1`."""
+    found: dict[str, Index] = {}
+    for option in asked:
+        axis, _, index = option.partition("=")
+        if axis == "batch":
+            raise OptionError(
+                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
+            )
+        if axis in found:
+            raise OptionError(f"--slice selects twice along {axis!r}; give one index for it")
+        try:
+            found[axis] = _parse_index(index)
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"--slice {option!r} is not AXIS=INDEX, with an int, a range a:b or a:b:c, or "
+                "positions a,b,c; give one such as pos=-1, pos=0:10 or head=0,3"
+            ) from None
+    return found
+
+
+def _parse_index(index: str) -> Index:
+    if ":" in index:
+        return slice(*(int(bound) if bound else None for bound in index.split(":")))
+    return [int(position) for position in index.split(",")] if "," in index else int(index)
+
+
+def _check_out(out: Path | None, *, force: bool) -> None:
+    """Refuse what could not be written before the model runs."""
+    if out is None:
+        return
+    if out.is_dir() or not out.parent.is_dir():
+        found = "is a directory" if out.is_dir() else "lies in a directory that does not exist"
+        raise OptionError(f"cannot save to '{out}': it {found}; give --out the path of a file")
+    if out.exists() and not force:
+        raise OptionError(f"'{out}' exists; give --force to replace it, or another --out")
+
+
+def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
+    if (file is None) == (not prompts):
+        both = "both were given" if prompts else "neither was given"
+        raise OptionError(f"give either --text FILE or --prompt TEXT to capture from; {both}")
+    if file is None:
+        return list(prompts)
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise OptionError(
+            f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
+        ) from None
+    if not (texts := paragraphs(text)):
+        raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
+    return texts
+
+
+def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
+    """List the places that a pattern matches; none is an error that names the closest."""
+    places = find_places(model)
+    found = dict.fromkeys(places[name] for name in hook_names(model, pattern))
+    if found or pattern is None:
+        return list(found)
+    return [request.place for request in resolve(model, pattern)]
+
+
+# What is shown.
+
+
+def _progress(batches: Sequence[Batch]) -> Iterable[Batch]:
+    console = Console(stderr=True)
+    hidden = len(batches) < 2 or not console.is_terminal  # noqa: PLR2004  a bar of one step
+    return track(batches, description="batches", console=console, transient=True, disable=hidden)
+
+
+def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
+    """Say on stderr what a user could take for granted that is not so."""
+    cut = [tokens for tokens in sequences.cut if tokens]
+    if cut:
+        _note(
+            f"{len(cut)} of {len(sequences.cut)} texts are longer than the {sequences.limit} "
+            f"tokens that the model reads: {sum(cut)} tokens were cut off at their ends"
+        )
+    if result.filled:
+        lengths = [len(tokens) for tokens in sequences.tokens]
+        _note(f"the texts have {min(lengths)} to {max(lengths)} tokens: shorter rows end in zeros")
+    if result.missing:
+        _note(f"matched, but never fired: {shortened(list(result.missing))}")
+
+
+def _note(message: str) -> None:
+    typer.echo(f"{typer.style('note:', fg='yellow', bold=True)} {message}", err=True)
+
+
+def _table_of(places: Iterable[Place]) -> Table:
+    table = _table("name", "aliases", "axes", header=Console().is_terminal)
+    for place in places:
+        axes = " ".join(place.axes) if place.axes else "not known"
+        table.add_row(place.name, " ".join(place.names[1:]), axes)
+    return table
+
+
+def _print_sizes(result: Result, texts: int) -> None:
+    acts = result.activations
+    table = _table("site", "axes", "shape", "dtype", "bytes")
+    table.columns[-1].justify = "right"
+    for name, tensor in acts.items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        size = format_bytes(tensor.nbytes)
+        table.add_row(name, " ".join(acts.axes(name)), str(tuple(tensor.shape)), dtype, size)
+    _print(table)
+    typer.echo(
+        f"{format_bytes(acts.nbytes)} captured; run_with_cache would have held "
+        f"{format_bytes(result.cache_bytes)} for the same {texts} text{'s' * (texts != 1)}"
+    )
+
+
+def _table(*columns: str, header: bool = True) -> Table:
+    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
+    for column in table.columns:
+        column.no_wrap = column.header != "axes"  # a name that is broken could not be copied
+    return table
+
+
+def _print(table: Table) -> None:
+    """Print a table as wide as the terminal; unbroken where there is none, or too narrow a one."""
+    for column in table.columns:
+        if column.no_wrap:
+            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
+    console = Console(highlight=False, markup=False, emoji=False)
+    needed = Measurement.get(console, console.options.update(max_width=_UNBROKEN), table)
+    if console.is_terminal and needed.minimum <= console.width:
+        console.print(table)
+        return
+    console.width = _UNBROKEN
+    with console.capture() as drawn:
+        console.print(table)
+    for line in drawn.get().splitlines():
+        typer.echo(line.rstrip())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The code that the README and the docs show runs, page by page."""
+
+import doctest
+import re
+from pathlib import Path
+
+import pytest
+from models import Mlp, bridge, tokens
+
+import actctx
+from actctx import _activations, _capture, _decorator, _names
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.filterwarnings("ignore")  # of the libraries that a reader uses beside actctx
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = page.read_text()
+    namespace = {"__name__": "page"}
+    for block in BLOCK.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        code = compile("\n" * line + block[1], str(page), "exec")
+        exec(code, namespace)  # noqa: S102  it is our own
+
+
+def test_every_page_of_the_docs_is_linked_from_the_first():
+    first = (ROOT / "docs" / "index.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in first, page.name
+
+
+def test_links_between_pages_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("module", [_names, _capture, _decorator, _activations])
+def test_the_examples_of_docstrings_run(module):
+    model = bridge()
+    names = {**vars(actctx), "model": model, "tokens": tokens(4), "loader": [tokens(4)] * 2}
+    names.update(torch=__import__("torch"), mlp=Mlp())
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    for test in finder.find(module, globs=names):
+        runner.run(test)
+    assert runner.summarize(verbose=False).failed == 0
+
+
+def test_the_readme_has_its_two_commands():
+    text = (ROOT / "README.md").read_text()
+    for heading in ("## Try it", "## Test it"):
+        section = text.split(f"{heading}\n")[1].split("\n## ")[0]
+        assert len(re.findall(r"^```bash\n[^\n]+\n```$", section, re.MULTILINE)) == 1
+
+
+def test_no_page_is_longer_than_the_line_that_git_shows():
+    for page in PAGES:
+        lines = [
+            line for line in page.read_text().splitlines() if not line.startswith(("|", "python3"))
+        ]
+        assert max(map(len, lines)) <= 110, page.name

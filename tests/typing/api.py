@@ -1,0 +1,72 @@
+"""How users call actctx, checked by the type checker and never run."""
+
+from typing import assert_type
+
+import torch
+from torch import Tensor, nn
+
+from actctx import Activations, Capture, Site, capture, captures, hook_names
+
+model = nn.Linear(1, 1)
+
+assert_type(capture(model, "weight"), Capture)
+assert_type(hook_names(model, "blocks.*"), list[str])
+
+with capture(
+    model,
+    {"resid": Site("blocks.0.hook_resid_post", dtype=torch.float16), "mlp": model},
+    slice={"pos": -1, "head": [0, 3]},
+    device="cpu",
+    stop=True,
+    join=None,
+) as acts:
+    assert_type(acts, Activations)
+    model(torch.zeros(1))
+
+assert_type(acts.tensor, Tensor)
+assert_type(acts.stack("hook_resid_post"), Tensor)
+assert_type(acts.to("cpu"), Activations)
+assert_type(acts.axes("resid"), tuple[str, ...])
+assert_type(acts.nbytes, int)
+
+capture(model, ["a", Site("b"), lambda name: name.endswith("c"), model], slice=slice(1, 3))
+capture(model, lambda name: "resid" in name, slice=torch.tensor([0, 1]))
+
+
+@captures("blocks.0.hook_resid_post", slice=-1)
+def logits(model: nn.Module, tokens: Tensor, *, scale: float = 1.0) -> int:
+    """Receive nothing."""
+    return 3
+
+
+assert_type(logits(model, torch.zeros(1), scale=2.0), tuple[int, Activations])
+logits(model)  # type: ignore[call-arg]
+logits(model, torch.zeros(1), scale="2")  # type: ignore[arg-type]
+
+
+@captures("blocks.0.hook_resid_post")
+def received(acts: Activations, model: nn.Module, tokens: Tensor) -> Tensor:
+    """Receive the buffer."""
+    return acts.tensor
+
+
+assert_type(received(model, torch.zeros(1)), Tensor)
+received(model)  # type: ignore[call-arg]
+
+
+class Study:
+    """Holds the model."""
+
+    model = model
+
+    @captures("blocks.0.hook_resid_post", model=lambda self, *_: self.model)
+    def run(self, tokens: Tensor) -> int:
+        """Receive nothing."""
+        return 3
+
+
+assert_type(Study().run(torch.zeros(1)), tuple[int, Activations])
+
+capture(model, "a", stop="yes")  # type: ignore[arg-type]
+capture(model, 3)  # type: ignore[arg-type]
+Site("a", io="inside")  # type: ignore[arg-type]
