@@ -1,4 +1,4 @@
-"""How much memory a capture takes at its peak, measured exactly, each case in a process of its own."""
+"""The peak memory of a capture, measured exactly, each case in a process of its own."""
 
 import subprocess
 import sys

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 from models import Mlp, bridge, tokens
 from torch import nn
 
@@ -270,8 +269,8 @@ def test_a_hook_point_that_was_not_reached(gpt2):
 def test_a_module_that_was_not_called(mlp):
     mlp.spare = nn.Linear(1, 1)
     assert _said(_run, mlp, {"x": "spare", "y": "block"}, tokens(), tokens()) == (
-        "'x' ('spare') never fired in 2 forwards: the forwards did not call this module, or only its "
-        ".forward, which skips hooks"
+        "'x' ('spare') never fired in 2 forwards: the forwards did not call this module, or only "
+        "its .forward, which skips hooks"
     )
 
 
