@@ -6,6 +6,7 @@ from actctx._decorator import captures
 from actctx._errors import (
     ActctxError,
     AxisError,
+    CapacityError,
     CaptureStateError,
     HookNameError,
     HooksRemovedError,
@@ -28,6 +29,7 @@ __all__ = [
     "ActctxError",
     "Activations",
     "AxisError",
+    "CapacityError",
     "Capture",
     "CaptureStateError",
     "HookNameError",

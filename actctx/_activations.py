@@ -4,13 +4,14 @@ import json
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
@@ -58,13 +59,13 @@ class Activations(Mapping[str, Tensor]):
 
     # What a capture does with its buffer.
 
-    def expect(self, key: str, names: tuple[str, ...]) -> None:
-        """Make room for a site, before it fires."""
-        self._columns[key] = Column(key, names)
+    def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> None:
+        """Prepare for a site, before it fires."""
+        self._columns[key] = Column(key, names, self._join, capacity)
 
-    def describe(self, key: str, axes: Axes) -> None:
-        """Name the axes of what a site leaves, once it has fired."""
-        self._columns[key].axes = axes
+    def column(self, key: str) -> Column:
+        """Return what a site left, for a hook that is about to add to it."""
+        return self._columns[key]
 
     def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
         """Take what one forward left: for each site that fired, a tensor for each firing."""
@@ -93,7 +94,7 @@ class Activations(Mapping[str, Tensor]):
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
                 f"tensor; acts.firings({name!r}) has them all"
             )
-        return column.joined(0, self._join)
+        return column.joined(0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
@@ -177,7 +178,25 @@ class Activations(Mapping[str, Tensor]):
 
         """
         column = self._column(name)
-        return [column.joined(k, self._join) for k in range(len(column.firings))]
+        return [column.joined(k) for k in range(len(column.firings))]
+
+    def positions(self, name: str) -> Int64[Tensor, "token 2"]:
+        """Tell where the rows come from that `mask=` kept of a site.
+
+        Returns:
+            For each row, its sequence, counted over all forwards, and its position in the
+            padded sequence.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name, or without a mask.
+
+        """
+        column = self._column(name)
+        if not column.rows:
+            raise NotCapturedError(
+                f"{name!r} was captured without mask=, so its rows are all sequences and positions"
+            )
+        return torch.cat(list(column.rows))
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
         """Stack the activations of one kind over the layers, along a new first axis `layer`.
@@ -215,7 +234,7 @@ class Activations(Mapping[str, Tensor]):
     def clear(self) -> None:
         """Drop what was captured so far; what comes after is captured as before."""
         for column in self._columns.values():
-            column.firings.clear()
+            column.clear()
         self._order.clear()
         self._forwards = 0
 
@@ -289,7 +308,7 @@ class Activations(Mapping[str, Tensor]):
         return Row(
             site=key if len(column.firings) == 1 else f"{key} ({len(column.firings)} firings)",
             axes=" ".join(column.axes),
-            shape=column.shape(self._join),
+            shape=column.shape(),
             dtype=str(first.dtype).removeprefix("torch."),
             device=str(first.device),
             nbytes=column.nbytes,
@@ -300,11 +319,9 @@ class Activations(Mapping[str, Tensor]):
         copy._order = dict(self._order)
         copy._forwards = self._forwards
         for key, column in self._columns.items():
-            copy._columns[key] = Column(
-                key,
-                column.names,
-                column.axes,
-                [deque(map(change, chunks)) for chunks in column.firings],
+            firings = [deque(map(change, chunks)) for chunks in column.firings]
+            copy._columns[key] = replace(
+                column, capacity=None, rooms=[], firings=firings, rows=column.rows.copy()
             )
         return copy
 

@@ -4,13 +4,15 @@ from collections.abc import Mapping
 from types import TracebackType
 
 import torch
-from torch import nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
 from actctx._names import Names, Request, resolve, why_it_never_fires
-from actctx._opening import Opening, WatchedSite
+from actctx._opening import Opening, Options, WatchedSite
+from actctx._rows import as_mask, split_rows
 from actctx._select import Slice, parse_slice
 from actctx._table import shortened
 
@@ -24,6 +26,8 @@ def capture(
     device: torch.device | str | None = None,
     stop: bool = False,
     join: str | None = "batch",
+    mask: Shaped[Tensor, "batch pos"] | str | None = None,
+    capacity: int | None = None,
     grad: bool = False,
 ) -> "Capture":
     """Capture activations from the forwards that run in a `with` block, and only those.
@@ -53,6 +57,14 @@ def capture(
             a `Stopped` value, which has no output.
         join: The axis along which activations of several forwards are joined, or None for a
             list of them.
+        mask: Where the real tokens of padded sequences are: `"attention"` for the
+            `attention_mask` that each forward is given, or a tensor of the shape `batch pos`.
+            Only their rows are kept, as `token ...` instead of `batch pos ...`, and a slice
+            along `pos` counts real tokens: -1 is the last of each sequence, with its rows
+            `batch ...`.
+        capacity: The number of elements along `join` (rows, for the batch) to make room for
+            once, to be filled in place by all forwards. Without it, joining copies each forward
+            once more when it is read.
         grad: Whether the captured tensors stay in the autograd graph. Block and forwards then
             run with gradients.
 
@@ -74,9 +86,8 @@ def capture(
         torch.Size([8, 32])
 
     """
-    return Capture(
-        model, names, slice=slice, dtype=dtype, device=device, stop=stop, join=join, grad=grad
-    )
+    options = Options(stop=stop, join=join, grad=grad, mask=_checked_mask(mask), capacity=capacity)
+    return Capture(model, names, options, slice=slice, dtype=dtype, device=device)
 
 
 class Capture:
@@ -89,51 +100,42 @@ class Capture:
         self,
         model: nn.Module,
         names: Names,
+        options: Options,
         *,
-        slice: Slice,  # noqa: A002  as in `capture`
-        dtype: torch.dtype | None,
-        device: torch.device | str | None,
-        stop: bool,
-        join: str | None,
-        grad: bool,
+        slice: Slice = None,  # noqa: A002  as in `capture`
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(
                 f"cannot capture from a {type(model).__name__}; give a torch module, such as a "
                 "TransformerBridge, a HookedTransformer or a Hugging Face model"
             )
+        _check_capacity(options)
         self._model = model
-        self._stop = stop
-        self._join = join
-        self._grad = grad
+        self._options = options
         sizes = axis_sizes(getattr(model, "cfg", None))
-        self._sites = [
-            _site(request, slice, dtype, device, sizes) for request in resolve(model, names)
-        ]
-        for site in self._sites:
-            _check_join(site, join)
+        self._sites = []
+        for request in resolve(model, names):
+            site = _site(
+                request, slice_=slice, dtype=dtype, device=device, sizes=sizes, options=options
+            )
+            _check_firing(site, options)
+            _check_join(site, options.join)
+            self._sites.append(site)
         self._opening: Opening | None = None
 
     def __enter__(self) -> Activations:
-        """Put the hooks on.
+        """Put the hooks on, until the block is left.
 
         Raises:
             CaptureStateError: It is open already.
             NeverFiredError: A site that was asked for by its name is switched off in the model.
 
         """
-        if self._opening is not None:
-            raise CaptureStateError(
-                "this capture is open already; leave its block first, or make another capture"
-            )
-        for site in self._sites:
-            reason = why_it_never_fires(self._model, site.place)
-            if site.exact and reason:
-                raise NeverFiredError(f"{site.shown} would never fire: {reason}")
-        self._opening = Opening(
-            self._model, self._sites, stop=self._stop, join=self._join, grad=self._grad
-        )
-        return self._opening.buffer
+        opening = self._begin()
+        opening.attach()
+        return opening.buffer
 
     def __exit__(
         self,
@@ -149,12 +151,67 @@ class Capture:
             CaptureStateError: It is not open.
 
         """
-        opening, self._opening = self._opening, None
-        if opening is None:
-            raise CaptureStateError("this capture is not open; enter it with a `with` statement")
-        opening.close()
+        opening = self._end()
         if error is None:
             opening.check_fired()
+
+    def open(self) -> Activations:
+        """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
+
+        Forwards run without gradients, as in a block, but the code between them keeps its grad
+        mode. All forwards of this thread are captured.
+
+        Raises:
+            CaptureStateError: It is open already.
+            NeverFiredError: A site that was asked for by its name is switched off in the model.
+
+        Example:
+            >>> opened = capture(model, "blocks.0.hook_resid_post")
+            >>> acts = opened.open()
+            >>> logits = model(tokens)
+            >>> opened.close()
+            >>> acts.tensor.shape
+            torch.Size([4, 7, 32])
+
+        """
+        opening = self._begin()
+        opening.attach(for_block=False)
+        return opening.buffer
+
+    def close(self) -> None:
+        """Take the hooks off that `open` put on.
+
+        Raises:
+            NeverFiredError: A site that was asked for by its name never fired.
+            CaptureStateError: It is not open.
+
+        """
+        self._end().check_fired()
+
+    def prepared(self) -> Opening:
+        """Return a fresh opening that holds its hooks only while it is entered, time and again."""
+        for site in self._sites:
+            reason = why_it_never_fires(self._model, site.place)
+            if site.exact and reason:
+                raise NeverFiredError(f"{site.shown} would never fire: {reason}")
+        return Opening(self._model, self._sites, self._options)
+
+    def _begin(self) -> Opening:
+        if self._opening is not None:
+            raise CaptureStateError(
+                "this capture is open already; leave its block first, or make another capture"
+            )
+        self._opening = self.prepared()
+        return self._opening
+
+    def _end(self) -> Opening:
+        opening, self._opening = self._opening, None
+        if opening is None:
+            raise CaptureStateError(
+                "this capture is not open; enter it with a `with` statement, or open() it"
+            )
+        opening.detach()
+        return opening
 
     def __repr__(self) -> str:
         names = shortened([repr(site.key) for site in self._sites], most=3)
@@ -164,10 +221,12 @@ class Capture:
 
 def _site(
     request: Request,
+    *,
     slice_: Slice,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     sizes: Mapping[str, int],
+    options: Options,
 ) -> WatchedSite:
     """Settle the options of one site; those of the capture are the defaults."""
     asked, place = request.site, request.place
@@ -175,17 +234,62 @@ def _site(
     dtype = asked.dtype if asked.dtype is not None else dtype
     if not isinstance(dtype, torch.dtype | None):
         raise OptionError(f"dtype={dtype!r} is no torch dtype; give one such as torch.float16")
+    taken = slice_ if asked.slice is None else asked.slice
+    selector = parse_slice(request.key, taken, axes, {} if options.mask is not None else sizes)
+    rows = None
+    if options.mask is not None:
+        selector, rows = split_rows(selector, axes)
     return WatchedSite(
         key=request.key,
         place=place,
         exact=request.exact,
         io=asked.io,
-        selector=parse_slice(
-            request.key, slice_ if asked.slice is None else asked.slice, axes, sizes
-        ),
+        output=asked.output,
+        firing=asked.firing,
+        selector=selector,
+        rows=rows,
         dtype=dtype,
         device=_device(asked.device if asked.device is not None else device),
     )
+
+
+def _checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
+    if mask is None or (isinstance(mask, str) and mask == "attention"):
+        return mask
+    if isinstance(mask, Tensor):
+        return as_mask(mask)
+    raise OptionError(
+        f"mask={mask!r} is no mask; give 'attention' for that of each forward, or a tensor of "
+        "the shape batch pos"
+    )
+
+
+def _check_capacity(options: Options) -> None:
+    capacity = options.capacity
+    if capacity is None:
+        return
+    if not isinstance(capacity, int) or capacity < 1:
+        raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
+    if options.join is None or options.grad:
+        other = "join=None" if options.join is None else "grad=True"
+        raise OptionError(
+            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+        )
+
+
+def _check_firing(site: WatchedSite, options: Options) -> None:
+    if site.is_known_at_once:
+        return
+    if options.stop:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, which is known only at the end of a "
+            "forward, so stop=True cannot stop before it; count firings from the first"
+        )
+    if options.capacity is not None and site.firing != -1:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
+            "count firings from the first"
+        )
 
 
 def _device(device: torch.device | str | None) -> torch.device | None:
@@ -202,7 +306,7 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 
 def _check_join(site: WatchedSite, join: str | None) -> None:
     """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
-    if join is None or join == "batch":
+    if join is None or join == "batch" or site.rows is not None:
         return
     if not isinstance(join, str):
         raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")

@@ -1,16 +1,19 @@
 """What one site left, and how it becomes one tensor."""
 
+import ctypes
+import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._errors import AxisError, JoinError
-from actctx._select import Owned
+from actctx._errors import AxisError, CapacityError, JoinError
+from actctx._select import Owned, cast_dtype, plain_mode
 
 
 @dataclass(eq=False)
@@ -20,46 +23,103 @@ class Column:
     Attributes:
         key: The name under which it is read.
         names: Every name that it answers to.
+        join: The axis along which forwards are joined, or None.
+        capacity: How many elements along `join` there is room for, made at the first firing.
         axes: The axes of each of its tensors.
         firings: For each firing of a forward, the tensors of the forwards, in order. Joining
             replaces them by one.
+        rooms: With a capacity, for each firing the tensor that is filled in place.
+        rows: With a mask, the sequences and positions of the kept rows, forward by forward.
+        sequences: With a mask, the number of sequences of all forwards.
 
     """
 
     key: str
     names: tuple[str, ...]
+    join: str | None
+    capacity: int | None = None
     axes: Axes = ()
     firings: list[deque[Owned]] = field(default_factory=list)
+    rooms: list[Tensor] = field(default_factory=list)
+    rows: deque[Int64[Tensor, "token 2"]] = field(default_factory=deque)
+    sequences: int = 0
 
     @property
     def nbytes(self) -> int:
-        """The bytes that its tensors hold."""
+        """The bytes of what was captured."""
         return sum(chunk.value.nbytes for chunks in self.firings for chunk in chunks)
 
-    def write(self, firings: Sequence[Owned]) -> None:
-        """Take what the site left in one forward, a tensor for each firing."""
-        self.firings.extend(deque() for _ in range(len(firings) - len(self.firings)))
-        for chunks, chunk in zip(self.firings, firings, strict=False):
-            chunks.append(chunk)
+    def clear(self) -> None:
+        """Forget what was captured; what was read stays with its reader."""
+        self.firings.clear()
+        self.rooms.clear()
+        self.rows.clear()
+        self.sequences = 0
 
-    def joined(self, firing: int, join: str | None) -> Any:
+    def write(self, firings: Iterable[Owned]) -> None:
+        """Take what the site left in one forward, a tensor for each firing."""
+        for number, chunk in enumerate(firings):
+            if number == 0 and chunk.rows is not None:
+                self.rows.append(chunk.rows.where + torch.tensor([self.sequences, 0]))
+                self.sequences += chunk.rows.sequences
+            if number == len(self.firings):
+                self.firings.append(deque())
+            if self.capacity is None:
+                self.firings[number].append(chunk)
+            else:  # it lies behind the others in the room already
+                used = self._used(number) + chunk.value.shape[self.join_dim()]
+                whole = self.rooms[number].narrow(self.join_dim(), 0, used)
+                self.firings[number] = deque([chunk._replace(value=whole)])
+
+    def room(
+        self,
+        number: int,
+        selected: Shaped[Tensor, "..."],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
+    ) -> Shaped[Tensor, "..."] | None:
+        """Return the place for the next tensor of a firing, where there is a capacity.
+
+        Raises:
+            CapacityError: There is no room for it.
+            JoinError: It does not fit what is there.
+
+        """
+        if self.capacity is None:
+            return None
+        dim = self.join_dim()
+        if number == len(self.rooms):
+            self.rooms.append(_empty(selected, dim, self.capacity, dtype, device))
+        room, used = self.rooms[number], self._used(number)
+        count = selected.shape[dim]
+        _check_joinable(self.key, [room, selected], dim, self.join or "")
+        if used + count > self.capacity:
+            raise CapacityError(
+                f"{self.key!r} has room for capacity={self.capacity} along {self.join!r}, of "
+                f"which {used} are taken, but a forward left {count} more; give a larger "
+                "capacity, or read and clear the buffer in between"
+            )
+        return room.narrow(dim, used, count)
+
+    def joined(self, number: int) -> Any:
         """Join one firing over the forwards; a list of them where `join` is None.
 
         Raises:
-            AxisError: There are several forwards, and no axis `join` to join them along.
+            AxisError: There are several forwards, and no axis to join them along.
             JoinError: Their shapes, dtypes or devices differ.
 
         """
-        chunks = self.firings[firing]
+        chunks = self.firings[number]
         for chunk in chunks:
             wait_for(chunk)
-        if join is None:
+        if self.join is None:
             return [chunk.value for chunk in chunks]
         if len(chunks) > 1:
-            dim = self._join_dim(join)
-            _check_joinable(self.key, chunks, dim, join)
+            dim = self.join_dim()
+            _check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
+            _check_alike(self.key, chunks)
             _concatenate(chunks, dim)
-        return chunks[0].value
+        return chunks[0].value.contiguous()
 
     def settle(self) -> None:
         """Wait until every tensor has arrived, and forget how it was waited for."""
@@ -67,30 +127,42 @@ class Column:
             for _ in range(len(chunks)):
                 chunks.append(Owned(wait_for(chunks.popleft())))
 
-    def shape(self, join: str | None) -> str:
+    def shape(self) -> str:
         """Tell the joined shape without joining, since showing it must not cost memory."""
         shapes = [tuple(chunk.value.shape) for chunk in self.firings[0]]
         if len(shapes) == 1:
             return str(shapes[0])
         try:
-            dim = self._join_dim(join or "")
+            dim = self.join_dim()
         except AxisError:
             return f"{len(shapes)} x {shapes[0]}"
         total = sum(shape[dim] for shape in shapes)
         return str((*shapes[0][:dim], total, *shapes[0][dim + 1 :]))
 
-    def _join_dim(self, join: str) -> int:
-        if join in self.axes:
-            return self.axes.index(join)
-        if join == "pos" and "query" in self.axes:
+    def join_dim(self) -> int:
+        """Find the axis along which forwards are joined; rows of tokens are joined as they come.
+
+        Raises:
+            AxisError: There is none.
+
+        """
+        if self.join in self.axes:
+            return self.axes.index(self.join)
+        if self.join == "pos" and "query" in self.axes:
             return self.axes.index("query")
-        if join == "batch" and self.axes and self.axes[0] in {"_", "token"}:
+        first = self.axes[:1]
+        if first == ("token",) or (self.join == "batch" and first == ("_",)):
             return 0
         raise AxisError(
-            f"{self.key!r} was captured in several forwards, but has no axis {join!r} along "
+            f"{self.key!r} was captured in several forwards, but has no axis {self.join!r} along "
             f"which to join them; its axes are {' '.join(self.axes)!r}; keep the axis with a "
             "slice of length one, or capture with join=None for a list"
         )
+
+    def _used(self, number: int) -> int:
+        if number >= len(self.firings) or not self.firings[number]:
+            return 0
+        return self.firings[number][0].value.shape[self.join_dim()]
 
 
 def wait_for(chunk: Owned) -> Tensor:
@@ -100,16 +172,37 @@ def wait_for(chunk: Owned) -> Tensor:
     return chunk.value
 
 
-def _check_joinable(key: str, chunks: Sequence[Owned], dim: int, join: str) -> None:
-    first = chunks[0].value
-    for chunk in chunks:
-        other = chunk.value
+def _empty(
+    selected: Tensor,
+    dim: int,
+    capacity: int,
+    dtype: torch.dtype | None,
+    device: torch.device | None,
+) -> Tensor:
+    """Make room for what will be selected; on Linux it takes memory only as it is filled."""
+    shape = list(selected.shape)
+    shape[dim] = capacity
+    target = selected.device if device is None else device
+    pinned = selected.is_cuda and target.type == "cpu"
+    kind = cast_dtype(selected, dtype)
+    return torch.empty(shape, dtype=kind, device=target, pin_memory=pinned)
+
+
+def _check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) -> None:
+    first = tensors[0]
+    for other in tensors:
         if _others(first, dim) != _others(other, dim):
             raise JoinError(
                 f"{key!r} was captured with the shapes {tuple(first.shape)} and "
                 f"{tuple(other.shape)}, which do not join along {join!r}; give the forwards one "
                 "length (by padding, or with a slice), or capture with join=None for a list"
             )
+
+
+def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
+    first = chunks[0].value
+    for chunk in chunks:
+        other = chunk.value
         if (first.dtype, first.device) != (other.dtype, other.device):
             raise JoinError(
                 f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
@@ -131,15 +224,30 @@ def _concatenate(chunks: deque[Owned], dim: int) -> None:
     first = chunks[0].value
     shape = list(first.shape)
     shape[dim] = sum(chunk.value.shape[dim] for chunk in chunks)
-    with torch.inference_mode(mode=False):
+    with plain_mode():
         joined = torch.empty(shape, dtype=first.dtype, device=first.device)
     del first
-    done = 0
+    done, freed = 0, 0
     try:
         while chunks:
             size = chunks[0].value.shape[dim]
             joined.narrow(dim, done, size).copy_(chunks[0].value)
             done += size
-            chunks.popleft()
+            freed += chunks.popleft().value.nbytes
+            if freed > joined.nbytes // 32:
+                freed = 0
+                _give_back_to_system(joined.device)
     finally:  # an interrupt between two chunks loses neither those behind nor those before it
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
+
+
+def _give_back_to_system(device: torch.device) -> None:
+    """Return freed memory, which glibc keeps for later where the chunks were of a few MiB.
+
+    Without it the process would hold the chunks and what they are joined to at once. Where the
+    C library is another one, there is nothing to be done, and nothing is lost.
+    """
+    if device.type == "cpu" and sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

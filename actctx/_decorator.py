@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
-from torch import nn
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._capture import Capture
+from actctx._capture import Capture, capture
 from actctx._errors import OptionError
 from actctx._names import Names
 from actctx._select import Slice
@@ -38,6 +39,8 @@ def captures(
     device: torch.device | str | None = None,
     stop: bool = False,
     join: str | None = "batch",
+    mask: Shaped[Tensor, "batch pos"] | str | None = None,
+    capacity: int | None = None,
     grad: bool = False,
 ) -> _Decorator:
     """Decorate a function so that each call of it runs in a capture of its own.
@@ -58,6 +61,8 @@ def captures(
         device: See `capture`.
         stop: See `capture`.
         join: See `capture`.
+        mask: See `capture`.
+        capacity: See `capture`.
         grad: See `capture`.
 
     Raises:
@@ -75,7 +80,7 @@ def captures(
     """
 
     def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture:
-        return Capture(
+        return capture(
             _model_of(model, arguments, args, kwargs),
             names,
             slice=slice,
@@ -83,6 +88,8 @@ def captures(
             device=device,
             stop=stop,
             join=join,
+            mask=mask,
+            capacity=capacity,
             grad=grad,
         )
 

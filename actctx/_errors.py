@@ -13,6 +13,7 @@ ActctxError
 ├── NotCapturedError (KeyError)         the buffer does not hold what was asked of it
 ├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
 ├── JoinError (ValueError)              activations of several forwards do not join
+├── CapacityError (ValueError)          more activations came than `capacity=` made room for
 └── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
@@ -69,6 +70,10 @@ class NotCapturedError(ActctxError, KeyError):
 
 class SeveralFiringsError(ActctxError, ValueError):
     """A site fired more than once in a forward, so one tensor would be a silent choice."""
+
+
+class CapacityError(ActctxError, ValueError):
+    """More activations came than `capacity=` made room for."""
 
 
 class JoinError(ActctxError, ValueError):

@@ -15,8 +15,10 @@ in the whole chain of frames waits for a site, and it stops in the outermost.
 """
 
 import functools
+import inspect
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Never, Protocol, runtime_checkable
@@ -64,24 +66,44 @@ class StopForward(Exception):  # noqa: N818  a signal, not an error; torch only 
 
 
 class Frame:
-    """One call of an intercepted forward, and what its watchers have staged."""
+    """One call of an intercepted forward, and what its watchers have staged.
 
-    def __init__(self, watchers: list[Watcher], parent: "Frame | None") -> None:
+    Attributes:
+        inputs: Tells what the forward was called with, its parameters by name.
+        staged: What the sites of each watcher have left so far, firing by firing.
+        counts: How often each site of each watcher has fired.
+        masks: What watchers have found out about the padding of this forward.
+
+    """
+
+    def __init__(
+        self,
+        watchers: list[Watcher],
+        parent: "Frame | None",
+        inputs: Callable[[], dict[str, Any]],
+    ) -> None:
         self.parent = parent
+        self.inputs = inputs
         self.staged: dict[Watcher, dict[str, list[Owned]]] = {watcher: {} for watcher in watchers}
+        self.counts: Counter[tuple[Watcher, str]] = Counter()
+        self.masks: dict[object, Any] = {}
         self.waiting = {watcher: set(watcher.awaited) for watcher in watchers}
         self.stop: bool = any(watcher.stop for watcher in watchers) or (
             parent is not None and parent.stop
         )
 
-    def stage(self, watcher: Watcher, key: str, owned: Owned) -> None:
-        """Keep a tensor until the forward ends, and stop the forward if it was the last.
+    def count(self, watcher: Watcher, key: str) -> int:
+        """Count a firing of a site, and return how often it fired before."""
+        self.counts[watcher, key] += 1
+        return self.counts[watcher, key] - 1
+
+    def satisfy(self, watcher: Watcher, key: str) -> None:
+        """Wait for a site no longer, and stop the forward if it was the last.
 
         Raises:
             StopForward: Nothing waits for the rest of this forward.
 
         """
-        self.staged[watcher].setdefault(key, []).append(owned)
         waiting = self.waiting[watcher]
         waiting.discard(key)
         innermost = _FRAME.get()
@@ -93,6 +115,11 @@ class Frame:
             if any(frame.waiting.values()):
                 return
         raise StopForward(outermost, key)
+
+    @staticmethod
+    def running() -> "Frame | None":
+        """Return the innermost frame of this thread and context."""
+        return _FRAME.get()
 
     def chain(self) -> "list[Frame]":
         """List this frame and those around it, from the inside out."""
@@ -155,7 +182,16 @@ class Interceptor:
         watchers = [w for w in alive if w not in seen and w.is_visible()]
         if not watchers:
             return self._forward(*args, **kwargs)
-        return self._run(Frame(watchers, parent), args, kwargs)
+        inputs = functools.partial(self._inputs, args, kwargs)
+        return self._run(Frame(watchers, parent, inputs), args, kwargs)
+
+    def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Name what the forward is called with, as far as that can be told."""
+        try:
+            named = inspect.signature(self._forward).bind(*args, **kwargs).arguments
+        except (TypeError, ValueError):  # calling it will say what is wrong
+            return kwargs
+        return {**named, **kwargs}
 
     def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for watcher in frame.staged:

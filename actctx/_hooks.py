@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from actctx._names import Place
+from actctx._outputs import Inputs
 
 Fire = Callable[[nn.Module | None, Any], None]
 """What a hook calls: with the module that fired (None for a hook point), and its value."""
@@ -100,7 +101,7 @@ class _PointHook(_SiteHook):
 
 class _InputHook(_SiteHook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._fire(module, args or tuple(kwargs.values()))
+        self._fire(module, Inputs(module, args, kwargs))
 
 
 class _OutputHook(_SiteHook):

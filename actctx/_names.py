@@ -65,6 +65,11 @@ class Site:
             one value for both.
         axes: Names for the axes of a module whose axes are not known, such as
             `"batch pos d_model"`.
+        output: Which tensor to capture of a module that returns several: a position, or a name
+            in a mapping, a dataclass or a `ModelOutput`; with `io="in"` of its inputs, by
+            position or by the name of the parameter. By default the first.
+        firing: Which firing of each forward to keep of a site that fires several times; negative
+            ones count from the last. By default all.
 
     Example:
         >>> Site("blocks.*.attn.hook_pattern", slice={"head": [0, 3]}, dtype=torch.float16)
@@ -78,6 +83,8 @@ class Site:
     device: torch.device | str | None = None
     io: Literal["in", "out"] = "out"
     axes: str | None = None
+    output: int | str | None = None
+    firing: int | None = None
 
     def __post_init__(self) -> None:
         if self.io not in {"in", "out"}:

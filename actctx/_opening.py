@@ -2,24 +2,27 @@
 
 import functools
 import itertools
+import threading
 import weakref
-from collections.abc import Mapping
 from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import fired_axes
-from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
-from actctx._forward import Interceptor, frame_of
+from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
+from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._names import Place, why_it_never_fires
-from actctx._select import Owned, Selector, own
+from actctx._outputs import tensor_of
+from actctx._rows import RowSelector, as_mask, find_rows
+from actctx._select import Owned, Rows, Selector, own, plain_mode
 from actctx._table import shortened
 
 
@@ -31,7 +34,10 @@ class WatchedSite:
     place: Place
     exact: bool
     io: str
+    output: int | str | None
+    firing: int | None
     selector: Selector
+    rows: RowSelector | None
     dtype: torch.dtype | None
     device: torch.device | None
 
@@ -40,6 +46,28 @@ class WatchedSite:
         """The name to show: the alias that the user gave, and what it stands for."""
         known = self.key in self.place.names
         return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
+
+    @property
+    def is_known_at_once(self) -> bool:
+        """Whether a firing that is wanted is known to be it, without the end of the forward."""
+        return self.firing is None or self.firing >= 0
+
+    def axes_of(self, activation: Tensor) -> tuple[str, ...]:
+        """Name the axes of what is captured from an activation."""
+        whole = fired_axes(self.selector.axes or self.place.axes, activation.dim())
+        axes = self.selector.axes_after(whole)
+        return axes if self.rows is None else self.rows.axes_after(axes)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all sites of a capture."""
+
+    stop: bool
+    join: str | None
+    grad: bool
+    mask: Bool[Tensor, "batch pos"] | str | None
+    capacity: int | None
 
 
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
@@ -53,53 +81,74 @@ class Opening:
     collected, and takes its hooks off.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: list[WatchedSite],
-        *,
-        stop: bool,
-        join: str | None,
-        grad: bool,
-    ) -> None:
-        self.buffer = Activations(join, source=type(model).__name__)
-        self.stop = stop
-        self.grad = grad
+    def __init__(self, model: nn.Module, sites: list[WatchedSite], options: Options) -> None:
+        self.buffer = Activations(options.join, source=type(model).__name__)
+        self.stop = options.stop
+        self.grad = options.grad
         self.awaited = frozenset(
             site.key for site in sites if not why_it_never_fires(model, site.place)
         )
         self._model = model
         self._sites = sites
+        self._options = options
         self._number = next(_NUMBERS)
+        self._thread: int | None = None
         self._ran = 0
         self._fired: set[str] = set()
         self._hooks: list[Hook] = []
+        self._detach = weakref.finalize(self, _nothing)
         for site in sites:
-            self.buffer.expect(site.key, site.place.names)
+            self.buffer.expect(site.key, site.place.names, options.capacity)
+
+    # Hooks on, hooks off.
+
+    def attach(self, *, for_block: bool = True) -> None:
+        """Put the hooks on.
+
+        Args:
+            for_block: Whether a block of code runs until they are taken off, in this context and
+                without gradients (or with them, as asked); else any code of this thread may run.
+
+        """
         with ExitStack() as undo:
-            self._open(undo)
-            self._finalizer = weakref.finalize(self, undo.pop_all().close)
+            if for_block:
+                undo.callback(GradMode(enabled=self.grad).restore)
+                _OPEN.set(_OPEN.get() | {self._number})
+                undo.callback(_leave, self._number)
+            else:
+                self._thread = threading.get_ident()
+            undo.callback(Interceptor.watch(self._model, self))
+            self._hooks = [self._put_on(site, undo) for site in self._sites]
+            self._watch_masks(undo)
+            self._detach = weakref.finalize(self, undo.pop_all().close)
 
-    def _open(self, undo: ExitStack) -> None:
-        undo.callback(GradMode(enabled=self.grad).restore)
-        undo.callback(Interceptor.watch(self._model, self))
-        reference = weakref.ref(self)
-        for site in self._sites:
-            hook = Hook(site.place, site.io, functools.partial(_fire, reference, site))
-            undo.callback(hook.remove)
-            self._hooks.append(hook)
-        _OPEN.set(_OPEN.get() | {self._number})
-        undo.callback(_leave, self._number)
+    def _put_on(self, site: WatchedSite, undo: ExitStack) -> Hook:
+        hook = Hook(site.place, site.io, functools.partial(_fire, weakref.ref(self), site))
+        undo.callback(hook.remove)
+        return hook
 
-    def close(self) -> None:
+    def _watch_masks(self, undo: ExitStack) -> None:
+        inner = getattr(self._model, "original_model", None)
+        if self._options.mask == "attention" and isinstance(inner, nn.Module):
+            # A bridge makes a mask of its own for texts.
+            undo.callback(inner.register_forward_pre_hook(_note_mask, with_kwargs=True).remove)
+
+    def detach(self) -> None:
         """Take the hooks off, in reverse, and give the model back as it was."""
-        self._finalizer()
+        self._detach()
+
+    def __enter__(self) -> Activations:
+        self.attach()
+        return self.buffer
+
+    def __exit__(self, *error: object) -> None:
+        self.detach()
 
     # What forwards ask and tell; see `Watcher`.
 
     def is_visible(self) -> bool:
         """Whether the running thread and context are those that opened the capture."""
-        return self._number in _OPEN.get()
+        return self._number in _OPEN.get() or self._thread == threading.get_ident()
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed the hooks."""
@@ -118,6 +167,11 @@ class Opening:
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""
         self._ran += 1
+        for site in self._sites:
+            if not site.is_known_at_once and site.key in forward:
+                last = forward[site.key]
+                forward[site.key] = last[:1] if len(last) == -(site.firing or 0) else []
+        forward = {key: firings for key, firings in forward.items() if firings}
         self._fired.update(forward)
         if forward:
             self.buffer.write(forward)
@@ -129,26 +183,86 @@ class Opening:
         if module is not None and module is not site.place.module:
             return  # a copy of the model, which copied the hook with it
         frame = frame_of(self)
-        if frame is None and not self.is_visible():
+        if frame is None:
+            if self.is_visible():  # called by itself, as `generate` calls an encoder
+                self.write({site.key: [self._own(site, value, None, 0)]})
             return
-        activation = _tensor(site, value)
-        owned = own(activation, site.selector, site.dtype, site.device, grad=self.grad)
-        if site.key not in self._fired:
-            axes = fired_axes(site.selector.axes or site.place.axes, activation.dim())
-            self.buffer.describe(site.key, site.selector.axes_after(axes))
-        if frame is not None:
-            frame.stage(self, site.key, owned)
-        else:  # called by itself, as `generate` calls an encoder
-            self.write({site.key: [owned]})
+        number = frame.count(self, site.key)
+        if site.firing is not None and 0 <= site.firing != number:
+            return
+        staged = frame.staged[self].setdefault(site.key, [])
+        staged.append(self._own(site, value, frame, len(staged)))
+        if site.is_known_at_once:
+            frame.satisfy(self, site.key)
+        else:
+            del staged[: site.firing]
+
+    def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
+        activation = tensor_of(site.shown, value, site.output)
+        column = self.buffer.column(site.key)
+        if not column.firings:
+            column.axes = site.axes_of(activation)
+        with plain_mode():
+            if not self.grad:
+                activation = activation.detach()
+            selected = site.selector.select(activation)
+            rows = None
+            if site.rows is not None:
+                rows = self._rows(site.rows, site.place, selected, frame)
+                selected = site.rows.keep(selected, rows.where)
+            owned = own(
+                selected,
+                copied=site.selector.copies or rows is not None,
+                dtype=site.dtype,
+                device=site.device,
+                room=column.room(
+                    0 if site.firing == -1 else number, selected, site.dtype, site.device
+                ),
+            )
+        return owned if rows is None else owned._replace(rows=rows)
+
+    def _rows(
+        self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
+    ) -> Rows:
+        """Find the rows of real tokens, once for all sites that select alike."""
+        mask = self._mask(place, frame)
+        shape = (selected.shape[0], selected.shape[selector.dim])
+        found: list[Any] = [] if frame is None else frame.masks.setdefault(self, [])
+        for known, steps, known_shape, rows in found:
+            if known is mask and known_shape == shape and steps == selector.tokens.steps:
+                return Rows(rows, shape[0])
+        rows = find_rows(selector, as_mask(mask), shape)
+        found.append((mask, selector.tokens.steps, shape, rows))
+        return Rows(rows, shape[0])
+
+    def _mask(self, place: Place, frame: Frame | None) -> Tensor:
+        if isinstance(self._options.mask, Tensor):
+            return self._options.mask
+        decodes = any(part.startswith("decoder") for part in place.name.split("."))
+        name = "decoder_attention_mask" if decodes else "attention_mask"
+        for running in [] if frame is None else frame.chain():
+            for inputs in (running.inputs(), running.masks.get("inner", {})):
+                if isinstance(inputs.get(name), Tensor):
+                    mask: Tensor = inputs[name]
+                    return mask
+        raise OptionError(
+            f"mask='attention' takes the forward's {name}, but this forward of "
+            f"{type(self._model).__name__} got none; pass it to the model, or give capture the "
+            "mask itself"
+        )
 
     def check_fired(self) -> None:
         """Raise `NeverFiredError` if a forward ran and a site that must fire did not."""
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
         if self._ran and silent:
             names = shortened([site.shown for site in silent])
-            reason = _why_silent(self._model, silent[0].place)
             forwards = f"{self._ran} forward{'s' * (self._ran != 1)}"
+            reason = _why_silent(self._model, silent[0])
             raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")
+
+
+def _nothing() -> None:
+    """Stand in for taking hooks off where there are none."""
 
 
 def _fire(
@@ -159,44 +273,22 @@ def _fire(
         opening.fire(site, module, value)
 
 
+def _note_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    frame = Frame.running()
+    if frame is not None:
+        frame.masks["inner"] = kwargs
+
+
 def _leave(number: int) -> None:
     _OPEN.set(_OPEN.get() - {number})
 
 
-def _tensor(site: WatchedSite, value: Any) -> Tensor:
-    """Find the tensor in what a site yields: of a tuple or a mapping, the first value."""
-    first = value
-    if isinstance(value, Mapping):
-        first = next(iter(value.values()), None)
-    elif isinstance(value, tuple | list):
-        first = value[0] if value else None
-    if isinstance(first, Tensor):
-        return first
-    raise OutputError(
-        f"{site.key!r} yields no tensor to capture but {_describe(value)}; "
-        "capture from one of the modules inside it"
-    )
-
-
-def _describe(value: Any) -> str:
-    name = type(value).__name__
-    if isinstance(value, Mapping):
-        inside = [f"{key}: {type(inner).__name__}" for key, inner in value.items()]
-        return f"{name}({', '.join(inside)})"
-    if isinstance(value, tuple | list):
-        return f"{name}({', '.join(type(inner).__name__ for inner in value)})"
-    return name
-
-
-def _why_silent(model: nn.Module, place: Place) -> str:
-    reason = why_it_never_fires(model, place)
+def _why_silent(model: nn.Module, site: WatchedSite) -> str:
+    reason = why_it_never_fires(model, site.place)
     if reason:
         return reason
-    if hasattr(model, "_orig_mod") or any(m._compiled_call_impl for m in model.modules()):
-        return (
-            "the model is compiled, and a hook in a compiled region may not fire; capture from "
-            "the model before torch.compile"
-        )
-    if place.is_hook_point:
+    if site.firing is not None:
+        return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
+    if site.place.is_hook_point:
         return "the forwards did not reach this hook point; see actctx.hook_names(model)"
     return "the forwards did not call this module, or only its .forward, which skips hooks"

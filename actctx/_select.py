@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
@@ -263,58 +263,84 @@ def _no_index(site: str, index: object) -> OptionError:
     )
 
 
+class Rows(NamedTuple):
+    """Where the rows of a tensor come from, when only real tokens are kept.
+
+    Attributes:
+        where: The sequence and the position of each row.
+        sequences: The number of sequences of the forward.
+
+    """
+
+    where: Int64[Tensor, "token 2"]
+    sequences: int
+
+
 class Owned(NamedTuple):
     """A captured tensor that shares no storage with anything else.
 
     Attributes:
         value: The tensor. With `ready`, it may still be being copied.
         ready: On a GPU, what to wait for before `value` is read on the host.
+        rows: Where its rows come from, with a mask.
 
     """
 
     value: Shaped[Tensor, "..."]
     ready: torch.cuda.Event | None = None
+    rows: Rows | None = None
 
 
 def own(
-    activation: Shaped[Tensor, "..."],
-    selector: Selector,
-    dtype: torch.dtype | None,
-    device: torch.device | None,
+    selected: Shaped[Tensor, "..."],
     *,
-    grad: bool = False,
+    copied: bool = False,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    room: Shaped[Tensor, "..."] | None = None,
 ) -> Owned:
-    """Select, cast and move, in one pass where torch can, into a tensor of one's own.
+    """Cast and move what was selected, in one pass where torch can, into a tensor of one's own.
 
     Args:
-        activation: The activation as it fires.
-        selector: What to select from it.
+        selected: What was selected of an activation, in the autograd graph or out of it.
+        copied: Whether selecting made a copy already, so that no second one is needed.
         dtype: The dtype of the result; only floating-point activations are cast.
         device: The device of the result.
-        grad: Whether the result stays in the autograd graph; else it is detached.
+        room: Where to put the result; a new tensor by default.
 
     """
-    if dtype is not None and not (activation.is_floating_point() or activation.is_complex()):
-        dtype = None
-    if grad:
-        selected = selector.select(activation)
-        return Owned(selected.to(device=device, dtype=dtype, copy=True).contiguous())
-    # What is made in inference mode could not train a probe later.
-    with torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext():
-        selected = selector.select(activation.detach())
-        if device is not None and device.type == "cpu" and selected.is_cuda:
-            return _to_host(selected if dtype is None else selected.to(dtype))
-        copied = selected.to(
+    dtype = cast_dtype(selected, dtype)
+    if room is not None:
+        asynchronous = selected.is_cuda and room.is_pinned()
+        room.copy_(selected, non_blocking=asynchronous)
+        return Owned(room, _recorded(selected) if asynchronous else None)
+    if device is not None and device.type == "cpu" and selected.is_cuda and not selected.grad_fn:
+        # Pinned memory and no waiting, so that the forward goes on meanwhile.
+        cast = selected.to(dtype)
+        value = torch.empty(cast.shape, dtype=cast.dtype, pin_memory=True)
+        value.copy_(cast, non_blocking=True)
+        return Owned(value, _recorded(selected))
+    return Owned(
+        selected.to(
             device=device,
             dtype=dtype,
-            copy=not selector.copies,
+            copy=not copied,
             memory_format=torch.contiguous_format,
         )
-    return Owned(copied)
+    )
 
 
-def _to_host(selected: Shaped[Tensor, "..."]) -> Owned:
-    """Copy to pinned memory without waiting, so that the forward goes on meanwhile."""
-    value = torch.empty(selected.shape, dtype=selected.dtype, pin_memory=True)
-    value.copy_(selected, non_blocking=True)
-    return Owned(value, torch.cuda.current_stream(selected.device).record_event())
+def cast_dtype(selected: Shaped[Tensor, "..."], dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype to cast to: token ids and other integers keep theirs."""
+    casts = selected.is_floating_point() or selected.is_complex()
+    return dtype if dtype is not None and casts else selected.dtype
+
+
+def _recorded(selected: Shaped[Tensor, "..."]) -> torch.cuda.Event:
+    event: torch.cuda.Event = torch.cuda.current_stream(selected.device).record_event()
+    return event
+
+
+def plain_mode() -> AbstractContextManager[object]:
+    """Leave inference mode, in which no tensor could be made that can train a probe later."""
+    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()

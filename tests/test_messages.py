@@ -238,7 +238,7 @@ def test_entering_twice(gpt2):
 
 def test_leaving_what_is_not_open(gpt2):
     assert _said(capture(gpt2, RESID).__exit__, None, None, None) == (
-        "this capture is not open; enter it with a `with` statement"
+        "this capture is not open; enter it with a `with` statement, or open() it"
     )
 
 
@@ -281,8 +281,8 @@ def test_a_site_that_yields_no_tensor(ids):
 
     model = nn.Sequential(Nothing())
     assert _said(_run, model, "0", ids) == (
-        "'0' yields no tensor to capture but dict(hidden: NoneType, x: Tensor); capture from "
-        "one of the modules inside it"
+        "'0' yields no tensor but dict(hidden: NoneType, x: Tensor); choose one with "
+        "Site(output=...), a position or a name, or capture from one of the modules inside it"
     )
 
 

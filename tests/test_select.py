@@ -19,8 +19,8 @@ def z():
 
 
 def _selected(activation, asked, axes=AXES, **options):
-    dtype, device = options.get("dtype"), options.get("device")
-    return own(activation, parse_slice("site", asked, axes), dtype, device).value
+    selector = parse_slice("site", asked, axes)
+    return own(selector.select(activation), copied=selector.copies, **options).value
 
 
 MASK = torch.tensor([True, False, True, False, False, True, False])
@@ -96,7 +96,7 @@ def test_an_index_tensor_is_not_changed_by_later_edits(z):
     index = torch.tensor([0, 1])
     selector = parse_slice("site", index, AXES)
     index += 5
-    assert torch.equal(own(z, selector, None, None).value, z[:, :2])
+    assert torch.equal(selector.select(z), z[:, :2])
 
 
 def test_casting_and_moving_come_after_selecting(z):

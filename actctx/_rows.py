@@ -1,0 +1,128 @@
+"""Padding: the rows of an activation that hold real tokens."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor
+
+from actctx._axes import Axes
+from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._select import Positions, Selector, Step
+
+
+class RowSelector(NamedTuple):
+    """Which of the real tokens of each sequence a site keeps.
+
+    Attributes:
+        site: The name of the site, for messages.
+        dim: The axis of the positions, after the site's other axes were selected from.
+        tokens: What to select along the real tokens of each sequence.
+
+    """
+
+    site: str
+    dim: int
+    tokens: Selector
+
+    @property
+    def is_one_a_sequence(self) -> bool:
+        """Whether an int selects one token of each sequence, so that rows are sequences."""
+        return any(isinstance(step.pick, int) for step in self.tokens.steps)
+
+    def axes_after(self, axes: Axes) -> Axes:
+        """Name the axes of the kept rows."""
+        rest = [axis for dim, axis in enumerate(axes) if dim not in {0, self.dim}]
+        return ("batch" if self.is_one_a_sequence else "token", *rest)
+
+    def keep(
+        self, activation: Shaped[Tensor, "..."], rows: Int64[Tensor, "token 2"]
+    ) -> Shaped[Tensor, "token ..."]:
+        """Copy the rows of an activation that `find_rows` found."""
+        sequence, position = rows.to(activation.device).unbind(1)
+        return activation.movedim(self.dim, 1)[sequence, position]
+
+
+def split_rows(selector: Selector, axes: Axes | None) -> tuple[Selector, RowSelector]:
+    """Divide a slice into what selects real tokens and what selects along other axes.
+
+    Args:
+        selector: The slice of a site.
+        axes: The axes of the site's activations, or None where they are not known.
+
+    Raises:
+        AxisError: The site has no positions, or its axes are not known.
+        OptionError: The slice selects sequences, or positions with a mask of its own.
+
+    """
+    site = selector.site
+    pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
+    if axes is None or pos is None or axes[0] != "batch":
+        known = f"its axes are {' '.join(axes)!r}" if axes else "its axes are not known"
+        raise AxisError(
+            f"mask= keeps real tokens, but {site!r} has no 'batch' and 'pos' axes to find them "
+            f"by: {known}; name them with Site(axes='batch pos ...'), or capture it without mask="
+        )
+    dim = axes.index(pos)
+    tokens = [step for step in selector.steps if step.dim % len(axes) == dim]
+    rest = [step for step in selector.steps if step.dim % len(axes) != dim]
+    if any(step.dim % len(axes) == 0 for step in rest):
+        raise OptionError(
+            f"the slice of {site!r} selects along 'batch', which mask= does not allow; leave the "
+            "sequences out of the mask"
+        )
+    if any(isinstance(step.pick, Positions) and step.pick.length is not None for step in tokens):
+        raise OptionError(
+            f"the slice of {site!r} is a mask along {pos!r}, and there is mask= as well; give one"
+        )
+    dropped = sum(isinstance(step.pick, int) and step.dim % len(axes) < dim for step in rest)
+    along = Selector(site, tuple(Step(0, step.pick, "the real tokens") for step in tokens), None)
+    return Selector(site, tuple(rest), axes), RowSelector(site, dim - dropped, along)
+
+
+def find_rows(
+    selector: RowSelector, mask: Bool[Tensor, "batch pos"], shape: tuple[int, int]
+) -> Int64[Tensor, "token 2"]:
+    """Find the rows to keep: pairs of sequence and position, sequence by sequence.
+
+    Positions in the result count from the start of the activation, padding included; what is
+    selected counts real tokens only, so that -1 is the last of them.
+
+    Args:
+        selector: Which real tokens to keep.
+        mask: Where the real tokens are. With a KV cache it covers what came before, too.
+        shape: The number of sequences and of positions of the activation.
+
+    Raises:
+        SelectionError: The mask is of another shape, or a sequence has no such token.
+
+    """
+    mask = mask[:, -shape[1] :]
+    if tuple(mask.shape) != shape:
+        raise SelectionError(
+            f"{selector.site!r} has {shape[0]} sequences of {shape[1]} positions, but the mask "
+            f"has the shape {tuple(mask.shape)}; give one entry for each position"
+        )
+    rows = []
+    for sequence, real in enumerate(mask):
+        try:
+            kept = selector.tokens.select(real.nonzero().flatten()).reshape(-1)
+        except SelectionError as error:
+            raise SelectionError(f"in sequence {sequence}, {error}") from None
+        rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))
+    return torch.cat(rows)
+
+
+def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
+    """Read a mask, such as a tokenizer's `attention_mask`, on the CPU.
+
+    Raises:
+        OptionError: It is not two-dimensional.
+
+    """
+    if mask.dim() != 2:  # noqa: PLR2004  batch and pos
+        raise OptionError(
+            f"the mask has the shape {tuple(mask.shape)}; give one of the shape batch pos, true "
+            "where there are real tokens"
+        )
+    return mask.detach().bool().cpu()
