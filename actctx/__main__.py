@@ -12,11 +12,21 @@ from typing import Annotated
 import torch
 from torch import nn
 
+from actctx._activations import Activations
 from actctx._errors import ActctxError, OptionError
 from actctx._loading import load
 from actctx._names import Place, find_places, hook_names, resolve
 from actctx._select import Index
-from actctx._sequences import Batch, Result, Sequences, in_batches, paragraphs, run, tokenize
+from actctx._sequences import (
+    Batch,
+    Result,
+    Sequences,
+    count_caches,
+    in_batches,
+    paragraphs,
+    run,
+    tokenize,
+)
 from actctx._table import format_bytes, shortened
 
 try:
@@ -149,7 +159,8 @@ def _capture(
 ) -> None:
     """Run texts through MODEL, capture what every HOOK leaves, show its size and save it.
 
-    A forward stops once the last HOOK has fired. Texts of one length run together, so no forward
+    A text becomes tokens as in TransformerLens, with a BOS token where the model has one. A
+    forward stops once the last HOOK has fired. Texts of one length run together, so no forward
     sees padding; the rows are in the order of the texts. Where texts differ in length, shorter
     rows are filled up with zeros at their end, and `lengths` in the metadata tells them apart.
     """
@@ -163,7 +174,7 @@ def _capture(
         as_dtype = None if dtype is None else getattr(torch, dtype)
         result = run(loaded, hook, batches, slice=selected, dtype=as_dtype, watch=_progress)
         _note_what_was_lost(result, sequences)
-        _print_sizes(result, len(texts))
+        _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
         if out is not None:
             described = {
                 "model_name": model,
@@ -296,8 +307,7 @@ def _table_of(places: Iterable[Place]) -> Table:
     return table
 
 
-def _print_sizes(result: Result, texts: int) -> None:
-    acts = result.activations
+def _print_sizes(acts: Activations, cache_bytes: int, texts: int) -> None:
     table = _table("site", "axes", "shape", "dtype", "bytes")
     table.columns[-1].justify = "right"
     for name, tensor in acts.items():
@@ -307,7 +317,7 @@ def _print_sizes(result: Result, texts: int) -> None:
     _print(table)
     typer.echo(
         f"{format_bytes(acts.nbytes)} captured; run_with_cache would have held "
-        f"{format_bytes(result.cache_bytes)} for the same {texts} text{'s' * (texts != 1)}"
+        f"{format_bytes(cache_bytes)} for the same {texts} text{'s' * (texts != 1)}"
     )
 
 

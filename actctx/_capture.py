@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
-from actctx._names import Names, Request, resolve, why_it_never_fires
+from actctx._names import Names, Request, resolve, uncompiled, why_it_never_fires
 from actctx._opening import Opening, Options, WatchedSite
 from actctx._rows import as_mask, split_rows
 from actctx._select import Slice, parse_slice
@@ -112,7 +112,7 @@ class Capture:
                 "TransformerBridge, a HookedTransformer or a Hugging Face model"
             )
         _check_capacity(options)
-        self._model = model
+        self._model = model = uncompiled(model)
         self._options = options
         sizes = axis_sizes(getattr(model, "cfg", None))
         self._sites = []
@@ -175,7 +175,7 @@ class Capture:
 
         """
         opening = self._begin()
-        opening.attach(for_block=False)
+        opening.attach("thread")
         return opening.buffer
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from actctx._activations import Activations
 from actctx._capture import Capture, capture
 from actctx._errors import OptionError
 from actctx._names import Names
+from actctx._opening import Opening
 from actctx._select import Slice
 
 P = ParamSpec("P")
@@ -26,6 +27,10 @@ ModelOf = nn.Module | Callable[..., nn.Module]
 class _Decorator(Protocol):
     @overload
     def __call__(self, function: Callable[Concatenate[Activations, P], R]) -> Callable[P, R]: ...
+    @overload
+    def __call__(  # type: ignore[overload-overlap]
+        self, function: Callable[P, Coroutine[Any, Any, R]]
+    ) -> Callable[P, Coroutine[Any, Any, tuple[R, Activations]]]: ...
     @overload
     def __call__(self, function: Callable[P, R]) -> Callable[P, tuple[R, Activations]]: ...
 
@@ -51,6 +56,9 @@ def captures(
     buffer, and it is not in the decorated function's signature; put the parameter first and
     type checkers know that as well.
 
+    Plain functions, methods, coroutines, generators and async generators can be decorated. The
+    hooks are on while the function runs, and off while a generator waits to be resumed.
+
     Args:
         names: What to capture; see `capture`.
         model: The model, or a function that finds it from the call's arguments, such as
@@ -66,8 +74,8 @@ def captures(
         grad: See `capture`.
 
     Raises:
-        OptionError: What is decorated is not a plain function or method; or a call has no model
-            among its arguments.
+        OptionError: What is decorated is a class or no function; or a call has no model among
+            its arguments.
 
     Example:
         >>> @captures("blocks.0.hook_resid_post", slice={"pos": -1})
@@ -95,11 +103,11 @@ def captures(
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         _check_function(function)
-        signature = inspect.signature(function)
-        buffer = _buffer_parameter(function, signature)
-        if buffer is None:
-            return _returning(function, signature, open_for)
-        return _receiving(function, signature, buffer, open_for)
+        call = _Call(function, open_for)
+        wrapper = functools.wraps(function)(_wrapper(call))
+        if call.buffer is not None:
+            wrapper.__signature__ = call.shown  # type: ignore[attr-defined]
+        return wrapper
 
     return typing.cast(_Decorator, decorate)
 
@@ -107,40 +115,136 @@ def captures(
 _Open = Callable[[Mapping[str, Any], tuple[Any, ...], Any], Capture]
 
 
-def _returning(
-    function: Callable[..., Any], signature: inspect.Signature, open_for: _Open
-) -> Callable[..., Any]:
-    @functools.wraps(function)
+class _Call:
+    """How a decorated function is called, and what a call of it gives back."""
+
+    def __init__(self, function: Callable[..., Any], open_for: _Open) -> None:
+        self.function = function
+        self._open_for = open_for
+        self._signature = inspect.signature(function)
+        self.buffer = _buffer_parameter(function, self._signature)
+        self.shown = self._signature.replace(
+            parameters=[p for p in self._signature.parameters.values() if p.name != self.buffer]
+        )
+
+    def bind(self, args: Any, kwargs: Any) -> tuple[Capture, Callable[[Activations], Any]]:
+        """Return the capture for one call, and the call itself, which wants the buffer."""
+        bound = self.shown.bind(*args, **kwargs)
+        return self._open_for(bound.arguments, args, kwargs), functools.partial(self._run, bound)
+
+    def _run(self, bound: inspect.BoundArguments, acts: Activations) -> Any:
+        if self.buffer is None:
+            return self.function(*bound.args, **bound.kwargs)
+        given = {**bound.arguments, self.buffer: acts}
+        # In the order of the parameters, as `BoundArguments` wants them.
+        ordered = {name: given[name] for name in self._signature.parameters if name in given}
+        call = inspect.BoundArguments(self._signature, ordered)
+        return self.function(*call.args, **call.kwargs)
+
+    def give(self, result: Any, acts: Activations) -> Any:
+        """Return what a call gives back: a function that received the buffer has it already."""
+        return (result, acts) if self.buffer is None else result
+
+
+def _wrapper(call: _Call) -> Callable[..., Any]:
+    """Wrap a function of any kind."""
+    if inspect.iscoroutinefunction(call.function):
+        return _around_coroutine(call)
+    if inspect.isgeneratorfunction(call.function):
+        return _around_generator(call)
+    if inspect.isasyncgenfunction(call.function):
+        return _around_async_generator(call)
+
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        arguments = signature.bind(*args, **kwargs).arguments
-        with open_for(arguments, args, kwargs) as acts:
-            result = function(*args, **kwargs)
-        return result, acts
+        capturing, run = call.bind(args, kwargs)
+        with capturing as acts:
+            result = run(acts)
+        return call.give(result, acts)
 
     return wrapper
 
 
-def _receiving(
-    function: Callable[..., Any], signature: inspect.Signature, buffer: str, open_for: _Open
-) -> Callable[..., Any]:
-    shown = signature.replace(
-        parameters=[p for name, p in signature.parameters.items() if name != buffer]
-    )
+def _around_coroutine(call: _Call) -> Callable[..., Any]:
+    async def wrapper(*args: Any, **kwargs: Any) -> Any:
+        capturing, run = call.bind(args, kwargs)
+        opening = capturing.prepared()
+        with opening.in_context() as acts:
+            result = await run(acts)
+        opening.check_fired()
+        return call.give(result, acts)
 
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        bound = shown.bind(*args, **kwargs)
-        with open_for(bound.arguments, args, kwargs) as acts:
-            call = signature.bind_partial()
-            call.arguments.update(bound.arguments, **{buffer: acts})
-            # `arguments` must be in the order of the parameters.
-            call.arguments = {
-                p: call.arguments[p] for p in signature.parameters if p in call.arguments
-            }
-            return function(*call.args, **call.kwargs)
-
-    wrapper.__signature__ = shown  # type: ignore[attr-defined]
     return wrapper
+
+
+def _around_generator(call: _Call) -> Callable[..., Any]:
+    def run(args: Any, kwargs: Any) -> tuple[Any, Activations]:
+        capturing, start = call.bind(args, kwargs)
+        opening = capturing.prepared()
+        return _driven(start(opening.buffer), opening), opening.buffer
+
+    def returning(*args: Any, **kwargs: Any) -> Any:
+        return run(args, kwargs)
+
+    def receiving(*args: Any, **kwargs: Any) -> Any:
+        return (yield from run(args, kwargs)[0])
+
+    return returning if call.buffer is None else receiving
+
+
+def _around_async_generator(call: _Call) -> Callable[..., Any]:
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        capturing, start = call.bind(args, kwargs)
+        opening = capturing.prepared()
+        return call.give(_driven_async(start(opening.buffer), opening), opening.buffer)
+
+    return wrapper
+
+
+def _driven(generator: Any, opening: Opening) -> Any:
+    """Run a generator with hooks that are on only while it runs."""
+
+    def step(resume: Callable[..., Any], *value: Any) -> Any:
+        with opening:
+            return resume(*value)
+
+    try:
+        item = step(generator.send, None)
+        while True:
+            try:
+                sent = yield item
+            except GeneratorExit:
+                step(generator.close)
+                raise
+            except BaseException as error:  # noqa: BLE001  whatever it is, it is the generator's
+                item = step(generator.throw, error)
+            else:
+                item = step(generator.send, sent)
+    except StopIteration as end:
+        opening.check_fired()
+        return end.value
+
+
+async def _driven_async(generator: Any, opening: Opening) -> Any:
+    """Run an async generator with hooks that are on only while it runs."""
+
+    async def step(resume: Callable[..., Any], *value: Any) -> Any:
+        with opening.in_context():
+            return await resume(*value)
+
+    try:
+        item = await step(generator.asend, None)
+        while True:
+            try:
+                sent = yield item
+            except GeneratorExit:
+                await step(generator.aclose)
+                raise
+            except BaseException as error:  # noqa: BLE001  whatever it is, it is the generator's
+                item = await step(generator.athrow, error)
+            else:
+                item = await step(generator.asend, sent)
+    except StopAsyncIteration:
+        opening.check_fired()
 
 
 def _check_function(function: Any) -> None:
@@ -156,16 +260,6 @@ def _check_function(function: Any) -> None:
         )
     if not callable(function):
         raise OptionError(f"@captures decorates a function, not {function!r}")
-    for kind, test in (
-        ("async function", inspect.iscoroutinefunction),
-        ("generator", inspect.isgeneratorfunction),
-        ("async generator", inspect.isasyncgenfunction),
-    ):
-        if test(function):
-            raise OptionError(
-                f"@captures cannot decorate the {kind} {function.__name__!r}; use "
-                "`with capture(...)` inside it"
-            )
 
 
 def _buffer_parameter(function: Callable[..., Any], signature: inspect.Signature) -> str | None:

@@ -157,13 +157,14 @@ class Interceptor:
             # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
             model.__dict__["forward"] = interceptor
         reference = weakref.ref(watcher)
-        interceptor._watchers.append(reference)
+        # Replaced, not changed, since other threads may be looking through it.
+        interceptor._watchers = [*interceptor._watchers, reference]
         return functools.partial(interceptor._unwatch, weakref.ref(model), reference)
 
     def _unwatch(
         self, model_reference: "weakref.ref[nn.Module]", reference: "weakref.ref[Watcher]"
     ) -> None:
-        self._watchers.remove(reference)
+        self._watchers = [other for other in self._watchers if other is not reference]
         model = model_reference()
         # Where somebody shadowed it in turn, it stays below, and passes every call through.
         if self._watchers or model is None or model.__dict__.get("forward") is not self:

@@ -109,20 +109,23 @@ def _check_device(device: str) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """Fail at once where there is no network: loading would try again for half a minute."""
+    """Fail at once where there is no network: loading would try again for minutes."""
     from huggingface_hub import HfApi, try_to_load_from_cache
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        if try_to_load_from_cache(name, "config.json") is None:
-            HfApi().model_info(name, timeout=10)
+        HfApi().model_info(name, timeout=10)
     except (HfHubHTTPError, HFValidationError):
         return  # not for want of a network, so loading will say what is wrong
     except Exception as error:
         # Of requests, httpx or httpx2, depending on the version of huggingface_hub.
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if cached and isinstance(error, OfflineModeIsEnabled):
+            return
+        hint = "set HF_HUB_OFFLINE=1 to load it from its cache" if cached else _WITHOUT_NETWORK
+        where = "" if cached else ", and its cache on this machine has no model of that name"
         raise LoadError(
-            f"cannot load {name!r}: the Hugging Face hub could not be reached, and its cache on "
-            f"this machine does not hold a model of that name; {_WITHOUT_NETWORK}"
+            f"cannot load {name!r}: the Hugging Face hub could not be reached{where}; {hint}"
         ) from error
 
 

@@ -130,12 +130,19 @@ def is_hook_point(module: nn.Module) -> bool:
     return "fwd_hooks" in vars(module) and hasattr(type(module), "add_hook")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return what `torch.compile` wrapped, whose names are those that a user knows."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def find_places(model: nn.Module) -> dict[str, Place]:
     """Map every name in a model to its place: hook points first, then modules.
 
     Names of one place share one `Place`. The order is that of registration, in which the layers
     of a model are listed as they run.
     """
+    model = uncompiled(model)
     hook_points: Mapping[str, nn.Module] = getattr(model, "hook_dict", None) or {}
     places = _group(hook_points, hook_points)
     modules = dict(model.named_modules(remove_duplicate=False))

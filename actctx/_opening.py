@@ -4,10 +4,11 @@ import functools
 import itertools
 import threading
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import fired_axes
+from actctx._eager import run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
@@ -70,8 +72,13 @@ class Options:
     capacity: int | None
 
 
+Scope = Literal["block", "context", "thread"]
+
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
 _NUMBERS = itertools.count()
+# Captures of several threads open and close on one model; reentrant, since one that is collected as
+# garbage closes while another opens.
+_LOCK = threading.RLock()
 
 
 class Opening:
@@ -96,31 +103,35 @@ class Opening:
         self._ran = 0
         self._fired: set[str] = set()
         self._hooks: list[Hook] = []
-        self._detach = weakref.finalize(self, _nothing)
+        self._detach: weakref.finalize[..., Opening] = weakref.finalize(self, _nothing)
         for site in sites:
             self.buffer.expect(site.key, site.place.names, options.capacity)
 
     # Hooks on, hooks off.
 
-    def attach(self, *, for_block: bool = True) -> None:
+    def attach(self, scope: Scope = "block") -> None:
         """Put the hooks on.
 
         Args:
-            for_block: Whether a block of code runs until they are taken off, in this context and
-                without gradients (or with them, as asked); else any code of this thread may run.
+            scope: Whose forwards are captured, and what runs without gradients (or with them,
+                as asked): for a `"block"`, the forwards of this context, and all of the block;
+                for a `"context"`, its forwards alone, since other coroutines of the thread may
+                run in between; for a `"thread"`, all forwards of the thread.
 
         """
-        with ExitStack() as undo:
-            if for_block:
+        with _LOCK, ExitStack() as undo:
+            if scope == "block":
                 undo.callback(GradMode(enabled=self.grad).restore)
+            if scope == "thread":
+                self._thread = threading.get_ident()
+            else:
                 _OPEN.set(_OPEN.get() | {self._number})
                 undo.callback(_leave, self._number)
-            else:
-                self._thread = threading.get_ident()
+            undo.callback(run_eagerly())
             undo.callback(Interceptor.watch(self._model, self))
             self._hooks = [self._put_on(site, undo) for site in self._sites]
             self._watch_masks(undo)
-            self._detach = weakref.finalize(self, undo.pop_all().close)
+            self._detach = weakref.finalize(self, _take_off, undo.pop_all())
 
     def _put_on(self, site: WatchedSite, undo: ExitStack) -> Hook:
         hook = Hook(site.place, site.io, functools.partial(_fire, weakref.ref(self), site))
@@ -143,6 +154,15 @@ class Opening:
 
     def __exit__(self, *error: object) -> None:
         self.detach()
+
+    @contextmanager
+    def in_context(self) -> Iterator[Activations]:
+        """Hold the hooks for a coroutine, which may be suspended while others run."""
+        self.attach("context")
+        try:
+            yield self.buffer
+        finally:
+            self.detach()
 
     # What forwards ask and tell; see `Watcher`.
 
@@ -264,6 +284,11 @@ class Opening:
 
 def _nothing() -> None:
     """Stand in for taking hooks off where there are none."""
+
+
+def _take_off(undo: ExitStack) -> None:
+    with _LOCK:
+        undo.close()
 
 
 def _fire(

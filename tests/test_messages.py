@@ -440,15 +440,6 @@ def test_a_decorated_number():
     assert _said(captures(RESID), 3) == "@captures decorates a function, not 3"
 
 
-def test_a_decorated_generator():
-    def study(model):
-        yield model
-
-    assert _said(captures(RESID), study) == (
-        "@captures cannot decorate the generator 'study'; use `with capture(...)` inside it"
-    )
-
-
 def test_a_decorated_call_without_a_model():
     assert _said(captures(RESID)(lambda ids, scale: ids * scale), 3, scale=1) == (
         "no torch module is among the arguments ids, scale of this call; pass the model, or say "

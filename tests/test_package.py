@@ -22,6 +22,7 @@ ROOMS = (
     "_column",
     "_activations",
     "_grad",
+    "_eager",
     "_forward",
     "_hooks",
     "_opening",

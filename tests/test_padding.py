@@ -160,8 +160,9 @@ def test_generate_keeps_the_real_tokens_of_each_step(llama, ids):
 
 
 def test_a_sequence_that_is_too_short_is_named(gpt2, ids):
-    with pytest.raises(SelectionError) as caught, capture(
-        gpt2, RESID, mask="attention", slice=[0, 3]
+    with (
+        pytest.raises(SelectionError) as caught,
+        capture(gpt2, RESID, mask="attention", slice=[0, 3]),
     ):
         gpt2(ids, attention_mask=RIGHT)
     assert str(caught.value) == (
@@ -189,58 +190,49 @@ def test_a_mask_of_another_shape_is_an_error(gpt2, ids):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_is_no_mask_is_refused_before_any_forward(gpt2, mlp):
-    for mask, model, name, options, error, said in [
+@pytest.mark.parametrize(
+    ("mask", "options", "said"),
+    [
         (
             "padding",
-            gpt2,
-            RESID,
             {},
-            OptionError,
             "mask='padding' is no mask; give 'attention' for that of each forward, or a tensor "
             "of the shape batch pos",
         ),
         (
             torch.ones(7),
-            gpt2,
-            RESID,
             {},
-            OptionError,
             "the mask has the shape (7,); give one of the shape batch pos, true where there are "
             "real tokens",
         ),
         (
             "attention",
-            mlp,
-            "block",
-            {},
-            AxisError,
-            "mask= keeps real tokens, but 'block' has no 'batch' and 'pos' axes to find them by: "
-            "its axes are not known; name them with Site(axes='batch pos ...'), or capture it "
-            "without mask=",
-        ),
-        (
-            "attention",
-            gpt2,
-            RESID,
             {"slice": {"batch": 0}},
-            OptionError,
-            "the slice of 'blocks.1.hook_resid_post' selects along 'batch', which mask= does not "
-            "allow; leave the sequences out of the mask",
+            "the slice of 'blocks.1.hook_resid_post' selects along 'batch', which mask= does "
+            "not allow; leave the sequences out of the mask",
         ),
         (
             "attention",
-            gpt2,
-            RESID,
             {"slice": [True] * 7},
-            OptionError,
             "the slice of 'blocks.1.hook_resid_post' is a mask along 'pos', and there is mask= "
             "as well; give one",
         ),
-    ]:
-        with pytest.raises(error) as caught:
-            capture(model, name, mask=mask, **options)
-        assert str(caught.value) == said
+    ],
+)
+def test_what_is_no_mask_is_refused_before_any_forward(gpt2, mask, options, said):
+    with pytest.raises(OptionError) as caught:
+        capture(gpt2, RESID, mask=mask, **options)
+    assert str(caught.value) == said
+
+
+def test_a_site_without_positions_is_refused(mlp):
+    with pytest.raises(AxisError) as caught:
+        capture(mlp, "block", mask="attention")
+    assert str(caught.value) == (
+        "mask= keeps real tokens, but 'block' has no 'batch' and 'pos' axes to find them by: its "
+        "axes are not known; name them with Site(axes='batch pos ...'), or capture it without "
+        "mask="
+    )
 
 
 def test_positions_without_a_mask_are_an_error(gpt2, ids):

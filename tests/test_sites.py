@@ -294,8 +294,10 @@ def test_a_capacity_holds_every_firing_and_the_rows_of_a_mask(looped, ids):
         ),
         (
             {"capacity": 3, "names": Site("block", firing=-2)},
-            "'block' asks for firing=-2, for which capacity= cannot make room; count firings "
-            "from the first",
+            (
+                "'block' asks for firing=-2, for which capacity= cannot make room; count firings "
+                "from the first"
+            ),
         ),
     ],
 )

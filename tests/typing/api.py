@@ -70,3 +70,14 @@ assert_type(Study().run(torch.zeros(1)), tuple[int, Activations])
 capture(model, "a", stop="yes")  # type: ignore[arg-type]
 capture(model, 3)  # type: ignore[arg-type]
 Site("a", io="inside")  # type: ignore[arg-type]
+
+
+@captures("blocks.0.hook_resid_post")
+async def later(model: nn.Module, tokens: Tensor) -> int:
+    """Receive nothing, later."""
+    return 3
+
+
+async def awaited() -> None:
+    """Await a decorated coroutine."""
+    assert_type(await later(model, torch.zeros(1)), tuple[int, Activations])
