@@ -173,9 +173,7 @@ def _capture(
         batches = in_batches(sequences.tokens, batch_size)
         as_dtype = None if dtype is None else getattr(torch, dtype)
         result = run(loaded, hook, batches, slice=selected, dtype=as_dtype, watch=_progress)
-        _note_what_was_lost(result, sequences)
-        _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
-        if out is not None:
+        if out is not None:  # before anything else can fail
             described = {
                 "model_name": model,
                 "hooks": json.dumps(hook),
@@ -185,6 +183,9 @@ def _capture(
                 "transformer_lens": version("transformer_lens"),
             }
             result.activations.save(out, metadata=described)
+        _note_what_was_lost(result, sequences)
+        _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
+        if out is not None:
             typer.echo(f"saved {out}")
 
 
@@ -285,8 +286,8 @@ def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
     cut = [tokens for tokens in sequences.cut if tokens]
     if cut:
         _note(
-            f"{len(cut)} of {len(sequences.cut)} texts are longer than the {sequences.limit} "
-            f"tokens that the model reads: {sum(cut)} tokens were cut off at their ends"
+            f"tokens were cut off at the end of {len(cut)} of the {len(sequences.cut)} texts, "
+            f"{sum(cut)} in all: the model reads {sequences.limit} at once"
         )
     if result.filled:
         lengths = [len(tokens) for tokens in sequences.tokens]

