@@ -21,7 +21,8 @@ from actctx._errors import (
     StoppedError,
 )
 from actctx._forward import Stopped
-from actctx._names import Site, hook_names
+from actctx._names import Site
+from actctx._places import hook_names
 
 __version__ = "0.1.0"
 

@@ -15,7 +15,8 @@ from torch import nn
 from actctx._activations import Activations
 from actctx._errors import ActctxError, OptionError
 from actctx._loading import load
-from actctx._names import Place, find_places, hook_names, resolve
+from actctx._names import resolve
+from actctx._places import Place, Places, hook_names
 from actctx._select import Index
 from actctx._sequences import (
     Batch,
@@ -265,7 +266,7 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
 
 def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
     """List the places that a pattern matches; none is an error that names the closest."""
-    places = find_places(model)
+    places = Places(model)
     found = dict.fromkeys(places[name] for name in hook_names(model, pattern))
     if found or pattern is None:
         return list(found)

@@ -23,7 +23,7 @@ from actctx._errors import (
     OptionError,
     SeveralFiringsError,
 )
-from actctx._names import matches
+from actctx._places import matches
 from actctx._select import Owned
 from actctx._table import Row, as_html, as_text, format_bytes, shortened
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
-from actctx._names import Names, Request, resolve, uncompiled, why_it_never_fires
+from actctx._names import Names, Request, resolve
 from actctx._opening import Opening, Options, WatchedSite
+from actctx._places import uncompiled, why_it_never_fires
 from actctx._rows import as_mask, split_rows
 from actctx._select import Slice, parse_slice
 from actctx._table import shortened

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from actctx._names import Place
 from actctx._outputs import Inputs
+from actctx._places import Place
 
 Fire = Callable[[nn.Module | None, Any], None]
 """What a hook calls: with the module that fired (None for a hook point), and its value."""

@@ -21,8 +21,8 @@ from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
-from actctx._names import Place, why_it_never_fires
 from actctx._outputs import tensor_of
+from actctx._places import Place, why_it_never_fires
 from actctx._rows import RowSelector, as_mask, find_rows
 from actctx._select import Owned, Rows, Selector, own, plain_mode
 from actctx._table import shortened

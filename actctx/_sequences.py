@@ -31,7 +31,7 @@ from actctx._axes import Axes
 from actctx._capture import capture
 from actctx._errors import JoinError, OptionError
 from actctx._hooks import Hook
-from actctx._names import find_places
+from actctx._places import Places
 from actctx._select import Index, Owned
 
 
@@ -257,7 +257,8 @@ def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             held[name] = (reference, storage.nbytes())
 
-    places = {name: place for name, place in find_places(model).items() if place.is_hook_point}
+    found = Places(model)
+    places = {name: found[name] for name in found.hook_points}
     with ExitStack() as undo, torch.no_grad():
         for name, place in places.items():
             undo.callback(Hook(place, "out", functools.partial(see, name)).remove)

@@ -15,6 +15,7 @@ ROOMS = (
     "_errors",
     "_table",
     "_axes",
+    "_places",
     "_names",
     "_outputs",
     "_select",

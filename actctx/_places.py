@@ -1,0 +1,186 @@
+"""The places of a model: its hook points and modules, under all of their names."""
+
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from actctx._axes import Axes, hook_axes, running_order
+
+# Where TransformerLens skips a hook point unless a flag of its config is set.
+_FLAGS = {
+    "attn.hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_mlp_in": "use_hook_mlp_in",
+    "hook_attn_in": "use_attn_in",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """One hook point or module of a model, under all of its names.
+
+    Attributes:
+        name: The name that the model itself gives it.
+        names: Every name that it answers to, its aliases included.
+        module: The `HookPoint`, or the module whose input or output is captured.
+        is_hook_point: Whether the module is a TransformerLens `HookPoint`.
+        siblings: The names of all other places of its kind in the model.
+
+    """
+
+    name: str
+    names: tuple[str, ...]
+    module: nn.Module
+    is_hook_point: bool
+    siblings: Container[str] = field(repr=False)
+
+    @property
+    def axes(self) -> Axes | None:
+        """The names of the activation's axes, or None where they are not known."""
+        if not self.is_hook_point:
+            return None
+        return hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
+
+
+class Places:
+    """All names in a model: those of its hook points, then those of its modules.
+
+    Names of one module are one place, which is made only once it is asked for, since a model has
+    thousands.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        model = uncompiled(model)
+        self.hook_points: Mapping[str, nn.Module] = getattr(model, "hook_dict", None) or {}
+        modules = dict(model.named_modules(remove_duplicate=False))
+        hooked = {id(module) for module in self.hook_points.values()}
+        self.modules = {n: module for n, module in modules.items() if id(module) not in hooked}
+        self._names: dict[int, list[str]] = {}
+        for named in (self.hook_points, self.modules):
+            for name, module in named.items():
+                self._names.setdefault(id(module), []).append(name)
+        self._made: dict[int, Place] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.hook_points or name in self.modules
+
+    def __getitem__(self, name: str) -> Place:
+        named = self.hook_points if name in self.hook_points else self.modules
+        module = named[name]
+        if id(module) not in self._made:
+            names = self.names_of(module)
+            hooked = is_hook_point(module)
+            self._made[id(module)] = Place(names[0], tuple(names), module, hooked, named)
+        return self._made[id(module)]
+
+    def names_of(self, module: nn.Module) -> list[str]:
+        """List the names of a module, first the one that the model itself gives it."""
+        names = self._names.get(id(module), [])
+        own = vars(module).get("name") if is_hook_point(module) else None
+        return [own, *(name for name in names if name != own)] if own in names else names
+
+    def listed(self) -> list[list[str]]:
+        """List the names of what patterns match first: hook points as they run, else modules.
+
+        A bridge lists its hook points alphabetically, layer 10 before layer 2.
+        """
+        hook_points = self._unique(self.hook_points) or [
+            names for names in self._unique(self.modules) if self._is_hook_point(names[0])
+        ]
+        hook_points.sort(key=lambda names: running_order(names[0]))
+        return hook_points or self.listed_modules()
+
+    def listed_modules(self) -> list[list[str]]:
+        """List the names of modules; those that a bridge wrapped are left out."""
+        return [
+            names
+            for names in self._unique(self.modules)
+            if names[0] and "_original_component" not in names[0]
+        ]
+
+    def matching(self, accept: Callable[[str], bool]) -> list[str]:
+        """List what `accept` accepts, each place once, under the first such name of it."""
+        for candidates in (self.listed(), self.listed_modules()):
+            firsts = (next(filter(accept, names), None) for names in candidates)
+            matched = [name for name in firsts if name is not None]
+            if matched:
+                return matched
+        return []
+
+    def _unique(self, named: Mapping[str, nn.Module]) -> list[list[str]]:
+        unique = {id(module): module for module in named.values()}
+        return [self.names_of(module) for module in unique.values()]
+
+    def _is_hook_point(self, name: str) -> bool:
+        return is_hook_point(self.modules[name])
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.hook_points
+        yield from self.modules
+
+
+def is_hook_point(module: nn.Module) -> bool:
+    """Recognise a TransformerLens `HookPoint` of any generation without importing it."""
+    return "fwd_hooks" in vars(module) and hasattr(type(module), "add_hook")
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return what `torch.compile` wrapped, whose names are those that a user knows."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Tell whether a dotted name matches a glob.
+
+    `*`, `?` and `[0-3]` stay within one component of the name, `**` spans any number of them. A
+    pattern without a dot matches the last component, at any depth, as in a `.gitignore`.
+    """
+    if "." not in pattern and pattern != "**":
+        return fnmatchcase(name.rpartition(".")[2], pattern)
+    return _match_parts(name.split("."), pattern.split("."))
+
+
+def _match_parts(parts: list[str], pattern: list[str]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_match_parts(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return (
+        bool(parts) and fnmatchcase(parts[0], pattern[0]) and _match_parts(parts[1:], pattern[1:])
+    )
+
+
+def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
+    """List what can be captured from a model, aliases included.
+
+    Args:
+        model: A TransformerLens model, whose hook points are listed, or any module, whose
+            submodules are.
+        pattern: A glob that the names must match; see `capture`.
+
+    Returns:
+        The names, aliases directly behind their canonical name. Hook points come in the order
+        in which a block that normalizes first runs them (one that normalizes last, as BERT's,
+        runs its norms later); modules come in the order of their definition.
+
+    Example:
+        >>> hook_names(model, "blocks.0.hook_resid_*")
+        ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post']
+
+    """
+    listed = dict.fromkeys(name for names in Places(model).listed() for name in names)
+    return [name for name in listed if pattern is None or matches(name, pattern)]
+
+
+def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
+    """Say why a hook point can never fire as the model is set up now, and how to change that."""
+    config = getattr(model, "cfg", None)
+    for ending, flag in _FLAGS.items():
+        if place.is_hook_point and place.name.endswith(ending) and not getattr(config, flag, True):
+            return f"{flag} is off: call model.set_{flag}(True) first"
+    return None
