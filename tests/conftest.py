@@ -6,6 +6,7 @@ import torch
 from models import Mlp, bridge, huggingface, tokens
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; none shall wait for it
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
