@@ -92,7 +92,8 @@ class Activations(Mapping[str, Tensor]):
         if len(column.firings) > 1:
             raise SeveralFiringsError(
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
-                f"tensor; acts.firings({name!r}) has them all"
+                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
+                "keeps the last"
             )
         return column.joined(0)
 

@@ -1,6 +1,7 @@
 """Tiny models of every architecture, built from their configs, with fixed weights."""
 
 import functools
+from importlib.metadata import version
 
 import torch
 import transformers
@@ -54,7 +55,10 @@ _CONFIGS = {
         },
     ),
 }
-ARCHITECTURES = tuple(_CONFIGS)
+GENERATION = int(version("transformer_lens").split(".")[0])
+# The T5 bridge of TransformerLens 3.9 does not run on transformers 5.
+HAS_T5 = GENERATION >= 4
+ARCHITECTURES = tuple(name for name in _CONFIGS if HAS_T5 or not name.startswith("T5"))
 
 
 def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> nn.Module:
@@ -71,6 +75,17 @@ def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
     """Build a tiny `TransformerBridge` of an architecture."""
     model = huggingface(architecture, seed=seed)
     return build_bridge_from_module(model, architecture, hf_config=model.config)
+
+
+def tiny_transformer(**options: object) -> nn.Module:
+    """Build a small GPT-2, or a `HookedTransformer` with options, of the installed generation."""
+    if GENERATION >= 4:  # 4.0 removed HookedTransformer
+        return bridge("GPT2LMHeadModel")
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 64, "d_head": 8, "n_heads": 4, "d_mlp": 64}
+    common = {"d_vocab": VOCAB, "act_fn": "gelu", "seed": 0, "device": "cpu"}
+    return HookedTransformer(HookedTransformerConfig(**{**sizes, **common, **options})).eval()
 
 
 def tokens(batch: int = BATCH, pos: int = POS, seed: int = 0) -> Tensor:
@@ -95,7 +110,9 @@ class Mlp(nn.Module):
         return self.head(self.block(hidden) if self.twice else hidden)
 
 
-def plainly_hooked(model: nn.Module, ids: Tensor, *names: str) -> dict[str, list[Tensor]]:
+def plainly_hooked(
+    model: nn.Module, ids: Tensor, *names: str, **kwargs: Tensor
+) -> dict[str, list[Tensor]]:
     """Read hook points the plain way: what `capture` must agree with, bit for bit."""
     fired: dict[str, list[Tensor]] = {}
 
@@ -109,7 +126,7 @@ def plainly_hooked(model: nn.Module, ids: Tensor, *names: str) -> dict[str, list
         point.add_hook(functools.partial(keep, name))
     try:
         with torch.no_grad():
-            model(ids)
+            model(ids, **kwargs)
     finally:
         for point in points.values():
             point.remove_hooks()

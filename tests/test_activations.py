@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from models import Mlp, tokens
+from models import HAS_T5, Mlp, tokens
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -261,6 +261,7 @@ def test_layers_of_different_shapes_do_not_stack(gpt2, ids):
         acts.stack("hook_resid_post")
 
 
+@pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
 def test_layers_of_two_stacks_do_not_stack(ids):
     from models import bridge
 

@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models import Mlp, bridge, hooks_of, plainly_hooked, tokens
+from models import HAS_T5, Mlp, bridge, hooks_of, plainly_hooked, tokens
 from torch import nn
 
 from actctx import (
@@ -442,6 +442,7 @@ def test_a_part_called_by_itself_is_captured(llama, ids):
     assert acts.tensor.shape == (3, 7, 32)
 
 
+@pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
 def test_the_encoder_that_generate_calls_is_captured(ids):
     model = bridge("T5ForConditionalGeneration").original_model
     with capture(model, "encoder.block.0", join=None) as acts:

@@ -61,6 +61,8 @@ def test_the_readme_has_its_two_commands():
 def test_no_page_is_longer_than_the_line_that_git_shows():
     for page in PAGES:
         lines = [
-            line for line in page.read_text().splitlines() if not line.startswith(("|", "python3", "actctx "))
+            line
+            for line in page.read_text().splitlines()
+            if not line.startswith(("|", "python3", "actctx "))
         ]
         assert max(map(len, lines)) <= 110, page.name

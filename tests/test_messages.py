@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from models import Mlp, bridge, tokens
+from models import HAS_T5, Mlp, bridge, tokens
 from torch import nn
 
 from actctx import ActctxError, Activations, Site, capture, captures
@@ -350,7 +350,7 @@ def test_several_firings():
     acts = _run(Mlp(twice=True), "block")
     assert _said(acts.__getitem__, "block") == (
         "'block' fired 2 times in one forward, so it is not one tensor; acts.firings('block') "
-        "has them all"
+        "has them all, and Site('block', firing=-1) keeps the last"
     )
 
 
@@ -390,6 +390,7 @@ def test_a_stack_of_nothing(gpt2):
     )
 
 
+@pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
 def test_a_stack_of_two_stacks():
     acts = _run(bridge("T5ForConditionalGeneration"), "*hook_resid_post")
     assert _said(acts.stack, "hook_resid_post") == (

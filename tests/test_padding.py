@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import bridge, plainly_hooked, tokens
+from models import HAS_T5, bridge, plainly_hooked, tokens
 
 from actctx import AxisError, NotCapturedError, OptionError, SelectionError, Site, capture
 
@@ -132,6 +132,7 @@ def test_the_mask_that_a_bridge_makes_for_texts_is_found():
     assert torch.allclose(acts.tensor, torch.cat(alone), atol=1e-5)
 
 
+@pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
 def test_an_encoder_and_a_decoder_have_masks_of_their_own(ids, mask):
     model = bridge("T5ForConditionalGeneration")
     other = torch.ones(3, 5).long()

@@ -1,0 +1,176 @@
+"""What only TransformerLens 2 and 3 have, and hooked modules of one's own."""
+
+import pytest
+import torch
+from models import GENERATION, hooks_of, plainly_hooked, tiny_transformer, tokens
+from torch import nn
+
+from actctx import HooksRemovedError, SeveralFiringsError, Site, Stopped, capture
+
+hooked = pytest.mark.skipif(GENERATION >= 4, reason="TransformerLens 4.0 removed these models")
+LLAMA = {
+    "n_key_value_heads": 2,
+    "gated_mlp": True,
+    "act_fn": "silu",
+    "positional_embedding_type": "rotary",
+    "rotary_dim": 8,
+    "normalization_type": "RMS",
+}
+FLAGS = {
+    "use_attn_result": True,
+    "use_hook_mlp_in": True,
+    "use_split_qkv_input": True,
+}
+
+
+def _agrees(model, ids, **kwargs):
+    """Assert that every hook point that fires is captured as a plain hook sees it."""
+    before = hooks_of(model)
+    expected = plainly_hooked(model, ids, **kwargs)
+    with capture(model, "**") as acts:
+        model(ids, **kwargs)
+    assert set(acts) == set(expected)
+    for name, firings in expected.items():
+        assert len(acts.firings(name)) == len(firings)
+        for found, wanted in zip(acts.firings(name), firings, strict=True):
+            assert torch.equal(found, wanted), name
+    assert hooks_of(model) == before
+    return acts
+
+
+@hooked
+@pytest.mark.parametrize("options", [{}, LLAMA, FLAGS, {**LLAMA, **FLAGS}])
+def test_a_hooked_transformer_is_captured_bit_for_bit(ids, options):
+    _agrees(tiny_transformer(**options), ids)
+
+
+@hooked
+@pytest.mark.parametrize("options", [{}, LLAMA])
+def test_a_hooked_transformer_stops_anywhere(ids, options):
+    model = tiny_transformer(**options)
+    expected = plainly_hooked(model, ids)
+    for name, firings in expected.items():
+        with capture(model, name, stop=True, join=None) as acts:
+            assert isinstance(model(ids), Stopped)
+        assert torch.equal(acts[name][0], firings[0]), name
+    assert torch.equal(
+        plainly_hooked(model, ids)["unembed.hook_out"][0], expected["unembed.hook_out"][0]
+    )
+
+
+@hooked
+def test_a_norm_that_is_split_fires_three_times(ids):
+    model = tiny_transformer(use_split_qkv_input=True)
+    name = "blocks.0.ln1.hook_normalized"
+    with capture(model, name) as acts:
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        acts[name]
+    assert [part.shape for part in acts.firings(name)] == [(3, 7, 4, 32)] * 3
+    with capture(model, {"query": Site(name, firing=0), "value": Site(name, firing=-1)}) as acts:
+        model(ids)
+    assert acts["query"].shape == acts["value"].shape == (3, 7, 4, 32)
+
+
+@hooked
+def test_grouped_heads_are_told_apart(ids):
+    model = tiny_transformer(**LLAMA)
+    with capture(model, ["blocks.0.attn.hook_q", "blocks.0.attn.hook_k"]) as acts:
+        model(ids)
+    assert acts.axes("blocks.0.attn.hook_k") == ("batch", "pos", "kv_head", "d_head")
+    assert acts["blocks.0.attn.hook_k"].shape == (3, 7, 2, 8)
+    with pytest.raises(LookupError, match="has no axis 'head'"):
+        capture(model, "blocks.0.attn.hook_k", slice={"head": 3})
+
+
+@hooked
+def test_no_stale_hook_is_left_in_the_list_of_a_hook_point(ids):
+    model = tiny_transformer()
+    point = model.hook_dict["blocks.0.hook_resid_post"]
+    with capture(model, "blocks.0.hook_resid_post"):
+        model(ids)
+        assert len(point.fwd_hooks) == 1
+    assert point.fwd_hooks == []
+    assert not point._forward_hooks
+
+
+@hooked
+def test_reset_hooks_is_noticed(ids):
+    model = tiny_transformer()
+    with pytest.raises(HooksRemovedError), capture(model, "blocks.0.hook_resid_post"):
+        model.reset_hooks()
+        model(ids)
+
+
+@hooked
+def test_a_hooked_encoder_is_captured_bit_for_bit(ids):
+    from transformer_lens import HookedEncoder, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=2,
+        d_model=32,
+        n_ctx=64,
+        d_head=8,
+        n_heads=4,
+        d_mlp=64,
+        d_vocab=50,
+        act_fn="gelu",
+        attention_dir="bidirectional",
+        normalization_type="LN",
+        device="cpu",
+    )
+    torch.manual_seed(0)
+    model = HookedEncoder(config).eval()
+    acts = _agrees(model, ids)
+    assert acts.axes("blocks.0.attn.hook_pattern") == ("batch", "head", "query", "key")
+
+
+@hooked
+def test_a_hooked_encoder_decoder_is_captured_bit_for_bit(ids):
+    from transformer_lens import HookedEncoderDecoder, HookedTransformerConfig
+
+    config = HookedTransformerConfig(
+        n_layers=2,
+        d_model=32,
+        n_ctx=64,
+        d_head=8,
+        n_heads=4,
+        d_mlp=64,
+        d_vocab=50,
+        act_fn="relu",
+        attention_dir="bidirectional",
+        normalization_type="RMS",
+        positional_embedding_type="relative_positional_bias",
+        use_attn_scale=False,
+        tie_word_embeddings=False,
+        relative_attention_max_distance=128,
+        relative_attention_num_buckets=32,
+        device="cpu",
+    )
+    torch.manual_seed(0)
+    model = HookedEncoderDecoder(config).eval()
+
+    _agrees(model, ids, decoder_input=tokens(3, 5))
+
+
+def test_a_hooked_module_of_ones_own_is_captured(ids):
+    from transformer_lens.hook_points import HookPoint
+
+    try:
+        from transformer_lens.HookedRootModule import HookedRootModule
+    except ModuleNotFoundError:  # before 3.0
+        from transformer_lens.hook_points import HookedRootModule
+
+    class Toy(HookedRootModule):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(50, 8)
+            self.hook_middle = HookPoint()
+            self.head = nn.Linear(8, 2)
+            self.setup()
+
+        def forward(self, ids):
+            return self.head(self.hook_middle(self.embed(ids)))
+
+    acts = _agrees(Toy(), ids)
+    assert acts.axes("hook_middle") == ("_", "_", "_")
