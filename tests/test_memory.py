@@ -98,3 +98,16 @@ for _ in range(10):
 tensor = torch.cat(kept)
 """
     assert _peak(body) > (2 * 400 - 8) * MIB
+
+
+@pytest.mark.parametrize("options", ["", ", capacity=64"])
+def test_gathering_64_batches_takes_the_payload_and_one_batch(options):
+    # Of a size that the C library keeps for later when it is freed.
+    body = f"""
+with capture(model, "wide", stop=True{options}) as acts:
+    for _ in range(64):
+        model(4)
+tensor = acts.tensor
+assert tensor.nbytes == 256 * MIB
+"""
+    assert _peak(body) < (256 + 4 + 16) * MIB
