@@ -1,7 +1,6 @@
 """The buffer that is handed back: captured tensors by name."""
 
 import json
-import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +14,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._column import Column, wait_for
+from actctx._column import Column, give_back_to_system, wait_for
 from actctx._errors import (
     HookNameError,
     JoinError,
@@ -23,7 +22,7 @@ from actctx._errors import (
     OptionError,
     SeveralFiringsError,
 )
-from actctx._places import matches
+from actctx._places import in_layers
 from actctx._select import Owned
 from actctx._table import Row, as_html, as_text, format_bytes, shortened
 
@@ -46,8 +45,8 @@ class Activations(Mapping[str, Tensor]):
     ran. A buffer is not safe to read in one thread while another thread runs a forward into it.
 
     `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
-    alias of it; `acts.resid` does for an alias that is an identifier. With `join=None` a list
-    of tensors is read, one for each forward.
+    alias of it; `acts.resid` does for an alias that is an identifier. With `join=None` a list of
+    tensors is read, one for each forward. An edit in place is an edit of the buffer.
     """
 
     def __init__(self, join: str | None = "batch", *, source: str = "") -> None:
@@ -56,6 +55,7 @@ class Activations(Mapping[str, Tensor]):
         self._columns: dict[str, Column] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
+        self._written = self._trimmed = 0
 
     # What a capture does with its buffer.
 
@@ -73,6 +73,11 @@ class Activations(Mapping[str, Tensor]):
         for key, firings in forward.items():
             self._order.setdefault(key)
             self._columns[key].write(firings)
+            self._written += sum(chunk.value.nbytes for chunk in firings)
+        # Between what is kept lie holes of what was freed, which would come to as much again.
+        if self._written - self._trimmed > max(2**24, self._written // 16):
+            self._trimmed = self._written
+            give_back_to_system(torch.device("cpu"))
 
     # What its reader does.
 
@@ -132,7 +137,9 @@ class Activations(Mapping[str, Tensor]):
             raise OptionError(
                 "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
             )
-        if len(self) != 1:
+        if not self:
+            raise NotCapturedError(f"there is no tensor to read: {self._why_empty()}")
+        if len(self) > 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
                 f"{self._listed()}; read acts[name]"
@@ -206,24 +213,40 @@ class Activations(Mapping[str, Tensor]):
 
         Args:
             name: The name within a layer, such as `"hook_resid_post"` or `"attn.hook_z"`; or a
-                pattern of whole names, such as `"encoder_blocks.*.hook_resid_post"`.
+                pattern of whole names, such as `"encoder_blocks.*.hook_resid_post"` or, for the
+                layers themselves, `"model.layers.*"`.
 
         Raises:
             NotCapturedError: No captured site has this name in any layer.
-            JoinError: The layers do not have one shape, or are of several stacks.
+            HookNameError: The name means sites of several stacks of layers.
+            JoinError: The layers do not have one shape.
+            OptionError: With `join=None` there are lists of tensors.
 
         """
+        if self._join is None:
+            raise OptionError(
+                "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
+                "tensors of the lists yourself"
+            )
         return torch.stack([self[key] for key in self._layers(name)])
 
     def to(
-        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
     ) -> "Activations":
         """Copy to a device or a dtype; floating-point activations are cast, others only moved.
+
+        Args:
+            device: The device, or, as for a tensor, a dtype in its place.
+            dtype: The dtype.
 
         Returns:
             A new buffer. Drop this one to free what it holds.
 
         """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
 
         def move(chunk: Owned) -> Owned:
             wait_for(chunk)
@@ -299,6 +322,8 @@ class Activations(Mapping[str, Tensor]):
 
     def _summary(self) -> tuple[str, list[Row]]:
         forwards = f"{self._forwards} forward{'s' * (self._forwards != 1)}"
+        if self._forwards and self.missing:
+            forwards += f", {len(self.missing)} missing"
         sites = f"{len(self)} site{'s' * (len(self) != 1)}"
         size = format_bytes(self.nbytes)
         return f"Activations: {sites}, {size}, {forwards}", [*map(self._row, self)]
@@ -336,31 +361,28 @@ class Activations(Mapping[str, Tensor]):
         column = self._find(name)
         if column is not None and column.firings:
             return column
-        if column is None:
+        if self._forwards == 0:
+            reason = self._why_empty()
+        elif column is None:
             reason = f"the captured names are {self._listed()}"
-        elif self._forwards == 0:
-            reason = "no forward has run since the block began or the buffer was cleared"
         else:
             reason = f"it never fired in {self._forwards} forwards"
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
 
+    def _why_empty(self) -> str:
+        model = self._source or "the model"
+        return f"no forward of {model} has run since the block began or the buffer was cleared"
+
     def _listed(self) -> str:
-        return shortened([repr(key) for key in self._order] or ["none yet"])
+        return shortened([repr(key) for key in self._order])
 
     def _layers(self, name: str) -> list[str]:
-        whole = any(character in name for character in "*?[")
-        in_layer = re.compile(r"(.*?)(\d+)\." + (".*" if whole else re.escape(name)))
-        found: dict[int, list[str]] = {}
-        for key in self._order:
-            for other in dict.fromkeys((key, *self._columns[key].names)):
-                match = in_layer.fullmatch(other)
-                if match and (not whole or matches(other, name)):
-                    found.setdefault(int(match[2]), []).append(key)
-                    break
+        found = in_layers({key: (key, *self._columns[key].names) for key in self._order}, name)
         if not found:
             raise NotCapturedError(
                 f"no captured site is {name!r} in some layer; the captured names are "
-                f"{self._listed()}"
+                f"{self._listed()}; give a name within a layer, as in stack('attn.hook_z'), or a "
+                "pattern of whole names, as in stack('model.layers.*')"
             )
         double = next((keys for keys in found.values() if len(keys) > 1), None)
         if double:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Never
 
 import torch
 from jaxtyping import Shaped
@@ -214,6 +215,18 @@ class Capture:
         opening.detach()
         return opening
 
+    def __getattr__(self, name: str) -> Never:
+        raise AttributeError(
+            f"a capture has no {name!r}; what it captures is in the buffer: "
+            "`with capture(...) as acts`"
+        )
+
+    def __getitem__(self, name: object) -> Never:
+        raise CaptureStateError(
+            f"a capture holds nothing under {name!r}; what it captures is in the buffer: "
+            "`with capture(...) as acts`"
+        )
+
     def __repr__(self) -> str:
         names = shortened([repr(site.key) for site in self._sites], most=3)
         state = "open" if self._opening else "not open"
@@ -233,8 +246,10 @@ def _site(
     asked, place = request.site, request.place
     axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
     dtype = asked.dtype if asked.dtype is not None else dtype
-    if not isinstance(dtype, torch.dtype | None):
-        raise OptionError(f"dtype={dtype!r} is no torch dtype; give one such as torch.float16")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(
+            f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
+        )
     taken = slice_ if asked.slice is None else asked.slice
     selector = parse_slice(request.key, taken, axes, {} if options.mask is not None else sizes)
     rows = None
@@ -247,6 +262,7 @@ def _site(
         io=asked.io,
         output=asked.output,
         firing=asked.firing,
+        named_axes=None if asked.axes is None else axes,
         selector=selector,
         rows=rows,
         dtype=dtype,

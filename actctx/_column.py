@@ -46,7 +46,9 @@ class Column:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of what was captured."""
+        """The bytes that it holds; with a capacity, those of the whole room."""
+        if self.rooms:
+            return sum(room.nbytes for room in self.rooms)
         return sum(chunk.value.nbytes for chunks in self.firings for chunk in chunks)
 
     def clear(self) -> None:
@@ -129,15 +131,18 @@ class Column:
 
     def shape(self) -> str:
         """Tell the joined shape without joining, since showing it must not cost memory."""
-        shapes = [tuple(chunk.value.shape) for chunk in self.firings[0]]
-        if len(shapes) == 1:
-            return str(shapes[0])
+        tensors = [chunk.value for chunk in self.firings[0]]
+        shapes = [str(tuple(tensor.shape)) for tensor in tensors]
+        if len(shapes) == 1 and self.join is not None:
+            return shapes[0]
         try:
             dim = self.join_dim()
-        except AxisError:
-            return f"{len(shapes)} x {shapes[0]}"
-        total = sum(shape[dim] for shape in shapes)
-        return str((*shapes[0][:dim], total, *shapes[0][dim + 1 :]))
+            _check_joinable(self.key, tensors, dim, self.join or "")
+        except (AxisError, JoinError):
+            alike = len(set(shapes)) == 1
+            return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
+        total = sum(tensor.shape[dim] for tensor in tensors)
+        return str((*tensors[0].shape[:dim], total, *tensors[0].shape[dim + 1 :]))
 
     def join_dim(self) -> int:
         """Find the axis along which forwards are joined; rows of tokens are joined as they come.
@@ -236,12 +241,12 @@ def _concatenate(chunks: deque[Owned], dim: int) -> None:
             freed += chunks.popleft().value.nbytes
             if freed > joined.nbytes // 32:
                 freed = 0
-                _give_back_to_system(joined.device)
+                give_back_to_system(joined.device)
     finally:  # an interrupt between two chunks loses neither those behind nor those before it
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
 
 
-def _give_back_to_system(device: torch.device) -> None:
+def give_back_to_system(device: torch.device) -> None:
     """Return freed memory, which glibc keeps for later where the chunks were of a few MiB.
 
     Without it the process would hold the chunks and what they are joined to at once. Where the

@@ -62,8 +62,8 @@ def captures(
     Args:
         names: What to capture; see `capture`.
         model: The model, or a function that finds it from the call's arguments, such as
-            `lambda self, *args: self.model`. By default the first `torch.nn.Module` among the
-            arguments of the call.
+            `lambda self, *args, **kwargs: self.model`. By default the first `torch.nn.Module`
+            among the arguments of the call.
         slice: See `capture`, as for all options that follow.
         dtype: See `capture`.
         device: See `capture`.
@@ -249,6 +249,11 @@ async def _driven_async(generator: Any, opening: Opening) -> Any:
 
 def _check_function(function: Any) -> None:
     """Refuse what cannot be wrapped, with what to do instead."""
+    if isinstance(function, nn.Module):
+        raise OptionError(
+            f"@captures wants to decorate a function but got a {type(function).__name__}; name "
+            "what to capture, as in @captures('blocks.0.hook_resid_post')"
+        )
     if isinstance(function, type):
         raise OptionError(
             f"@captures cannot decorate the class {function.__name__!r}; decorate its methods"
@@ -292,5 +297,6 @@ def _model_of(
                 return inner
     raise OptionError(
         f"no torch module is among the arguments {', '.join(arguments) or '(none)'} of this call; "
-        "pass the model, or say where it is: @captures(..., model=lambda self, *args: self.model)"
+        "pass the model, or say where it is: @captures(..., model=model), or "
+        "model=lambda self, *args, **kwargs: self.model for a method"
     )

@@ -258,8 +258,11 @@ class Stopped:
     def __torch_function__(
         cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: Any = None
     ) -> Never:
-        found = [value for value in (*args, *(kwargs or {}).values()) if isinstance(value, cls)]
-        (found or [cls("the model", "its last site")])[0]._refuse()
+        given: list[Any] = [*args, *(kwargs or {}).values()]
+        while not isinstance(given[0], cls):  # torch.stack and its like take lists
+            first = given.pop(0)
+            given += first if isinstance(first, list | tuple) else []
+        given[0]._refuse()
 
     __setattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __call__ = _refuse
     __contains__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = _refuse
@@ -267,4 +270,5 @@ class Stopped:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
     __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
     __matmul__ = __rmatmul__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
+    __array__ = _refuse
     __hash__ = object.__hash__

@@ -221,4 +221,9 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
     hint = f"; closest: {', '.join(map(repr, closest))}" if closest else ""
     if any(_is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"
+    if kind == "module" and any("hook_" in name for name in unknown):
+        hint += (
+            "; this model has no hook points, its names are those of named_modules(), such as "
+            f"{listed[-1]!r}"
+        )
     return f"no {kind} matches {', '.join(map(repr, unknown))}{hint} (see actctx.hook_names(model))"

@@ -15,9 +15,9 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import fired_axes
+from actctx._axes import Axes, fired_axes
 from actctx._eager import run_eagerly
-from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
+from actctx._errors import AxisError, HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
@@ -38,6 +38,7 @@ class WatchedSite:
     io: str
     output: int | str | None
     firing: int | None
+    named_axes: Axes | None
     selector: Selector
     rows: RowSelector | None
     dtype: torch.dtype | None
@@ -54,9 +55,19 @@ class WatchedSite:
         """Whether a firing that is wanted is known to be it, without the end of the forward."""
         return self.firing is None or self.firing >= 0
 
+    def check_axes(self, activation: Tensor) -> None:
+        """Refuse axes that the user named but that the activation does not have."""
+        if self.named_axes is not None and len(self.named_axes) != activation.dim():
+            raise AxisError(
+                f"{self.shown} fired with the shape {tuple(activation.shape)}, but "
+                f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
+                "each axis that it has"
+            )
+
     def axes_of(self, activation: Tensor) -> tuple[str, ...]:
         """Name the axes of what is captured from an activation."""
-        whole = fired_axes(self.selector.axes or self.place.axes, activation.dim())
+        known = self.named_axes if self.named_axes is not None else self.place.axes
+        whole = fired_axes(known, activation.dim())
         axes = self.selector.axes_after(whole)
         return axes if self.rows is None else self.rows.axes_after(axes)
 
@@ -220,6 +231,7 @@ class Opening:
 
     def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
         activation = tensor_of(site.shown, value, site.output)
+        site.check_axes(activation)
         column = self.buffer.column(site.key)
         if not column.firings:
             column.axes = site.axes_of(activation)
@@ -315,6 +327,9 @@ def _why_silent(model: nn.Module, site: WatchedSite) -> str:
         return reason
     if site.firing is not None:
         return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
+    if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
+        kind = type(site.place.module).__name__
+        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
     if site.place.is_hook_point:
         return "the forwards did not reach this hook point; see actctx.hook_names(model)"
     return "the forwards did not call this module, or only its .forward, which skips hooks"

@@ -38,9 +38,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (*texts, format_bytes(nbytes))
 
 
+def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:
+    """Write the rows, the first and the last of them where there are many."""
+    cells = [_cells(row) for row in rows]
+    if len(cells) > most:
+        left_out = (f"... {len(cells) - most} more ...", *("" for _ in _HEADER[1:]))
+        cells[most // 2 : len(cells) - most // 2] = [left_out]
+    return cells
+
+
 def as_text(title: str, rows: list[Row]) -> str:
     """Draw the table in plain text."""
-    lines = [_HEADER, *map(_cells, rows)] if rows else []
+    lines = [_HEADER, *_lines(rows)] if rows else []
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     drawn = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
@@ -51,12 +60,11 @@ def as_text(title: str, rows: list[Row]) -> str:
 
 def as_html(title: str, rows: list[Row]) -> str:
     """Draw the table in HTML, without colours of its own, so that every theme can show it."""
-    head = "".join(f'<th style="text-align:left">{escape(cell)}</th>' for cell in _HEADER)
+    style = 'style="text-align:left;padding:0.2em 0.8em"'
+    head = "".join(f"<th {style}>{escape(cell)}</th>" for cell in _HEADER)
     body = "".join(
-        "<tr>"
-        + "".join(f'<td style="text-align:left">{escape(cell)}</td>' for cell in _cells(row))
-        + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td {style}>{escape(cell)}</td>" for cell in line) + "</tr>"
+        for line in _lines(rows)
     )
     return (
         f"<div><div>{escape(title)}</div>"

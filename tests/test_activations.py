@@ -80,12 +80,15 @@ def test_layers_of_a_plain_model_are_stacked(llama, ids):
     with capture(llama, "model.layers.*.mlp") as acts:
         llama(ids)
     assert acts.stack("mlp").shape == (2, 3, 7, 32)
+    with capture(llama, "model.layers.*") as acts:
+        llama(ids)
+    assert acts.stack("model.layers.*").shape == (2, 3, 7, 32)
 
 
 def test_a_copy_on_a_device_or_in_a_dtype_leaves_the_original(gpt2, ids):
     with capture(gpt2, [RESID, "embed.hook_in"]) as acts:
         gpt2(ids)
-    half = acts.to(dtype=torch.float16)
+    half = acts.to(torch.float16)
     assert half[RESID].dtype == torch.float16
     assert half["embed.hook_in"].dtype == torch.int64
     assert acts[RESID].dtype == torch.float32
@@ -164,6 +167,26 @@ def test_its_repr_does_not_join(gpt2, ids):
         gpt2(ids)
         assert "(6, 7, 32)" in repr(acts)
     assert len(acts._columns[RESID].firings[0]) == 2
+
+
+def test_its_repr_does_not_show_shapes_that_do_not_join(gpt2):
+    with capture(gpt2, RESID) as acts:
+        gpt2(tokens(2, 5))
+        gpt2(tokens(2, 4))
+    assert "a list of 2" in repr(acts)
+    with capture(gpt2, RESID, join=None) as acts:
+        gpt2(tokens(2, 5))
+        gpt2(tokens(2, 5))
+    assert "2 x (2, 5, 32)" in repr(acts)
+
+
+def test_its_repr_leaves_out_what_is_too_much(gpt2, ids):
+    with capture(gpt2, "**") as acts:
+        gpt2(ids)
+    lines = repr(acts).splitlines()
+    assert lines[0].endswith("1 forward, 16 missing")
+    assert len(lines) == 2 + 12 + 1 + 12
+    assert "... 44 more ..." in lines[14]
 
 
 def test_the_repr_of_an_empty_buffer_says_so():

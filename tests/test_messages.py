@@ -50,6 +50,13 @@ def test_an_unknown_module(mlp):
     )
 
 
+def test_a_hook_name_on_a_model_without_hook_points(mlp):
+    assert _said(capture, mlp, "blocks.0.hook_resid_post") == (
+        "no module matches 'blocks.0.hook_resid_post'; this model has no hook points, its names "
+        "are those of named_modules(), such as 'head' (see actctx.hook_names(model))"
+    )
+
+
 def test_a_pattern_that_matches_nothing(gpt2):
     assert _said(capture, gpt2, "*.hook_zzz") == (
         "no hook point matches '*.hook_zzz'; in a pattern '*' stays within two dots and '**' "
@@ -113,7 +120,7 @@ def test_axes_that_name_one_twice():
 
 def test_a_dtype_that_is_none(gpt2):
     assert _said(capture, gpt2, RESID, dtype="float16") == (
-        "dtype='float16' is no torch dtype; give one such as torch.float16"
+        "dtype='float16' is no floating-point dtype; give one such as torch.float16"
     )
 
 
@@ -217,11 +224,20 @@ def test_what_does_not_select(gpt2):
     )
 
 
-def test_a_site_that_fires_with_other_axes(mlp):
-    assert _said(_run, mlp, Site("block", slice=-1, axes="batch pos head d_head")) == (
-        "'block' fired with the shape (3, 7, 8), but a slice was asked for along its axes "
-        "'batch pos head d_head'; select by position with a tuple, or name the axes it has with "
-        "Site(axes=...)"
+def test_a_site_that_fires_with_other_axes_than_were_named(mlp):
+    assert _said(_run, mlp, Site("block", axes="batch pos head d_head")) == (
+        "'block' fired with the shape (3, 7, 8), but Site(axes='batch pos head d_head') names 4 "
+        "axes; name each axis that it has"
+    )
+
+
+def test_a_hook_point_that_fires_with_other_axes_than_are_known(ids):
+    model = bridge("OPTForCausalLM")
+    name = "blocks.0.ln2.hook_normalized"
+    assert _said(_run, model, name, ids, slice=-1) == (
+        "'blocks.0.ln2.hook_normalized' fired with the shape (21, 32), but a slice was asked for "
+        "along its axes 'batch pos d_model'; select by position with a tuple, or name the axes it "
+        "has with Site(axes=...)"
     )
 
 
@@ -234,6 +250,18 @@ def test_entering_twice(gpt2):
         assert _said(opened.__enter__) == (
             "this capture is open already; leave its block first, or make another capture"
         )
+
+
+def test_reading_from_a_capture_instead_of_its_buffer(gpt2):
+    assert _said(capture(gpt2, RESID).__getitem__, RESID) == (
+        "a capture holds nothing under 'blocks.1.hook_resid_post'; what it captures is in the "
+        "buffer: `with capture(...) as acts`"
+    )
+    with pytest.raises(AttributeError) as caught:
+        capture(gpt2, RESID).tensor  # noqa: B018
+    assert str(caught.value) == (
+        "a capture has no 'tensor'; what it captures is in the buffer: `with capture(...) as acts`"
+    )
 
 
 def test_leaving_what_is_not_open(gpt2):
@@ -274,6 +302,13 @@ def test_a_module_that_was_not_called(mlp):
     )
 
 
+def test_a_list_of_modules(llama):
+    assert _said(_run, llama, "model.layers") == (
+        "'model.layers' never fired in 1 forward: a ModuleList is never called itself; capture "
+        "what it holds: 'model.layers.*'"
+    )
+
+
 def test_a_site_that_yields_no_tensor(ids):
     class Nothing(nn.Module):
         def forward(self, x):
@@ -310,8 +345,8 @@ def test_a_name_that_was_not_captured(gpt2):
 def test_a_name_before_any_forward(gpt2):
     with capture(gpt2, RESID) as acts:
         assert _said(acts.__getitem__, RESID) == (
-            "nothing was captured from 'blocks.1.hook_resid_post': no forward has run since the "
-            "block began or the buffer was cleared"
+            "nothing was captured from 'blocks.1.hook_resid_post': no forward of "
+            "TransformerBridge has run since the block began or the buffer was cleared"
         )
 
 
@@ -336,6 +371,22 @@ def test_one_tensor_of_several(gpt2):
     assert _said(lambda: acts.tensor) == (
         "acts.tensor is for exactly one site, but 2 were captured: 'blocks.0.hook_resid_post', "
         "'blocks.1.hook_resid_post'; read acts[name]"
+    )
+
+
+def test_one_tensor_of_none(gpt2):
+    with capture(gpt2, RESID) as acts:
+        assert _said(lambda: acts.tensor) == (
+            "there is no tensor to read: no forward of TransformerBridge has run since the block "
+            "began or the buffer was cleared"
+        )
+
+
+def test_a_stack_of_lists(gpt2):
+    acts = _run(gpt2, RESID, join=None)
+    assert _said(acts.stack, "hook_resid_post") == (
+        "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the tensors "
+        "of the lists yourself"
     )
 
 
@@ -386,7 +437,8 @@ def test_a_stack_of_nothing(gpt2):
     acts = _run(gpt2, RESID)
     assert _said(acts.stack, "hook_resid_pre") == (
         "no captured site is 'hook_resid_pre' in some layer; the captured names are "
-        "'blocks.1.hook_resid_post'"
+        "'blocks.1.hook_resid_post'; give a name within a layer, as in stack('attn.hook_z'), or "
+        "a pattern of whole names, as in stack('model.layers.*')"
     )
 
 
@@ -425,6 +477,17 @@ def test_saving_lists(gpt2, tmp_path):
 # The decorator.
 
 
+def test_a_decorator_without_names(gpt2):
+    @captures
+    def study(model):
+        return model
+
+    assert _said(study, gpt2) == (
+        "@captures wants to decorate a function but got a TransformerBridge; name what to "
+        "capture, as in @captures('blocks.0.hook_resid_post')"
+    )
+
+
 def test_a_decorated_class():
     assert _said(captures(RESID), Mlp) == (
         "@captures cannot decorate the class 'Mlp'; decorate its methods"
@@ -444,5 +507,6 @@ def test_a_decorated_number():
 def test_a_decorated_call_without_a_model():
     assert _said(captures(RESID)(lambda ids, scale: ids * scale), 3, scale=1) == (
         "no torch module is among the arguments ids, scale of this call; pass the model, or say "
-        "where it is: @captures(..., model=lambda self, *args: self.model)"
+        "where it is: @captures(..., model=model), or model=lambda self, *args, **kwargs: "
+        "self.model for a method"
     )
