@@ -38,6 +38,14 @@ def _agrees(model, ids, **kwargs):
     return acts
 
 
+def _initialised(model):
+    """Draw the parameters, which the hooked encoders leave as they found their memory."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
 @hooked
 @pytest.mark.parametrize("options", [{}, LLAMA, FLAGS, {**LLAMA, **FLAGS}])
 def test_a_hooked_transformer_is_captured_bit_for_bit(ids, options):
@@ -119,8 +127,7 @@ def test_a_hooked_encoder_is_captured_bit_for_bit(ids):
         normalization_type="LN",
         device="cpu",
     )
-    torch.manual_seed(0)
-    model = HookedEncoder(config).eval()
+    model = _initialised(HookedEncoder(config))
     acts = _agrees(model, ids)
     assert acts.axes("blocks.0.attn.hook_pattern") == ("batch", "head", "query", "key")
 
@@ -147,10 +154,7 @@ def test_a_hooked_encoder_decoder_is_captured_bit_for_bit(ids):
         relative_attention_num_buckets=32,
         device="cpu",
     )
-    torch.manual_seed(0)
-    model = HookedEncoderDecoder(config).eval()
-    for parameter in model.parameters():  # it leaves them as it found them
-        nn.init.normal_(parameter, std=0.1)
+    model = _initialised(HookedEncoderDecoder(config))
 
     _agrees(model, ids, decoder_input=tokens(3, 5))
 
