@@ -57,8 +57,6 @@ class Activations(Mapping[str, Tensor]):
         self._forwards = 0
         self._written = self._trimmed = 0
 
-    # What a capture does with its buffer.
-
     def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> None:
         """Prepare for a site, before it fires."""
         self._columns[key] = Column(key, names, self._join, capacity)
@@ -78,8 +76,6 @@ class Activations(Mapping[str, Tensor]):
         if self._written - self._trimmed > max(2**24, self._written // 16):
             self._trimmed = self._written
             give_back_to_system(torch.device("cpu"))
-
-    # What its reader does.
 
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
@@ -109,7 +105,10 @@ class Activations(Mapping[str, Tensor]):
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are {self._listed()}"
             )
-        return self[name]
+        try:
+            return self[name]
+        except NotCapturedError as error:
+            raise AttributeError(str(error)) from error
 
     def __contains__(self, name: object) -> bool:
         column = self._find(name)
@@ -317,8 +316,6 @@ class Activations(Mapping[str, Tensor]):
         for column in self._columns.values():
             column.settle()
         return self.__dict__
-
-    # The inside.
 
     def _summary(self) -> tuple[str, list[Row]]:
         forwards = f"{self._forwards} forward{'s' * (self._forwards != 1)}"

@@ -12,7 +12,7 @@ from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
 from actctx._names import Names, Request, resolve
-from actctx._opening import Opening, Options, WatchedSite
+from actctx._opening import Opening, Options, Scope, WatchedSite
 from actctx._places import uncompiled, why_it_never_fires
 from actctx._rows import as_mask, split_rows
 from actctx._select import Slice, parse_slice
@@ -135,9 +135,7 @@ class Capture:
             NeverFiredError: A site that was asked for by its name is switched off in the model.
 
         """
-        opening = self._begin()
-        opening.attach()
-        return opening.buffer
+        return self._begin("block")
 
     def __exit__(
         self,
@@ -176,9 +174,7 @@ class Capture:
             torch.Size([4, 7, 32])
 
         """
-        opening = self._begin()
-        opening.attach("thread")
-        return opening.buffer
+        return self._begin("thread")
 
     def close(self) -> None:
         """Take the hooks off that `open` put on.
@@ -198,13 +194,15 @@ class Capture:
                 raise NeverFiredError(f"{site.shown} would never fire: {reason}")
         return Opening(self._model, self._sites, self._options)
 
-    def _begin(self) -> Opening:
+    def _begin(self, scope: Scope) -> Activations:
         if self._opening is not None:
             raise CaptureStateError(
                 "this capture is open already; leave its block first, or make another capture"
             )
-        self._opening = self.prepared()
-        return self._opening
+        opening = self.prepared()
+        opening.attach(scope)
+        self._opening = opening
+        return opening.buffer
 
     def _end(self) -> Opening:
         opening, self._opening = self._opening, None
@@ -251,7 +249,7 @@ def _site(
             f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
         )
     taken = slice_ if asked.slice is None else asked.slice
-    selector = parse_slice(request.key, taken, axes, {} if options.mask is not None else sizes)
+    selector = parse_slice(request.key, taken, axes, sizes)
     rows = None
     if options.mask is not None:
         selector, rows = split_rows(selector, axes)
@@ -323,7 +321,8 @@ def _device(device: torch.device | str | None) -> torch.device | None:
 
 def _check_join(site: WatchedSite, join: str | None) -> None:
     """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
-    if join is None or join == "batch" or site.rows is not None:
+    kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
+    if join is None or join == "batch" or kept_as_tokens:
         return
     if not isinstance(join, str):
         raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
@@ -334,6 +333,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
             f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
         )
     left = site.selector.axes_after(axes)
+    left = left if site.rows is None else site.rows.axes_after(left)
     if join not in left and not (join == "pos" and "query" in left):
         raise AxisError(
             f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "

@@ -31,6 +31,8 @@ class Column:
         rooms: With a capacity, for each firing the tensor that is filled in place.
         rows: With a mask, the sequences and positions of the kept rows, forward by forward.
         sequences: With a mask, the number of sequences of all forwards.
+        batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
+            are not known.
 
     """
 
@@ -43,6 +45,7 @@ class Column:
     rooms: list[Tensor] = field(default_factory=list)
     rows: deque[Int64[Tensor, "token 2"]] = field(default_factory=deque)
     sequences: int = 0
+    batch_dropped: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -156,7 +159,9 @@ class Column:
         if self.join == "pos" and "query" in self.axes:
             return self.axes.index("query")
         first = self.axes[:1]
-        if first == ("token",) or (self.join == "batch" and first == ("_",)):
+        if first == ("token",):
+            return 0
+        if self.join == "batch" and first == ("_",) and not self.batch_dropped:
             return 0
         raise AxisError(
             f"{self.key!r} was captured in several forwards, but has no axis {self.join!r} along "
@@ -222,7 +227,8 @@ def _others(tensor: Tensor, dim: int) -> list[int]:
 def _concatenate(chunks: deque[Owned], dim: int) -> None:
     """Replace chunks by their concatenation, releasing each as soon as it is copied."""
     if any(chunk.value.requires_grad for chunk in chunks):
-        joined = torch.cat([chunk.value for chunk in chunks], dim)
+        with torch.enable_grad():  # whatever the mode of who reads, the graph was asked for
+            joined = torch.cat([chunk.value for chunk in chunks], dim)
         chunks.clear()
         chunks.append(Owned(joined))
         return

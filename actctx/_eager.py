@@ -18,7 +18,7 @@ class _Stance:
     """The captures that need compiled models to run eagerly, in all threads."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._held = 0
         self._eager: Any = None
 

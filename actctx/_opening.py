@@ -118,8 +118,6 @@ class Opening:
         for site in sites:
             self.buffer.expect(site.key, site.place.names, options.capacity)
 
-    # Hooks on, hooks off.
-
     def attach(self, scope: Scope = "block") -> None:
         """Put the hooks on.
 
@@ -175,8 +173,6 @@ class Opening:
         finally:
             self.detach()
 
-    # What forwards ask and tell; see `Watcher`.
-
     def is_visible(self) -> bool:
         """Whether the running thread and context are those that opened the capture."""
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
@@ -207,8 +203,6 @@ class Opening:
         if forward:
             self.buffer.write(forward)
 
-    # What hooks tell.
-
     def fire(self, site: WatchedSite, module: nn.Module | None, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
         if module is not None and module is not site.place.module:
@@ -232,9 +226,11 @@ class Opening:
     def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
         activation = tensor_of(site.shown, value, site.output)
         site.check_axes(activation)
+        site.selector.check(activation.shape)
         column = self.buffer.column(site.key)
         if not column.firings:
             column.axes = site.axes_of(activation)
+            column.batch_dropped = site.selector.drops(0, activation.dim())
         with plain_mode():
             if not self.grad:
                 activation = activation.detach()
@@ -264,20 +260,26 @@ class Opening:
         for known, steps, known_shape, rows in found:
             if known is mask and known_shape == shape and steps == selector.tokens.steps:
                 return Rows(rows, shape[0])
-        rows = find_rows(selector, as_mask(mask), shape)
+        given = as_mask(mask)
+        if self._options.mask == "attention":  # with a KV cache it covers what came before, too
+            given = given[:, -shape[1] :]
+        rows = find_rows(selector, given, shape)
         found.append((mask, selector.tokens.steps, shape, rows))
         return Rows(rows, shape[0])
 
     def _mask(self, place: Place, frame: Frame | None) -> Tensor:
         if isinstance(self._options.mask, Tensor):
             return self._options.mask
+        frames = [] if frame is None else frame.chain()
+        given = [(each.inputs(), each.masks.get("inner", {})) for each in frames]
+        # OPT has a decoder, too, but no encoder beside it.
+        encodes = any("decoder_input_ids" in inputs for pair in given for inputs in pair)
         decodes = any(part.startswith("decoder") for part in place.name.split("."))
-        name = "decoder_attention_mask" if decodes else "attention_mask"
-        for running in [] if frame is None else frame.chain():
-            for inputs in (running.inputs(), running.masks.get("inner", {})):
-                if isinstance(inputs.get(name), Tensor):
-                    mask: Tensor = inputs[name]
-                    return mask
+        name = "decoder_attention_mask" if encodes and decodes else "attention_mask"
+        for inputs in itertools.chain(*given):
+            if isinstance(inputs.get(name), Tensor):
+                mask: Tensor = inputs[name]
+                return mask
         raise OptionError(
             f"mask='attention' takes the forward's {name}, but this forward of "
             f"{type(self._model).__name__} got none; pass it to the model, or give capture the "

@@ -90,14 +90,13 @@ def find_rows(
 
     Args:
         selector: Which real tokens to keep.
-        mask: Where the real tokens are. With a KV cache it covers what came before, too.
+        mask: Where the real tokens are.
         shape: The number of sequences and of positions of the activation.
 
     Raises:
         SelectionError: The mask is of another shape, or a sequence has no such token.
 
     """
-    mask = mask[:, -shape[1] :]
     if tuple(mask.shape) != shape:
         raise SelectionError(
             f"{selector.site!r} has {shape[0]} sequences of {shape[1]} positions, but the mask "
@@ -106,7 +105,9 @@ def find_rows(
     rows = []
     for sequence, real in enumerate(mask):
         try:
-            kept = selector.tokens.select(real.nonzero().flatten()).reshape(-1)
+            tokens = real.nonzero().flatten()
+            selector.tokens.check(tokens.shape)
+            kept = selector.tokens.select(tokens).reshape(-1)
         except SelectionError as error:
             raise SelectionError(f"in sequence {sequence}, {error}") from None
         rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))

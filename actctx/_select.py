@@ -74,22 +74,19 @@ class Selector:
         """Whether selecting already makes a copy."""
         return any(_gathers(step.pick) for step in self.steps)
 
+    def drops(self, dim: int, rank: int) -> bool:
+        """Tell whether an int drops an axis of an activation with so many."""
+        return any(step.dim % rank == dim for step in self.steps if isinstance(step.pick, int))
+
     def axes_after(self, axes: Axes) -> Axes:
         """Return the axes that are left of an activation's `axes`: an int drops its own."""
         dropped = {step.dim % len(axes) for step in self.steps if isinstance(step.pick, int)}
         return tuple(axis for dim, axis in enumerate(axes) if dim not in dropped)
 
     def select(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Select from an activation: a view, or a copy where `copies`.
-
-        Raises:
-            AxisError: The activation has other axes than the site is known to have.
-            SelectionError: A position lies outside its axis.
-
-        """
+        """Select from an activation that was checked: a view, or a copy where `copies`."""
         if not self.steps:
             return activation
-        self._check(activation.shape)
         window = [slice(None)] * activation.dim()
         gathered: list[tuple[int, Int64[Tensor, " i"]]] = []
         dropped: list[int] = []
@@ -112,8 +109,15 @@ class Selector:
             selected = selected.index_select(dim, index)
         return selected.squeeze(tuple(dropped)) if dropped else selected
 
-    def _check(self, shape: torch.Size) -> None:
-        if self.axes is not None and len(self.axes) != len(shape):
+    def check(self, shape: torch.Size) -> None:
+        """Refuse an activation that has not what is to be selected from it.
+
+        Raises:
+            AxisError: It has other axes than the site is known to have.
+            SelectionError: A position lies outside its axis.
+
+        """
+        if self.steps and self.axes is not None and len(self.axes) != len(shape):
             raise AxisError(
                 f"{self.site!r} fired with the shape {tuple(shape)}, but a slice was asked for "
                 f"along its axes {' '.join(self.axes)!r}; select by position with a tuple, or "
@@ -222,7 +226,8 @@ def _dim(site: str, axis: str, axes: Axes | None, sizes: Mapping[str, int]) -> i
         return axes.index(axis)
     if axis == "pos" and "query" in axes:
         return axes.index("query")
-    if axis == "head" and "kv_head" in axes and sizes.get("head") == sizes.get("kv_head"):
+    alike = "head" in sizes and sizes["head"] == sizes.get("kv_head")
+    if axis == "head" and "kv_head" in axes and alike:
         return axes.index("kv_head")
     raise AxisError(f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}")
 

@@ -309,3 +309,30 @@ def test_a_sink_is_anything_with_write():
     from actctx import Sink
 
     assert isinstance(Activations(), Sink)
+
+
+def test_forwards_of_a_module_do_not_join_along_a_batch_that_a_slice_dropped(mlp, ids):
+    with capture(mlp, "block", slice=(0,)) as acts:
+        mlp(ids)
+        mlp(ids[:, :3])
+    with pytest.raises(AxisError):
+        acts["block"]
+
+
+def test_an_alias_without_activations_is_no_attribute(mlp):
+    with capture(mlp, {"hidden": "block"}) as acts:
+        assert not hasattr(acts, "hidden")
+
+
+def test_an_activation_without_axes_is_not_selected_from():
+    class Scalar(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.total = torch.nn.Identity()
+
+        def forward(self, ids):
+            return self.total(self.embed(ids).sum())
+
+    model = Scalar()
+    with pytest.raises(AxisError), capture(model, "total", slice=(0,)):
+        model(tokens())

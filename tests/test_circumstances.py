@@ -422,3 +422,34 @@ def test_forwards_of_gradients_are_joined_in_the_graph(gpt2, ids):
         gpt2(ids)
     acts.tensor.sum().backward()
     gpt2.zero_grad()
+
+
+def test_the_graph_of_several_forwards_survives_a_reader_without_gradients(mlp, ids):
+    with capture(mlp, "block", grad=True) as acts:
+        mlp(ids)
+        mlp(ids)
+    with torch.no_grad():
+        assert acts.tensor.requires_grad
+    acts.tensor.sum().backward()
+
+
+def test_a_capture_that_could_not_be_entered_can_be_entered_later(mlp, ids):
+    class Refusing(nn.Linear):
+        refuses = True
+
+        def register_forward_hook(self, *args, **kwargs):
+            if self.refuses:
+                raise KeyboardInterrupt
+            return super().register_forward_hook(*args, **kwargs)
+
+    mlp.head = Refusing(8, 4)
+    before = hooks_of(mlp)
+    opened = capture(mlp, ["block", "head"])
+    with pytest.raises(KeyboardInterrupt):
+        opened.__enter__()
+    assert hooks_of(mlp) == before
+    assert torch.is_grad_enabled()
+    Refusing.refuses = False
+    with opened as acts:
+        mlp(ids)
+    assert len(acts) == 2

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import GENERATION, HAS_T5, bridge, plainly_hooked, tokens
+from models import GENERATION, HAS_T5, bridge, huggingface, plainly_hooked, tokens
 
 from actctx import AxisError, NotCapturedError, OptionError, SelectionError, Site, capture
 
@@ -246,3 +246,29 @@ def test_positions_without_a_mask_are_an_error(gpt2, ids):
         "'blocks.1.hook_resid_post' was captured without mask=, so its rows are all sequences "
         "and positions"
     )
+
+
+def test_a_mask_of_the_caller_is_not_stretched(gpt2, ids):
+    with (
+        pytest.raises(SelectionError, match="7 positions"),
+        capture(gpt2, RESID, mask=torch.ones(3, 10)),
+    ):
+        gpt2(ids)
+
+
+def test_a_decoder_without_an_encoder_takes_the_attention_mask(ids, mask):
+    model = huggingface("OPTForCausalLM")
+    site = Site("model.decoder.layers.1", axes="batch pos d_model")
+    with capture(model, site, mask="attention") as acts:
+        model(ids, attention_mask=mask)
+    assert acts.tensor.shape == (sum(LENGTHS), 32)
+
+
+def test_heads_are_checked_beside_a_mask(gpt2):
+    with pytest.raises(SelectionError, match="'head'"):
+        capture(gpt2, "blocks.0.attn.hook_z", mask="attention", slice={"head": 9})
+
+
+def test_one_token_a_sequence_does_not_join_along_pos(gpt2):
+    with pytest.raises(AxisError, match="cannot be joined along 'pos'"):
+        capture(gpt2, RESID, mask="attention", slice=-1, join="pos")
