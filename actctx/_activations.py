@@ -363,7 +363,7 @@ class Activations(Mapping[str, Tensor]):
         elif column is None:
             reason = f"the captured names are {self._listed()}"
         else:
-            reason = f"it never fired in {self._forwards} forwards"
+            reason = f"it never fired in {self._forwards} forward{'s' * (self._forwards != 1)}"
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
 
     def _why_empty(self) -> str:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import typing
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
 
 import torch
@@ -86,6 +86,8 @@ def captures(
         torch.Size([4])
 
     """
+    if isinstance(names, Iterator):  # it would be used up by the first call
+        names = list(names)
 
     def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture:
         return capture(
@@ -271,7 +273,7 @@ def _buffer_parameter(function: Callable[..., Any], signature: inspect.Signature
     """Find the parameter that wants the buffer: annotated `Activations`, or named `acts`."""
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # annotations that only a type checker can resolve
+    except (NameError, TypeError, SyntaxError, AttributeError):  # for type checkers, or no types
         hints = {name: p.annotation for name, p in signature.parameters.items()}
     for name in signature.parameters:
         hint = hints.get(name)

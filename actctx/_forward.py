@@ -52,6 +52,9 @@ class Watcher(Protocol):
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed its hooks."""
 
+    def receive(self, value: Any, io: str) -> None:
+        """Capture what the model itself is given (`io` is "in") or returns ("out")."""
+
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one finished forward left."""
 
@@ -202,7 +205,11 @@ class Interceptor:
             # One capture with `grad=True`, here or around, is enough to keep the graph.
             graph = any(watcher.grad for outer in frame.chain() for watcher in outer.staged)
             with torch.set_grad_enabled(graph):
+                for watcher in frame.staged:
+                    watcher.receive((args, kwargs), "in")
                 output = self._forward(*args, **kwargs)
+                for watcher in frame.staged:
+                    watcher.receive(output, "out")
         except StopForward as signal:
             if signal.frame is not frame:
                 raise

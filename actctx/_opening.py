@@ -21,7 +21,7 @@ from actctx._errors import AxisError, HooksRemovedError, NeverFiredError, Option
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
-from actctx._outputs import tensor_of
+from actctx._outputs import Inputs, tensor_of
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import RowSelector, as_mask, find_rows
 from actctx._select import Owned, Rows, Selector, own, plain_mode
@@ -113,7 +113,7 @@ class Opening:
         self._thread: int | None = None
         self._ran = 0
         self._fired: set[str] = set()
-        self._hooks: list[Hook] = []
+        self._hooks: dict[str, Hook] = {}
         self._detach: weakref.finalize[..., Opening] = weakref.finalize(self, _nothing)
         for site in sites:
             self.buffer.expect(site.key, site.place.names, options.capacity)
@@ -138,7 +138,11 @@ class Opening:
                 undo.callback(_leave, self._number)
             undo.callback(run_eagerly())
             undo.callback(Interceptor.watch(self._model, self))
-            self._hooks = [self._put_on(site, undo) for site in self._sites]
+            self._hooks = {
+                site.key: self._put_on(site, undo)
+                for site in self._sites
+                if not self._is_root(site)
+            }
             self._watch_masks(undo)
             self._detach = weakref.finalize(self, _take_off, undo.pop_all())
 
@@ -179,17 +183,23 @@ class Opening:
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed the hooks."""
-        gone = [
-            site.key
-            for site, hook in zip(self._sites, self._hooks, strict=True)
-            if not hook.is_attached
-        ]
+        gone = [key for key, hook in self._hooks.items() if not hook.is_attached]
         if gone:
             raise HooksRemovedError(
                 f"the hook on {gone[0]!r} was removed inside the block, as model.reset_hooks() "
                 "does, so this forward would not be captured; leave the hooks alone until the "
                 "block ends, or open a new capture after removing them"
             )
+
+    def receive(self, value: Any, io: str) -> None:
+        """Capture what the model itself is given or returns, which lies in its forward."""
+        for site in self._sites:
+            if site.io == io and self._is_root(site):
+                model = site.place.module
+                self.fire(site, model, Inputs(model, *value) if io == "in" else value)
+
+    def _is_root(self, site: WatchedSite) -> bool:
+        return site.place.module is self._model and not site.place.is_hook_point
 
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""

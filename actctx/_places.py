@@ -206,5 +206,9 @@ def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
     config = getattr(model, "cfg", None)
     for ending, flag in _FLAGS.items():
         if place.is_hook_point and place.name.endswith(ending) and not getattr(config, flag, True):
-            return f"{flag} is off: call model.set_{flag}(True) first"
+            setter = f"call model.set_{flag}(True) first"
+            has_setter = hasattr(model, f"set_{flag}")
+            return (
+                f"{flag} is off: {setter if has_setter else f'set model.cfg.{flag} = True first'}"
+            )
     return None

@@ -118,13 +118,11 @@ def test_inputs_are_chosen_by_position_or_parameter():
 
 
 def test_keyword_inputs_are_captured(llama, ids):
-    attention = llama.model.layers[0].self_attn
     name = "model.layers.0.self_attn"
     with capture(llama, {"in": Site(name, io="in", output="hidden_states")}) as acts:
         llama(ids)
     with capture(llama, "model.layers.0.input_layernorm") as expected:
         llama(ids)
-    assert attention is not None
     assert torch.equal(acts["in"], expected.tensor)
 
 
@@ -306,3 +304,25 @@ def test_a_capacity_that_makes_no_sense_is_refused(looped, options, said):
     with pytest.raises(OptionError) as caught:
         capture(looped, names, **options)
     assert str(caught.value) == said
+
+
+# The model itself.
+
+
+def test_what_the_model_is_given_and_returns_lies_in_its_forward(mlp, ids):
+    sites = {"in": Site("", io="in"), "block": "block", "out": ""}
+    with capture(mlp, sites) as acts:
+        with pytest.raises(IndexError):
+            mlp(ids + 1000)
+        output = mlp(ids)
+    assert acts.forwards == 1
+    assert torch.equal(acts["in"], ids)
+    assert torch.equal(acts["out"], output)
+    assert acts["block"].shape == (3, 7, 8)
+
+
+def test_the_output_of_the_model_is_masked_and_stopped_at(llama, ids):
+    site = Site("", output="logits", axes="batch pos d_vocab")
+    with capture(llama, site, mask="attention", slice=-1, stop=True) as acts:
+        assert isinstance(llama(ids, attention_mask=torch.ones_like(ids)), Stopped)
+    assert acts.tensor.shape == (3, 50)
