@@ -71,11 +71,13 @@ class Activations(Mapping[str, Tensor]):
         for key, firings in forward.items():
             self._order.setdefault(key)
             self._columns[key].write(firings)
-            self._written += sum(chunk.value.nbytes for chunk in firings)
+            if not self._columns[key].rooms:
+                kept = [chunk.value for chunk in firings if chunk.value.device.type == "cpu"]
+                self._written += sum(tensor.nbytes for tensor in kept)
         # Between what is kept lie holes of what was freed, which would come to as much again.
         if self._written - self._trimmed > max(2**24, self._written // 16):
             self._trimmed = self._written
-            give_back_to_system(torch.device("cpu"))
+            give_back_to_system()
 
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
@@ -260,6 +262,7 @@ class Activations(Mapping[str, Tensor]):
             column.clear()
         self._order.clear()
         self._forwards = 0
+        self._written = self._trimmed = 0
 
     def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the activations to a safetensors file, the axes of each in its metadata.

@@ -247,18 +247,19 @@ def _concatenate(chunks: deque[Owned], dim: int) -> None:
             freed += chunks.popleft().value.nbytes
             if freed > joined.nbytes // 32:
                 freed = 0
-                give_back_to_system(joined.device)
+                if joined.device.type == "cpu":
+                    give_back_to_system()
     finally:  # an interrupt between two chunks loses neither those behind nor those before it
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
 
 
-def give_back_to_system(device: torch.device) -> None:
-    """Return freed memory, which glibc keeps for later where the chunks were of a few MiB.
+def give_back_to_system() -> None:
+    """Return freed memory of the host, which glibc keeps for later where it was of a few MiB.
 
     Without it the process would hold the chunks and what they are joined to at once. Where the
     C library is another one, there is nothing to be done, and nothing is lost.
     """
-    if device.type == "cpu" and sys.platform == "linux":
+    if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(0)

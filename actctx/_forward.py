@@ -186,7 +186,8 @@ class Interceptor:
         watchers = [w for w in alive if w not in seen and w.is_visible()]
         if not watchers:
             return self._forward(*args, **kwargs)
-        inputs = functools.partial(self._inputs, args, kwargs)
+        # Asked for by every site that is masked, and not cheap to tell.
+        inputs = functools.cache(functools.partial(self._inputs, args, kwargs))
         return self._run(Frame(watchers, parent, inputs), args, kwargs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from actctx._errors import HookNameError, OptionError
-from actctx._places import Place, Places, matches
+from actctx._places import Place, Places, is_glob, matches
 
 
 @dataclass(frozen=True)
@@ -126,10 +126,10 @@ def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
         yield None, names
     elif isinstance(names, Iterable):
         for name in names:
-            yield (
-                None,
-                name if callable(name) and not isinstance(name, nn.Module) else _as_site(name),
-            )
+            if callable(name) and not isinstance(name, nn.Module):
+                yield None, name
+            else:
+                yield None, _as_site(name)
     else:
         yield None, _as_site(names)
 
@@ -156,7 +156,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
     if site.name in places:
         return [Request(alias or site.name, places[site.name], site, exact=True)]
     pattern = site.name
-    is_pattern = _is_glob(pattern) or "." not in pattern
+    is_pattern = is_glob(pattern) or "." not in pattern
     matched = places.matching(lambda name: matches(name, pattern)) if is_pattern else []
     if alias is not None and len(matched) > 1:
         raise HookNameError(
@@ -178,10 +178,6 @@ def _find_module(places: Places, alias: str | None, site: Site, module: nn.Modul
         )
     name = names[0]
     return Request(alias or name, places[name], replace(site, name=name), exact=True)
-
-
-def _is_glob(name: str) -> bool:
-    return any(character in name for character in "*?[")
 
 
 def _add(found: dict[str, Request], request: Request) -> None:
@@ -219,7 +215,7 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
     )
     kind = "hook point" if places.hook_points else "module"
     hint = f"; closest: {', '.join(map(repr, closest))}" if closest else ""
-    if any(_is_glob(name) for name in unknown):
+    if any(is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"
     if kind == "module" and any("hook_" in name for name in unknown):
         hint += (

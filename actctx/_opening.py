@@ -28,7 +28,7 @@ from actctx._select import Owned, Rows, Selector, own, plain_mode
 from actctx._table import shortened
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WatchedSite:
     """A place, and what becomes of its activations."""
 
@@ -108,6 +108,10 @@ class Opening:
         )
         self._model = model
         self._sites = sites
+        # What the model itself is given and returns comes from the interceptor, not from a hook.
+        self._roots = [
+            site for site in sites if site.place.module is model and not site.place.is_hook_point
+        ]
         self._options = options
         self._number = next(_NUMBERS)
         self._thread: int | None = None
@@ -141,7 +145,7 @@ class Opening:
             self._hooks = {
                 site.key: self._put_on(site, undo)
                 for site in self._sites
-                if not self._is_root(site)
+                if site not in self._roots
             }
             self._watch_masks(undo)
             self._detach = weakref.finalize(self, _take_off, undo.pop_all())
@@ -193,13 +197,10 @@ class Opening:
 
     def receive(self, value: Any, io: str) -> None:
         """Capture what the model itself is given or returns, which lies in its forward."""
-        for site in self._sites:
-            if site.io == io and self._is_root(site):
-                model = site.place.module
-                self.fire(site, model, Inputs(model, *value) if io == "in" else value)
-
-    def _is_root(self, site: WatchedSite) -> bool:
-        return site.place.module is self._model and not site.place.is_hook_point
+        for site in self._roots:
+            if site.io == io:
+                given = Inputs(self._model, *value) if io == "in" else value
+                self.fire(site, self._model, given)
 
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""

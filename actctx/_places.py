@@ -1,7 +1,7 @@
 """The places of a model: its hook points and modules, under all of their names."""
 
 import re
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -90,7 +90,7 @@ class Places:
         A bridge lists its hook points alphabetically, layer 10 before layer 2.
         """
         hook_points = self._unique(self.hook_points) or [
-            names for names in self._unique(self.modules) if self._is_hook_point(names[0])
+            names for names in self._unique(self.modules) if is_hook_point(self.modules[names[0]])
         ]
         hook_points.sort(key=lambda names: running_order(names[0]))
         return hook_points or self.listed_modules()
@@ -116,13 +116,6 @@ class Places:
         unique = {id(module): module for module in named.values()}
         return [self.names_of(module) for module in unique.values()]
 
-    def _is_hook_point(self, name: str) -> bool:
-        return is_hook_point(self.modules[name])
-
-    def __iter__(self) -> Iterator[str]:
-        yield from self.hook_points
-        yield from self.modules
-
 
 def is_hook_point(module: nn.Module) -> bool:
     """Recognise a TransformerLens `HookPoint` of any generation without importing it."""
@@ -133,6 +126,11 @@ def uncompiled(model: nn.Module) -> nn.Module:
     """Return what `torch.compile` wrapped, whose names are those that a user knows."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def is_glob(name: str) -> bool:
+    """Tell whether a name is a pattern of names."""
+    return any(character in name for character in "*?[")
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -167,7 +165,7 @@ def in_layers(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[int, li
         The keys of the sites that are wanted, by the number of their layer.
 
     """
-    whole = any(character in wanted for character in "*?[")
+    whole = is_glob(wanted)
     pattern = re.compile(r"(.*?)(\d+)" + (r"(\..*)?" if whole else rf"\.{re.escape(wanted)}"))
     found: dict[int, list[str]] = {}
     for key, every in names.items():
@@ -206,9 +204,7 @@ def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
     config = getattr(model, "cfg", None)
     for ending, flag in _FLAGS.items():
         if place.is_hook_point and place.name.endswith(ending) and not getattr(config, flag, True):
-            setter = f"call model.set_{flag}(True) first"
-            has_setter = hasattr(model, f"set_{flag}")
-            return (
-                f"{flag} is off: {setter if has_setter else f'set model.cfg.{flag} = True first'}"
-            )
+            if hasattr(model, f"set_{flag}"):
+                return f"{flag} is off: call model.set_{flag}(True) first"
+            return f"{flag} is off: set model.cfg.{flag} = True first"
     return None

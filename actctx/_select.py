@@ -80,8 +80,7 @@ class Selector:
 
     def axes_after(self, axes: Axes) -> Axes:
         """Return the axes that are left of an activation's `axes`: an int drops its own."""
-        dropped = {step.dim % len(axes) for step in self.steps if isinstance(step.pick, int)}
-        return tuple(axis for dim, axis in enumerate(axes) if dim not in dropped)
+        return tuple(axis for dim, axis in enumerate(axes) if not self.drops(dim, len(axes)))
 
     def select(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Select from an activation that was checked: a view, or a copy where `copies`."""

@@ -3,7 +3,6 @@
 The order is JSON, and so is the last line that it prints.
 """
 
-import ctypes
 import gc
 import hashlib
 import json
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from actctx._column import give_back_to_system
 from benchmarks._ways import LIMIT, WAYS, Way
 
 _STATUS = Path("/proc/self/status")
@@ -132,10 +132,7 @@ def _time(setup: Setup, way: Way, model: Any, tokens: Tensor) -> float:
 def _settle(setup: Setup) -> None:
     """Leave nothing of the run before: no garbage, and no memory that the allocator keeps."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
-        if trim is not None:
-            trim(0)
+    give_back_to_system()
     _synchronize(setup)
 
 

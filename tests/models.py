@@ -81,11 +81,18 @@ def tiny_transformer(**options: object) -> nn.Module:
     """Build a small GPT-2, or a `HookedTransformer` with options, of the installed generation."""
     if GENERATION >= 4:  # 4.0 removed HookedTransformer
         return bridge("GPT2LMHeadModel")
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens import HookedTransformer
+
+    return HookedTransformer(hooked_config(**options)).eval()
+
+
+def hooked_config(**options: object) -> object:
+    """Build the config of a small hooked model, where TransformerLens still has them."""
+    from transformer_lens import HookedTransformerConfig
 
     sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 64, "d_head": 8, "n_heads": 4, "d_mlp": 64}
     common = {"d_vocab": VOCAB, "act_fn": "gelu", "seed": 0, "device": "cpu"}
-    return HookedTransformer(HookedTransformerConfig(**{**sizes, **common, **options})).eval()
+    return HookedTransformerConfig(**{**sizes, **common, **options})
 
 
 def tokens(batch: int = BATCH, pos: int = POS, seed: int = 0) -> Tensor:

@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from models import GENERATION, hooks_of, plainly_hooked, tiny_transformer, tokens
+from models import (
+    GENERATION,
+    hooked_config,
+    hooks_of,
+    plainly_hooked,
+    tiny_transformer,
+    tokens,
+)
 from torch import nn
 
 from actctx import HooksRemovedError, SeveralFiringsError, Site, Stopped, capture
@@ -112,21 +119,9 @@ def test_reset_hooks_is_noticed(ids):
 
 @hooked
 def test_a_hooked_encoder_is_captured_bit_for_bit(ids):
-    from transformer_lens import HookedEncoder, HookedTransformerConfig
+    from transformer_lens import HookedEncoder
 
-    config = HookedTransformerConfig(
-        n_layers=2,
-        d_model=32,
-        n_ctx=64,
-        d_head=8,
-        n_heads=4,
-        d_mlp=64,
-        d_vocab=50,
-        act_fn="gelu",
-        attention_dir="bidirectional",
-        normalization_type="LN",
-        device="cpu",
-    )
+    config = hooked_config(attention_dir="bidirectional", normalization_type="LN")
     model = _initialised(HookedEncoder(config))
     acts = _agrees(model, ids)
     assert acts.axes("blocks.0.attn.hook_pattern") == ("batch", "head", "query", "key")
@@ -134,16 +129,9 @@ def test_a_hooked_encoder_is_captured_bit_for_bit(ids):
 
 @hooked
 def test_a_hooked_encoder_decoder_is_captured_bit_for_bit(ids):
-    from transformer_lens import HookedEncoderDecoder, HookedTransformerConfig
+    from transformer_lens import HookedEncoderDecoder
 
-    config = HookedTransformerConfig(
-        n_layers=2,
-        d_model=32,
-        n_ctx=64,
-        d_head=8,
-        n_heads=4,
-        d_mlp=64,
-        d_vocab=50,
+    config = hooked_config(
         act_fn="relu",
         attention_dir="bidirectional",
         normalization_type="RMS",
@@ -152,7 +140,6 @@ def test_a_hooked_encoder_decoder_is_captured_bit_for_bit(ids):
         tie_word_embeddings=False,
         relative_attention_max_distance=128,
         relative_attention_num_buckets=32,
-        device="cpu",
     )
     model = _initialised(HookedEncoderDecoder(config))
 
