@@ -326,7 +326,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
         return
     if not isinstance(join, str):
         raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
-    axes = site.selector.axes
+    axes = site.known_axes
     if axes is None:
         raise AxisError(
             f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "

@@ -55,6 +55,11 @@ class WatchedSite:
         """Whether a firing that is wanted is known to be it, without the end of the forward."""
         return self.firing is None or self.firing >= 0
 
+    @property
+    def known_axes(self) -> Axes | None:
+        """The axes of its activations: those that the user named, or that its name tells."""
+        return self.named_axes if self.named_axes is not None else self.place.axes
+
     def check_axes(self, activation: Tensor) -> None:
         """Refuse axes that the user named but that the activation does not have."""
         if self.named_axes is not None and len(self.named_axes) != activation.dim():
@@ -66,8 +71,7 @@ class WatchedSite:
 
     def axes_of(self, activation: Tensor) -> tuple[str, ...]:
         """Name the axes of what is captured from an activation."""
-        known = self.named_axes if self.named_axes is not None else self.place.axes
-        whole = fired_axes(known, activation.dim())
+        whole = fired_axes(self.known_axes, activation.dim())
         axes = self.selector.axes_after(whole)
         return axes if self.rows is None else self.rows.axes_after(axes)
 

@@ -137,6 +137,13 @@ def test_a_module_whose_axes_are_not_known_is_selected_by_position(llama, ids):
     assert acts.tensor.shape == (3, 32)
 
 
+def test_a_slice_by_position_does_not_forget_the_axes_to_join_along(gpt2, ids):
+    with capture(gpt2, RESID, slice=np.s_[:, :3], join="pos") as acts:
+        gpt2(ids)
+        gpt2(ids)
+    assert acts.tensor.shape == (3, 6, 32)
+
+
 def test_head_means_kv_head_where_there_are_as_many(gpt2, ids):
     with capture(gpt2, "*hook_[qkv]", slice={"head": 1}) as acts:
         gpt2(ids)
