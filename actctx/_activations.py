@@ -1,12 +1,11 @@
 """The buffer that is handed back: captured tensors by name."""
 
 import json
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from os import PathLike
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -16,15 +15,22 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._column import Column, give_back_to_system, wait_for
 from actctx._errors import (
-    HookNameError,
-    JoinError,
     NotCapturedError,
     OptionError,
     SeveralFiringsError,
 )
-from actctx._places import in_layers
+from actctx._file import write_safetensors
 from actctx._select import Owned
+from actctx._stack import layers_of, stack_layers
 from actctx._table import Row, as_html, as_text, format_bytes, shortened
+
+Estimate = Callable[[int, int], int | None]
+"""Tells how many bytes `run_with_cache` would hold after a forward of so many sequences and
+positions, or None where that is not known."""
+
+
+def _unknown(_batch: int, _pos: int) -> None:
+    """Stand in for an estimate where there is no model any more."""
 
 
 @runtime_checkable
@@ -49,12 +55,16 @@ class Activations(Mapping[str, Tensor]):
     tensors is read, one for each forward. An edit in place is an edit of the buffer.
     """
 
-    def __init__(self, join: str | None = "batch", *, source: str = "") -> None:
+    def __init__(
+        self, join: str | None = "batch", *, source: str = "", estimate: Estimate = _unknown
+    ) -> None:
         self._join = join
         self._source = source
+        self._estimate = estimate
         self._columns: dict[str, Column] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
+        self._tokens: Counter[tuple[int, int]] = Counter()
         self._written = self._trimmed = 0
 
     def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> None:
@@ -68,6 +78,8 @@ class Activations(Mapping[str, Tensor]):
     def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
         """Take what one forward left: for each site that fired, a tensor for each firing."""
         self._forwards += 1
+        chunks = (chunk for firings in forward.values() for chunk in firings)
+        self._tokens[max((chunk.tokens for chunk in chunks), default=(0, 0))] += 1
         for key, firings in forward.items():
             self._order.setdefault(key)
             self._columns[key].write(firings)
@@ -229,7 +241,8 @@ class Activations(Mapping[str, Tensor]):
                 "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
-        return torch.stack([self[key] for key in self._layers(name)])
+        names = {key: (key, *self._columns[key].names) for key in self}
+        return stack_layers({key: self[key] for key in layers_of(names, name)})
 
     def to(
         self,
@@ -262,6 +275,7 @@ class Activations(Mapping[str, Tensor]):
             column.clear()
         self._order.clear()
         self._forwards = 0
+        self._tokens.clear()
         self._written = self._trimmed = 0
 
     def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -280,8 +294,6 @@ class Activations(Mapping[str, Tensor]):
             SeveralFiringsError: A site fired more than once in a forward.
 
         """
-        from safetensors.torch import save_file
-
         if not self:
             raise NotCapturedError("nothing was captured, so there is nothing to save")
         if self._join is None:
@@ -296,18 +308,18 @@ class Activations(Mapping[str, Tensor]):
             "actctx": version("actctx"),
             "torch": torch.__version__,
         }
-        partial = Path(f"{path}.partial")
-        try:
-            save_file({key: self[key] for key in self}, partial, metadata=described)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_safetensors({key: self[key] for key in self}, path, described)
 
     def __repr__(self) -> str:
         return as_text(*self._summary())
 
     def _repr_html_(self) -> str:
-        return as_html(*self._summary())
+        held = [self._estimate(*tokens) for tokens in self._tokens.elements()]
+        known = [nbytes for nbytes in held if nbytes]
+        if not known or len(known) < len(held):
+            return as_html(*self._summary())
+        cache = format_bytes(sum(known))
+        return as_html(*self._summary(f" of about {cache} that run_with_cache would hold"))
 
     __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
     __hash__ = object.__hash__
@@ -318,30 +330,20 @@ class Activations(Mapping[str, Tensor]):
     def __getstate__(self) -> dict[str, object]:
         for column in self._columns.values():
             column.settle()
-        return self.__dict__
+        return {**self.__dict__, "_estimate": _unknown}
 
-    def _summary(self) -> tuple[str, list[Row]]:
+    def _summary(self, spared: str = "") -> tuple[str, list[Row]]:
         forwards = f"{self._forwards} forward{'s' * (self._forwards != 1)}"
         if self._forwards and self.missing:
             forwards += f", {len(self.missing)} missing"
         sites = f"{len(self)} site{'s' * (len(self) != 1)}"
         size = format_bytes(self.nbytes)
-        return f"Activations: {sites}, {size}, {forwards}", [*map(self._row, self)]
-
-    def _row(self, key: str) -> Row:
-        column = self._columns[key]
-        first = column.firings[0][0].value
-        return Row(
-            site=key if len(column.firings) == 1 else f"{key} ({len(column.firings)} firings)",
-            axes=" ".join(column.axes),
-            shape=column.shape(),
-            dtype=str(first.dtype).removeprefix("torch."),
-            device=str(first.device),
-            nbytes=column.nbytes,
-        )
+        rows = [self._columns[key].row() for key in self]
+        return f"Activations: {sites}, {size}{spared}, {forwards}", rows
 
     def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
-        copy = Activations(self._join, source=self._source)
+        copy = Activations(self._join, source=self._source, estimate=self._estimate)
+        copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
         copy._forwards = self._forwards
         for key, column in self._columns.items():
@@ -375,26 +377,3 @@ class Activations(Mapping[str, Tensor]):
 
     def _listed(self) -> str:
         return shortened([repr(key) for key in self._order])
-
-    def _layers(self, name: str) -> list[str]:
-        found = in_layers({key: (key, *self._columns[key].names) for key in self._order}, name)
-        if not found:
-            raise NotCapturedError(
-                f"no captured site is {name!r} in some layer; the captured names are "
-                f"{self._listed()}; give a name within a layer, as in stack('attn.hook_z'), or a "
-                "pattern of whole names, as in stack('model.layers.*')"
-            )
-        double = next((keys for keys in found.values() if len(keys) > 1), None)
-        if double:
-            raise HookNameError(
-                f"{name!r} means more than one site of a layer: {double[0]!r} and {double[1]!r}; "
-                "give a pattern of whole names, such as 'encoder_blocks.*.hook_resid_post'"
-            )
-        shapes = {tuple(self[keys[0]].shape): keys[0] for keys in found.values()}
-        if len(shapes) > 1:
-            (first, one), (second, other) = list(shapes.items())[:2]
-            raise JoinError(
-                f"cannot stack {one!r} of the shape {first} with {other!r} of the shape {second}; "
-                "stack layers of one shape"
-            )
-        return [found[layer][0] for layer in sorted(found)]

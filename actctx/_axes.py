@@ -7,7 +7,8 @@ residual stream, `batch pos head d_head` for queries and the attention's output 
 
 import re
 from collections.abc import Container, Mapping
-from typing import Any
+
+from torch import nn
 
 Axes = tuple[str, ...]
 
@@ -111,7 +112,8 @@ def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -
 
     """
     parent, _, leaf = name.rpartition(".")
-    if parent.endswith("gate") and f"{parent}.hook_expert_weights" in siblings:
+    mlp = parent.removesuffix(".gate")
+    if mlp != parent and f"{mlp}.in.hook_out" not in siblings:
         return _ROUTER.get(leaf)
     if parent in {"pos_embed", "decoder_pos_embed"} and "encoder_blocks.0.hook_in" in siblings:
         return _BIAS.get(leaf)
@@ -146,21 +148,37 @@ def fired_axes(axes: Axes | None, rank: int) -> Axes:
     return ("_",) * rank
 
 
-def axis_sizes(config: Any) -> Mapping[str, int]:
-    """Read the sizes that a TransformerLens config fixes, such as `{"d_model": 768, "head": 12}`.
+def axis_sizes(model: nn.Module) -> Mapping[str, int]:
+    """Read the sizes that a model's config fixes, such as `{"d_model": 768, "head": 12}`.
 
-    `d_mlp` is left out: a bridge's config holds four times `d_model` for OPT and T5, whatever
-    their MLP is.
+    The config is TransformerLens' (`model.cfg`), or Hugging Face's (`model.config`) where that is
+    all there is. A bridge's config holds four times `d_model` for the `d_mlp` of OPT and T5,
+    whatever their MLP is, so Hugging Face's, which the bridge wraps, is asked for that first.
 
     Returns:
         The known sizes in elements; empty for a model without such a config.
 
     """
-    heads = getattr(config, "n_heads", None)
+    lens = getattr(model, "cfg", None)
+    hugging = getattr(getattr(model, "original_model", model), "config", None)
     found = {
-        "d_model": getattr(config, "d_model", None),
-        "d_head": getattr(config, "d_head", None),
-        "head": heads,
-        "kv_head": getattr(config, "n_key_value_heads", None) or heads,
+        "d_model": _first(lens, "d_model") or _first(hugging, "hidden_size"),
+        "d_head": _first(lens, "d_head") or _first(hugging, "head_dim"),
+        "head": _first(lens, "n_heads") or _first(hugging, "num_attention_heads"),
+        "d_mlp": _first(hugging, "ffn_dim", "d_ff")
+        or _first(lens, "d_mlp")
+        or _first(hugging, "intermediate_size"),
+        "d_vocab": _first(lens, "d_vocab_out", "d_vocab") or _first(hugging, "vocab_size"),
+        "layer": _first(lens, "n_layers") or _first(hugging, "num_hidden_layers"),
     }
-    return {axis: size for axis, size in found.items() if isinstance(size, int) and size > 0}
+    grouped = _first(lens, "n_key_value_heads") or _first(hugging, "num_key_value_heads")
+    found["kv_head"] = grouped or found["head"]
+    if not found["d_head"] and found["d_model"] and found["head"]:
+        found["d_head"] = found["d_model"] // found["head"]
+    return {axis: size for axis, size in found.items() if size}
+
+
+def _first(config: object, *names: str) -> int | None:
+    """Return the first size that a config has under one of these names."""
+    sizes = (getattr(config, name, None) for name in names)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)

@@ -116,7 +116,7 @@ class Capture:
         _check_capacity(options)
         self._model = model = uncompiled(model)
         self._options = options
-        sizes = axis_sizes(getattr(model, "cfg", None))
+        sizes = axis_sizes(model)
         self._sites = []
         for request in resolve(model, names):
             site = _site(

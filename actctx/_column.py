@@ -14,6 +14,7 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._select import Owned, cast_dtype, plain_mode
+from actctx._table import Row
 
 
 @dataclass(eq=False)
@@ -146,6 +147,19 @@ class Column:
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
         total = sum(tensor.shape[dim] for tensor in tensors)
         return str((*tensors[0].shape[:dim], total, *tensors[0].shape[dim + 1 :]))
+
+    def row(self) -> Row:
+        """Describe it for the table."""
+        first = self.firings[0][0].value
+        several = f" ({len(self.firings)} firings)" if len(self.firings) > 1 else ""
+        return Row(
+            site=self.key + several,
+            axes=" ".join(self.axes),
+            shape=self.shape(),
+            dtype=str(first.dtype).removeprefix("torch."),
+            device=str(first.device),
+            nbytes=self.nbytes,
+        )
 
     def join_dim(self) -> int:
         """Find the axis along which forwards are joined; rows of tokens are joined as they come.

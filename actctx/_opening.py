@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import Axes, fired_axes
+from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_eagerly
 from actctx._errors import AxisError, HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, frame_of
@@ -69,6 +70,17 @@ class WatchedSite:
                 "each axis that it has"
             )
 
+    def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
+        """Tell the sequences and positions of an activation, as far as they are known."""
+        dims = self._token_dims
+        return (shape[dims[0]], shape[dims[1]]) if dims and len(shape) > dims[1] else (0, 0)
+
+    @functools.cached_property
+    def _token_dims(self) -> tuple[int, int] | None:
+        axes = self.known_axes or ()
+        pos = next((axis for axis in ("pos", "query") if axis in axes), None)
+        return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
+
     def axes_of(self, activation: Tensor) -> tuple[str, ...]:
         """Name the axes of what is captured from an activation."""
         whole = fired_axes(self.known_axes, activation.dim())
@@ -104,7 +116,11 @@ class Opening:
     """
 
     def __init__(self, model: nn.Module, sites: list[WatchedSite], options: Options) -> None:
-        self.buffer = Activations(options.join, source=type(model).__name__)
+        self.buffer = Activations(
+            options.join,
+            source=type(model).__name__,
+            estimate=functools.cache(functools.partial(_estimate, weakref.ref(model))),
+        )
         self.stop = options.stop
         self.grad = options.grad
         self.awaited = frozenset(
@@ -246,6 +262,7 @@ class Opening:
         if not column.firings:
             column.axes = site.axes_of(activation)
             column.batch_dropped = site.selector.drops(0, activation.dim())
+        whole = activation.shape
         with plain_mode():
             if not self.grad:
                 activation = activation.detach()
@@ -263,7 +280,7 @@ class Opening:
                     0 if site.firing == -1 else number, selected, site.dtype, site.device
                 ),
             )
-        return owned if rows is None else owned._replace(rows=rows)
+        return owned._replace(rows=rows, tokens=site.tokens_of(whole))
 
     def _rows(
         self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
@@ -309,6 +326,11 @@ class Opening:
             forwards = f"{self._ran} forward{'s' * (self._ran != 1)}"
             reason = _why_silent(self._model, silent[0])
             raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")
+
+
+def _estimate(reference: "weakref.ref[nn.Module]", batch: int, pos: int) -> int | None:
+    model = reference()
+    return None if model is None else estimate_cache_bytes(model, batch, pos)
 
 
 def _nothing() -> None:

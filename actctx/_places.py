@@ -1,6 +1,5 @@
 """The places of a model: its hook points and modules, under all of their names."""
 
-import re
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -152,29 +151,6 @@ def _match_parts(parts: list[str], pattern: list[str]) -> bool:
     return (
         bool(parts) and fnmatchcase(parts[0], pattern[0]) and _match_parts(parts[1:], pattern[1:])
     )
-
-
-def in_layers(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[int, list[str]]:
-    """Sort sites by layer.
-
-    Args:
-        names: The names of each site, by its key.
-        wanted: The name of the sites within their layer, or a pattern of whole names.
-
-    Returns:
-        The keys of the sites that are wanted, by the number of their layer.
-
-    """
-    whole = is_glob(wanted)
-    pattern = re.compile(r"(.*?)(\d+)" + (r"(\..*)?" if whole else rf"\.{re.escape(wanted)}"))
-    found: dict[int, list[str]] = {}
-    for key, every in names.items():
-        for name in every:
-            match = pattern.fullmatch(name)
-            if match and (not whole or matches(name, wanted)):
-                found.setdefault(int(match[2]), []).append(key)
-                break
-    return found
 
 
 def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:

@@ -17,21 +17,18 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from actctx._activations import Activations
 from actctx._axes import Axes
+from actctx._caches import count_cache_bytes
 from actctx._capture import capture
 from actctx._errors import JoinError, OptionError
-from actctx._hooks import Hook
-from actctx._places import Places
 from actctx._select import Index, Owned
 
 
@@ -231,36 +228,3 @@ def _extrapolate(count: Callable[[int, int], int], batch: int, pos: int) -> int:
 
     one, two = along_pos(1), along_pos(2)
     return one + (batch - 1) * (two - one)
-
-
-def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count what `run_with_cache` would hold after a forward, without holding it.
-
-    It keeps what every hook point last fired with, under each of its names; tensors that share a
-    storage are counted once, at the size of the storage.
-
-    Args:
-        model: A TransformerLens model.
-        forward: Runs the model.
-
-    Returns:
-        The bytes of the storages.
-
-    """
-    held: dict[str, tuple[StorageWeakRef, int]] = {}
-
-    def see(name: str, _module: nn.Module | None, value: object) -> None:
-        tensor = value[0] if isinstance(value, tuple) and value else value
-        if isinstance(tensor, Tensor):
-            storage = tensor.untyped_storage()
-            # A weak reference keeps the storage's address from being used again, not its memory.
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            held[name] = (reference, storage.nbytes())
-
-    found = Places(model)
-    places = {name: found[name] for name in found.hook_points}
-    with ExitStack() as undo, torch.no_grad():
-        for name, place in places.items():
-            undo.callback(Hook(place, "out", functools.partial(see, name)).remove)
-        forward()
-    return sum({reference.cdata: nbytes for reference, nbytes in held.values()}.values())

@@ -22,6 +22,8 @@ from actctx import (
     Site,
     capture,
 )
+from actctx._caches import estimate_cache_bytes
+from actctx._table import format_bytes
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -192,6 +194,24 @@ def test_its_repr_leaves_out_what_is_too_much(gpt2, ids):
 def test_the_repr_of_an_empty_buffer_says_so():
     assert repr(Activations()) == "Activations: 0 sites, 0 B, 0 forwards"
     assert "<table>" in Activations()._repr_html_()
+
+
+def test_its_html_says_what_was_spared(gpt2, ids):
+    with capture(gpt2, "blocks.0.hook_resid_post", slice={"pos": -1}, stop=True) as acts:
+        gpt2(ids)
+        gpt2(ids)
+    held = format_bytes(2 * estimate_cache_bytes(gpt2, *ids.shape))
+    title = f"Activations: 1 site, 768 B of about {held} that run_with_cache would hold, 2 forwards"
+    assert f"<div>{title}</div>" in acts._repr_html_()
+    assert f"<div>{title}</div>" in copy.deepcopy(acts)._repr_html_()
+    acts.clear()
+    assert "run_with_cache" not in acts._repr_html_()
+
+
+def test_its_html_says_nothing_of_what_is_not_known(mlp, ids):
+    with capture(mlp, "block") as acts:
+        mlp(ids)
+    assert "run_with_cache" not in acts._repr_html_()
 
 
 def test_its_html_is_safe_against_odd_names(mlp, ids):

@@ -6,6 +6,7 @@ from models import ARCHITECTURES, BATCH, POS, VOCAB, bridge, hooks_of, plainly_h
 
 from actctx import Site, Stopped, capture, hook_names
 from actctx._axes import axis_sizes
+from actctx._caches import count_cache_bytes, estimate_cache_bytes
 
 # Where the activations have no batch axis of their own, or one row a token.
 BROADCAST = ("hook_cos", "hook_sin", "pos_embed.hook_in")
@@ -46,7 +47,7 @@ def test_what_never_fires_is_listed_as_missing(model):
 def test_axes_agree_with_the_shapes_and_the_config(model):
     with capture(model, "**") as acts:
         model(tokens())
-    sizes = {**FREE, **axis_sizes(model.cfg)}
+    sizes = {**FREE, **axis_sizes(model)}
     for name in acts:
         axes, shape = acts.axes(name), acts[name].shape
         assert len(axes) == len(shape)
@@ -56,6 +57,15 @@ def test_axes_agree_with_the_shapes_and_the_config(model):
                 assert size in {1, BATCH}
             else:
                 assert sizes.get(axis, size) == size, (name, axes, shape)
+
+
+def test_what_a_cache_would_hold_is_estimated_from_the_axes(model):
+    if hasattr(model, "encoder_blocks"):  # encoder and decoder read sequences of two lengths
+        assert estimate_cache_bytes(model, 4, 48) is None
+        return
+    ids = tokens(4, 48)
+    counted = count_cache_bytes(model, lambda: model(ids))
+    assert 0.97 < estimate_cache_bytes(model, 4, 48) / counted < 1.25
 
 
 def test_an_alias_reads_what_its_canonical_name_reads(model):

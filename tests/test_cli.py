@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 
 from actctx import JoinError, hook_names
 from actctx.__main__ import app
+from actctx._caches import count_cache_bytes
 from actctx._loading import load
-from actctx._sequences import count_cache_bytes, count_caches, in_batches, run
+from actctx._sequences import count_caches, in_batches, run
 from actctx._table import format_bytes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]

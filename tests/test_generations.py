@@ -49,7 +49,7 @@ def test_every_name_is_captured_bit_for_bit(model, ids):
 def test_names_have_their_axes(model, ids):
     with capture(model, NAMES) as acts:
         model(ids)
-    sizes = {"batch": 3, "pos": 7, "query": 7, "key": 7, "1": 1, **axis_sizes(model.cfg)}
+    sizes = {"batch": 3, "pos": 7, "query": 7, "key": 7, "1": 1, **axis_sizes(model)}
     for name in NAMES:
         for axis, size in zip(acts.axes(name), acts[name].shape, strict=True):
             assert sizes.get(axis, size) == size, name

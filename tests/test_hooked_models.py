@@ -13,6 +13,7 @@ from models import (
 from torch import nn
 
 from actctx import HooksRemovedError, SeveralFiringsError, Site, Stopped, capture
+from actctx._caches import count_cache_bytes, estimate_cache_bytes
 
 hooked = pytest.mark.skipif(GENERATION >= 4, reason="TransformerLens 4.0 removed these models")
 LLAMA = {
@@ -57,6 +58,14 @@ def _initialised(model):
 @pytest.mark.parametrize("options", [{}, LLAMA, FLAGS, {**LLAMA, **FLAGS}])
 def test_a_hooked_transformer_is_captured_bit_for_bit(ids, options):
     _agrees(tiny_transformer(**options), ids)
+
+
+@hooked
+@pytest.mark.parametrize("options", [{}, LLAMA, FLAGS, {**LLAMA, **FLAGS}])
+def test_what_a_cache_would_hold_is_estimated_from_the_axes(ids, options):
+    model = tiny_transformer(**options)
+    counted = count_cache_bytes(model, lambda: model(ids))
+    assert 0.85 < estimate_cache_bytes(model, *ids.shape) / counted < 1.05
 
 
 @hooked

@@ -1,0 +1,85 @@
+"""One kind of activation over the layers of a model."""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._errors import HookNameError, JoinError, NotCapturedError
+from actctx._places import is_glob, matches
+from actctx._table import shortened
+
+
+def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
+    """Find the sites of one kind, in the order of their layers.
+
+    Args:
+        names: The names of each captured site, by its key.
+        wanted: The name of the sites within their layer, or a pattern of whole names.
+
+    Returns:
+        Their keys.
+
+    Raises:
+        NotCapturedError: There are none.
+        HookNameError: A layer has several.
+
+    """
+    found = _in_layers(names, wanted)
+    if not found:
+        listed = shortened([repr(key) for key in names])
+        raise NotCapturedError(
+            f"no captured site is {wanted!r} in some layer; the captured names are {listed}; give "
+            "a name within a layer, as in stack('attn.hook_z'), or a pattern of whole names, as "
+            "in stack('model.layers.*')"
+        )
+    double = next((keys for keys in found.values() if len(keys) > 1), None)
+    if double:
+        raise HookNameError(
+            f"{wanted!r} means more than one site of a layer: {double[0]!r} and {double[1]!r}; "
+            "give a pattern of whole names, such as 'encoder_blocks.*.hook_resid_post'"
+        )
+    return [found[layer][0] for layer in sorted(found)]
+
+
+def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor, "layer ..."]:
+    """Stack what the layers left, by the names of their sites.
+
+    Raises:
+        JoinError: They do not have one shape.
+
+    """
+    first, *others = tensors
+    for other in others:
+        one, two = tuple(tensors[first].shape), tuple(tensors[other].shape)
+        if one != two:
+            raise JoinError(
+                f"cannot stack {first!r} of the shape {one} with {other!r} of the shape {two}; "
+                "stack layers of one shape"
+            )
+    return torch.stack([*tensors.values()])
+
+
+def _in_layers(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[int, list[str]]:
+    """Sort sites by layer.
+
+    Args:
+        names: The names of each site, by its key.
+        wanted: The name of the sites within their layer, or a pattern of whole names.
+
+    Returns:
+        The keys of the sites that are wanted, by the number of their layer.
+
+    """
+    whole = is_glob(wanted)
+    pattern = re.compile(r"(.*?)(\d+)" + (r"(\..*)?" if whole else rf"\.{re.escape(wanted)}"))
+    found: dict[int, list[str]] = {}
+    for key, every in names.items():
+        for name in every:
+            match = pattern.fullmatch(name)
+            if match and (not whole or matches(name, wanted)):
+                found.setdefault(int(match[2]), []).append(key)
+                break
+    return found
