@@ -1,6 +1,6 @@
 """Capture activations from chosen places of a transformer model, and only those."""
 
-from actctx._activations import Activations, Sink
+from actctx._activations import Activations
 from actctx._capture import Capture, capture
 from actctx._decorator import captures
 from actctx._errors import (
@@ -19,10 +19,13 @@ from actctx._errors import (
     SelectionError,
     SeveralFiringsError,
     StoppedError,
+    TypedError,
 )
 from actctx._forward import Stopped
 from actctx._names import Site
 from actctx._places import hook_names
+from actctx._schema import Schema, site
+from actctx._sink import Sink
 
 __version__ = "0.1.0"
 
@@ -41,15 +44,18 @@ __all__ = [
     "NotCapturedError",
     "OptionError",
     "OutputError",
+    "Schema",
     "SelectionError",
     "SeveralFiringsError",
     "Sink",
     "Site",
     "Stopped",
     "StoppedError",
+    "TypedError",
     "capture",
     "captures",
     "hook_names",
+    "site",
 ]
 
 # Tracebacks and reprs name what users import.

@@ -1,28 +1,27 @@
 """The buffer that is handed back: captured tensors by name."""
 
-import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from os import PathLike
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._column import Column, give_back_to_system, wait_for
+from actctx._column import Column, Kept, stack_in_place, wait_for
 from actctx._errors import (
     NotCapturedError,
     OptionError,
     SeveralFiringsError,
 )
-from actctx._file import write_safetensors
+from actctx._file import describe, write_safetensors
 from actctx._select import Owned
 from actctx._stack import layers_of, stack_layers
-from actctx._table import Row, as_html, as_text, format_bytes, shortened
+from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
+from actctx._typed import spec_of
 
 Estimate = Callable[[int, int], int | None]
 """Tells how many bytes `run_with_cache` would hold after a forward of so many sequences and
@@ -33,15 +32,13 @@ def _unknown(_batch: int, _pos: int) -> None:
     """Stand in for an estimate where there is no model any more."""
 
 
-@runtime_checkable
-class Sink(Protocol):
-    """Where captured tensors go. `Activations` is one; a writer to disk is another."""
-
-    def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
-        """Take what one forward left: for each site that fired, a tensor for each firing."""
+if TYPE_CHECKING:
+    _Tensors = Mapping[str, Tensor]
+else:  # beartype would read, and so join, a tensor to tell whether a buffer is one
+    _Tensors = Mapping
 
 
-class Activations(Mapping[str, Tensor]):
+class Activations(_Tensors):
     """Captured activations by name, each joined over the forwards that left it.
 
     The tensors are owned by whoever reads them: contiguous, detached from the model (unless
@@ -65,7 +62,7 @@ class Activations(Mapping[str, Tensor]):
         self._order: dict[str, None] = {}
         self._forwards = 0
         self._tokens: Counter[tuple[int, int]] = Counter()
-        self._written = self._trimmed = 0
+        self._kept = Kept()
 
     def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> None:
         """Prepare for a site, before it fires."""
@@ -75,6 +72,23 @@ class Activations(Mapping[str, Tensor]):
         """Return what a site left, for a hook that is about to add to it."""
         return self._columns[key]
 
+    def single(self, name: str) -> Column:
+        """Return what a site left that fires once in a forward.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            SeveralFiringsError: The site fired more than once in a forward.
+
+        """
+        column = self._column(name)
+        if len(column.firings) > 1:
+            raise SeveralFiringsError(
+                f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
+                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
+                "keeps the last"
+            )
+        return column
+
     def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
         """Take what one forward left: for each site that fired, a tensor for each firing."""
         self._forwards += 1
@@ -83,13 +97,7 @@ class Activations(Mapping[str, Tensor]):
         for key, firings in forward.items():
             self._order.setdefault(key)
             self._columns[key].write(firings)
-            if not self._columns[key].rooms:
-                kept = [chunk.value for chunk in firings if chunk.value.device.type == "cpu"]
-                self._written += sum(tensor.nbytes for tensor in kept)
-        # Between what is kept lie holes of what was freed, which would come to as much again.
-        if self._written - self._trimmed > max(2**24, self._written // 16):
-            self._trimmed = self._written
-            give_back_to_system()
+        self._kept.add(firings for key, firings in forward.items() if not self._columns[key].rooms)
 
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
@@ -103,14 +111,7 @@ class Activations(Mapping[str, Tensor]):
             JoinError: The activations of several forwards do not join.
 
         """
-        column = self._column(name)
-        if len(column.firings) > 1:
-            raise SeveralFiringsError(
-                f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
-                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
-                "keeps the last"
-            )
-        return column.joined(0)
+        return self.single(name).joined(0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
@@ -244,6 +245,29 @@ class Activations(Mapping[str, Tensor]):
         names = {key: (key, *self._columns[key].names) for key in self}
         return stack_layers({key: self[key] for key in layers_of(names, name)})
 
+    def spec(self, name: str) -> type:
+        """Give the jaxtyping annotation of a captured tensor, from site, slice and config.
+
+        Returns:
+            An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes whose size the
+            config or the slice fixes have that size; the others are free.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+
+        """
+        column = self._column(name)
+        dtype = column.firings[0][0].value.dtype
+        free = [axis == column.join for axis in column.axes]
+        sizes = [None if each else size for each, size in zip(free, column.sizes, strict=True)]
+        return spec_of(dtype, column.axes, tuple(sizes))
+
+    def stack_in_place(self, keys: Sequence[str]) -> Shaped[Tensor, "layer ..."]:
+        """Stack sites without holding them twice: what the buffer holds becomes views of it."""
+        columns = [self.single(key) for key in keys]
+        stack_layers({column.key: column.outline() for column in columns})
+        return stack_in_place(columns)
+
     def to(
         self,
         device: torch.device | str | torch.dtype | None = None,
@@ -276,7 +300,7 @@ class Activations(Mapping[str, Tensor]):
         self._order.clear()
         self._forwards = 0
         self._tokens.clear()
-        self._written = self._trimmed = 0
+        self._kept = Kept()
 
     def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the activations to a safetensors file, the axes of each in its metadata.
@@ -301,14 +325,8 @@ class Activations(Mapping[str, Tensor]):
                 "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
                 "capture with join='batch', or save the tensors of the lists yourself"
             )
-        described = {
-            **(metadata or {}),
-            "axes": json.dumps({key: " ".join(self.axes(key)) for key in self}),
-            "model": self._source,
-            "actctx": version("actctx"),
-            "torch": torch.__version__,
-        }
-        write_safetensors({key: self[key] for key in self}, path, described)
+        described = describe({key: self.axes(key) for key in self}, self._source)
+        write_safetensors({**self}, path, {**(metadata or {}), **described})
 
     def __repr__(self) -> str:
         return as_text(*self._summary())
@@ -333,13 +351,14 @@ class Activations(Mapping[str, Tensor]):
         return {**self.__dict__, "_estimate": _unknown}
 
     def _summary(self, spared: str = "") -> tuple[str, list[Row]]:
-        forwards = f"{self._forwards} forward{'s' * (self._forwards != 1)}"
+        size = format_bytes(self.nbytes) + spared
+        title = f"Activations: {counted(len(self), 'site')}, {size}, {self._ran()}"
         if self._forwards and self.missing:
-            forwards += f", {len(self.missing)} missing"
-        sites = f"{len(self)} site{'s' * (len(self) != 1)}"
-        size = format_bytes(self.nbytes)
-        rows = [self._columns[key].row() for key in self]
-        return f"Activations: {sites}, {size}{spared}, {forwards}", rows
+            title += f", {len(self.missing)} missing"
+        return title, [self._columns[key].row() for key in self]
+
+    def _ran(self) -> str:
+        return counted(self._forwards, "forward")
 
     def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
         copy = Activations(self._join, source=self._source, estimate=self._estimate)
@@ -349,7 +368,12 @@ class Activations(Mapping[str, Tensor]):
         for key, column in self._columns.items():
             firings = [deque(map(change, chunks)) for chunks in column.firings]
             copy._columns[key] = replace(
-                column, capacity=None, rooms=[], firings=firings, rows=column.rows.copy()
+                column,
+                capacity=None,
+                rooms=[],
+                firings=firings,
+                rows=column.rows.copy(),
+                stack=None,
             )
         return copy
 
@@ -368,7 +392,7 @@ class Activations(Mapping[str, Tensor]):
         elif column is None:
             reason = f"the captured names are {self._listed()}"
         else:
-            reason = f"it never fired in {self._forwards} forward{'s' * (self._forwards != 1)}"
+            reason = f"it never fired in {self._ran()}"
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
 
     def _why_empty(self) -> str:

@@ -57,6 +57,11 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     )
 )
 
+AXIS_NAMES = frozenset(
+    {"token", "layer", "expert", "choice", *(axis for _, axes in _RULES for axis in axes.split())}
+)
+"""Every name that an axis of a hook point, or of a stack of them, can have."""
+
 # A mixture of experts routes tokens, not sequences: its router's hooks have one row a token.
 _ROUTER = {
     "hook_in": ("token", "d_model"),

@@ -1,8 +1,9 @@
 """The capture context: what users ask for, checked before the model is touched."""
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Never
+from typing import Any, Generic, Never, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from jaxtyping import Shaped
@@ -11,17 +12,43 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
-from actctx._names import Names, Request, resolve
-from actctx._opening import Opening, Options, Scope, WatchedSite
+from actctx._names import Names, Request, Site, resolve
+from actctx._opening import B, Opening, Options, Scope, WatchedSite
 from actctx._places import uncompiled, why_it_never_fires
 from actctx._rows import as_mask, split_rows
+from actctx._schema import Part, Schema, parts_of
 from actctx._select import Slice, parse_slice
 from actctx._table import shortened
+from actctx._typed import Expected, is_checking, refuse_dtype, refuse_impossible
+
+S = TypeVar("S", bound=Schema)
 
 
+class CaptureOptions(TypedDict, total=False):
+    """The options of `capture`, for the type checker."""
+
+    slice: Slice
+    dtype: torch.dtype | None
+    device: torch.device | str | None
+    stop: bool
+    join: str | None
+    mask: Tensor | str | None
+    capacity: int | None
+    grad: bool
+    check: bool
+
+
+@overload
+def capture(
+    model: nn.Module, names: type[S], **options: Unpack[CaptureOptions]
+) -> "Capture[S]": ...
+@overload
+def capture(
+    model: nn.Module, names: Names, **options: Unpack[CaptureOptions]
+) -> "Capture[Activations]": ...
 def capture(
     model: nn.Module,
-    names: Names,
+    names: Names | type[Schema],
     *,
     slice: Slice = None,  # noqa: A002  the word of the field, as in TransformerLens' pos_slice
     dtype: torch.dtype | None = None,
@@ -31,7 +58,8 @@ def capture(
     mask: Shaped[Tensor, "batch pos"] | str | None = None,
     capacity: int | None = None,
     grad: bool = False,
-) -> "Capture":
+    check: bool = True,
+) -> "Capture[Any]":
     """Capture activations from the forwards that run in a `with` block, and only those.
 
     Inside the block the model is called as always: by itself, in a loop, through code of others.
@@ -43,7 +71,8 @@ def capture(
         model: A TransformerLens model of any generation, or any module.
         names: What to capture: a hook name or module name; a glob; a module of the model; a
             `Site`, which carries options of its own; a predicate on names; an iterable of these;
-            or a mapping of aliases to names or sites. In a glob `*` stays within two dots and
+            a mapping of aliases to names or sites; or a `Schema` class, whose fields say what
+            they are. In a glob `*` stays within two dots and
             `**` spans them; without a dot it matches the last part of a name. Hook names are
             those of TransformerLens, aliases included; `hook_names(model)` lists them.
         slice: What to select along the named axes of every site, as in
@@ -69,15 +98,19 @@ def capture(
             once more when it is read.
         grad: Whether the captured tensors stay in the autograd graph. Block and forwards then
             run with gradients.
+        check: Whether every activation is checked against the sizes in the model's config, and
+            the fields of a `Schema` against their annotations. The environment variable
+            `ACTCTX_CHECK=0` switches that off everywhere.
 
     Returns:
-        A context manager. `with capture(...) as acts` gives an `Activations` buffer, a fresh one
-        each time that it is entered.
+        A context manager. `with capture(...) as acts` gives an `Activations` buffer, or the
+        `Schema` that was asked for; a fresh one each time that it is entered.
 
     Raises:
         HookNameError: A name matches nothing.
         AxisError: A site does not have the axis to select from or to join along.
         SelectionError: A position lies outside an axis whose size the model's config tells.
+        TypedError: A field of a `Schema` can never be what its annotation says.
         OptionError: Another option makes no sense.
 
     Example:
@@ -88,11 +121,18 @@ def capture(
         torch.Size([8, 32])
 
     """
-    options = Options(stop=stop, join=join, grad=grad, mask=_checked_mask(mask), capacity=capacity)
+    options = Options(
+        stop=stop,
+        join=join,
+        grad=grad,
+        mask=_checked_mask(mask),
+        capacity=capacity,
+        check=is_checking(check),
+    )
     return Capture(model, names, options, slice=slice, dtype=dtype, device=device)
 
 
-class Capture:
+class Capture(Generic[B]):
     """A context manager that captures activations; made by `capture`.
 
     It can be entered again once it was left, and gives a fresh buffer each time.
@@ -101,7 +141,7 @@ class Capture:
     def __init__(
         self,
         model: nn.Module,
-        names: Names,
+        names: Names | type[Schema],
         options: Options,
         *,
         slice: Slice = None,  # noqa: A002  as in `capture`
@@ -117,17 +157,24 @@ class Capture:
         self._model = model = uncompiled(model)
         self._options = options
         sizes = axis_sizes(model)
-        self._sites = []
-        for request in resolve(model, names):
-            site = _site(
-                request, slice_=slice, dtype=dtype, device=device, sizes=sizes, options=options
+        self._hand_over: Callable[[Activations], Any] = _as_it_is
+        defaults = Site("", slice, dtype, device)
+        watch = functools.partial(_site, defaults=defaults, sizes=sizes, options=options)
+        if isinstance(names, type):
+            _check_schema(names, options)
+            parts = [(part, [*map(watch, requests)]) for part, requests in parts_of(names, model)]
+            self._sites = [site for _, sites in parts for site in sites]
+            checked = sizes if options.check else None
+            self._hand_over = functools.partial(
+                names, parts=[part for part, _ in parts], sizes=checked
             )
-            _check_firing(site, options)
-            _check_join(site, options.join)
-            self._sites.append(site)
-        self._opening: Opening | None = None
+            for part, sites in parts if options.check else ():
+                _check_part(part, sites)
+        else:
+            self._sites = [*map(watch, resolve(model, names))]
+        self._opening: Opening[B] | None = None
 
-    def __enter__(self) -> Activations:
+    def __enter__(self) -> B:
         """Put the hooks on, until the block is left.
 
         Raises:
@@ -153,9 +200,9 @@ class Capture:
         """
         opening = self._end()
         if error is None:
-            opening.check_fired()
+            opening.finish()
 
-    def open(self) -> Activations:
+    def open(self) -> B:
         """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
 
         Forwards run without gradients, as in a block, but the code between them keeps its grad
@@ -184,17 +231,17 @@ class Capture:
             CaptureStateError: It is not open.
 
         """
-        self._end().check_fired()
+        self._end().finish()
 
-    def prepared(self) -> Opening:
+    def prepared(self) -> Opening[B]:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
         for site in self._sites:
             reason = why_it_never_fires(self._model, site.place)
             if site.exact and reason:
                 raise NeverFiredError(f"{site.shown} would never fire: {reason}")
-        return Opening(self._model, self._sites, self._options)
+        return Opening(self._model, self._sites, self._options, self._hand_over)
 
-    def _begin(self, scope: Scope) -> Activations:
+    def _begin(self, scope: Scope) -> B:
         if self._opening is not None:
             raise CaptureStateError(
                 "this capture is open already; leave its block first, or make another capture"
@@ -202,9 +249,9 @@ class Capture:
         opening = self.prepared()
         opening.attach(scope)
         self._opening = opening
-        return opening.buffer
+        return opening.handed
 
-    def _end(self) -> Opening:
+    def _end(self) -> Opening[B]:
         opening, self._opening = self._opening, None
         if opening is None:
             raise CaptureStateError(
@@ -234,26 +281,24 @@ class Capture:
 def _site(
     request: Request,
     *,
-    slice_: Slice,
-    dtype: torch.dtype | None,
-    device: torch.device | str | None,
+    defaults: Site,
     sizes: Mapping[str, int],
     options: Options,
 ) -> WatchedSite:
     """Settle the options of one site; those of the capture are the defaults."""
     asked, place = request.site, request.place
     axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
-    dtype = asked.dtype if asked.dtype is not None else dtype
+    dtype = asked.dtype if asked.dtype is not None else defaults.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise OptionError(
             f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
         )
-    taken = slice_ if asked.slice is None else asked.slice
+    taken = defaults.slice if asked.slice is None else asked.slice
     selector = parse_slice(request.key, taken, axes, sizes)
     rows = None
     if options.mask is not None:
         selector, rows = split_rows(selector, axes)
-    return WatchedSite(
+    site = WatchedSite(
         key=request.key,
         place=place,
         exact=request.exact,
@@ -264,8 +309,46 @@ def _site(
         selector=selector,
         rows=rows,
         dtype=dtype,
-        device=_device(asked.device if asked.device is not None else device),
+        device=_device(asked.device if asked.device is not None else defaults.device),
+        sizes=sizes,
     )
+    _check_firing(site, options)
+    _check_join(site, options.join)
+    return site
+
+
+def _as_it_is(buffer: Activations) -> Activations:
+    return buffer
+
+
+def _check_schema(schema: type[Schema], options: Options) -> None:
+    if not issubclass(schema, Schema):
+        raise OptionError(
+            f"cannot capture the class {schema.__name__!r}; derive it from actctx.Schema, or give "
+            "a hook name"
+        )
+    if options.join is None:
+        raise OptionError(
+            f"the fields of {schema.__name__} are tensors, but join=None keeps lists of them; "
+            "join along 'batch' or 'pos', or capture by names instead"
+        )
+
+
+def _check_part(part: Part, sites: list[WatchedSite]) -> None:
+    """Refuse a field that can never be what its annotation says."""
+    for name, site in zip(part.keys, sites, strict=True):
+        what, hint = f"{part.field.what}, from {name!r},", part.field.hint
+        refuse_dtype(what, hint, site.dtype)
+        whole = site.known_axes
+        if whole is None:
+            continue
+        axes, sizes = site.selected(whole)
+        dropped = [axis for axis in whole if axis not in axes]
+        because = f" (without {' '.join(dropped)!r}, which slice= or mask= drops)"
+        if part.is_stacked:
+            axes, sizes = ("layer", *axes), (len(sites), *sizes)
+        expected = Expected(axes, sizes, site.sizes, because if dropped else "")
+        refuse_impossible(what, hint, expected)
 
 
 def _checked_mask(mask: Tensor | str | None) -> Tensor | str | None:

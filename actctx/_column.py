@@ -1,6 +1,7 @@
 """What one site left, and how it becomes one tensor."""
 
 import ctypes
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -15,6 +16,7 @@ from actctx._axes import Axes
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._select import Owned, cast_dtype, plain_mode
 from actctx._table import Row
+from actctx._typed import Sizes
 
 
 @dataclass(eq=False)
@@ -27,11 +29,13 @@ class Column:
         join: The axis along which forwards are joined, or None.
         capacity: How many elements along `join` there is room for, made at the first firing.
         axes: The axes of each of its tensors.
+        sizes: Their sizes, None for those that neither the config nor the slice fixes.
         firings: For each firing of a forward, the tensors of the forwards, in order. Joining
             replaces them by one.
         rooms: With a capacity, for each firing the tensor that is filled in place.
         rows: With a mask, the sequences and positions of the kept rows, forward by forward.
         sequences: With a mask, the number of sequences of all forwards.
+        stack: What its one tensor is a layer of, if layers were stacked.
         batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
             are not known.
 
@@ -42,10 +46,12 @@ class Column:
     join: str | None
     capacity: int | None = None
     axes: Axes = ()
+    sizes: Sizes = ()
     firings: list[deque[Owned]] = field(default_factory=list)
     rooms: list[Tensor] = field(default_factory=list)
     rows: deque[Int64[Tensor, "token 2"]] = field(default_factory=deque)
     sequences: int = 0
+    stack: Tensor | None = None
     batch_dropped: bool = False
 
     @property
@@ -57,6 +63,7 @@ class Column:
 
     def clear(self) -> None:
         """Forget what was captured; what was read stays with its reader."""
+        self.stack = None
         self.firings.clear()
         self.rooms.clear()
         self.rows.clear()
@@ -64,6 +71,7 @@ class Column:
 
     def write(self, firings: Iterable[Owned]) -> None:
         """Take what the site left in one forward, a tensor for each firing."""
+        self.stack = None
         for number, chunk in enumerate(firings):
             if number == 0 and chunk.rows is not None:
                 self.rows.append(chunk.rows.where + torch.tensor([self.sequences, 0]))
@@ -133,20 +141,30 @@ class Column:
             for _ in range(len(chunks)):
                 chunks.append(Owned(wait_for(chunks.popleft())))
 
-    def shape(self) -> str:
-        """Tell the joined shape without joining, since showing it must not cost memory."""
+    def outline(self) -> Shaped[Tensor, "..."]:
+        """Return a tensor without values that has the shape and dtype of the joined one.
+
+        Raises:
+            AxisError: There are several forwards, and no axis to join them along.
+            JoinError: Their shapes differ.
+
+        """
         tensors = [chunk.value for chunk in self.firings[0]]
-        shapes = [str(tuple(tensor.shape)) for tensor in tensors]
-        if len(shapes) == 1 and self.join is not None:
-            return shapes[0]
-        try:
+        shape = list(tensors[0].shape)
+        if len(tensors) > 1 or self.join is None:
             dim = self.join_dim()
             _check_joinable(self.key, tensors, dim, self.join or "")
+            shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
+        return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
+
+    def shape(self) -> str:
+        """Tell the joined shape without joining, since showing it must not cost memory."""
+        try:
+            return str(tuple(self.outline().shape))
         except (AxisError, JoinError):
+            shapes = [str(tuple(chunk.value.shape)) for chunk in self.firings[0]]
             alike = len(set(shapes)) == 1
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
-        total = sum(tensor.shape[dim] for tensor in tensors)
-        return str((*tensors[0].shape[:dim], total, *tensors[0].shape[dim + 1 :]))
 
     def row(self) -> Row:
         """Describe it for the table."""
@@ -187,6 +205,23 @@ class Column:
         if number >= len(self.firings) or not self.firings[number]:
             return 0
         return self.firings[number][0].value.shape[self.join_dim()]
+
+
+def stack_in_place(columns: Sequence[Column]) -> Shaped[Tensor, "layer ..."]:
+    """Stack what sites left; what they hold becomes views of it, so that nothing is held twice."""
+    tensors = [column.joined(0) for column in columns]
+    if any(tensor.requires_grad for tensor in tensors) or any(column.rooms for column in columns):
+        with torch.enable_grad():  # whatever the mode of who reads, the graph was asked for
+            return torch.stack(tensors)
+    whole = columns[0].stack
+    if whole is not None and all(column.stack is whole for column in columns):
+        return whole
+    with plain_mode():
+        whole = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
+    for layer, column in enumerate(columns):
+        column.firings[0] = deque([Owned(whole[layer].copy_(tensors.pop(0)))])
+        column.stack = whole
+    return whole
 
 
 def wait_for(chunk: Owned) -> Tensor:
@@ -265,6 +300,26 @@ def _concatenate(chunks: deque[Owned], dim: int) -> None:
                     give_back_to_system()
     finally:  # an interrupt between two chunks loses neither those behind nor those before it
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
+
+
+@dataclass
+class Kept:
+    """What a buffer keeps on the host, in bytes; it gives back what lies unused in between."""
+
+    nbytes: int = 0
+    trimmed: int = 0
+
+    def add(self, firings: Iterable[Sequence[Owned]]) -> None:
+        """Note what one forward left.
+
+        Between what is kept lie holes of what was freed, which would come to as much again.
+        """
+        for chunk in itertools.chain.from_iterable(firings):
+            if chunk.value.device.type == "cpu":
+                self.nbytes += chunk.value.nbytes
+        if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
+            self.trimmed = self.nbytes
+            give_back_to_system()
 
 
 def give_back_to_system() -> None:

@@ -4,39 +4,58 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar, overload, runtime_checkable
+from typing import (
+    Any,
+    Concatenate,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    Unpack,
+    overload,
+    runtime_checkable,
+)
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._capture import Capture, capture
+from actctx._capture import Capture, CaptureOptions, S, capture
 from actctx._errors import OptionError
 from actctx._names import Names
-from actctx._opening import Opening
+from actctx._schema import Schema
 from actctx._select import Slice
+from actctx._typed import Claim, mentions_array_type
 
 P = ParamSpec("P")
 R = TypeVar("R")
+B_co = TypeVar("B_co", covariant=True)
 
 ModelOf = nn.Module | Callable[..., nn.Module]
 
 
 @runtime_checkable
-class _Decorator(Protocol):
+class _Decorator(Protocol[B_co]):
     @overload
-    def __call__(self, function: Callable[Concatenate[Activations, P], R]) -> Callable[P, R]: ...
+    def __call__(self, function: Callable[Concatenate[B_co, P], R]) -> Callable[P, R]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[P, Coroutine[Any, Any, R]]
-    ) -> Callable[P, Coroutine[Any, Any, tuple[R, Activations]]]: ...
+    ) -> Callable[P, Coroutine[Any, Any, tuple[R, B_co]]]: ...
     @overload
-    def __call__(self, function: Callable[P, R]) -> Callable[P, tuple[R, Activations]]: ...
+    def __call__(self, function: Callable[P, R]) -> Callable[P, tuple[R, B_co]]: ...
 
 
+@overload
 def captures(
-    names: Names,
+    names: type[S], *, model: ModelOf | None = None, **options: Unpack[CaptureOptions]
+) -> _Decorator[S]: ...
+@overload
+def captures(
+    names: Names, *, model: ModelOf | None = None, **options: Unpack[CaptureOptions]
+) -> _Decorator[Activations]: ...
+def captures(
+    names: Names | type[Schema],
     *,
     model: ModelOf | None = None,
     slice: Slice = None,  # noqa: A002  as in `capture`
@@ -47,14 +66,16 @@ def captures(
     mask: Shaped[Tensor, "batch pos"] | str | None = None,
     capacity: int | None = None,
     grad: bool = False,
-) -> _Decorator:
+    check: bool = True,
+) -> _Decorator[Any]:
     """Decorate a function so that each call of it runs in a capture of its own.
 
     A function with a parameter that is annotated `Activations`, or named `acts`, receives the
-    live buffer there, and its result is returned as it is. Otherwise a call returns
-    `(result, acts)`, as `run_with_cache` returns `(logits, cache)`. Callers do not pass the
-    buffer, and it is not in the decorated function's signature; put the parameter first and
-    type checkers know that as well.
+    live buffer there, and with `@captures(Acts)` one that is annotated `Acts` the live `Acts`;
+    its result is returned as it is. Otherwise a call returns `(result, acts)`, as
+    `run_with_cache` returns `(logits, cache)`. Callers do not pass the buffer, and it is not in
+    the decorated function's signature; put the parameter first and type checkers know that as
+    well.
 
     Plain functions, methods, coroutines, generators and async generators can be decorated. The
     hooks are on while the function runs, and off while a generator waits to be resumed.
@@ -72,6 +93,8 @@ def captures(
         mask: See `capture`.
         capacity: See `capture`.
         grad: See `capture`.
+        check: See `capture`. With a `Schema`, the arguments and the result of each call that are
+            annotated with jaxtyping are checked in one scope with its fields.
 
     Raises:
         OptionError: What is decorated is a class or no function; or a call has no model among
@@ -89,7 +112,7 @@ def captures(
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
 
-    def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture:
+    def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture[Any]:
         return capture(
             _model_of(model, arguments, args, kwargs),
             names,
@@ -101,112 +124,149 @@ def captures(
             mask=mask,
             capacity=capacity,
             grad=grad,
+            check=check,
         )
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         _check_function(function)
-        call = _Call(function, open_for)
-        wrapper = functools.wraps(function)(_wrapper(call))
-        if call.buffer is not None:
-            wrapper.__signature__ = call.shown  # type: ignore[attr-defined]
+        decorated = _Function(function, open_for)
+        wrapper = functools.wraps(function)(_wrapper(decorated))
+        if decorated.buffer is not None:
+            wrapper.__signature__ = decorated.shown  # type: ignore[attr-defined]
         return wrapper
 
-    return typing.cast(_Decorator, decorate)
+    return typing.cast(_Decorator[Any], decorate)
 
 
-_Open = Callable[[Mapping[str, Any], tuple[Any, ...], Any], Capture]
+_Open = Callable[[Mapping[str, Any], tuple[Any, ...], Any], Capture[Any]]
 
 
-class _Call:
-    """How a decorated function is called, and what a call of it gives back."""
+class _Function:
+    """A decorated function: which parameter wants the buffer, and which are annotated."""
 
     def __init__(self, function: Callable[..., Any], open_for: _Open) -> None:
         self.function = function
-        self._open_for = open_for
-        self._signature = inspect.signature(function)
-        self.buffer = _buffer_parameter(function, self._signature)
-        self.shown = self._signature.replace(
-            parameters=[p for p in self._signature.parameters.values() if p.name != self.buffer]
+        self.open_for = open_for
+        self.signature = inspect.signature(function)
+        hints = _hints(function, self.signature)
+        self.buffer = _buffer_parameter(self.signature, hints)
+        self.arrays = {name: hint for name, hint in hints.items() if mentions_array_type(hint)}
+        self.shown = self.signature.replace(
+            parameters=[p for p in self.signature.parameters.values() if p.name != self.buffer]
         )
 
-    def bind(self, args: Any, kwargs: Any) -> tuple[Capture, Callable[[Activations], Any]]:
-        """Return the capture for one call, and the call itself, which wants the buffer."""
-        bound = self.shown.bind(*args, **kwargs)
-        return self._open_for(bound.arguments, args, kwargs), functools.partial(self._run, bound)
+    def claims(self, arguments: Mapping[str, Any]) -> list[Claim]:
+        """Say what arguments, or the result as `return`, are annotated to be, if with jaxtyping."""
+        return [
+            Claim(self._what(name), value, self._hint(name))
+            for name, value in arguments.items()
+            if name in self.arrays
+        ]
 
-    def _run(self, bound: inspect.BoundArguments, acts: Activations) -> Any:
-        if self.buffer is None:
-            return self.function(*bound.args, **bound.kwargs)
-        given = {**bound.arguments, self.buffer: acts}
+    def _what(self, name: str) -> str:
+        part = "the result" if name == "return" else f"the argument {name!r}"
+        return f"{part} of {self.function.__name__}"
+
+    def _hint(self, name: str) -> Any:
+        hint = self.arrays[name]
+        parameter = self.signature.parameters.get(name)
+        if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL:
+            return tuple[hint, ...]  # type: ignore[valid-type]
+        if parameter is not None and parameter.kind is parameter.VAR_KEYWORD:
+            return dict[str, hint]  # type: ignore[valid-type]
+        return hint
+
+
+class _Call:
+    """One call of a decorated function, and the capture that is its own."""
+
+    def __init__(self, function: _Function, args: Any, kwargs: Any) -> None:
+        self._function = function
+        self._bound = function.shown.bind(*args, **kwargs)
+        capturing = function.open_for(self._bound.arguments, args, kwargs)
+        self.opening = capturing.prepared()
+
+    def start(self) -> Any:
+        """Call the function, with the buffer where it wants it.
+
+        Raises:
+            TypedError: An argument does not fit its annotation, in the scope of a `Schema`.
+
+        """
+        function, bound = self._function, self._bound
+        if isinstance(self.opening.handed, Schema):
+            self.opening.handed.check(function.claims(bound.arguments))
+        if function.buffer is None:
+            return function.function(*bound.args, **bound.kwargs)
+        given = {**bound.arguments, function.buffer: self.opening.handed}
         # In the order of the parameters, as `BoundArguments` wants them.
-        ordered = {name: given[name] for name in self._signature.parameters if name in given}
-        call = inspect.BoundArguments(self._signature, ordered)
-        return self.function(*call.args, **call.kwargs)
+        ordered = {name: given[name] for name in function.signature.parameters if name in given}
+        call = inspect.BoundArguments(function.signature, ordered)
+        return function.function(*call.args, **call.kwargs)
 
-    def give(self, result: Any, acts: Activations) -> Any:
+    def finish(self, **result: Any) -> None:
+        """Check what the call has left; `result` holds what it gives back, as `return`."""
+        self.opening.finish(self._function.claims({**self._bound.arguments, **result}))
+
+    def give(self, result: Any) -> Any:
         """Return what a call gives back: a function that received the buffer has it already."""
-        return (result, acts) if self.buffer is None else result
+        return (result, self.opening.handed) if self._function.buffer is None else result
 
 
-def _wrapper(call: _Call) -> Callable[..., Any]:
+def _wrapper(function: _Function) -> Callable[..., Any]:
     """Wrap a function of any kind."""
-    if inspect.iscoroutinefunction(call.function):
-        return _around_coroutine(call)
-    if inspect.isgeneratorfunction(call.function):
-        return _around_generator(call)
-    if inspect.isasyncgenfunction(call.function):
-        return _around_async_generator(call)
+    if inspect.iscoroutinefunction(function.function):
+        return _around_coroutine(function)
+    if inspect.isgeneratorfunction(function.function):
+        return _around_generator(function)
+    if inspect.isasyncgenfunction(function.function):
+        return _around_async_generator(function)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        capturing, run = call.bind(args, kwargs)
-        with capturing as acts:
-            result = run(acts)
-        return call.give(result, acts)
+        call = _Call(function, args, kwargs)
+        with call.opening:
+            result = call.start()
+        call.finish(**{"return": result})
+        return call.give(result)
 
     return wrapper
 
 
-def _around_coroutine(call: _Call) -> Callable[..., Any]:
+def _around_coroutine(function: _Function) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        capturing, run = call.bind(args, kwargs)
-        opening = capturing.prepared()
-        with opening.in_context() as acts:
-            result = await run(acts)
-        opening.check_fired()
-        return call.give(result, acts)
+        call = _Call(function, args, kwargs)
+        with call.opening.in_context():
+            result = await call.start()
+        call.finish(**{"return": result})
+        return call.give(result)
 
     return wrapper
 
 
-def _around_generator(call: _Call) -> Callable[..., Any]:
-    def run(args: Any, kwargs: Any) -> tuple[Any, Activations]:
-        capturing, start = call.bind(args, kwargs)
-        opening = capturing.prepared()
-        return _driven(start(opening.buffer), opening), opening.buffer
-
+def _around_generator(function: _Function) -> Callable[..., Any]:
     def returning(*args: Any, **kwargs: Any) -> Any:
-        return run(args, kwargs)
+        call = _Call(function, args, kwargs)
+        return call.give(_driven(call.start(), call))
 
     def receiving(*args: Any, **kwargs: Any) -> Any:
-        return (yield from run(args, kwargs)[0])
+        return (yield from returning(*args, **kwargs))
 
-    return returning if call.buffer is None else receiving
+    return returning if function.buffer is None else receiving
 
 
-def _around_async_generator(call: _Call) -> Callable[..., Any]:
+def _around_async_generator(function: _Function) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        capturing, start = call.bind(args, kwargs)
-        opening = capturing.prepared()
-        return call.give(_driven_async(start(opening.buffer), opening), opening.buffer)
+        call = _Call(function, args, kwargs)
+        return call.give(_driven_async(call.start(), call))
 
     return wrapper
 
 
-def _driven(generator: Any, opening: Opening) -> Any:
+def _driven(generator: Any, call: _Call) -> Any:
     """Run a generator with hooks that are on only while it runs."""
 
     def step(resume: Callable[..., Any], *value: Any) -> Any:
-        with opening:
+        with call.opening:
             return resume(*value)
 
     try:
@@ -222,15 +282,15 @@ def _driven(generator: Any, opening: Opening) -> Any:
             else:
                 item = step(generator.send, sent)
     except StopIteration as end:
-        opening.check_fired()
+        call.finish()
         return end.value
 
 
-async def _driven_async(generator: Any, opening: Opening) -> Any:
+async def _driven_async(generator: Any, call: _Call) -> Any:
     """Run an async generator with hooks that are on only while it runs."""
 
     async def step(resume: Callable[..., Any], *value: Any) -> Any:
-        with opening.in_context():
+        with call.opening.in_context():
             return await resume(*value)
 
     try:
@@ -246,7 +306,7 @@ async def _driven_async(generator: Any, opening: Opening) -> Any:
             else:
                 item = await step(generator.asend, sent)
     except StopAsyncIteration:
-        opening.check_fired()
+        call.finish()
 
 
 def _check_function(function: Any) -> None:
@@ -269,15 +329,20 @@ def _check_function(function: Any) -> None:
         raise OptionError(f"@captures decorates a function, not {function!r}")
 
 
-def _buffer_parameter(function: Callable[..., Any], signature: inspect.Signature) -> str | None:
-    """Find the parameter that wants the buffer: annotated `Activations`, or named `acts`."""
+def _hints(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
+    """Read a function's annotations, those of parameters and of `return`."""
     try:
-        hints = typing.get_type_hints(function)
+        return typing.get_type_hints(function)
     except (NameError, TypeError, SyntaxError, AttributeError):  # for type checkers, or no types
-        hints = {name: p.annotation for name, p in signature.parameters.items()}
+        return {name: p.annotation for name, p in signature.parameters.items()}
+
+
+def _buffer_parameter(signature: inspect.Signature, hints: Mapping[str, Any]) -> str | None:
+    """Find the parameter that wants the buffer: annotated as one, or named `acts`."""
     for name in signature.parameters:
         hint = hints.get(name)
-        if hint is Activations or Activations in typing.get_args(hint):
+        kinds = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
+        if any(issubclass(kind, Activations | Schema) for kind in kinds):
             return name
         if isinstance(hint, str) and hint.rpartition(".")[2] == "Activations":
             return name

@@ -14,6 +14,7 @@ ActctxError
 ├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
 ├── JoinError (ValueError)              activations of several forwards do not join
 ├── CapacityError (ValueError)          more activations came than `capacity=` made room for
+├── TypedError (TypeError)              a tensor is not what its annotation or the config says
 └── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
@@ -78,6 +79,10 @@ class CapacityError(ActctxError, ValueError):
 
 class JoinError(ActctxError, ValueError):
     """Activations of several forwards do not join into one tensor."""
+
+
+class TypedError(ActctxError, TypeError):
+    """A tensor is not what its annotation in a `Schema`, or the model's config, says."""
 
 
 class LoadError(ActctxError, OSError):

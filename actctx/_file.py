@@ -1,11 +1,26 @@
 """A safetensors file, which is there whole or not at all."""
 
+import json
 from collections.abc import Mapping
+from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
 
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
+
+from actctx._axes import Axes
+
+
+def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
+    """Make the metadata that a file needs to be understood."""
+    return {
+        "axes": json.dumps({key: " ".join(each) for key, each in axes.items()}),
+        "model": model,
+        "actctx": version("actctx"),
+        "torch": torch.__version__,
+    }
 
 
 def write_safetensors(

@@ -115,6 +115,21 @@ def resolve(model: nn.Module, names: Names) -> list[Request]:
     return list(found.values())
 
 
+def resolve_sites(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, list[Request]]:
+    """Find the places of each of several sites, apart from each other.
+
+    Raises:
+        HookNameError: A name or a pattern matches nothing, with the closest names.
+
+    """
+    places = Places(model)
+    found = {name: _find(places, None, site) for name, site in sites.items()}
+    unknown = [str(sites[name].name) for name, requests in found.items() if not requests]
+    if unknown:
+        raise HookNameError(_unknown_names(unknown, places))
+    return found
+
+
 def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
     """Yield what was asked for, as sites and predicates, with the alias where it has one."""
     if isinstance(names, Mapping):

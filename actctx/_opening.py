@@ -4,11 +4,11 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool
@@ -18,15 +18,23 @@ from actctx._activations import Activations
 from actctx._axes import Axes, fired_axes
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_eagerly
-from actctx._errors import AxisError, HooksRemovedError, NeverFiredError, OptionError
+from actctx._errors import (
+    AxisError,
+    HooksRemovedError,
+    NeverFiredError,
+    OptionError,
+    TypedError,
+)
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import RowSelector, as_mask, find_rows
+from actctx._schema import Schema
 from actctx._select import Owned, Rows, Selector, own, plain_mode
-from actctx._table import shortened
+from actctx._table import counted, shortened
+from actctx._typed import Claim, Sizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +52,7 @@ class WatchedSite:
     rows: RowSelector | None
     dtype: torch.dtype | None
     device: torch.device | None
+    sizes: Mapping[str, int]
 
     @property
     def shown(self) -> str:
@@ -81,11 +90,38 @@ class WatchedSite:
         pos = next((axis for axis in ("pos", "query") if axis in axes), None)
         return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
 
-    def axes_of(self, activation: Tensor) -> tuple[str, ...]:
-        """Name the axes of what is captured from an activation."""
-        whole = fired_axes(self.known_axes, activation.dim())
+    def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
+        """Name the axes of what is captured from an activation, and the sizes that are fixed."""
         axes = self.selector.axes_after(whole)
-        return axes if self.rows is None else self.rows.axes_after(axes)
+        sizes = self.selector.sizes_after(tuple(self.sizes.get(axis) for axis in whole))
+        if self.rows is None:
+            return axes, sizes
+        return self.rows.axes_after(axes), self.rows.sizes_after(sizes)
+
+    def check_sizes(self, shape: torch.Size) -> None:
+        """Refuse an activation whose axes have not the sizes that the model's config says.
+
+        Raises:
+            TypedError: An axis has another size.
+
+        """
+        ranks, fixed = self._fixed_sizes
+        for dim, axis, size in fixed if len(shape) in ranks else ():
+            if shape[dim] != size:
+                raise TypedError(
+                    f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
+                    f"model's config says {size}; if the model is right, name its axes otherwise "
+                    "with Site(axes=...), or capture with check=False"
+                )
+
+    @functools.cached_property
+    def _fixed_sizes(self) -> tuple[set[int], tuple[tuple[int, str, int], ...]]:
+        """The ranks that are known, and the axes of a known size, counted from the last."""
+        axes = self.known_axes or ()
+        # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
+        ranks = {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}
+        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in self.sizes)
+        return ranks, tuple((dim, axis, self.sizes[axis]) for dim, axis in fixed)
 
 
 @dataclass(frozen=True)
@@ -97,7 +133,11 @@ class Options:
     grad: bool
     mask: Bool[Tensor, "batch pos"] | str | None
     capacity: int | None
+    check: bool = True
 
+
+B = TypeVar("B")
+"""What is handed over: the buffer, or a `Schema` before it."""
 
 Scope = Literal["block", "context", "thread"]
 
@@ -108,19 +148,26 @@ _NUMBERS = itertools.count()
 _LOCK = threading.RLock()
 
 
-class Opening:
+class Opening(Generic[B]):
     """One opening of a capture: its hooks, its buffer, and what it has seen.
 
     Hooks and interceptor hold it weakly, so that a capture that is dropped while open is
     collected, and takes its hooks off.
     """
 
-    def __init__(self, model: nn.Module, sites: list[WatchedSite], options: Options) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[WatchedSite],
+        options: Options,
+        hand_over: Callable[[Activations], B],
+    ) -> None:
         self.buffer = Activations(
             options.join,
             source=type(model).__name__,
             estimate=functools.cache(functools.partial(_estimate, weakref.ref(model))),
         )
+        self.handed = hand_over(self.buffer)
         self.stop = options.stop
         self.grad = options.grad
         self.awaited = frozenset(
@@ -138,7 +185,7 @@ class Opening:
         self._ran = 0
         self._fired: set[str] = set()
         self._hooks: dict[str, Hook] = {}
-        self._detach: weakref.finalize[..., Opening] = weakref.finalize(self, _nothing)
+        self._detach: weakref.finalize[..., Opening[B]] = weakref.finalize(self, _nothing)
         for site in sites:
             self.buffer.expect(site.key, site.place.names, options.capacity)
 
@@ -185,19 +232,19 @@ class Opening:
         """Take the hooks off, in reverse, and give the model back as it was."""
         self._detach()
 
-    def __enter__(self) -> Activations:
+    def __enter__(self) -> B:
         self.attach()
-        return self.buffer
+        return self.handed
 
     def __exit__(self, *error: object) -> None:
         self.detach()
 
     @contextmanager
-    def in_context(self) -> Iterator[Activations]:
+    def in_context(self) -> Iterator[B]:
         """Hold the hooks for a coroutine, which may be suspended while others run."""
         self.attach("context")
         try:
-            yield self.buffer
+            yield self.handed
         finally:
             self.detach()
 
@@ -258,11 +305,14 @@ class Opening:
         activation = tensor_of(site.shown, value, site.output)
         site.check_axes(activation)
         site.selector.check(activation.shape)
+        if self._options.check:
+            site.check_sizes(activation.shape)
         column = self.buffer.column(site.key)
         if not column.firings:
-            column.axes = site.axes_of(activation)
+            axes = fired_axes(site.known_axes, activation.dim())
+            column.axes, column.sizes = site.selected(axes)
             column.batch_dropped = site.selector.drops(0, activation.dim())
-        whole = activation.shape
+        tokens = site.tokens_of(activation.shape)
         with plain_mode():
             if not self.grad:
                 activation = activation.detach()
@@ -280,7 +330,7 @@ class Opening:
                     0 if site.firing == -1 else number, selected, site.dtype, site.device
                 ),
             )
-        return owned._replace(rows=rows, tokens=site.tokens_of(whole))
+        return owned._replace(rows=rows, tokens=tokens)
 
     def _rows(
         self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
@@ -318,12 +368,23 @@ class Opening:
             "mask itself"
         )
 
-    def check_fired(self) -> None:
-        """Raise `NeverFiredError` if a forward ran and a site that must fire did not."""
+    def finish(self, more: Iterable[Claim] = ()) -> None:
+        """Check what the block has left, together with `more` where it is typed.
+
+        Raises:
+            NeverFiredError: A forward ran, and a site that must fire did not.
+            TypedError: A field of a `Schema`, or one of `more`, does not fit its annotation.
+
+        """
+        self._check_fired()
+        if isinstance(self.handed, Schema):
+            self.handed.check(more)
+
+    def _check_fired(self) -> None:
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
         if self._ran and silent:
             names = shortened([site.shown for site in silent])
-            forwards = f"{self._ran} forward{'s' * (self._ran != 1)}"
+            forwards = counted(self._ran, "forward")
             reason = _why_silent(self._model, silent[0])
             raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")
 
@@ -343,7 +404,7 @@ def _take_off(undo: ExitStack) -> None:
 
 
 def _fire(
-    reference: "weakref.ref[Opening]", site: WatchedSite, module: nn.Module | None, value: Any
+    reference: "weakref.ref[Opening[Any]]", site: WatchedSite, module: nn.Module | None, value: Any
 ) -> None:
     opening = reference()
     if opening is not None:

@@ -35,6 +35,10 @@ class RowSelector(NamedTuple):
         rest = [axis for dim, axis in enumerate(axes) if dim not in {0, self.dim}]
         return ("batch" if self.is_one_a_sequence else "token", *rest)
 
+    def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Tell the sizes of the axes of the kept rows, as far as they are known before."""
+        return (None, *(size for dim, size in enumerate(sizes) if dim not in {0, self.dim}))
+
     def keep(
         self, activation: Shaped[Tensor, "..."], rows: Int64[Tensor, "token 2"]
     ) -> Shaped[Tensor, "token ..."]:

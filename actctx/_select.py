@@ -82,6 +82,12 @@ class Selector:
         """Return the axes that are left of an activation's `axes`: an int drops its own."""
         return tuple(axis for dim, axis in enumerate(axes) if not self.drops(dim, len(axes)))
 
+    def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
+        """Tell the sizes of the axes that are left, as far as they are known before."""
+        picks = {step.dim % len(sizes): step.pick for step in self.steps}
+        left = (dim for dim in range(len(sizes)) if not isinstance(picks.get(dim), int))
+        return tuple(_size_after(picks.get(dim), sizes[dim]) for dim in left)
+
     def select(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Select from an activation that was checked: a view, or a copy where `copies`."""
         if not self.steps:
@@ -129,6 +135,14 @@ class Selector:
                     f"{step.asked}; give the slice as many entries as there are axes, or fewer"
                 )
             check_range(self.site, step, shape[step.dim])
+
+
+def _size_after(pick: int | slice | Positions | None, size: int | None) -> int | None:
+    if isinstance(pick, Positions):
+        return len(pick.index)
+    if isinstance(pick, slice):
+        return None if size is None else len(range(*pick.indices(size)))
+    return size
 
 
 def _gathers(pick: int | slice | Positions) -> bool:

@@ -27,6 +27,11 @@ def format_bytes(nbytes: int) -> str:
     return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
 
 
+def counted(count: int, word: str) -> str:
+    """Write a number of things, as in `2 forwards`."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
 def shortened(names: list[str], most: int = 8) -> str:
     """List names for a message, the first few of them where there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

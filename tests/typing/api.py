@@ -9,7 +9,7 @@ from actctx import Activations, Capture, Site, capture, captures, hook_names
 
 model = nn.Linear(1, 1)
 
-assert_type(capture(model, "weight"), Capture)
+assert_type(capture(model, "weight"), Capture[Activations])
 assert_type(hook_names(model, "blocks.*"), list[str])
 
 with capture(
@@ -40,8 +40,6 @@ def logits(model: nn.Module, tokens: Tensor, *, scale: float = 1.0) -> int:
 
 
 assert_type(logits(model, torch.zeros(1), scale=2.0), tuple[int, Activations])
-logits(model)  # type: ignore[call-arg]
-logits(model, torch.zeros(1), scale="2")  # type: ignore[arg-type]
 
 
 @captures("blocks.0.hook_resid_post")
@@ -51,7 +49,6 @@ def received(acts: Activations, model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 assert_type(received(model, torch.zeros(1)), Tensor)
-received(model)  # type: ignore[call-arg]
 
 
 class Study:
@@ -66,10 +63,6 @@ class Study:
 
 
 assert_type(Study().run(torch.zeros(1)), tuple[int, Activations])
-
-capture(model, "a", stop="yes")  # type: ignore[arg-type]
-capture(model, 3)  # type: ignore[arg-type]
-Site("a", io="inside")  # type: ignore[arg-type]
 
 
 @captures("blocks.0.hook_resid_post")

@@ -1,0 +1,14 @@
+"""Where captured tensors go."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+from actctx._select import Owned
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """Where captured tensors go. `Activations` is one; a writer to disk is another."""
+
+    def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
+        """Take what one forward left: for each site that fired, a tensor for each firing."""

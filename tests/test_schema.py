@@ -1,0 +1,579 @@
+"""Typed results: what a `Schema` captures, and what it refuses."""
+
+import asyncio
+import copy
+import pickle
+from typing import ClassVar
+
+import pytest
+import torch
+from jaxtyping import BFloat16, Float, Float16, Int, Shaped
+from models import Mlp, bridge, hooks_of, huggingface
+from torch import Tensor
+
+from actctx import (
+    Activations,
+    HookNameError,
+    JoinError,
+    NeverFiredError,
+    NotCapturedError,
+    OptionError,
+    Schema,
+    SeveralFiringsError,
+    Stopped,
+    TypedError,
+    capture,
+    captures,
+    site,
+)
+
+
+class Resid(Schema):
+    resid: Float[Tensor, "batch d_model"] = site("blocks.0.hook_resid_post", slice={"pos": -1})
+
+
+class Acts(Resid):
+    layers: Float[Tensor, "layer batch pos d_model"] = site("blocks.*.hook_resid_post")
+    patterns: dict[str, Float[Tensor, "batch head query key"]] = site("blocks.*.attn.hook_pattern")
+
+
+NAMES = ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]
+PATTERNS = ["blocks.0.attn.hook_pattern", "blocks.1.attn.hook_pattern"]
+
+
+@pytest.fixture
+def plain(gpt2, ids):
+    with capture(gpt2, [*NAMES, *PATTERNS]) as acts:
+        gpt2(ids)
+    return acts
+
+
+def one(hint, name="blocks.0.hook_resid_post", **options):
+    """Make a schema of one field, `x`."""
+    return type("One", (Schema,), {"__annotations__": {"x": hint}, "x": site(name, **options)})
+
+
+def test_its_fields_are_the_captured_tensors(gpt2, ids, plain):
+    with capture(gpt2, Acts) as acts:
+        gpt2(ids)
+    assert isinstance(acts, Acts)
+    assert torch.equal(acts.resid, plain[NAMES[0]][:, -1])
+    assert torch.equal(acts.layers, plain.stack("hook_resid_post"))
+    assert list(acts.patterns) == PATTERNS
+    assert all(torch.equal(acts.patterns[name], plain[name]) for name in PATTERNS)
+
+
+def test_it_is_read_inside_the_block_as_forwards_come(gpt2, ids, plain):
+    with capture(gpt2, Acts, stop=True) as acts:
+        assert isinstance(gpt2(ids), Stopped)
+        assert torch.equal(acts.layers, plain.stack("hook_resid_post"))
+        first = acts.layers
+        gpt2(ids)
+        assert torch.equal(acts.layers, torch.cat([first, first], dim=1))
+    assert acts.resid.shape == (6, 32)
+
+
+def test_a_stack_of_layers_is_not_held_twice(gpt2, ids):
+    with capture(gpt2, Acts) as acts:
+        gpt2(ids)
+    stacked = acts.layers
+    assert acts.layers is stacked
+    layer = acts.activations["layers.blocks.1.hook_resid_post"]
+    assert layer.data_ptr() == stacked[1].data_ptr()
+    acts.activations.clear()
+    assert stacked.shape == (2, 3, 7, 32)
+
+
+@pytest.mark.parametrize("options", [{"capacity": 6}, {"grad": True}])
+def test_layers_are_stacked_with_a_capacity_and_in_the_graph(gpt2, ids, options):
+    with capture(gpt2, Acts, **options) as acts:
+        gpt2(ids)
+        assert acts.layers.shape == (2, 3, 7, 32)
+        gpt2(ids)
+    assert acts.layers.shape == (2, 6, 7, 32)
+    assert acts.layers.requires_grad == options.get("grad", False)
+
+
+def test_its_buffer_is_behind_it(gpt2, ids):
+    with capture(gpt2, Acts) as acts:
+        gpt2(ids)
+    assert isinstance(acts.activations, Activations)
+    assert acts.activations.axes("resid") == ("batch", "d_model")
+    assert repr(acts).startswith("Acts of Activations: 5 sites, ")
+    assert acts._repr_html_().startswith("<div>Acts</div><div><div>Activations: 5 sites, ")
+
+
+def test_it_is_copied_and_pickled(gpt2, ids):
+    with capture(gpt2, Acts) as acts:
+        gpt2(ids)
+    for other in (copy.deepcopy(acts), pickle.loads(pickle.dumps(acts))):  # noqa: S301  its own
+        assert torch.equal(other.layers, acts.layers)
+        assert torch.equal(other.resid, acts.resid)
+
+
+def test_it_works_with_open_and_close(gpt2, ids):
+    opened = capture(gpt2, Acts)
+    acts = opened.open()
+    gpt2(ids)
+    opened.close()
+    assert acts.resid.shape == (3, 32)
+
+
+def test_a_mask_turns_positions_into_tokens(llama, ids):
+    class Real(Schema):
+        all: Float[Tensor, "token d_model"] = site("model.norm", axes="batch pos d_model")
+        last: Float[Tensor, "batch d_model"] = site(
+            "model.norm", axes="batch pos d_model", slice=-1
+        )
+
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    with capture(llama, Real, mask="attention") as acts:
+        llama(ids, attention_mask=mask)
+    assert acts.all.shape == (17, 32)
+    assert acts.last.shape == (3, 32)
+
+
+def test_a_plain_hugging_face_model_has_the_sizes_of_its_config(llama, ids):
+    wrong = one(Float[Tensor, "batch pos d_mlp"], "model.norm", axes="batch pos d_mlp")
+    with pytest.raises(TypedError), capture(llama, wrong):
+        llama(ids)
+    right = one(Float[Tensor, "batch pos d_model"], "model.norm")
+    with capture(llama, right) as acts:
+        llama(ids)
+    assert acts.x.shape == (3, 7, 32)
+
+
+def test_grouped_queries_have_fewer_keys(ids):
+    class Grouped(Schema):
+        q: Float[Tensor, "batch pos head d_head"] = site("blocks.0.attn.hook_q")
+        k: Float[Tensor, "batch pos kv_head d_head"] = site("blocks.0.attn.hook_k")
+
+    model = bridge("LlamaForCausalLM")
+    with capture(model, Grouped) as acts:
+        model(ids)
+    assert (acts.q.shape[2], acts.k.shape[2]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        *("... d_model", "*batch d_model", "b p d", "batch pos 32", "batch pos size=32", "_ _ _"),
+        *("batch pos 4*d_head", "batch #pos d_model", "batch pos head*d_head"),
+    ],
+)
+def test_annotations_mean_what_jaxtyping_defines(gpt2, ids, axes):
+    with capture(gpt2, one(Float[Tensor, axes])) as acts:
+        gpt2(ids)
+    assert acts.x.shape == (3, 7, 32)
+
+
+def test_an_annotation_calculates_with_an_axis_of_a_later_field(gpt2, ids):
+    class Twice(Schema):
+        pattern: Float[Tensor, "batch pos*2-7 query key"] = site("blocks.0.attn.hook_pattern")
+        resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")
+
+    with pytest.raises(TypedError, match="existing value of pos\\*2-7=7"), capture(gpt2, Twice):
+        gpt2(ids)
+
+
+def test_dtype_words_are_held_to(gpt2, ids):
+    for word, dtype in ((Float16, torch.float16), (BFloat16, torch.bfloat16)):
+        with capture(gpt2, one(word[Tensor, "..."], dtype=dtype)) as acts:
+            gpt2(ids)
+        assert acts.x.dtype == dtype
+    with capture(gpt2, one(Int[Tensor, "batch pos"], "embed.hook_in"), dtype=torch.float16) as acts:
+        gpt2(ids)
+    assert acts.x.dtype == torch.int64
+    with capture(gpt2, one(Shaped[Tensor, "..."])) as acts:
+        gpt2(ids)
+
+
+def test_a_field_is_not_set(gpt2, ids):
+    with capture(gpt2, Resid) as acts:
+        gpt2(ids)
+    with pytest.raises(AttributeError) as caught:
+        acts.resid = ids
+    assert str(caught.value) == "Resid.resid is what was captured, and cannot be set"
+
+
+def test_a_class_variable_is_no_field(gpt2, ids):
+    class Noted(Resid):
+        note: ClassVar[str] = "last position"
+
+    with capture(gpt2, Noted) as acts:
+        gpt2(ids)
+    assert acts.note == "last position"
+    assert acts.resid.shape == (3, 32)
+
+
+def test_a_family_leaves_out_what_never_fires(gpt2, ids):
+    hint = dict[str, Float[Tensor, "batch pos head d_model"]]
+    with capture(gpt2, one(hint, "blocks.*.attn.hook_result")) as acts:
+        gpt2(ids)
+    assert acts.x == {}
+    assert len(acts.activations.missing) == 2
+
+
+def test_what_was_not_captured_yet_says_so(gpt2):
+    with capture(gpt2, Acts) as acts:
+        for name in ("resid", "layers"):
+            with pytest.raises(NotCapturedError, match="no forward of TransformerBridge has run"):
+                getattr(acts, name)
+
+
+def test_the_errors_of_a_capture_stay_what_they_are(ids):
+    model = Mlp(twice=True)
+    model.spare = torch.nn.Linear(1, 1)
+    with pytest.raises(NeverFiredError), capture(model, one(Shaped[Tensor, "..."], "spare")):
+        model(ids)
+    with (
+        pytest.raises(SeveralFiringsError),
+        capture(model, one(Shaped[Tensor, "..."], "block")) as acts,
+    ):
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        _ = acts.x
+    with pytest.raises(JoinError), capture(model, one(Shaped[Tensor, "..."], "embed")):
+        model(ids)
+        model(ids[:, 1:])
+    with pytest.raises(ZeroDivisionError), capture(model, one(Int[Tensor, "..."], "embed")):
+        model(ids)
+        _ = 1 / 0
+
+
+def test_a_wrong_field_is_told_when_it_is_read_and_leaves_no_hooks(gpt2, ids):
+    before = hooks_of(gpt2)
+    with pytest.raises(TypedError), capture(gpt2, one(Int[Tensor, "..."])) as acts:
+        gpt2(ids)
+        _ = acts.x
+        pytest.fail("it was read")
+    assert hooks_of(gpt2) == before
+
+
+def test_what_can_never_hold_is_told_before_any_forward(gpt2):
+    before = hooks_of(gpt2)
+    with pytest.raises(TypedError):
+        capture(gpt2, one(Float[Tensor, "batch d_model"]))
+    assert hooks_of(gpt2) == before
+
+
+@pytest.mark.parametrize("off", ["option", "environment"])
+def test_checks_can_be_switched_off(gpt2, ids, monkeypatch, off):
+    if off == "environment":
+        monkeypatch.setenv("ACTCTX_CHECK", "0")
+    wrong = one(Int[Tensor, "batch d_mlp"])
+    with capture(gpt2, wrong, check=off != "option") as acts:
+        gpt2(ids)
+        assert acts.x.shape == (3, 7, 32)
+    assert acts.x.shape == (3, 7, 32)
+
+
+def test_a_model_that_is_not_as_its_config_says_is_refused(ids):
+    model = bridge()
+    model.cfg.d_model = 48
+    with (
+        pytest.raises(TypedError) as caught,
+        capture(model, ["blocks.0.attn.hook_q", "blocks.0.hook_resid_post"]),
+    ):
+        model(ids)
+    assert str(caught.value) == (
+        "'blocks.0.hook_resid_post' fired with the shape (3, 7, 32), but along 'd_model' the "
+        "model's config says 48; if the model is right, name its axes otherwise with "
+        "Site(axes=...), or capture with check=False"
+    )
+    with capture(model, "blocks.0.hook_resid_post", check=False) as acts:
+        model(ids)
+    assert acts.tensor.shape == (3, 7, 32)
+
+
+# What is asked of a GPT-2 with d_model 32, 2 layers and 4 heads of 8, and what it answers.
+PLAIN = "blocks.0.hook_resid_post"
+TOLD = {
+    "too few axes": (
+        (Float[Tensor, "batch d_model"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch d_model\"], with 2 axes, but "
+        "will have 3, 'batch pos d_model'; write Float[Tensor, \"batch pos d_model\"]",
+    ),
+    "a slice that drops an axis": (
+        (Float[Tensor, "batch pos d_model"], PLAIN, {"slice": {"pos": -1}}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos d_model\"], with 3 axes, "
+        "but will have 2, 'batch d_model' (without 'pos', which slice= or mask= drops); write "
+        'Float[Tensor, "batch d_model"]',
+    ),
+    "layers": (
+        (Float[Tensor, "batch pos d_model"], "blocks.*.hook_resid_post", {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos d_model\"], with 3 axes, "
+        "but will have 4, 'layer batch pos d_model'; write Float[Tensor, \"layer batch pos "
+        'd_model"]',
+    ),
+    "another axis": (
+        (Float[Tensor, "batch pos d_mlp"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos d_mlp\"], but what it "
+        "calls 'd_mlp' is the axis 'd_model': its axes are 'batch pos d_model'; write "
+        'Float[Tensor, "batch pos d_model"]',
+    ),
+    "another size": (
+        (Float[Tensor, "batch pos 768"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos 768\"], but it says 768 "
+        "where the axis 'd_model' has the size 32; write Float[Tensor, \"batch pos d_model\"]",
+    ),
+    "some heads": (
+        (Float[Tensor, "batch pos head d_head"], "blocks.0.attn.hook_q", {"slice": {"head": [0]}}),
+        "One.x, from 'blocks.0.attn.hook_q', is annotated Float[Tensor, \"batch pos head "
+        'd_head"], '
+        "but 1 of the 4 along 'head' are selected; write 1 in its place, or another name, such as "
+        "'chosen_head'",
+    ),
+    "the number of heads": (
+        (Float[Tensor, "b p 4 d"], "blocks.0.attn.hook_q", {"slice": {"head": slice(2)}}),
+        "One.x, from 'blocks.0.attn.hook_q', is annotated Float[Tensor, \"b p 4 d\"], but it says "
+        "4 where the axis 'head' has the size 2; write Float[Tensor, \"batch pos 2 d_head\"]",
+    ),
+    "the dtype asked for": (
+        (Float16[Tensor, "..."], PLAIN, {"dtype": torch.bfloat16}),
+        f"One.x, from '{PLAIN}', is annotated Float16[Tensor, \"...\"], but dtype=torch.bfloat16 "
+        "was asked for; write BFloat16, or leave the dtype out",
+    ),
+    "the dtype that fires": (
+        (Float16[Tensor, "batch pos d_model"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Float16[Tensor, \"batch pos "
+        'd_model"]: Float16 does not hold float32; write Float32, or capture with '
+        "dtype=torch.float16",
+    ),
+    "integers": (
+        (Int[Tensor, "batch pos d_model"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Int[Tensor, \"batch pos "
+        'd_model"]: Int does not hold float32; write Float32',
+    ),
+    "a product": (
+        (Float[Tensor, "batch pos 5*d_head"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Float[Tensor, \"batch pos "
+        '5*d_head"]: the dimension size 32 does not equal the existing value of 5*d_head=40',
+    ),
+    "an unknown factor": (
+        (Float[Tensor, "batch pos n*d_head"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos n*d_head\"], which "
+        "calculates with an axis that no other annotation names: Cannot process symbolic axis "
+        "'n*d_head' as some axis names have not been processed",
+    ),
+    "a module of unknown axes": (
+        (Float[Tensor, "batch pos d_mlp"], "blocks.0", {}),
+        "One.x, from 'blocks.0', is float32 (3, 7, 32), which is no Float[Tensor, \"batch pos "
+        "d_mlp\"]: d_mlp is 32 here, but 128 in the model's config",
+    ),
+    "a module of another rank": (
+        (Float[Tensor, "batch d_model"], "blocks.0", {}),
+        "One.x, from 'blocks.0', is float32 (3, 7, 32), which is no Float[Tensor, \"batch "
+        'd_model"]: it has 3 axes, not 2',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TOLD)
+def test_a_wrong_annotation_is_told_with_what_to_write(gpt2, ids, case):
+    (hint, name, options), message = TOLD[case]
+    with pytest.raises(TypedError) as caught, capture(gpt2, one(hint, name, **options)):
+        gpt2(ids)
+    assert str(caught.value) == message
+
+
+def test_axes_must_agree_between_fields(gpt2, ids):
+    class Two(Schema):
+        whole: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")
+        part: Float[Tensor, "batch pos d_model"] = site(
+            "blocks.0.hook_resid_post", slice={"pos": [0, 1]}
+        )
+
+    with pytest.raises(TypedError) as caught, capture(gpt2, Two):
+        gpt2(ids)
+    assert str(caught.value) == (
+        "Two.part, from 'blocks.0.hook_resid_post', is float32 (3, 2, 32), which is no "
+        'Float[Tensor, "batch pos d_model"]: pos is 2 here, but 7 in Two.whole'
+    )
+
+
+def test_a_wrong_model_is_told(gpt2):
+    class Small(Schema):
+        resid: Float[Tensor, "batch pos d_model"] = site("encoder.layer.0.output")
+
+    with pytest.raises(HookNameError):
+        capture(gpt2, Small)
+    with pytest.raises(HookNameError):
+        capture(huggingface("LlamaForCausalLM"), Resid)
+
+
+NEXT_TO = 'resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")'
+MISTAKES = {
+    "no site": (
+        {"__annotations__": {"x": Float[Tensor, "..."]}},
+        "Bad.x is annotated, but nothing says where to capture it; write ... = "
+        'site("blocks.0.hook_resid_post")',
+    ),
+    "no annotation": (
+        {"x": site("block")},
+        'Bad.x has no annotation; write x: Float[Tensor, "batch pos d_model"] = site(...)',
+    ),
+    "no tensor": (
+        {"x": site("block"), "__annotations__": {"x": int}},
+        'Bad.x is annotated int; annotate it as a tensor, such as Float[Tensor, "batch pos '
+        'd_model"], or as a dict[str, ...] of tensors',
+    ),
+    "a name in use": (
+        {"activations": site("block"), "__annotations__": {"activations": Float[Tensor, "..."]}},
+        "Bad.activations has a name that a Schema uses; choose another",
+    ),
+    "a private name": (
+        {"_x": site("block"), "__annotations__": {"_x": Float[Tensor, "..."]}},
+        "Bad._x has a name that a Schema uses; choose another",
+    ),
+    "an annotation that cannot be read": (
+        {"x": site("block"), "__annotations__": {"x": "Float[Nowhere, '...']"}},
+        "the annotations of Bad cannot be read: name 'Float' is not defined; import it where the "
+        "class's module can see it",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_a_schema_that_makes_no_sense_is_refused(case):
+    body, message = MISTAKES[case]
+    with pytest.raises(OptionError) as caught:
+        type("Bad", (Schema,), {"__module__": "builtins", **body})
+    assert str(caught.value) == message
+
+
+def test_what_is_no_schema_to_capture_is_refused(gpt2):
+    class Empty(Schema):
+        pass
+
+    for names, options, message in (
+        (
+            Empty,
+            {},
+            f"Empty has no fields, so there is nothing to capture; write, for one, {NEXT_TO}",
+        ),
+        (
+            Resid,
+            {"join": None},
+            "the fields of Resid are tensors, but join=None keeps lists of them; join along "
+            "'batch' or 'pos', or capture by names instead",
+        ),
+    ):
+        with pytest.raises(OptionError) as caught:
+            capture(gpt2, names, **options)
+        assert str(caught.value) == message
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_another_class_is_refused(gpt2):
+    with pytest.raises(OptionError) as caught:
+        capture(gpt2, Mlp)
+    assert str(caught.value) == (
+        "cannot capture the class 'Mlp'; derive it from actctx.Schema, or give a hook name"
+    )
+
+
+def test_a_stack_of_two_sites_of_a_layer_is_refused(gpt2):
+    with pytest.raises(HookNameError) as caught:
+        capture(gpt2, one(Float[Tensor, "layer b p d"], "blocks.*.hook_resid_*"))
+    assert str(caught.value) == (
+        "One.x stacks layers, but 'blocks.*.hook_resid_*' matches two sites of one layer: "
+        "'blocks.0.hook_resid_pre' and 'blocks.0.hook_resid_mid'; narrow the pattern, or annotate "
+        'the field as dict[str, Float[Tensor, "layer b p d"]]'
+    )
+
+
+def test_a_decorated_function_receives_it(gpt2, ids):
+    @captures(Resid, stop=True)
+    def norms(acts: Resid, model, ids) -> Float[Tensor, "batch"]:
+        model(ids)
+        return acts.resid.norm(dim=-1)
+
+    assert norms(gpt2, ids).shape == (3,)
+
+
+def test_a_decorated_function_that_does_not_want_it_gives_it_back(gpt2, ids):
+    @captures(Resid)
+    def logits(model, ids):
+        return model(ids)
+
+    result, acts = logits(gpt2, ids)
+    assert result.shape == (3, 7, 50)
+    assert isinstance(acts, Resid)
+
+
+def test_arguments_and_results_are_checked_in_one_scope_with_the_fields(gpt2, ids):
+    @captures(Resid)
+    def scores(
+        acts: Resid,
+        model,
+        ids: Int[Tensor, "batch pos"],
+        *directions: Float[Tensor, " d_model"],
+        keep: int = 0,
+    ) -> Float[Tensor, " batch"]:
+        model(ids)
+        return acts.resid[keep:] @ directions[0]
+
+    direction = torch.zeros(32)
+    assert scores(gpt2, ids, direction).shape == (3,)
+    for arguments, options, message in (
+        (
+            (ids.float(), direction),
+            {},
+            "the argument 'ids' of scores is float32 (3, 7), which is no Int[Tensor, \"batch "
+            'pos"]: Int does not hold float32; write Float32',
+        ),
+        (
+            (ids, direction, 1),
+            {},
+            "the argument 'directions' of scores is a tuple, which is no "
+            "tuple[Float[Tensor, 'd_model'], ...]: its type is another",
+        ),
+        (
+            (ids, direction),
+            {"keep": 1},
+            'the result of scores is float32 (2,), which is no Float[Tensor, "batch"]: batch is 2 '
+            "here, but 3 in the argument 'ids' of scores",
+        ),
+    ):
+        with pytest.raises(TypedError) as caught:
+            scores(gpt2, *arguments, **options)
+        assert str(caught.value) == message
+
+
+def test_a_wrong_argument_is_told_before_the_function_runs(gpt2, ids):
+    ran = []
+
+    @captures(Resid)
+    def run(model, ids: Float[Tensor, "batch pos"]):
+        ran.append(model(ids))
+
+    with pytest.raises(TypedError):
+        run(gpt2, ids)
+    assert not ran
+
+
+def test_generators_and_coroutines_are_checked_when_they_end(gpt2, ids):
+    @captures(Resid)
+    def steps(acts: Resid, model, ids: Int[Tensor, "other pos"]):
+        model(ids[1:])
+        yield acts.resid
+
+    @captures(one(Float[Tensor, "batch pos d_model"]))
+    async def later(model, ids: Int[Tensor, "batch pos"]) -> int:
+        model(ids[1:])
+        return 3
+
+    assert [resid.shape for resid in steps(gpt2, ids)] == [(2, 32)]
+    with pytest.raises(TypedError, match="batch is 2 here, but 3 in the argument 'ids' of later"):
+        asyncio.run(later(gpt2, ids))
+
+
+def test_a_decorated_function_without_a_schema_is_left_alone(gpt2, ids):
+    @captures("blocks.0.hook_resid_post")
+    def run(model, ids: Float[Tensor, "batch d_model"]) -> Int[Tensor, "pos"]:
+        return model(ids)
+
+    logits, _ = run(gpt2, ids)
+    assert logits.shape == (3, 7, 50)
