@@ -239,9 +239,18 @@ def _check_out(out: Path | None, *, force: bool) -> None:
     """Refuse what could not be written before the model runs."""
     if out is None:
         return
-    if out.is_dir() or not out.parent.is_dir():
-        found = "is a directory" if out.is_dir() else "lies in a directory that does not exist"
-        raise OptionError(f"cannot save to '{out}': it {found}; give --out the path of a file")
+    partial = Path(f"{out}.partial")  # what `Activations.save` writes to
+    try:
+        found = "it is a directory" if out.is_dir() else ""
+        if not out.parent.is_dir():
+            found = "it lies in a directory that does not exist"
+        if not found:
+            partial.touch()
+            partial.unlink()
+    except OSError as error:
+        found = f"the system says {(error.strerror or str(error)).lower()!r}"
+    if found:
+        raise OptionError(f"cannot save to '{out}': {found}; give --out the path of a file")
     if out.exists() and not force:
         raise OptionError(f"'{out}' exists; give --force to replace it, or another --out")
 

@@ -366,7 +366,7 @@ def _check_capacity(options: Options) -> None:
     capacity = options.capacity
     if capacity is None:
         return
-    if not isinstance(capacity, int) or capacity < 1:
+    if type(capacity) is not int or capacity < 1:  # True is an int to Python
         raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"

@@ -21,6 +21,9 @@ _WITHOUT_NETWORK = (
     "or the directory of a saved model"
 )
 
+# The files of a tokenizer, of which a model's directory has one at least.
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+
 
 def load(name: str, *, device: str = "cpu") -> nn.Module:
     """Load a model as a `TransformerBridge` in eval mode, with its tokenizer.
@@ -50,10 +53,7 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
         hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
         raise LoadError(f"cannot load {name!r}: {_first_line(error)}{hint}") from error
     if model.tokenizer is None:
-        raise LoadError(
-            f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
-            "save its tokenizer to the same directory"
-        )
+        raise LoadError(_without_tokenizer(name))
     # RoBERTa's config counts two positions that its tokenizer rightly leaves out.
     model.cfg.n_ctx = min(model.cfg.n_ctx, model.tokenizer.model_max_length)
     return model.eval()  # type: ignore[no-any-return]
@@ -70,6 +70,8 @@ def _directory(name: str) -> Path | None:
                 f"the directory {name!r} holds no model: it has no config.json; "
                 "give the directory that save_pretrained wrote"
             )
+        if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
+            raise LoadError(_without_tokenizer(name))  # transformers would make up an empty one
         return path
     # A hub name has one slash at most, and begins with none of these.
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -79,6 +81,13 @@ def _directory(name: str) -> Path | None:
             f"a hub name, or {MINILM!r}"
         )
     return None
+
+
+def _without_tokenizer(name: str) -> str:
+    return (
+        f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
+        "save its tokenizer to the same directory"
+    )
 
 
 def _packaged() -> Path:

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import transformers
-from models import GENERATION, bridge, hooks_of, plainly_hooked
+from models import GENERATION, bridge, hooks_of, huggingface, plainly_hooked
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -407,6 +407,22 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
         f"cannot save to '{tmp_path}/no/acts': it lies in a directory that does not exist; "
         "give --out the path of a file"
     )
+    assert refusal(*ask, tmp_path / ("x" * 300)) == (
+        f"cannot save to '{tmp_path / ('x' * 300)}': the system says 'file name too long'; "
+        "give --out the path of a file"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="root could write to any other directory")
+def test_a_file_in_a_directory_that_takes_none_is_refused():
+    place = "/proc/acts"
+    message = refusal("capture", "./nowhere", RESID, "--prompt", "one", "--out", place)
+    assert message.startswith(f"cannot save to '{place}': the system says '")
+
+
+def test_a_refused_command_leaves_no_file(tmp_path):
+    refusal("capture", "./nowhere", RESID, "--prompt", "one", "--out", tmp_path / "acts")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_bar_is_shown_on_a_terminal_when_there_are_several_batches(tiny):
@@ -455,9 +471,19 @@ def test_a_path_without_a_model_is_refused(tmp_path):
 
 def test_a_directory_that_does_not_load_is_refused_with_the_reason(tmp_path):
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
     message = refusal("names", tmp_path)
     assert message.startswith(f"cannot load '{tmp_path}': ")
     assert "network" not in message
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "LlamaForCausalLM"])
+def test_a_model_that_was_saved_without_a_tokenizer_is_refused(architecture, tmp_path):
+    huggingface(architecture).save_pretrained(tmp_path)
+    assert refusal("capture", tmp_path, RESID, "--prompt", "one") == (
+        f"'{tmp_path}' was saved without a tokenizer, so text cannot be given to it; "
+        "save its tokenizer to the same directory"
+    )
 
 
 def test_a_device_that_does_not_exist_is_refused(tiny):

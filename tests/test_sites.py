@@ -283,6 +283,10 @@ def test_a_capacity_holds_every_firing_and_the_rows_of_a_mask(looped, ids):
     [
         ({"capacity": 0}, "capacity=0 is no number of rows; give a positive int"),
         (
+            {"capacity": True},
+            "capacity=True is no number of rows; give a positive int",
+        ),
+        (
             {"capacity": 3, "join": None},
             "capacity= fills one tensor in place, which join=None cannot; leave one of them out",
         ),
