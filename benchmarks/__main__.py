@@ -13,11 +13,20 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks._probe import Order, Setup
-from benchmarks._report import Result, find_disagreement, machine, table, targets
-from benchmarks._ways import LIMIT, WAYS
+from benchmarks._report import (
+    MIB,
+    Result,
+    find_disagreement,
+    gather_table,
+    machine,
+    table,
+    targets,
+)
+from benchmarks._ways import BATCHES, GATHER_LIMIT, GATHER_WAYS, LIMIT, NEURONS, WAYS
 
 QUICK = Setup(batch=2, tokens=16, heads=4, d_model=64, vocab=101, context=32)
-QUICK_WAYS = ("filter-stop", "capture-stop", LIMIT)
+QUICK_WAYS = ("filter-stop", "capture-stop", LIMIT, *GATHER_WAYS)
+GATHER_TOKENS = 64
 
 # With glibc's own, moving threshold, freed memory stays with the process or does not, as chance
 # has it, and peaks of one and the same computation differ by a tenth. With a fixed one what is
@@ -82,7 +91,8 @@ def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeat
 def main(
     *,
     case: Annotated[
-        list[str] | None, typer.Option(help=f"A way to measure; repeatable. {', '.join(WAYS)}.")
+        list[str] | None,
+        typer.Option(help=f"A way to measure; repeatable. {', '.join(WAYS | GATHER_WAYS)}."),
     ] = None,
     quick: Annotated[
         bool,
@@ -103,44 +113,66 @@ def main(
     """Measure what it costs to get one resid_post of a model like GPT-2 small.
 
     Each way's extra peak memory is measured in a process of its own, its time relative to a bare
-    forward that is stopped where capture(stop=True) ends it. See benchmarks/README.md.
+    forward that is stopped where capture(stop=True) ends it. The cases that gather many batches
+    are measured for memory alone. See benchmarks/README.md.
     """
     setup = Setup(batch=batch, tokens=tokens)
     if quick:
         setup, rounds, repeats = QUICK, 1, 2
     setup = replace(setup, threads=threads, device=device)
-    ways = _chosen(case or (QUICK_WAYS if quick else WAYS))
-    load = _load()
-    results = measure_memory(setup, ways, processes=threads if quick else 1)
-    if results[ways.index(LIMIT)].does_not_fit:
-        sys.exit(f"not even {LIMIT} fits into the memory of this machine")
-    disagreement = find_disagreement(results)
-    if disagreement:
-        sys.exit(f"nothing was timed: {disagreement}")
-    measure_time(setup, results, rounds=rounds, repeats=repeats)
-    _print(setup, results, passes=rounds * repeats)
-    if not quick:
-        print("\n".join(targets(results)))
+    cases = case or (QUICK_WAYS if quick else [*WAYS, *GATHER_WAYS])
+    ways, gather_ways = _chosen(cases)
+    load, processes = _load(), threads if quick else 1
+    results: list[Result] = []
+    if ways:
+        results = _compare(setup, ways, LIMIT, processes=processes)
+        measure_time(setup, results, rounds=rounds, repeats=repeats)
+        _print(setup, results, passes=rounds * repeats)
+        if not quick:
+            print("\n".join(targets(results)))
+    gathered: list[Result] = []
+    if gather_ways:
+        many = replace(setup, batch=setup.batch * BATCHES, tokens=min(setup.tokens, GATHER_TOKENS))
+        gathered = _compare(many, gather_ways, GATHER_LIMIT, processes=processes)
+        _print_gathered(many, gathered)
+    print(", ".join(f"{what} {found}" for what, found in machine().items()))
     if json_file:
         found = {
             "machine": machine(),
             "load": [load, _load()],
             "setup": asdict(setup),
-            "results": [asdict(result) for result in results],
+            "results": [asdict(result) for result in [*results, *gathered]],
         }
         json_file.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _chosen(cases: Iterable[str]) -> list[str]:
-    """Put the ways that are asked for in the order of the table; the limit is always among them."""
-    asked = {*cases, LIMIT}
-    unknown = asked - set(WAYS)
+def _compare(setup: Setup, ways: Sequence[str], limit: str, *, processes: int) -> list[Result]:
+    """Measure the memory of ways, and see that they all yield one activation."""
+    results = measure_memory(setup, ways, processes=processes)
+    if results[ways.index(limit)].does_not_fit:
+        sys.exit(f"not even {limit} fits into the memory of this machine")
+    disagreement = find_disagreement(results)
+    if disagreement:
+        sys.exit(f"nothing can be compared: {disagreement}")
+    return results
+
+
+def _chosen(cases: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Put the ways that are asked for in the order of their table, with the limit of each."""
+    asked = set(cases)
+    unknown = asked - set(WAYS | GATHER_WAYS)
     if unknown:
         raise typer.BadParameter(
-            f"there is no way {', '.join(sorted(unknown))}; choose from {', '.join(WAYS)}",
+            f"there is no way {', '.join(sorted(unknown))}; choose from "
+            f"{', '.join(WAYS | GATHER_WAYS)}",
             param_hint="--case",
         )
-    return [way for way in WAYS if way in asked]
+    tables = ((WAYS, LIMIT), (GATHER_WAYS, GATHER_LIMIT))
+    ways, gathered = (
+        [way for way in known if way in asked | {limit}] if asked & set(known) else []
+        for known, limit in tables
+    )
+    return ways, gathered
 
 
 def _print(setup: Setup, results: list[Result], *, passes: int) -> None:
@@ -149,9 +181,23 @@ def _print(setup: Setup, results: list[Result], *, passes: int) -> None:
         f"{passes} passes\n"
     )
     print(table(results), end="\n\n")
+    _say_unmeasured(results)
+
+
+def _print_gathered(setup: Setup, results: list[Result]) -> None:
+    payload = max((result.payload_bytes or 0) for result in results) / MIB
+    print(
+        f"gathering {BATCHES} batches of {NEURONS}: {setup.batch // BATCHES} x {setup.tokens} "
+        f"tokens each, {setup.device}, {payload / BATCHES:.1f} MiB a batch, {payload:.0f} MiB in "
+        "all\n"
+    )
+    print(gather_table(results), end="\n\n")
+    _say_unmeasured(results)
+
+
+def _say_unmeasured(results: list[Result]) -> None:
     if all(result.peak_bytes is None for result in results):
         print("Memory was not measured: this system has no /proc/self/clear_refs to reset peaks.")
-    print(", ".join(f"{what} {found}" for what, found in machine().items()))
 
 
 def _load() -> float | None:

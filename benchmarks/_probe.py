@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from actctx._column import give_back_to_system
-from benchmarks._ways import LIMIT, WAYS, Way
+from benchmarks._ways import GATHER_WAYS, LIMIT, WAYS, Way
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -188,7 +188,8 @@ def main(text: str) -> None:
     order = Order.loads(text)
     torch.set_num_threads(order.setup.threads)
     _limit_memory()
-    ways = [WAYS[name] for name in order.ways]
+    known = WAYS | GATHER_WAYS
+    ways = [known[name] for name in order.ways]
     try:
         if order.timed:
             result = measure_time(order.setup, ways, repeats=order.repeats, seed=order.shuffle_seed)

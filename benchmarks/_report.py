@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-from benchmarks._ways import LIMIT, WAYS
+from benchmarks._ways import BATCHES, GATHER_LIMIT, GATHER_WAYS, LIMIT, WAYS
 
 MIB = 2**20
 MOST_MEMORY = 1.05
@@ -96,6 +96,26 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
+def gather_table(results: list[Result]) -> str:
+    """Write the results of gathering many batches as a Markdown table."""
+    payload = max((result.payload_bytes or 0) for result in results)
+    lines = [
+        "| way | extra peak, MiB | x (payload + one batch) | x (bare + payload) |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        limit, peak = memory_ratio(result, results), result.peak_bytes
+        one_more = None if peak is None or not payload else peak / (payload * (1 + 1 / BATCHES))
+        cells = [
+            GATHER_WAYS[result.way].title,
+            _peak(result),
+            "" if one_more is None else f"{one_more:.2f}",
+            "" if limit is None else f"{limit:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def targets(results: list[Result]) -> list[str]:
     """Say whether the targets of `capture(stop=True)` are reached."""
     found = [result for result in results if result.way == TARGET]
@@ -123,7 +143,7 @@ def machine() -> dict[str, str]:
 
 
 def _limit(results: list[Result]) -> Result:
-    return next(result for result in results if result.way == LIMIT)
+    return next(result for result in results if result.way in {LIMIT, GATHER_LIMIT})
 
 
 def _peak(result: Result) -> str:

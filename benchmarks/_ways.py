@@ -1,7 +1,7 @@
 """The ways to get one activation, as they are compared."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Never, TypeVar
 
@@ -15,6 +15,10 @@ T = TypeVar("T")
 LAYER = 6
 NAME = f"blocks.{LAYER}.hook_resid_post"
 
+BATCHES = 64
+NEURONS = f"blocks.{LAYER}.mlp.hook_post"
+"""What is gathered: four times as wide, so that a batch of it weighs as much as a forward."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -23,8 +27,9 @@ class Way:
     Attributes:
         name: What it is chosen by.
         title: What the table calls it.
-        run: Runs it on a model and tokens. It returns the activation and holds nothing else; a
-            bare forward, which captures nothing, returns None.
+        run: Runs it on a model and tokens, those of all batches where several are gathered. It
+            returns the activation and holds nothing else; a bare forward, which captures
+            nothing, returns None.
 
     """
 
@@ -78,14 +83,53 @@ class _EndForward(Exception):  # noqa: N818  a signal, not an error
 
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the place where `capture(stop=True)` ends it, and keep nothing."""
+    with _hooked(model, NAME, _end), suppress(_EndForward):
+        model(tokens)
 
-    def end(*_: object) -> Never:
+
+def _end(*_: object) -> Never:
+    raise _EndForward
+
+
+@contextmanager
+def _hooked(model: Any, name: str, hook: Callable[..., None]) -> Iterator[None]:
+    handle = model.hook_dict[name].register_forward_hook(hook)
+    with torch.no_grad():
+        yield
+    handle.remove()
+
+
+def _gather(*, make_room: bool) -> Callable[[Any, Tensor], Tensor]:
+    def run(model: Any, tokens: Tensor) -> Tensor:
+        capacity = len(tokens) if make_room else None
+        with capture(model, NEURONS, stop=True, capacity=capacity) as acts:
+            for batch in tokens.chunk(BATCHES):
+                model(batch)
+        return acts.tensor
+
+    return run
+
+
+def _gather_by_recipe(model: Any, tokens: Tensor) -> Tensor:
+    """Run the recipe that people copy, with forwards that are stopped as those of `capture`."""
+    kept: list[Tensor] = []
+
+    def keep(_module: object, _args: object, activation: Tensor) -> None:
+        kept.append(activation.detach().clone())
         raise _EndForward
 
-    handle = model.hook_dict[NAME].register_forward_hook(end)
-    with torch.no_grad(), suppress(_EndForward):
-        model(tokens)
-    handle.remove()
+    with _hooked(model, NEURONS, keep):
+        for batch in tokens.chunk(BATCHES):
+            with suppress(_EndForward):
+                model(batch)
+    return torch.cat(kept)
+
+
+def _gather_nothing(model: Any, tokens: Tensor) -> None:
+    with _hooked(model, NEURONS, _end):
+        for batch in tokens.chunk(BATCHES):
+            with suppress(_EndForward):
+                model(batch)
 
 
 def _no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
@@ -125,5 +169,21 @@ WAYS = {
             _bare(stop_at_layer=LAYER + 1),
         ),
         Way(LIMIT, "bare forward, stopped at the hook: the limit", _bare_stopped),
+    )
+}
+
+GATHER_LIMIT = "gather-bare"
+
+GATHER_WAYS = {
+    way.name: way
+    for way in (
+        Way("gather-recipe", "a list of clones, and `torch.cat`", _gather_by_recipe),
+        Way("gather", "**`capture(model, name, stop=True)`**", _gather(make_room=False)),
+        Way(
+            "gather-capacity",
+            "**`capture(model, name, stop=True, capacity=rows)`**",
+            _gather(make_room=True),
+        ),
+        Way(GATHER_LIMIT, "bare forwards, stopped at the hook", _gather_nothing),
     )
 }
