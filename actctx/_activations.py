@@ -207,7 +207,7 @@ class Activations(_Tensors):
 
         Returns:
             For each row, its sequence, counted over all forwards, and its position in the
-            padded sequence.
+            padded sequence. With a KV cache the sequences of a step are those of the prompt.
 
         Raises:
             NotCapturedError: Nothing was captured under this name, or without a mask.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import AxisError, CapacityError, JoinError
-from actctx._select import Owned, cast_dtype, plain_mode
+from actctx._select import Owned, Rows, cast_dtype, plain_mode
 from actctx._table import Row
 from actctx._typed import Sizes
 
@@ -74,8 +74,7 @@ class Column:
         self.stack = None
         for number, chunk in enumerate(firings):
             if number == 0 and chunk.rows is not None:
-                self.rows.append(chunk.rows.where + torch.tensor([self.sequences, 0]))
-                self.sequences += chunk.rows.sequences
+                self._note_rows(chunk.rows)
             if number == len(self.firings):
                 self.firings.append(deque())
             if self.capacity is None:
@@ -84,6 +83,13 @@ class Column:
                 used = self._used(number) + chunk.value.shape[self.join_dim()]
                 whole = self.rooms[number].narrow(self.join_dim(), 0, used)
                 self.firings[number] = deque([chunk._replace(value=whole)])
+
+    def _note_rows(self, rows: Rows) -> None:
+        """Count sequences over the forwards; with a KV cache a forward goes on with the last."""
+        if not rows.before or self.sequences < rows.sequences:
+            self.sequences += rows.sequences
+        first = torch.tensor([self.sequences - rows.sequences, rows.before])
+        self.rows.append(rows.where + first)
 
     def room(
         self,

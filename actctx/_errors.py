@@ -9,7 +9,7 @@ ActctxError
 ├── CaptureStateError (RuntimeError)    opened twice, closed while not open
 ├── HooksRemovedError (RuntimeError)    somebody removed the hooks of an open capture
 ├── NeverFiredError (RuntimeError)      a site that was asked for by name never fired
-├── StoppedError (RuntimeError)         the output of a forward that was stopped early was used
+├── StoppedError (RuntimeError)         a forward that stops early has no output and fills no cache
 ├── NotCapturedError (KeyError)         the buffer does not hold what was asked of it
 ├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
 ├── JoinError (ValueError)              activations of several forwards do not join
@@ -62,7 +62,7 @@ class NeverFiredError(ActctxError, RuntimeError):
 
 
 class StoppedError(ActctxError, RuntimeError):
-    """The output of a forward that was stopped early was used."""
+    """A forward that stops early was to give an output, or to fill a cache."""
 
 
 class NotCapturedError(ActctxError, KeyError):

@@ -201,6 +201,8 @@ class Interceptor:
     def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for watcher in frame.staged:
             watcher.check_hooks()
+        if frame.stop:
+            self._check_cache(frame.inputs() if len(args) > 1 else kwargs)
         token = _FRAME.set(frame)
         try:
             # One capture with `grad=True`, here or around, is enough to keep the graph.
@@ -222,6 +224,15 @@ class Interceptor:
         for watcher, forward in frame.staged.items():
             watcher.write(forward)
         return output
+
+    def _check_cache(self, given: dict[str, Any]) -> None:
+        for name in ("past_key_values", "past_kv_cache", "cache_params"):
+            if given.get(name) is not None:
+                raise StoppedError(
+                    f"this forward of {self._name} was given {name}, a cache that a capture with "
+                    "stop=True would leave half filled, since not all layers run; to use a cache, "
+                    "or to call generate(), capture with stop=False"
+                )
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or pickled model gets the forward that it has without captures.

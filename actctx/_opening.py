@@ -288,7 +288,8 @@ class Opening(Generic[B]):
         frame = frame_of(self)
         if frame is None:
             recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
-            if self.is_visible() and not recomputes:  # as `generate` calls an encoder by itself
+            # As `generate` calls an encoder by itself: a forward of one firing, its first and last.
+            if self.is_visible() and not recomputes and site.firing in {None, 0, -1}:
                 self.write({site.key: [self._own(site, value, None, 0)]})
             return
         number = frame.count(self, site.key)
@@ -338,22 +339,29 @@ class Opening(Generic[B]):
         """Find the rows of real tokens, once for all sites that select alike."""
         mask = self._mask(place, frame)
         shape = (selected.shape[0], selected.shape[selector.dim])
-        found: list[Any] = [] if frame is None else frame.masks.setdefault(self, [])
+        found: list[tuple[Any, ...]] = [] if frame is None else frame.masks.setdefault(self, [])
         for known, steps, known_shape, rows in found:
             if known is mask and known_shape == shape and steps == selector.tokens.steps:
-                return Rows(rows, shape[0])
-        given = as_mask(mask)
+                return rows  # type: ignore[no-any-return]
+        given, before = as_mask(mask), 0
         if self._options.mask == "attention":  # with a KV cache it covers what came before, too
-            given = given[:, -shape[1] :]
-        rows = find_rows(selector, given, shape)
+            before = max(0, given.shape[1] - shape[1])
+            given = given[:, before:]
+        rows = Rows(find_rows(selector, given, shape), shape[0], before)
         found.append((mask, selector.tokens.steps, shape, rows))
-        return Rows(rows, shape[0])
+        return rows
 
     def _mask(self, place: Place, frame: Frame | None) -> Tensor:
         if isinstance(self._options.mask, Tensor):
             return self._options.mask
-        frames = [] if frame is None else frame.chain()
-        given = [(each.inputs(), each.masks.get("inner", {})) for each in frames]
+        if frame is None:
+            raise OptionError(
+                f"mask='attention' takes the attention_mask of a forward of "
+                f"{type(self._model).__name__}, but a part of it that holds {place.name!r} was "
+                "called by itself, as generate() calls an encoder; capture from that part, as in "
+                "capture(model.encoder, ...), or give capture the mask itself"
+            )
+        given = [(each.inputs(), each.masks.get("inner", {})) for each in frame.chain()]
         # OPT has a decoder, too, but no encoder beside it.
         encodes = any("decoder_input_ids" in inputs for pair in given for inputs in pair)
         decodes = any(part.startswith("decoder") for part in place.name.split("."))

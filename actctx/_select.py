@@ -287,11 +287,13 @@ class Rows(NamedTuple):
     Attributes:
         where: The sequence and the position of each row.
         sequences: The number of sequences of the forward.
+        before: With a KV cache, the number of positions that came in earlier forwards.
 
     """
 
     where: Int64[Tensor, "token 2"]
     sequences: int
+    before: int = 0
 
 
 class Owned(NamedTuple):

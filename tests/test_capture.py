@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from models import HAS_T5, Mlp, bridge, hooks_of, plainly_hooked, tokens
+from models import HAS_T5, Mlp, bridge, hooks_of, huggingface, plainly_hooked, tokens
 from torch import nn
 
 from actctx import (
@@ -448,6 +448,41 @@ def test_the_encoder_that_generate_calls_is_captured(ids):
     with capture(model, "encoder.block.0", join=None) as acts:
         model.generate(ids, max_new_tokens=3, do_sample=False)
     assert len(acts["encoder.block.0"]) == 1
+
+
+@pytest.mark.parametrize("firing", [0, -1])
+def test_each_firing_in_a_part_called_by_itself_is_the_first_and_the_last(ids, firing):
+    model = Mlp(twice=True)
+    with capture(model, Site("block.0", firing=firing)) as acts:
+        model.block(torch.zeros(1, 7, 8))
+        model.block(torch.ones(1, 7, 8))
+        model(ids)
+    assert acts.forwards == 3
+    assert acts.tensor.shape == (1 + 1 + 3, 7, 8)
+
+
+def test_a_part_called_by_itself_has_no_second_firing(ids):
+    model = Mlp(twice=True)
+    with capture(model, Site("block.0", firing=1)) as acts:
+        model.block(torch.zeros(3, 7, 8))
+        assert len(acts) == 0
+        model(ids)
+    with capture(model, Site("block.0", firing=-1)) as last:
+        model(ids)
+    assert torch.equal(acts.tensor, last.tensor)
+
+
+def test_a_capture_from_the_encoder_that_generate_calls_is_of_its_forwards(ids):
+    model = huggingface("T5ForConditionalGeneration")
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0, 0], [1] * 7, [1, 1, 0, 0, 0, 0, 0]])
+    site = Site("block.1", axes="batch pos d_model")
+    kept = []
+    handle = model.encoder.block[1].register_forward_hook(lambda *args: kept.append(args[2][0]))
+    with capture(model.encoder, site, mask="attention") as acts:
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    handle.remove()
+    assert acts.forwards == len(kept) == 1
+    assert torch.equal(acts.tensor, kept[0][mask.bool()])
 
 
 def test_generate_of_hugging_face_is_captured_step_by_step(llama, ids):

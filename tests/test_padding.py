@@ -158,7 +158,58 @@ def test_generate_keeps_the_real_tokens_of_each_step(llama, ids):
     assert acts.tensor.shape == (sum(LENGTHS) + 2 * 3, 32)
 
 
+def test_steps_of_generate_go_on_with_the_sequences_and_positions_of_the_prompt(llama, ids):
+    site = Site("model.layers.1", axes="batch pos d_model")
+    with capture(llama, site, mask="attention") as acts:
+        for _ in range(2):
+            llama.generate(
+                ids, attention_mask=LEFT, max_new_tokens=3, min_new_tokens=3, do_sample=False
+            )
+    prompt = LEFT.nonzero().tolist()
+    once = prompt + [[row, step] for step in (7, 8) for row in range(3)]
+    again = [[row + 3, position] for row, position in once]
+    assert acts.positions("model.layers.1").tolist() == once + again
+
+
+def test_generate_can_be_joined_into_whole_sequences_by_position(llama, ids):
+    site = Site("model.layers.1", axes="batch pos d_model")
+    with capture(llama, site, mask="attention") as acts:
+        whole = llama.generate(
+            ids, attention_mask=LEFT, max_new_tokens=3, min_new_tokens=3, do_sample=False
+        )
+    padded = torch.zeros(3, 9, 32)
+    padded[tuple(acts.positions("model.layers.1").T)] = acts.tensor
+    mask = torch.cat([LEFT, torch.ones(3, 2)], 1)
+    with capture(llama, site) as again:
+        llama(whole[:, :-1], attention_mask=mask)
+    assert torch.allclose(padded[mask.bool()], again.tensor[mask.bool()], atol=1e-5)
+
+
+def test_a_step_whose_prompt_was_not_captured_begins_the_count(llama, ids):
+    mask = torch.ones(3, 7)
+    with torch.no_grad():
+        cache = llama(ids[:, :5], attention_mask=mask[:, :5]).past_key_values
+    site = Site("model.layers.1", axes="batch pos d_model")
+    with capture(llama, site, mask="attention") as acts:
+        llama(ids[:, 5:], attention_mask=mask, past_key_values=cache)
+    expected = [[row, position] for row in range(3) for position in (5, 6)]
+    assert acts.positions("model.layers.1").tolist() == expected
+
+
 # What masks cannot do.
+
+
+def test_an_encoder_that_is_called_by_itself_has_no_mask_in_the_whole(ids):
+    model = huggingface("T5ForConditionalGeneration")
+    site = Site("encoder.block.1", axes="batch pos d_model")
+    with pytest.raises(OptionError) as caught, capture(model, site, mask="attention"):
+        model.generate(ids, attention_mask=RIGHT, max_new_tokens=2, do_sample=False)
+    assert str(caught.value) == (
+        "mask='attention' takes the attention_mask of a forward of T5ForConditionalGeneration, but "
+        "a part of it that holds 'encoder.block.1' was called by itself, as generate() calls an "
+        "encoder; capture from that part, as in capture(model.encoder, ...), or give capture the "
+        "mask itself"
+    )
 
 
 def test_a_sequence_that_is_too_short_is_named(gpt2, ids):

@@ -175,6 +175,40 @@ def test_generate_of_hugging_face_under_stop_is_an_error(llama, ids):
     assert hooks_of(llama) == before
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+def test_a_cache_of_the_caller_is_refused_before_it_is_filled(llama, ids, by_name):
+    with torch.no_grad():
+        cache = llama(ids[:, :5]).past_key_values
+    ran = []
+    handle = llama.model.embed_tokens.register_forward_hook(lambda *args: ran.append(args))
+    with pytest.raises(StoppedError) as caught, capture(llama, "model.layers.0", stop=True):
+        if by_name:
+            llama(ids[:, 5:], past_key_values=cache)
+        else:
+            llama(ids[:, 5:], None, None, cache)
+    handle.remove()
+    assert str(caught.value) == (
+        "this forward of LlamaForCausalLM was given past_key_values, a cache that a capture with "
+        "stop=True would leave half filled, since not all layers run; to use a cache, or to call "
+        "generate(), capture with stop=False"
+    )
+    assert not ran
+    assert {layer.get_seq_length() for layer in cache.layers} == {5}
+
+
+def test_a_cache_that_the_model_makes_itself_is_not_refused(llama, ids):
+    with capture(llama, "model.layers.0", stop=True):
+        assert isinstance(llama(ids, past_key_values=None, use_cache=True), Stopped)
+
+
+def test_a_cache_of_the_caller_is_filled_where_nothing_stops(llama, ids):
+    with torch.no_grad():
+        cache = llama(ids[:, :5]).past_key_values
+    with capture(llama, "model.layers.0"):
+        llama(ids[:, 5:], past_key_values=cache)
+    assert {layer.get_seq_length() for layer in cache.layers} == {7}
+
+
 def test_generate_of_a_bridge_under_stop_is_an_error(gpt2, ids):
     with pytest.raises(StoppedError), capture(gpt2, RESID, stop=True):
         gpt2.generate(ids, max_new_tokens=2, verbose=False)
