@@ -31,6 +31,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"hook_(?:cos|sin)", "batch pos d_rotary"),
         (r"mlp\.ln\.hook_normalized|mlp\.hook_mid", "batch pos d_mlp"),
         (r"hook_scale", "batch pos 1"),
+        (r"experts\.\d+\.hook_(?:gate|pre|post)", "token d_mlp"),
         (
             r"mlp\.hook_(?:pre|post|pre_linear)|mlp\.(?:in|gate)\.hook_out|mlp\.out\.hook_in",
             "batch pos d_mlp",
@@ -42,7 +43,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
             "batch pos d_model",
         ),
         (
-            r"hook_(?:resid_pre|resid_mid|resid_mid2|resid_post|normalized_resid_post)",
+            r"hook_(?:resid_(?:pre|mid|mid2|mid_cross|post)|normalized_resid_post)",
             "batch pos d_model",
         ),
         (r"hook_(?:cross_)?attn_out|hook_mlp_in|hook_mlp_out", "batch pos d_model"),
@@ -82,8 +83,9 @@ _PARTS = (
     "qkv q k v hook_q hook_k hook_v q_norm hook_q_normed k_norm hook_k_normed "
     "hook_cos hook_sin hook_rot_q hook_rot_k hook_attn_scores hook_pattern "
     "o hook_z hook_result hook_hidden_states "
-    "ln1_post hook_attn_out hook_resid_mid ln2 cross_attn hook_cross_attn_out hook_resid_mid2 ln3 "
-    "hook_mlp_in mlp gate hook_pre in hook_pre_linear hook_mid ln out hook_post "
+    "ln1_post hook_attn_out hook_resid_mid ln2 cross_attn hook_cross_attn_out hook_resid_mid2 "
+    "hook_resid_mid_cross ln3 "
+    "hook_mlp_in mlp gate hook_gate hook_pre in hook_pre_linear hook_mid ln out hook_post "
     "hook_scale hook_normalized "
     "ln2_post hook_mlp_out hook_out hook_expert_weights hook_expert_indices "
     "hook_resid_post hook_normalized_resid_post "
@@ -118,7 +120,8 @@ def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -
     """
     parent, _, leaf = name.rpartition(".")
     mlp = parent.removesuffix(".gate")
-    if mlp != parent and f"{mlp}.in.hook_out" not in siblings:
+    routes = {f"{parent}.hook_expert_weights", f"{mlp}.hook_router_scores"}
+    if leaf.startswith("hook_expert_") or (mlp != parent and any(n in siblings for n in routes)):
         return _ROUTER.get(leaf)
     if parent in {"pos_embed", "decoder_pos_embed"} and "encoder_blocks.0.hook_in" in siblings:
         return _BIAS.get(leaf)
@@ -140,16 +143,24 @@ def _with_pos_at(dim: int, axes: Axes) -> Axes | None:
     return tuple(rest)
 
 
-def fired_axes(axes: Axes | None, rank: int) -> Axes:
+def ungrouped(axes: Axes | None) -> Axes | None:
+    """Name the axes where `ungroup_grouped_query_attention` repeats keys and values a head."""
+    return axes and tuple("head" if axis == "kv_head" else axis for axis in axes)
+
+
+def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes:
     """Name the axes of an activation of this rank, whose hook point is known to have `axes`.
 
     OPT's MLP works on flattened sequences, so what is `batch pos ...` elsewhere has one row a
-    token there. An axis whose name is not known is `_`, as in jaxtyping.
+    token there. TransformerLens 3 norms the inputs of attention head by head where it splits them.
+    An axis whose name is not known is `_`, as in jaxtyping.
     """
     if axes is not None and len(axes) == rank:
         return axes
     if axes is not None and len(axes) == rank + 1 and axes[:2] == ("batch", "pos"):
         return ("token", *axes[2:])
+    if axes is not None and len(axes) == rank - 1 and name.rpartition(".")[0].endswith("ln1"):
+        return (*axes[:2], "head", *axes[2:])
     return ("_",) * rank
 
 

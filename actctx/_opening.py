@@ -310,7 +310,7 @@ class Opening(Generic[B]):
             site.check_sizes(activation.shape)
         column = self.buffer.column(site.key)
         if not column.firings:
-            axes = fired_axes(site.known_axes, activation.dim())
+            axes = fired_axes(site.place.name, site.known_axes, activation.dim())
             column.axes, column.sizes = site.selected(axes)
             column.batch_dropped = site.selector.drops(0, activation.dim())
         tokens = site.tokens_of(activation.shape)

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from actctx._axes import Axes, hook_axes, running_order
+from actctx._axes import Axes, hook_axes, running_order, ungrouped
 
 # Where TransformerLens skips a hook point unless a flag of its config is set.
 _FLAGS = {
@@ -29,6 +29,7 @@ class Place:
         module: The `HookPoint`, or the module whose input or output is captured.
         is_hook_point: Whether the module is a TransformerLens `HookPoint`.
         siblings: The names of all other places of its kind in the model.
+        ungrouped: Whether the model repeats grouped keys and values for every head.
 
     """
 
@@ -37,13 +38,15 @@ class Place:
     module: nn.Module
     is_hook_point: bool
     siblings: Container[str] = field(repr=False)
+    ungrouped: bool = False
 
     @property
     def axes(self) -> Axes | None:
         """The names of the activation's axes, or None where they are not known."""
         if not self.is_hook_point:
             return None
-        return hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
+        axes = hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
+        return ungrouped(axes) if self.ungrouped else axes
 
 
 class Places:
@@ -64,6 +67,8 @@ class Places:
             for name, module in named.items():
                 self._names.setdefault(id(module), []).append(name)
         self._made: dict[int, Place] = {}
+        config = getattr(model, "cfg", None)
+        self._ungrouped = bool(getattr(config, "ungroup_grouped_query_attention", False))
 
     def __contains__(self, name: str) -> bool:
         return name in self.hook_points or name in self.modules
@@ -74,7 +79,9 @@ class Places:
         if id(module) not in self._made:
             names = self.names_of(module)
             hooked = is_hook_point(module)
-            self._made[id(module)] = Place(names[0], tuple(names), module, hooked, named)
+            self._made[id(module)] = Place(
+                names[0], tuple(names), module, hooked, named, self._ungrouped
+            )
         return self._made[id(module)]
 
     def names_of(self, module: nn.Module) -> list[str]:

@@ -68,6 +68,15 @@ def test_what_a_cache_would_hold_is_estimated_from_the_axes(model):
     assert 0.97 < estimate_cache_bytes(model, 4, 48) / counted < 1.25
 
 
+def test_the_router_of_every_generation_has_a_row_a_token():
+    model = bridge("MixtralForCausalLM")
+    with capture(model, "blocks.0.mlp.gate.*") as acts:
+        model(tokens())
+    assert acts.axes("blocks.0.mlp.gate.hook_in") == ("token", "d_model")
+    assert acts.axes("blocks.0.mlp.gate.hook_out") == ("token", "expert")
+    assert acts["blocks.0.mlp.gate.hook_out"].shape == (BATCH * POS, 4)
+
+
 def test_an_alias_reads_what_its_canonical_name_reads(model):
     with capture(model, "**") as acts:
         model(tokens())

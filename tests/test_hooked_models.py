@@ -3,7 +3,10 @@
 import pytest
 import torch
 from models import (
+    BATCH,
     GENERATION,
+    POS,
+    VOCAB,
     hooked_config,
     hooks_of,
     plainly_hooked,
@@ -13,6 +16,7 @@ from models import (
 from torch import nn
 
 from actctx import HooksRemovedError, SeveralFiringsError, Site, Stopped, capture
+from actctx._axes import axis_sizes
 from actctx._caches import count_cache_bytes, estimate_cache_bytes
 
 hooked = pytest.mark.skipif(GENERATION >= 4, reason="TransformerLens 4.0 removed these models")
@@ -31,6 +35,11 @@ FLAGS = {
 }
 
 
+UNGROUPED = {**LLAMA, "ungroup_grouped_query_attention": True}
+EXPERTS = {"num_experts": 4, "experts_per_token": 2}
+DECODER_POS = 5
+
+
 def _agrees(model, ids, **kwargs):
     """Assert that every hook point that fires is captured as a plain hook sees it."""
     before = hooks_of(model)
@@ -46,6 +55,19 @@ def _agrees(model, ids, **kwargs):
     return acts
 
 
+def _names_all_axes(model, acts, *, beside=()):
+    """Assert that the axes of what was captured have the sizes of the input and the config."""
+    sizes = {axis: {size} for axis, size in axis_sizes(model).items()}
+    sizes |= {axis: {POS, *beside} for axis in ("pos", "query", "key")}
+    sizes |= {"batch": {BATCH}, "1": {1}, "d_vocab": {VOCAB}, "d_mlp": {model.cfg.d_mlp}}
+    sizes |= {"expert": {4}, "choice": {2}}
+    for name in acts:
+        axes, shape = acts.axes(name), acts.firings(name)[0].shape
+        assert len(axes) == len(shape)
+        for axis, size in zip(axes, shape, strict=True):
+            assert axis == "token" or size in sizes[axis], (name, axes, shape)
+
+
 def _initialised(model):
     """Draw the parameters, which the hooked encoders leave as they found their memory."""
     torch.manual_seed(0)
@@ -55,9 +77,26 @@ def _initialised(model):
 
 
 @hooked
-@pytest.mark.parametrize("options", [{}, LLAMA, FLAGS, {**LLAMA, **FLAGS}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        LLAMA,
+        FLAGS,
+        {**LLAMA, **FLAGS},
+        {"use_attn_in": True},
+        UNGROUPED,
+        {**UNGROUPED, **FLAGS},
+        {**UNGROUPED, "use_attn_in": True},
+        EXPERTS,
+        {"parallel_attn_mlp": True},
+        {"attn_only": True},
+        {"act_fn": "solu_ln"},
+    ],
+)
 def test_a_hooked_transformer_is_captured_bit_for_bit(ids, options):
-    _agrees(tiny_transformer(**options), ids)
+    model = tiny_transformer(**options)
+    _names_all_axes(model, _agrees(model, ids))
 
 
 @hooked
@@ -91,6 +130,7 @@ def test_a_norm_that_is_split_fires_three_times(ids):
     with pytest.raises(SeveralFiringsError):
         acts[name]
     assert [part.shape for part in acts.firings(name)] == [(3, 7, 4, 32)] * 3
+    assert acts.axes(name) == ("batch", "pos", "head", "d_model")
     with capture(model, {"query": Site(name, firing=0), "value": Site(name, firing=-1)}) as acts:
         model(ids)
     assert acts["query"].shape == acts["value"].shape == (3, 7, 4, 32)
@@ -105,6 +145,30 @@ def test_grouped_heads_are_told_apart(ids):
     assert acts["blocks.0.attn.hook_k"].shape == (3, 7, 2, 8)
     with pytest.raises(LookupError, match="has no axis 'head'"):
         capture(model, "blocks.0.attn.hook_k", slice={"head": 3})
+
+
+@hooked
+def test_ungrouped_heads_are_selected_as_heads(ids):
+    model = tiny_transformer(**UNGROUPED)
+    name = "blocks.0.attn.hook_k"
+    with capture(model, name, slice={"head": 3}) as acts:
+        model(ids)
+    assert acts.axes(name) == ("batch", "pos", "d_head")
+    assert torch.equal(acts.tensor, plainly_hooked(model, ids, name)[name][0][:, :, 3])
+
+
+@hooked
+def test_a_router_and_its_experts_have_a_row_a_token(ids):
+    model = tiny_transformer(**EXPERTS)
+    with capture(model, "blocks.0.mlp.**") as acts:
+        model(ids)
+    assert acts.axes("blocks.0.mlp.hook_expert_weights") == ("token", "expert")
+    assert acts.axes("blocks.0.mlp.hook_expert_indices") == ("token", "choice")
+    chosen = acts["blocks.0.mlp.hook_expert_indices"]
+    for expert in range(4):
+        name = f"blocks.0.mlp.experts.{expert}.hook_post"
+        assert acts.axes(name) == ("token", "d_mlp")
+        assert len(acts[name]) == (chosen == expert).sum()
 
 
 @hooked
@@ -133,6 +197,7 @@ def test_a_hooked_encoder_is_captured_bit_for_bit(ids):
     config = hooked_config(attention_dir="bidirectional", normalization_type="LN")
     model = _initialised(HookedEncoder(config))
     acts = _agrees(model, ids)
+    _names_all_axes(model, acts)
     assert acts.axes("blocks.0.attn.hook_pattern") == ("batch", "head", "query", "key")
 
 
@@ -152,7 +217,9 @@ def test_a_hooked_encoder_decoder_is_captured_bit_for_bit(ids):
     )
     model = _initialised(HookedEncoderDecoder(config))
 
-    _agrees(model, ids, decoder_input=tokens(3, 5))
+    acts = _agrees(model, ids, decoder_input=tokens(3, DECODER_POS))
+    _names_all_axes(model, acts, beside=(DECODER_POS,))
+    assert acts.axes("decoder.0.hook_resid_mid_cross") == ("batch", "pos", "d_model")
 
 
 def test_a_hooked_module_of_ones_own_is_captured(ids):
