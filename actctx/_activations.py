@@ -108,7 +108,7 @@ class Activations(_Tensors):
         Raises:
             NotCapturedError: Nothing was captured under this name.
             SeveralFiringsError: The site fired more than once in a forward.
-            JoinError: The activations of several forwards do not join.
+            JoinError, AxisError: The forwards do not join, or have no axis to join along.
 
         """
         return self.single(name).joined(0)
@@ -126,8 +126,7 @@ class Activations(_Tensors):
             raise AttributeError(str(error)) from error
 
     def __contains__(self, name: object) -> bool:
-        column = self._find(name)
-        return column is not None and bool(column.firings)
+        return bool((column := self._find(name)) and column.firings)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._order)
@@ -145,6 +144,7 @@ class Activations(_Tensors):
         Raises:
             NotCapturedError: There is none, or more than one.
             OptionError: With `join=None` there is a list of tensors instead.
+            SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         """
         if self._join is None:
@@ -196,7 +196,7 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
-            JoinError: The activations of several forwards do not join.
+            JoinError, AxisError: The forwards do not join, or have no axis to join along.
 
         """
         column = self._column(name)
@@ -315,7 +315,7 @@ class Activations(_Tensors):
         Raises:
             NotCapturedError: Nothing was captured.
             OptionError: The activations are lists (`join=None`), which a file cannot hold.
-            SeveralFiringsError: A site fired more than once in a forward.
+            SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         """
         if not self:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
-from actctx._errors import AxisError, CaptureStateError, NeverFiredError, OptionError
+from actctx._errors import (
+    AxisError,
+    CaptureStateError,
+    HookNameError,
+    NeverFiredError,
+    OptionError,
+)
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Options, Scope, WatchedSite
 from actctx._places import uncompiled, why_it_never_fires
@@ -107,7 +113,7 @@ def capture(
         `Schema` that was asked for; a fresh one each time that it is entered.
 
     Raises:
-        HookNameError: A name matches nothing.
+        HookNameError: A name matches nothing, or an alias is an attribute of the buffer.
         AxisError: A site does not have the axis to select from or to join along.
         SelectionError: A position lies outside an axis whose size the model's config tells.
         TypedError: A field of a `Schema` can never be what its annotation says.
@@ -171,7 +177,10 @@ class Capture(Generic[B]):
             for part, sites in parts if options.check else ():
                 _check_part(part, sites)
         else:
-            self._sites = [*map(watch, resolve(model, names))]
+            requests = resolve(model, names)
+            for request in requests:
+                _check_alias(request)
+            self._sites = [*map(watch, requests)]
         self._opening: Opening[B] | None = None
 
     def __enter__(self) -> B:
@@ -349,6 +358,15 @@ def _check_part(part: Part, sites: list[WatchedSite]) -> None:
             axes, sizes = ("layer", *axes), (len(sites), *sizes)
         expected = Expected(axes, sizes, site.sizes, because if dropped else "")
         refuse_impossible(what, hint, expected)
+
+
+def _check_alias(request: Request) -> None:
+    """Refuse an alias under which `acts.alias` would find something else."""
+    if request.key not in request.place.names and hasattr(Activations, request.key):
+        raise HookNameError(
+            f"the alias {request.key!r} is an attribute that the buffer has already, so "
+            f"acts.{request.key} could not read the site; give another alias"
+        )
 
 
 def _checked_mask(mask: Tensor | str | None) -> Tensor | str | None:

@@ -99,6 +99,7 @@ def captures(
     Raises:
         OptionError: What is decorated is a class or no function; or a call has no model among
             its arguments.
+        ActctxError: In a call, as `capture` and its block raise.
 
     Example:
         >>> @captures("blocks.0.hook_resid_post", slice={"pos": -1})

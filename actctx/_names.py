@@ -33,6 +33,9 @@ class Site:
         firing: Which firing of each forward to keep of a site that fires several times; negative
             ones count from the last. By default all.
 
+    Raises:
+        OptionError: `io` is neither `"in"` nor `"out"`, or `axes` names an axis twice.
+
     Example:
         >>> Site("blocks.*.attn.hook_pattern", slice={"head": [0, 3]}, dtype=torch.float16)
         Site('blocks.*.attn.hook_pattern', slice={'head': [0, 3]}, dtype=torch.float16)
@@ -50,9 +53,15 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.io not in {"in", "out"}:
-            raise OptionError(f"Site(io={self.io!r}) is neither 'in' nor 'out'")
+            raise OptionError(
+                f"Site(io={self.io!r}) is neither 'in' nor 'out'; give io='out' for what the "
+                "module returns, or io='in' for what it is given"
+            )
         if self.axes is not None and len(set(self.axes.split())) < len(self.axes.split()):
-            raise OptionError(f"Site(axes={self.axes!r}) names an axis twice")
+            raise OptionError(
+                f"Site(axes={self.axes!r}) names an axis twice; give each axis a name of its own, "
+                "in their order, as in axes='batch pos d_model'"
+            )
 
     def __repr__(self) -> str:
         changed = [

@@ -219,7 +219,8 @@ def _positional(
     count = len(asked) - len(ellipses)
     if axes is not None and count > len(axes):
         raise AxisError(
-            f"the slice of {site!r} has {count} entries, but its axes are {' '.join(axes)!r}"
+            f"the slice of {site!r} has {count} entries, but its axes are {' '.join(axes)!r}; "
+            "give as many entries as there are axes, or fewer"
         )
     split = ellipses[0] if ellipses else len(asked)
     entries = [*enumerate(asked[:split]), *enumerate(asked[split + 1 :], split + 1 - len(asked))]
@@ -242,7 +243,10 @@ def _dim(site: str, axis: str, axes: Axes | None, sizes: Mapping[str, int]) -> i
     alike = "head" in sizes and sizes["head"] == sizes.get("kv_head")
     if axis == "head" and "kv_head" in axes and alike:
         return axes.index("kv_head")
-    raise AxisError(f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}")
+    raise AxisError(
+        f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; select along one of "
+        "these, or by position with a tuple"
+    )
 
 
 def _as_pick(site: str, index: Any) -> int | slice | Positions:

@@ -374,7 +374,8 @@ def test_a_slice_that_cannot_be_is_refused(tiny):
         "--slice batch=0 cannot be: the command line makes the batches; give fewer texts"
     )
     assert refusal(*ask, "head=0") == (
-        f"'{RESID}' has no axis 'head'; its axes are 'batch pos d_model'"
+        f"'{RESID}' has no axis 'head'; its axes are 'batch pos d_model'; select along one of "
+        "these, or by position with a tuple"
     )
 
 

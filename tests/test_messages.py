@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from models import HAS_T5, Mlp, bridge, tokens
 from torch import nn
 
@@ -93,6 +94,22 @@ def test_an_alias_for_several_places(gpt2):
     )
 
 
+@pytest.mark.parametrize("alias", ["tensor", "items", "save", "to"])
+def test_an_alias_that_the_buffer_has_already(gpt2, alias):
+    assert _said(capture, gpt2, {alias: RESID}) == (
+        f"the alias {alias!r} is an attribute that the buffer has already, so acts.{alias} could "
+        "not read the site; give another alias"
+    )
+
+
+def test_a_module_that_is_named_like_an_attribute_of_the_buffer_is_captured():
+    model = nn.Sequential()
+    model.add_module("values", nn.Linear(2, 2))
+    with capture(model, "values") as acts:
+        model(torch.zeros(1, 2))
+    assert acts["values"].shape == (1, 2)
+
+
 def test_one_place_with_two_sets_of_options(gpt2):
     assert _said(capture, gpt2, [Site(RESID, slice=0), Site(RESID, slice=1)]) == (
         "'blocks.1.hook_resid_post' is asked for twice with different options; name each with a "
@@ -111,11 +128,17 @@ def test_what_is_no_model():
 
 
 def test_an_io_that_is_neither():
-    assert _said(Site, RESID, io="inn") == "Site(io='inn') is neither 'in' nor 'out'"
+    assert _said(Site, RESID, io="inn") == (
+        "Site(io='inn') is neither 'in' nor 'out'; give io='out' for what the module returns, or "
+        "io='in' for what it is given"
+    )
 
 
 def test_axes_that_name_one_twice():
-    assert _said(Site, RESID, axes="pos pos") == "Site(axes='pos pos') names an axis twice"
+    assert _said(Site, RESID, axes="pos pos") == (
+        "Site(axes='pos pos') names an axis twice; give each axis a name of its own, in their "
+        "order, as in axes='batch pos d_model'"
+    )
 
 
 def test_a_dtype_that_is_none(gpt2):
@@ -155,7 +178,8 @@ def test_a_join_along_an_axis_that_is_not_known(mlp):
 
 def test_an_axis_that_a_site_does_not_have(gpt2):
     assert _said(capture, gpt2, RESID, slice={"head": 0}) == (
-        "'blocks.1.hook_resid_post' has no axis 'head'; its axes are 'batch pos d_model'"
+        "'blocks.1.hook_resid_post' has no axis 'head'; its axes are 'batch pos d_model'; select "
+        "along one of these, or by position with a tuple"
     )
 
 
@@ -191,7 +215,7 @@ def test_a_mask_of_another_length(gpt2):
 def test_a_tuple_that_is_too_long(gpt2):
     assert _said(capture, gpt2, RESID, slice=np.s_[0, 0, 0, 0]) == (
         "the slice of 'blocks.1.hook_resid_post' has 4 entries, but its axes are "
-        "'batch pos d_model'"
+        "'batch pos d_model'; give as many entries as there are axes, or fewer"
     )
 
 
