@@ -119,6 +119,11 @@ class Frame:
                 return
         raise StopForward(outermost, key)
 
+    def write(self) -> None:
+        """Have each watcher keep what it has staged, at the end or the stop of the forward."""
+        for watcher, forward in self.staged.items():
+            watcher.write(forward)
+
     @staticmethod
     def running() -> "Frame | None":
         """Return the innermost frame of this thread and context."""
@@ -201,7 +206,7 @@ class Interceptor:
     def _run(self, frame: Frame, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for watcher in frame.staged:
             watcher.check_hooks()
-        if frame.stop:
+        if frame.stop and not (frame.parent and frame.parent.stop):  # what the caller gives
             self._check_cache(frame.inputs() if len(args) > 1 else kwargs)
         token = _FRAME.set(frame)
         try:
@@ -215,14 +220,14 @@ class Interceptor:
                     watcher.receive(output, "out")
         except StopForward as signal:
             if signal.frame is not frame:
+                frame.write()
                 raise
             output = Stopped(self._name, signal.site)
             # A traceback that lives on would keep the unwound frames' tensors alive.
             signal.__traceback__ = signal.__context__ = None
         finally:
             _FRAME.reset(token)
-        for watcher, forward in frame.staged.items():
-            watcher.write(forward)
+        frame.write()
         return output
 
     def _check_cache(self, given: dict[str, Any]) -> None:

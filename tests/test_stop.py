@@ -92,6 +92,18 @@ def test_a_stop_in_a_part_waits_for_a_capture_of_the_whole(llama, ids):
     assert inner.tensor.shape == (3, 7, 32)
 
 
+@pytest.mark.parametrize("stop", [False, True])
+def test_a_capture_of_a_part_keeps_what_it_has_when_the_whole_stops(llama, ids, stop):
+    with (
+        capture(llama, "model.layers.1", stop=True) as outer,
+        capture(llama.model, "layers.1", stop=stop) as inner,
+    ):
+        llama(ids)
+        llama(ids)
+    assert inner.forwards == outer.forwards == 2
+    assert torch.equal(inner.tensor, outer.tensor)
+
+
 def test_hooks_that_must_always_run_do_run_when_a_forward_stops(mlp, ids):
     ran = []
     handle = mlp.block.register_forward_hook(lambda *args: ran.append(args), always_call=True)
@@ -201,6 +213,29 @@ def test_a_cache_that_the_model_makes_itself_is_not_refused(llama, ids):
         assert isinstance(llama(ids, past_key_values=None, use_cache=True), Stopped)
 
 
+def test_a_cache_that_the_model_gives_to_its_parts_is_not_refused(ids):
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Identity(), nn.Identity()
+
+        def forward(self, x, past_key_values):
+            return self.second(self.first(x + len(past_key_values)))
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Part()
+
+        def forward(self, x):
+            return self.part(x, past_key_values=[])
+
+    model = Whole()
+    with capture(model, "part.first", stop=True), capture(model.part, "first", stop=True) as acts:
+        assert isinstance(model(ids), Stopped)
+    assert torch.equal(acts.tensor, ids)
+
+
 def test_a_cache_of_the_caller_is_filled_where_nothing_stops(llama, ids):
     with torch.no_grad():
         cache = llama(ids[:, :5]).past_key_values
@@ -215,6 +250,7 @@ def test_generate_of_a_bridge_under_stop_is_an_error(gpt2, ids):
 
 
 def test_run_with_cache_under_stop_is_an_error(gpt2, ids):
+    gpt2.run_with_cache(ids)  # transformers puts hooks of its own on at the first, for good
     before = hooks_of(gpt2)
     with pytest.raises(StoppedError), capture(gpt2, RESID, stop=True):
         gpt2.run_with_cache(ids)
