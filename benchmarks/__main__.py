@@ -131,8 +131,8 @@ def main(
         if not quick:
             print("\n".join(targets(results)))
     gathered: list[Result] = []
+    many = replace(setup, batch=setup.batch * BATCHES, tokens=min(setup.tokens, GATHER_TOKENS))
     if gather_ways:
-        many = replace(setup, batch=setup.batch * BATCHES, tokens=min(setup.tokens, GATHER_TOKENS))
         gathered = _compare(many, gather_ways, GATHER_LIMIT, processes=processes)
         _print_gathered(many, gathered)
     print(", ".join(f"{what} {found}" for what, found in machine().items()))
@@ -141,7 +141,9 @@ def main(
             "machine": machine(),
             "load": [load, _load()],
             "setup": asdict(setup),
-            "results": [asdict(result) for result in [*results, *gathered]],
+            "results": [asdict(result) for result in results],
+            "gather_setup": asdict(many),
+            "gathered": [asdict(result) for result in gathered],
         }
         json_file.write_text(json.dumps(found, indent=1) + "\n")
 
