@@ -11,7 +11,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._column import Column, Kept, stack_in_place, wait_for
+from actctx._column import Column, Kept, wait_for
 from actctx._errors import (
     NotCapturedError,
     OptionError,
@@ -261,12 +261,6 @@ class Activations(_Tensors):
         free = [axis == column.join for axis in column.axes]
         sizes = [None if each else size for each, size in zip(free, column.sizes, strict=True)]
         return spec_of(dtype, column.axes, tuple(sizes))
-
-    def stack_in_place(self, keys: Sequence[str]) -> Shaped[Tensor, "layer ..."]:
-        """Stack sites without holding them twice: what the buffer holds becomes views of it."""
-        columns = [self.single(key) for key in keys]
-        stack_layers({column.key: column.outline() for column in columns})
-        return stack_in_place(columns)
 
     def to(
         self,

@@ -1,7 +1,7 @@
 """The capture context: what users ask for, checked before the model is touched."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Generic, Never, TypedDict, TypeVar, Unpack, overload
 
@@ -12,20 +12,19 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import (
-    AxisError,
     CaptureStateError,
     HookNameError,
     NeverFiredError,
     OptionError,
 )
 from actctx._names import Names, Request, Site, resolve
-from actctx._opening import B, Opening, Options, Scope, WatchedSite
+from actctx._opening import B, Opening, Scope
 from actctx._places import uncompiled, why_it_never_fires
-from actctx._rows import as_mask, split_rows
 from actctx._schema import Part, Schema, parts_of
-from actctx._select import Slice, parse_slice
+from actctx._select import Slice
 from actctx._table import shortened
 from actctx._typed import Expected, is_checking, refuse_dtype, refuse_impossible
+from actctx._watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 
 S = TypeVar("S", bound=Schema)
 
@@ -131,7 +130,7 @@ def capture(
         stop=stop,
         join=join,
         grad=grad,
-        mask=_checked_mask(mask),
+        mask=checked_mask(mask),
         capacity=capacity,
         check=is_checking(check),
     )
@@ -159,13 +158,13 @@ class Capture(Generic[B]):
                 f"cannot capture from a {type(model).__name__}; give a torch module, such as a "
                 "TransformerBridge, a HookedTransformer or a Hugging Face model"
             )
-        _check_capacity(options)
+        check_capacity(options)
         self._model = model = uncompiled(model)
         self._options = options
         sizes = axis_sizes(model)
         self._hand_over: Callable[[Activations], Any] = _as_it_is
         defaults = Site("", slice, dtype, device)
-        watch = functools.partial(_site, defaults=defaults, sizes=sizes, options=options)
+        watch = functools.partial(watch_site, defaults=defaults, sizes=sizes, options=options)
         if isinstance(names, type):
             _check_schema(names, options)
             parts = [(part, [*map(watch, requests)]) for part, requests in parts_of(names, model)]
@@ -287,45 +286,6 @@ class Capture(Generic[B]):
         return f"<capture of {names} from {type(self._model).__name__}, {state}>"
 
 
-def _site(
-    request: Request,
-    *,
-    defaults: Site,
-    sizes: Mapping[str, int],
-    options: Options,
-) -> WatchedSite:
-    """Settle the options of one site; those of the capture are the defaults."""
-    asked, place = request.site, request.place
-    axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
-    dtype = asked.dtype if asked.dtype is not None else defaults.dtype
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(
-            f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
-        )
-    taken = defaults.slice if asked.slice is None else asked.slice
-    selector = parse_slice(request.key, taken, axes, sizes)
-    rows = None
-    if options.mask is not None:
-        selector, rows = split_rows(selector, axes)
-    site = WatchedSite(
-        key=request.key,
-        place=place,
-        exact=request.exact,
-        io=asked.io,
-        output=asked.output,
-        firing=asked.firing,
-        named_axes=None if asked.axes is None else axes,
-        selector=selector,
-        rows=rows,
-        dtype=dtype,
-        device=_device(asked.device if asked.device is not None else defaults.device),
-        sizes=sizes,
-    )
-    _check_firing(site, options)
-    _check_join(site, options.join)
-    return site
-
-
 def _as_it_is(buffer: Activations) -> Activations:
     return buffer
 
@@ -366,77 +326,4 @@ def _check_alias(request: Request) -> None:
         raise HookNameError(
             f"the alias {request.key!r} is an attribute that the buffer has already, so "
             f"acts.{request.key} could not read the site; give another alias"
-        )
-
-
-def _checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
-    if mask is None or (isinstance(mask, str) and mask == "attention"):
-        return mask
-    if isinstance(mask, Tensor):
-        return as_mask(mask)
-    raise OptionError(
-        f"mask={mask!r} is no mask; give 'attention' for that of each forward, or a tensor of "
-        "the shape batch pos"
-    )
-
-
-def _check_capacity(options: Options) -> None:
-    capacity = options.capacity
-    if capacity is None:
-        return
-    if type(capacity) is not int or capacity < 1:  # True is an int to Python
-        raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
-    if options.join is None or options.grad:
-        other = "join=None" if options.join is None else "grad=True"
-        raise OptionError(
-            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
-        )
-
-
-def _check_firing(site: WatchedSite, options: Options) -> None:
-    if site.is_known_at_once:
-        return
-    if options.stop:
-        raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, which is known only at the end of a "
-            "forward, so stop=True cannot stop before it; count firings from the first"
-        )
-    if options.capacity is not None and site.firing != -1:
-        raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
-            "count firings from the first"
-        )
-
-
-def _device(device: torch.device | str | None) -> torch.device | None:
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device={device!r} cannot hold activations: {reason}") from None
-    return found
-
-
-def _check_join(site: WatchedSite, join: str | None) -> None:
-    """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
-    kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
-    if join is None or join == "batch" or kept_as_tokens:
-        return
-    if not isinstance(join, str):
-        raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
-    axes = site.known_axes
-    if axes is None:
-        raise AxisError(
-            f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
-            f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
-        )
-    left = site.selector.axes_after(axes)
-    left = left if site.rows is None else site.rows.axes_after(left)
-    if join not in left and not (join == "pos" and "query" in left):
-        raise AxisError(
-            f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
-            f"slice, are {' '.join(left)!r}"
         )

@@ -158,24 +158,17 @@ class _Function:
 
     def claims(self, arguments: Mapping[str, Any]) -> list[Claim]:
         """Say what arguments, or the result as `return`, are annotated to be, if with jaxtyping."""
-        return [
-            Claim(self._what(name), value, self._hint(name))
-            for name, value in arguments.items()
-            if name in self.arrays
-        ]
-
-    def _what(self, name: str) -> str:
-        part = "the result" if name == "return" else f"the argument {name!r}"
-        return f"{part} of {self.function.__name__}"
-
-    def _hint(self, name: str) -> Any:
-        hint = self.arrays[name]
-        parameter = self.signature.parameters.get(name)
-        if parameter is not None and parameter.kind is parameter.VAR_POSITIONAL:
-            return tuple[hint, ...]  # type: ignore[valid-type]
-        if parameter is not None and parameter.kind is parameter.VAR_KEYWORD:
-            return dict[str, hint]  # type: ignore[valid-type]
-        return hint
+        claims = []
+        for name, hint in self.arrays.items():
+            what = "the result" if name == "return" else f"the argument {name!r}"
+            given = [arguments[name]] if name in arguments else []
+            kind = self.signature.parameters[name].kind if name != "return" else None
+            if given and kind is inspect.Parameter.VAR_POSITIONAL:
+                given = [*given[0]]
+            elif given and kind is inspect.Parameter.VAR_KEYWORD:
+                given = [*given[0].values()]
+            claims += [Claim(f"{what} of {self.function.__name__}", each, hint) for each in given]
+        return claims
 
 
 class _Call:

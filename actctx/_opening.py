@@ -4,26 +4,22 @@ import functools
 import itertools
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import Axes, fired_axes
+from actctx._axes import fired_axes
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_eagerly
 from actctx._errors import (
-    AxisError,
     HooksRemovedError,
     NeverFiredError,
     OptionError,
-    TypedError,
 )
 from actctx._forward import Frame, Interceptor, frame_of
 from actctx._grad import GradMode
@@ -32,109 +28,10 @@ from actctx._outputs import Inputs, tensor_of
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import RowSelector, as_mask, find_rows
 from actctx._schema import Schema
-from actctx._select import Owned, Rows, Selector, own, plain_mode
+from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
-from actctx._typed import Claim, Sizes
-
-
-@dataclass(frozen=True, eq=False)
-class WatchedSite:
-    """A place, and what becomes of its activations."""
-
-    key: str
-    place: Place
-    exact: bool
-    io: str
-    output: int | str | None
-    firing: int | None
-    named_axes: Axes | None
-    selector: Selector
-    rows: RowSelector | None
-    dtype: torch.dtype | None
-    device: torch.device | None
-    sizes: Mapping[str, int]
-
-    @property
-    def shown(self) -> str:
-        """The name to show: the alias that the user gave, and what it stands for."""
-        known = self.key in self.place.names
-        return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
-
-    @property
-    def is_known_at_once(self) -> bool:
-        """Whether a firing that is wanted is known to be it, without the end of the forward."""
-        return self.firing is None or self.firing >= 0
-
-    @property
-    def known_axes(self) -> Axes | None:
-        """The axes of its activations: those that the user named, or that its name tells."""
-        return self.named_axes if self.named_axes is not None else self.place.axes
-
-    def check_axes(self, activation: Tensor) -> None:
-        """Refuse axes that the user named but that the activation does not have."""
-        if self.named_axes is not None and len(self.named_axes) != activation.dim():
-            raise AxisError(
-                f"{self.shown} fired with the shape {tuple(activation.shape)}, but "
-                f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
-                "each axis that it has"
-            )
-
-    def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
-        """Tell the sequences and positions of an activation, as far as they are known."""
-        dims = self._token_dims
-        return (shape[dims[0]], shape[dims[1]]) if dims and len(shape) > dims[1] else (0, 0)
-
-    @functools.cached_property
-    def _token_dims(self) -> tuple[int, int] | None:
-        axes = self.known_axes or ()
-        pos = next((axis for axis in ("pos", "query") if axis in axes), None)
-        return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
-
-    def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
-        """Name the axes of what is captured from an activation, and the sizes that are fixed."""
-        axes = self.selector.axes_after(whole)
-        sizes = self.selector.sizes_after(tuple(self.sizes.get(axis) for axis in whole))
-        if self.rows is None:
-            return axes, sizes
-        return self.rows.axes_after(axes), self.rows.sizes_after(sizes)
-
-    def check_sizes(self, shape: torch.Size) -> None:
-        """Refuse an activation whose axes have not the sizes that the model's config says.
-
-        Raises:
-            TypedError: An axis has another size.
-
-        """
-        ranks, fixed = self._fixed_sizes
-        for dim, axis, size in fixed if len(shape) in ranks else ():
-            if shape[dim] != size:
-                raise TypedError(
-                    f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
-                    f"model's config says {size}; if the model is right, name its axes otherwise "
-                    "with Site(axes=...), or capture with check=False"
-                )
-
-    @functools.cached_property
-    def _fixed_sizes(self) -> tuple[set[int], tuple[tuple[int, str, int], ...]]:
-        """The ranks that are known, and the axes of a known size, counted from the last."""
-        axes = self.known_axes or ()
-        # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
-        ranks = {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}
-        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in self.sizes)
-        return ranks, tuple((dim, axis, self.sizes[axis]) for dim, axis in fixed)
-
-
-@dataclass(frozen=True)
-class Options:
-    """What holds for all sites of a capture."""
-
-    stop: bool
-    join: str | None
-    grad: bool
-    mask: Bool[Tensor, "batch pos"] | str | None
-    capacity: int | None
-    check: bool = True
-
+from actctx._typed import Claim
+from actctx._watched import Options, WatchedSite
 
 B = TypeVar("B")
 """What is handed over: the buffer, or a `Schema` before it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from actctx._activations import Activations
+from actctx._column import stack_in_place
 from actctx._errors import HookNameError, OptionError
 from actctx._names import Request, Site, resolve_sites
 from actctx._stack import stack_layers
@@ -81,7 +82,9 @@ class Part:
         fired = {name: key for name, key in self.keys.items() if key in activations}
         if self.field.is_dict:
             return {name: activations[key] for name, key in fired.items()}
-        return activations.stack_in_place([*fired.values()] or [*self.keys.values()][:1])
+        columns = [activations.single(key) for key in fired.values() or [*self.keys.values()][:1]]
+        stack_layers({column.key: column.outline() for column in columns})  # or say what differs
+        return stack_in_place(columns)
 
 
 def site(

@@ -32,6 +32,7 @@ ROOMS = (
     "_forward",
     "_hooks",
     "_caches",
+    "_watched",
     "_opening",
     "_capture",
     "_decorator",

@@ -525,10 +525,10 @@ def test_arguments_and_results_are_checked_in_one_scope_with_the_fields(gpt2, id
             'pos"]: Int does not hold float32; write Float32',
         ),
         (
-            (ids, direction, 1),
+            (ids, direction, torch.zeros(31)),
             {},
-            "the argument 'directions' of scores is a tuple, which is no "
-            "tuple[Float[Tensor, 'd_model'], ...]: its type is another",
+            "the argument 'directions' of scores is float32 (31,), which is no Float[Tensor, "
+            '"d_model"]: d_model is 31 here, but 32 in the model\'s config',
         ),
         (
             (ids, direction),

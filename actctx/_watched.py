@@ -1,0 +1,228 @@
+"""The sites of a capture: places, and what becomes of their activations."""
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from actctx._axes import Axes
+from actctx._errors import AxisError, OptionError, TypedError
+from actctx._names import Request, Site
+from actctx._places import Place
+from actctx._rows import RowSelector, as_mask, split_rows
+from actctx._select import Selector, parse_slice
+from actctx._typed import Sizes
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedSite:
+    """A place, and what becomes of its activations."""
+
+    key: str
+    place: Place
+    exact: bool
+    io: str
+    output: int | str | None
+    firing: int | None
+    named_axes: Axes | None
+    selector: Selector
+    rows: RowSelector | None
+    dtype: torch.dtype | None
+    device: torch.device | None
+    sizes: Mapping[str, int]
+
+    @property
+    def shown(self) -> str:
+        """The name to show: the alias that the user gave, and what it stands for."""
+        known = self.key in self.place.names
+        return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
+
+    @property
+    def is_known_at_once(self) -> bool:
+        """Whether a firing that is wanted is known to be it, without the end of the forward."""
+        return self.firing is None or self.firing >= 0
+
+    @property
+    def known_axes(self) -> Axes | None:
+        """The axes of its activations: those that the user named, or that its name tells."""
+        return self.named_axes if self.named_axes is not None else self.place.axes
+
+    def check_axes(self, activation: Tensor) -> None:
+        """Refuse axes that the user named but that the activation does not have."""
+        if self.named_axes is not None and len(self.named_axes) != activation.dim():
+            raise AxisError(
+                f"{self.shown} fired with the shape {tuple(activation.shape)}, but "
+                f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
+                "each axis that it has"
+            )
+
+    def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
+        """Tell the sequences and positions of an activation, as far as they are known."""
+        dims = self._token_dims
+        return (shape[dims[0]], shape[dims[1]]) if dims and len(shape) > dims[1] else (0, 0)
+
+    @functools.cached_property
+    def _token_dims(self) -> tuple[int, int] | None:
+        axes = self.known_axes or ()
+        pos = next((axis for axis in ("pos", "query") if axis in axes), None)
+        return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
+
+    def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
+        """Name the axes of what is captured from an activation, and the sizes that are fixed."""
+        axes = self.selector.axes_after(whole)
+        sizes = self.selector.sizes_after(tuple(self.sizes.get(axis) for axis in whole))
+        if self.rows is None:
+            return axes, sizes
+        return self.rows.axes_after(axes), self.rows.sizes_after(sizes)
+
+    def check_sizes(self, shape: torch.Size) -> None:
+        """Refuse an activation whose axes have not the sizes that the model's config says.
+
+        Raises:
+            TypedError: An axis has another size.
+
+        """
+        ranks, fixed = self._fixed_sizes
+        for dim, axis, size in fixed if len(shape) in ranks else ():
+            if shape[dim] != size:
+                raise TypedError(
+                    f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
+                    f"model's config says {size}; if the model is right, name its axes otherwise "
+                    "with Site(axes=...), or capture with check=False"
+                )
+
+    @functools.cached_property
+    def _fixed_sizes(self) -> tuple[set[int], tuple[tuple[int, str, int], ...]]:
+        """The ranks that are known, and the axes of a known size, counted from the last."""
+        axes = self.known_axes or ()
+        # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
+        ranks = {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}
+        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in self.sizes)
+        return ranks, tuple((dim, axis, self.sizes[axis]) for dim, axis in fixed)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all sites of a capture."""
+
+    stop: bool
+    join: str | None
+    grad: bool
+    mask: Bool[Tensor, "batch pos"] | str | None
+    capacity: int | None
+    check: bool = True
+
+
+def watch_site(
+    request: Request,
+    *,
+    defaults: Site,
+    sizes: Mapping[str, int],
+    options: Options,
+) -> WatchedSite:
+    """Settle the options of one site; those of the capture are the defaults."""
+    asked, place = request.site, request.place
+    axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
+    dtype = asked.dtype if asked.dtype is not None else defaults.dtype
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise OptionError(
+            f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
+        )
+    taken = defaults.slice if asked.slice is None else asked.slice
+    selector = parse_slice(request.key, taken, axes, sizes)
+    rows = None
+    if options.mask is not None:
+        selector, rows = split_rows(selector, axes)
+    site = WatchedSite(
+        key=request.key,
+        place=place,
+        exact=request.exact,
+        io=asked.io,
+        output=asked.output,
+        firing=asked.firing,
+        named_axes=None if asked.axes is None else axes,
+        selector=selector,
+        rows=rows,
+        dtype=dtype,
+        device=_device(asked.device if asked.device is not None else defaults.device),
+        sizes=sizes,
+    )
+    _check_firing(site, options)
+    _check_join(site, options.join)
+    return site
+
+
+def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
+    if mask is None or (isinstance(mask, str) and mask == "attention"):
+        return mask
+    if isinstance(mask, Tensor):
+        return as_mask(mask)
+    raise OptionError(
+        f"mask={mask!r} is no mask; give 'attention' for that of each forward, or a tensor of "
+        "the shape batch pos"
+    )
+
+
+def check_capacity(options: Options) -> None:
+    capacity = options.capacity
+    if capacity is None:
+        return
+    if type(capacity) is not int or capacity < 1:  # True is an int to Python
+        raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
+    if options.join is None or options.grad:
+        other = "join=None" if options.join is None else "grad=True"
+        raise OptionError(
+            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+        )
+
+
+def _check_firing(site: WatchedSite, options: Options) -> None:
+    if site.is_known_at_once:
+        return
+    if options.stop:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, which is known only at the end of a "
+            "forward, so stop=True cannot stop before it; count firings from the first"
+        )
+    if options.capacity is not None and site.firing != -1:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
+            "count firings from the first"
+        )
+
+
+def _device(device: torch.device | str | None) -> torch.device | None:
+    if device is None:
+        return None
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, TypeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"device={device!r} cannot hold activations: {reason}") from None
+    return found
+
+
+def _check_join(site: WatchedSite, join: str | None) -> None:
+    """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
+    kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
+    if join is None or join == "batch" or kept_as_tokens:
+        return
+    if not isinstance(join, str):
+        raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
+    axes = site.known_axes
+    if axes is None:
+        raise AxisError(
+            f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
+            f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
+        )
+    left = site.selector.axes_after(axes)
+    left = left if site.rows is None else site.rows.axes_after(left)
+    if join not in left and not (join == "pos" and "query" in left):
+        raise AxisError(
+            f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
+            f"slice, are {' '.join(left)!r}"
+        )
