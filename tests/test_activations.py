@@ -196,6 +196,40 @@ def test_the_repr_of_an_empty_buffer_says_so():
     assert "<table>" in Activations()._repr_html_()
 
 
+def test_a_spec_is_built_from_site_slice_and_config(gpt2, ids):
+    sites = {
+        "last": Site("blocks.0.hook_resid_post", slice={"pos": -1}, dtype=torch.bfloat16),
+        "heads": Site("blocks.0.attn.hook_q", slice={"head": [0, 3], "pos": slice(2, 5)}),
+        "some": Site("blocks.0.attn.hook_z", slice={"d_head": slice(None, None, 3)}),
+        "module": Site("blocks.0"),
+        "ids": Site("embed.hook_in"),
+    }
+    with capture(gpt2, sites) as acts:
+        gpt2(ids)
+    assert acts.spec("last").__name__ == "BFloat16[Tensor, 'batch d_model=32']"
+    assert acts.spec("heads").__name__ == "Float32[Tensor, 'batch pos head=2 d_head=8']"
+    assert acts.spec("some").__name__ == "Float32[Tensor, 'batch pos head=4 d_head=3']"
+    assert acts.spec("module").__name__ == "Float32[Tensor, '_ _ _']"
+    assert acts.spec("ids").__name__ == "Int64[Tensor, 'batch pos']"
+    with pytest.raises(NotCapturedError):
+        acts.spec("other")
+
+
+def test_a_spec_leaves_the_axis_free_that_forwards_join_along(gpt2, ids):
+    with capture(gpt2, "blocks.0.hook_resid_post", slice={"pos": [0, 1]}, join="pos") as acts:
+        gpt2(ids)
+        gpt2(ids)
+    assert (
+        acts.spec("blocks.0.hook_resid_post").__name__ == "Float32[Tensor, 'batch pos d_model=32']"
+    )
+
+
+def test_a_spec_of_masked_rows_counts_tokens(gpt2, ids):
+    with capture(gpt2, "blocks.0.attn.hook_pattern", mask=torch.ones_like(ids)) as acts:
+        gpt2(ids)
+    assert acts.spec("blocks.0.attn.hook_pattern").__name__ == "Float32[Tensor, 'token head=4 key']"
+
+
 def test_its_html_says_what_was_spared(gpt2, ids):
     with capture(gpt2, "blocks.0.hook_resid_post", slice={"pos": -1}, stop=True) as acts:
         gpt2(ids)

@@ -59,6 +59,57 @@ def test_axes_agree_with_the_shapes_and_the_config(model):
                 assert sizes.get(axis, size) == size, (name, axes, shape)
 
 
+# The axes of hook points by the ends of their names, those of a bridge and those of the models
+# before it; a key or value of grouped heads has fewer of them.
+AXES = {
+    "hook_embed embed.hook_out": "batch pos d_model",
+    "hook_resid_pre hook_resid_mid hook_resid_post": "batch pos d_model",
+    "blocks.0.hook_in blocks.0.hook_out ln2.hook_in": "batch pos d_model",
+    "hook_attn_out hook_mlp_out hook_mlp_in attn.hook_out": "batch pos d_model",
+    "ln1.hook_scale ln2.hook_scale ln_final.hook_scale": "batch pos 1",
+    "ln1.hook_normalized ln2.hook_normalized ln_final.hook_normalized": "batch pos d_model",
+    "attn.hook_q attn.q.hook_out attn.hook_z attn.o.hook_in": "batch pos head d_head",
+    "attn.hook_k attn.k.hook_out attn.hook_v attn.v.hook_out": "batch pos kv_head d_head",
+    "attn.hook_rot_q": "batch pos head d_head",
+    "attn.hook_rot_k": "batch pos kv_head d_head",
+    "attn.hook_attn_scores attn.hook_pattern": "batch head query key",
+    "mlp.hook_pre mlp.hook_post mlp.in.hook_out mlp.out.hook_in": "batch pos d_mlp",
+    "unembed.hook_in": "batch pos d_model",
+    "unembed.hook_out": "batch pos d_vocab",
+}
+ENDS = {f".{end}": axes for ends, axes in AXES.items() for end in ends.split()}
+
+
+def _means_another(name, point):
+    """Tell where TransformerLens aliases what an experts' MLP or T5's positions do not have."""
+    pair = (name.rpartition(".")[2], ".".join(point.name.rsplit(".", 2)[-2:]))
+    return pair in {("hook_post", "mlp.hook_out"), ("hook_pos_embed", "pos_embed.hook_out")}
+
+
+def test_hook_points_have_the_axes_that_their_names_tell(model):
+    with capture(model, "**") as acts:
+        model(tokens())
+    checked = 0
+    for name, point in model.hook_dict.items():
+        for end, axes in ENDS.items():
+            if f".{name}".endswith(end) and point.name in acts and not _means_another(name, point):
+                flattened = axes.replace("batch pos", "token")  # as the MLP of OPT runs
+                assert " ".join(acts.axes(point.name)) in {axes, flattened}, name
+                checked += 1
+    assert checked > 20
+
+
+def test_a_spec_holds_for_what_it_is_of_and_has_the_sizes_of_the_config(model):
+    sizes = axis_sizes(model)
+    with capture(model, "**") as acts:
+        model(tokens())
+    for name in acts:
+        spec = acts.spec(name)
+        assert isinstance(acts[name], spec), (name, spec)
+        fixed = {axis for axis in acts.axes(name) if axis in sizes}
+        assert all(f"{axis}={sizes[axis]}" in spec.dim_str.split() for axis in fixed), name
+
+
 def test_what_a_cache_would_hold_is_estimated_from_the_axes(model):
     if hasattr(model, "encoder_blocks"):  # encoder and decoder read sequences of two lengths
         assert estimate_cache_bytes(model, 4, 48) is None
