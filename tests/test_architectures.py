@@ -83,7 +83,11 @@ ENDS = {f".{end}": axes for ends, axes in AXES.items() for end in ends.split()}
 def _means_another(name, point):
     """Tell where TransformerLens aliases what an experts' MLP or T5's positions do not have."""
     pair = (name.rpartition(".")[2], ".".join(point.name.rsplit(".", 2)[-2:]))
-    return pair in {("hook_post", "mlp.hook_out"), ("hook_pos_embed", "pos_embed.hook_out")}
+    return pair in {
+        ("hook_pre", "mlp.hook_in"),
+        ("hook_post", "mlp.hook_out"),
+        ("hook_pos_embed", "pos_embed.hook_out"),
+    }
 
 
 def test_hook_points_have_the_axes_that_their_names_tell(model):
