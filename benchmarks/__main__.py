@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks._checks import measure_checks
 from benchmarks._probe import Order, Setup
 from benchmarks._report import (
     MIB,
@@ -135,6 +136,9 @@ def main(
     if gather_ways:
         gathered = _compare(many, gather_ways, GATHER_LIMIT, processes=processes)
         _print_gathered(many, gathered)
+    if not case:
+        site, field = measure_checks(replace(QUICK, threads=threads))
+        print(f"checks: {site:.1f} us a site and firing, {field:.0f} us a field and block\n")
     print(", ".join(f"{what} {found}" for what, found in machine().items()))
     if json_file:
         found = {

@@ -2,29 +2,36 @@
 
 import doctest
 import re
+import sys
+import types
 from pathlib import Path
 
 import pytest
 from models import Mlp, bridge, tokens
 
 import actctx
-from actctx import _activations, _capture, _decorator, _names, _places
+from actctx import _activations, _capture, _decorator, _names, _places, _schema
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# A block of code, and the output behind it, where it is shown.
+BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 @pytest.mark.filterwarnings("ignore")  # of the libraries that a reader uses beside actctx
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+def test_the_code_of_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = page.read_text()
-    namespace = {"__name__": "page"}
+    module = types.ModuleType("page")  # where the annotations of classes are looked up
+    monkeypatch.setitem(sys.modules, "page", module)
     for block in BLOCK.finditer(text):
         line = text[: block.start(1)].count("\n")
         code = compile("\n" * line + block[1], str(page), "exec")
-        exec(code, namespace)  # noqa: S102  it is our own
+        exec(code, vars(module))  # noqa: S102  it is our own
+        printed = capsys.readouterr().out
+        if printed:
+            assert printed.split() == (block[2] or "").split()
 
 
 def test_every_page_of_the_docs_is_linked_from_the_first():
@@ -39,7 +46,7 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("module", [_places, _names, _capture, _decorator, _activations])
+@pytest.mark.parametrize("module", [_places, _names, _capture, _decorator, _activations, _schema])
 def test_the_examples_of_docstrings_run(module):
     model = bridge()
     names = {**vars(actctx), "model": model, "tokens": tokens(4), "loader": [tokens(4)] * 2}

@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import pickle
+import timeit
+from functools import partial
 from typing import ClassVar
 
 import pytest
@@ -285,6 +287,17 @@ def test_a_model_that_is_not_as_its_config_says_is_refused(ids):
     with capture(model, "blocks.0.hook_resid_post", check=False) as acts:
         model(ids)
     assert acts.tensor.shape == (3, 7, 32)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_check_against_the_config_costs_less_than_20_microseconds_a_site(gpt2, ids):
+    capturing = capture(gpt2, "**")
+    with capturing as acts:
+        gpt2(ids)
+    sites = {each.key: each for each in capturing._sites}
+    for key in acts:
+        check = partial(sites[key].check_sizes, acts[key].shape)
+        assert min(timeit.repeat(check, number=50, repeat=5)) / 50 < 20e-6, key
 
 
 # What is asked of a GPT-2 with d_model 32, 2 layers and 4 heads of 8, and what it answers.
