@@ -151,9 +151,18 @@ class Capture:
             CaptureStateError: It is not open.
 
         """
-        opening = self._end()
-        if error is None:
-            opening.check_fired()
+        try:
+            if self._opening is None:
+                raise CaptureStateError(
+                    "this capture is not open; enter it with a `with` statement, or open() it"
+                )
+            self._opening.detach()
+            if error is None:
+                self._opening.check_fired()
+        finally:
+            if self._opening is not None:  # an interrupt may have come in between
+                self._opening.detach()
+            self._opening = None
 
     def open(self) -> Activations:
         """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
@@ -184,34 +193,29 @@ class Capture:
             CaptureStateError: It is not open.
 
         """
-        self._end().check_fired()
+        self.__exit__(None, None, None)
 
-    def prepared(self) -> Opening:
+    def prepared(self, scope: Scope = "block") -> Opening:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
         for site in self._sites:
             reason = why_it_never_fires(self._model, site.place)
             if site.exact and reason:
                 raise NeverFiredError(f"{site.shown} would never fire: {reason}")
-        return Opening(self._model, self._sites, self._options)
+        return Opening(self._model, self._sites, self._options, scope)
 
     def _begin(self, scope: Scope) -> Activations:
         if self._opening is not None:
             raise CaptureStateError(
                 "this capture is open already; leave its block first, or make another capture"
             )
-        opening = self.prepared()
-        opening.attach(scope)
-        self._opening = opening
-        return opening.buffer
-
-    def _end(self) -> Opening:
-        opening, self._opening = self._opening, None
-        if opening is None:
-            raise CaptureStateError(
-                "this capture is not open; enter it with a `with` statement, or open() it"
-            )
-        opening.detach()
-        return opening
+        opening = self.prepared(scope)
+        try:
+            self._opening = opening
+            return opening.attach()
+        except BaseException:  # an interrupt: the block will not run, so nothing will end it
+            opening.detach()
+            self._opening = None
+            raise
 
     def __getattr__(self, name: str) -> Never:
         raise AttributeError(

@@ -169,8 +169,8 @@ def _wrapper(call: _Call) -> Callable[..., Any]:
 def _around_coroutine(call: _Call) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
         capturing, run = call.bind(args, kwargs)
-        opening = capturing.prepared()
-        with opening.in_context() as acts:
+        opening = capturing.prepared("context")
+        with opening as acts:
             result = await run(acts)
         opening.check_fired()
         return call.give(result, acts)
@@ -196,7 +196,7 @@ def _around_generator(call: _Call) -> Callable[..., Any]:
 def _around_async_generator(call: _Call) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         capturing, start = call.bind(args, kwargs)
-        opening = capturing.prepared()
+        opening = capturing.prepared("context")
         return call.give(_driven_async(start(opening.buffer), opening), opening.buffer)
 
     return wrapper
@@ -230,7 +230,7 @@ async def _driven_async(generator: Any, opening: Opening) -> Any:
     """Run an async generator with hooks that are on only while it runs."""
 
     async def step(resume: Callable[..., Any], *value: Any) -> Any:
-        with opening.in_context():
+        with opening:
             return await resume(*value)
 
     try:

@@ -24,6 +24,7 @@ ROOMS = (
     "_activations",
     "_grad",
     "_eager",
+    "_undo",
     "_forward",
     "_hooks",
     "_opening",
