@@ -168,7 +168,8 @@ class Capture:
         """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
 
         Forwards run without gradients, as in a block, but the code between them keeps its grad
-        mode. All forwards of this thread are captured.
+        mode. All forwards of this thread are captured. The hooks stay on for as long as somebody has
+        the capture or its buffer.
 
         Raises:
             CaptureStateError: It is open already.

@@ -238,11 +238,15 @@ class Interceptor:
         owner, name = forward.__self__, forward.__name__
         if getattr(type(owner), name, None) is forward.__func__:
             return (getattr, (owner, name))
-        return (types.MethodType, (forward.__func__, owner))
+        return (_bound, (forward.__func__, owner))
 
 
 def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
+
+
+def _bound(function: Callable[..., Any], owner: object) -> Callable[..., Any]:
+    return types.MethodType(function, owner)  # which cannot be pickled itself
 
 
 class Stopped:
@@ -283,11 +287,16 @@ class Stopped:
             given += first if isinstance(first, list | tuple) else []
         given[0]._refuse()
 
+    def __format__(self, spec: str) -> str:
+        return repr(self) if not spec else self._refuse()
+
     __setattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __call__ = _refuse
     __contains__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
     __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
     __matmul__ = __rmatmul__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
-    __array__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __divmod__ = __rdivmod__ = _refuse
+    __round__ = __trunc__ = __floor__ = __ceil__ = __complex__ = _refuse
+    __next__ = __reversed__ = __delitem__ = __delattr__ = __array__ = _refuse
     __hash__ = object.__hash__

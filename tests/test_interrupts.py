@@ -13,7 +13,9 @@ from models import Mlp, bridge, hooks_of, huggingface, tiny_transformer
 
 import actctx
 from actctx import capture, captures
+from actctx._eager import _STANCE
 from actctx._forward import _FRAME
+from actctx._grad import _STACK
 from actctx._opening import _OPEN
 from actctx._undo import _LOCK
 
@@ -90,9 +92,11 @@ def _state(model):
     return (
         hooks_of(model),
         torch.is_grad_enabled(),
+        list(_STACK.modes),
         _OPEN.get(),
         _FRAME.get(),
         torch._dynamo.eval_frame._stance.stance,
+        set(_STANCE._holders),
         free,
     )
 
