@@ -168,8 +168,8 @@ class Capture:
         """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
 
         Forwards run without gradients, as in a block, but the code between them keeps its grad
-        mode. All forwards of this thread are captured. The hooks stay on for as long as somebody has
-        the capture or its buffer.
+        mode. All forwards of this thread are captured. A capture that nobody closes ends once
+        neither it nor its buffer is held any more.
 
         Raises:
             CaptureStateError: It is open already.

@@ -1,17 +1,13 @@
 """An interrupt at any line: whatever a capture was about to do, it is undone."""
 
-import linecache
-import sys
 import threading
-import weakref
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo
+from interrupts import interrupted
 from models import Mlp, bridge, hooks_of, huggingface, tiny_transformer
 
-import actctx
 from actctx import capture, captures
 from actctx._eager import _STANCE
 from actctx._forward import _FRAME
@@ -19,7 +15,6 @@ from actctx._grad import _STACK
 from actctx._opening import _OPEN
 from actctx._undo import _LOCK
 
-PACKAGE = str(Path(actctx.__file__).parent)
 MODELS = {
     "plain": (Mlp, ["block", "head"], {}),
     "shadowed": (Mlp, ["block"], {"stop": True}),
@@ -27,55 +22,6 @@ MODELS = {
     "bridge": (bridge, ["blocks.0.hook_resid_post"], {"mask": "attention"}),
     "hooked": (tiny_transformer, ["blocks.0.hook_resid_post", "unembed"], {"capacity": 9}),
 }
-
-
-class Interrupts:
-    """Raises a `KeyboardInterrupt` at the line of actctx that runs as number `at`."""
-
-    def __init__(self, at):
-        self.at = at
-        self.seen = 0
-        self.where = ("", 0, False)
-        self._called = None
-        self._entered = set()
-
-    def __call__(self, frame, event, _arg):
-        if not frame.f_code.co_filename.startswith(PACKAGE):
-            return None
-        if event == "call":
-            if _is_collected(frame):
-                return None
-            self._called = frame
-            self._entered = {place for place in self._entered if place[0] != id(frame)}
-        if event == "line" and not self._leaves_a_block(frame):
-            self.seen += 1
-            is_first, self._called = self._called is frame, None
-            if self.seen == self.at:
-                self.where = (frame.f_code.co_qualname, frame.f_lineno, is_first)
-                raise KeyboardInterrupt
-        return self
-
-    def _leaves_a_block(self, frame):
-        # Between a block and its `__exit__`, or its `finally`, Python does not look for signals,
-        # but it does tell the line.
-        before, line = (
-            linecache.getline(frame.f_code.co_filename, frame.f_lineno - back).strip()
-            for back in (1, 0)
-        )
-        if not line.startswith("with "):
-            return before.startswith("finally:")
-        place = (id(frame), frame.f_lineno)
-        self._entered ^= {place}
-        return place not in self._entered
-
-
-def _is_collected(frame):
-    """Tell whether a frame runs for the collector, which says that it ignores exceptions."""
-    while frame is not None:
-        if frame.f_code is weakref.finalize.__call__.__code__:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _state(model):
@@ -161,13 +107,9 @@ def test_an_interrupt_at_any_line_of_a_decorated_coroutine_leaves_nothing_behind
 
 def _interrupted(run, made, at, is_as_before):
     """Run with an interrupt at a line; tell whether it came so far."""
-    interrupts = Interrupts(at)
     try:
-        sys.settrace(interrupts)
-        try:
+        with interrupted(at) as interrupts:
             run(made)
-        finally:
-            sys.settrace(None)
     except KeyboardInterrupt:
         # Where the block's `__exit__` had not begun yet, hooks go with the traceback that has them.
         name, _, is_first = interrupts.where
