@@ -83,7 +83,7 @@ def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
     """
     held: dict[str, tuple[StorageWeakRef, int]] = {}
 
-    def see(name: str, _module: nn.Module | None, value: object) -> None:
+    def see(name: str, value: object) -> None:
         tensor = value[0] if isinstance(value, tuple) and value else value
         if isinstance(tensor, Tensor):
             storage = tensor.untyped_storage()
@@ -91,10 +91,10 @@ def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
             reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
             held[name] = (reference, storage.nbytes())
 
-    found = Places(model)
-    places = {name: found[name] for name in found.hook_points}
     with ExitStack() as undo, torch.no_grad():
-        for name, place in places.items():
-            undo.callback(Hook(place, "out", functools.partial(see, name)).remove)
+        for name, point in Places(model).hook_points.items():
+            hook = Hook(point, name, functools.partial(see, name), io="point")
+            undo.callback(hook.remove)
+            hook.put_on()
         forward()
     return sum({reference.cdata: nbytes for reference, nbytes in held.values()}.values())

@@ -206,15 +206,25 @@ class Capture(Generic[B]):
             CaptureStateError: It is not open.
 
         """
-        opening = self._end()
-        if error is None:
-            opening.finish()
+        try:
+            if self._opening is None:
+                raise CaptureStateError(
+                    "this capture is not open; enter it with a `with` statement, or open() it"
+                )
+            self._opening.detach()
+            if error is None:
+                self._opening.finish()
+        finally:
+            if self._opening is not None:  # an interrupt may have come in between
+                self._opening.detach()
+            self._opening = None
 
     def open(self) -> B:
         """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
 
         Forwards run without gradients, as in a block, but the code between them keeps its grad
-        mode. All forwards of this thread are captured.
+        mode. All forwards of this thread are captured. A capture that nobody closes ends once
+        neither it nor its buffer is held any more.
 
         Raises:
             CaptureStateError: It is open already.
@@ -239,34 +249,31 @@ class Capture(Generic[B]):
             CaptureStateError: It is not open.
 
         """
-        self._end().finish()
+        self.__exit__(None, None, None)
 
-    def prepared(self) -> Opening[B]:
+    def prepared(self, scope: Scope = "block") -> Opening[B]:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
         for site in self._sites:
             reason = why_it_never_fires(self._model, site.place)
             if site.exact and reason:
                 raise NeverFiredError(f"{site.shown} would never fire: {reason}")
-        return Opening(self._model, self._sites, self._options, self._hand_over)
+        return Opening(
+            self._model, self._sites, self._options, scope=scope, hand_over=self._hand_over
+        )
 
     def _begin(self, scope: Scope) -> B:
         if self._opening is not None:
             raise CaptureStateError(
                 "this capture is open already; leave its block first, or make another capture"
             )
-        opening = self.prepared()
-        opening.attach(scope)
-        self._opening = opening
-        return opening.handed
-
-    def _end(self) -> Opening[B]:
-        opening, self._opening = self._opening, None
-        if opening is None:
-            raise CaptureStateError(
-                "this capture is not open; enter it with a `with` statement, or open() it"
-            )
-        opening.detach()
-        return opening
+        opening = self.prepared(scope)
+        try:
+            self._opening = opening
+            return opening.attach()
+        except BaseException:  # an interrupt: the block will not run, so nothing will end it
+            opening.detach()
+            self._opening = None
+            raise
 
     def __getattr__(self, name: str) -> Never:
         raise AttributeError(

@@ -23,6 +23,7 @@ from actctx._activations import Activations
 from actctx._capture import Capture, CaptureOptions, S, capture
 from actctx._errors import OptionError
 from actctx._names import Names
+from actctx._opening import Scope
 from actctx._schema import Schema
 from actctx._select import Slice
 from actctx._typed import Claim, mentions_array_type
@@ -174,11 +175,13 @@ class _Function:
 class _Call:
     """One call of a decorated function, and the capture that is its own."""
 
-    def __init__(self, function: _Function, args: Any, kwargs: Any) -> None:
+    def __init__(
+        self, function: _Function, args: Any, kwargs: Any, *, scope: Scope = "block"
+    ) -> None:
         self._function = function
         self._bound = function.shown.bind(*args, **kwargs)
         capturing = function.open_for(self._bound.arguments, args, kwargs)
-        self.opening = capturing.prepared()
+        self.opening = capturing.prepared(scope)
 
     def start(self) -> Any:
         """Call the function, with the buffer where it wants it.
@@ -228,8 +231,8 @@ def _wrapper(function: _Function) -> Callable[..., Any]:
 
 def _around_coroutine(function: _Function) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs)
-        with call.opening.in_context():
+        call = _Call(function, args, kwargs, scope="context")
+        with call.opening:
             result = await call.start()
         call.finish(**{"return": result})
         return call.give(result)
@@ -250,7 +253,7 @@ def _around_generator(function: _Function) -> Callable[..., Any]:
 
 def _around_async_generator(function: _Function) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs)
+        call = _Call(function, args, kwargs, scope="context")
         return call.give(_driven_async(call.start(), call))
 
     return wrapper
@@ -284,7 +287,7 @@ async def _driven_async(generator: Any, call: _Call) -> Any:
     """Run an async generator with hooks that are on only while it runs."""
 
     async def step(resume: Callable[..., Any], *value: Any) -> Any:
-        with call.opening.in_context():
+        with call.opening:
             return await resume(*value)
 
     try:

@@ -8,7 +8,6 @@ process, so the first capture to open sets it and the last to close gives it bac
 
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,37 +18,36 @@ class _Stance:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._held = 0
+        self._holders: set[int] = set()
         self._eager: Any = None
 
-    def hold(self) -> None:
+    def hold(self, holder: int) -> None:
         with self._lock:
-            if self._held == 0:
+            self._holders.add(holder)
+            if self._eager is None:
                 self._eager = torch.compiler.set_stance("force_eager")
-                self._eager.__enter__()
-            self._held += 1
 
-    def release(self) -> None:
+    def release(self, holder: int) -> None:
         with self._lock:
-            self._held -= 1
-            if self._held == 0:
+            self._holders.discard(holder)
+            if not self._holders and self._eager is not None:
                 self._eager.__exit__(None, None, None)
+                self._eager = None
 
 
 _STANCE = _Stance()
 
 
-def run_eagerly() -> Callable[[], None]:
-    """Have compiled models run eagerly, until the returned function is called.
+def run_eagerly(holder: int) -> None:
+    """Have compiled models run eagerly, until the holder calls `run_compiled`.
 
     Where nothing was compiled yet in this process, importing the compiler to tell it so would take
     seconds for nothing.
     """
-    if "torch._dynamo" not in sys.modules:
-        return _nothing
-    _STANCE.hold()
-    return _STANCE.release
+    if "torch._dynamo" in sys.modules:
+        _STANCE.hold(holder)
 
 
-def _nothing() -> None:
-    """Stand in for giving back a stance that was not taken."""
+def run_compiled(holder: int) -> None:
+    """Let compiled models run compiled again, as far as this holder is concerned."""
+    _STANCE.release(holder)

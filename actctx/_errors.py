@@ -6,7 +6,7 @@ ActctxError
 ├── AxisError (LookupError)             a slice or a join names an axis that the site does not have
 ├── SelectionError (IndexError)         a position lies outside the axis it selects from
 ├── OutputError (TypeError)             a site yields no tensor to capture
-├── CaptureStateError (RuntimeError)    opened twice, closed while not open
+├── CaptureStateError (RuntimeError)    opened twice, closed while not open, shallowly copied
 ├── HooksRemovedError (RuntimeError)    somebody removed the hooks of an open capture
 ├── NeverFiredError (RuntimeError)      a site that was asked for by name never fired
 ├── StoppedError (RuntimeError)         a forward that stops early has no output and fills no cache
@@ -50,7 +50,7 @@ class OutputError(ActctxError, TypeError):
 
 
 class CaptureStateError(ActctxError, RuntimeError):
-    """A capture was opened twice, or closed while not open."""
+    """A capture was opened twice or closed while not open, or a shallow copy of its model ran."""
 
 
 class HooksRemovedError(ActctxError, RuntimeError):

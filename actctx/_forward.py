@@ -149,34 +149,41 @@ class Interceptor:
     """Stands in for `model.forward` while captures watch the model; see the notes above."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._shadowed = model.__dict__.get("forward")
+        # `generate` of Hugging Face reads the signature of `forward`. First of all, since it takes
+        # over the attributes, too, which are those of another interceptor where that was wrapped.
+        functools.update_wrapper(self, model.forward)
+        self._shadowed: Any = model.__dict__.get("forward")
         self._forward: Callable[..., Any] = model.forward
+        self._model = weakref.ref(model)
         self._name = type(model).__name__
         self._watchers: list[weakref.ref[Watcher]] = []
-        # `generate` of Hugging Face reads the signature of `forward`.
-        functools.update_wrapper(self, self._forward)
 
     @classmethod
-    def watch(cls, model: nn.Module, watcher: Watcher) -> Callable[[], None]:
-        """Have a watcher see the forwards of a model, until the returned function is called."""
-        interceptor = model.__dict__.get("forward")
-        if not isinstance(interceptor, cls):
-            interceptor = cls(model)
-            # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
-            model.__dict__["forward"] = interceptor
-        reference = weakref.ref(watcher)
-        # Replaced, not changed, since other threads may be looking through it.
-        interceptor._watchers = [*interceptor._watchers, reference]
-        return functools.partial(interceptor._unwatch, weakref.ref(model), reference)
+    def of(cls, model: nn.Module) -> "Interceptor":
+        """Return the interceptor that a model has, or one for it."""
+        found = model.__dict__.get("forward")
+        if isinstance(found, cls):
+            if found._model() is model:
+                return found
+            found._give_back(model)  # a shallow copy of the model took it along
+        return cls(model)
 
-    def _unwatch(
-        self, model_reference: "weakref.ref[nn.Module]", reference: "weakref.ref[Watcher]"
-    ) -> None:
+    def watch(self, model: nn.Module, reference: "weakref.ref[Watcher]") -> None:
+        """Have a watcher see the forwards of the model."""
+        # Replaced, not changed, since other threads may be looking through it.
+        self._watchers = [*self._watchers, reference]
+        # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
+        model.__dict__["forward"] = self
+
+    def unwatch(self, reference: "weakref.ref[Watcher]") -> None:
+        """Have a watcher see no more, and give the model its forward back after the last."""
         self._watchers = [other for other in self._watchers if other is not reference]
-        model = model_reference()
+        model = self._model()
         # Where somebody shadowed it in turn, it stays below, and passes every call through.
-        if self._watchers or model is None or model.__dict__.get("forward") is not self:
-            return
+        if not self._watchers and model is not None and model.__dict__.get("forward") is self:
+            self._give_back(model)
+
+    def _give_back(self, model: nn.Module) -> None:
         if self._shadowed is None:
             del model.__dict__["forward"]
         else:
@@ -208,8 +215,8 @@ class Interceptor:
             watcher.check_hooks()
         if frame.stop and not (frame.parent and frame.parent.stop):  # what the caller gives
             self._check_cache(frame.inputs() if len(args) > 1 else kwargs)
-        token = _FRAME.set(frame)
         try:
+            _FRAME.set(frame)
             # One capture with `grad=True`, here or around, is enough to keep the graph.
             graph = any(watcher.grad for outer in frame.chain() for watcher in outer.staged)
             with torch.set_grad_enabled(graph):
@@ -226,7 +233,7 @@ class Interceptor:
             # A traceback that lives on would keep the unwound frames' tensors alive.
             signal.__traceback__ = signal.__context__ = None
         finally:
-            _FRAME.reset(token)
+            _FRAME.set(frame.parent)  # no token, which an interrupt could keep from us
         frame.write()
         return output
 
@@ -241,13 +248,21 @@ class Interceptor:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copied or pickled model gets the forward that it has without captures.
-        if not isinstance(self._forward, types.MethodType):
-            return (_same, (self._forward,))
-        return (getattr, (self._forward.__self__, self._forward.__name__))
+        forward = self._forward
+        if not isinstance(forward, types.MethodType):
+            return (_same, (forward,))
+        owner, name = forward.__self__, forward.__name__
+        if getattr(type(owner), name, None) is forward.__func__:
+            return (getattr, (owner, name))
+        return (_bound, (forward.__func__, owner))
 
 
 def _same(forward: Callable[..., Any]) -> Callable[..., Any]:
     return forward
+
+
+def _bound(function: Callable[..., Any], owner: object) -> Callable[..., Any]:
+    return types.MethodType(function, owner)  # which cannot be pickled itself
 
 
 class Stopped:
@@ -288,11 +303,16 @@ class Stopped:
             given += first if isinstance(first, list | tuple) else []
         given[0]._refuse()
 
+    def __format__(self, spec: str) -> str:
+        return repr(self) if not spec else self._refuse()
+
     __setattr__ = __getitem__ = __setitem__ = __iter__ = __len__ = __bool__ = __call__ = _refuse
     __contains__ = __float__ = __int__ = __index__ = __eq__ = __ne__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __pos__ = __abs__ = __invert__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = _refuse
     __rtruediv__ = __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = _refuse
     __matmul__ = __rmatmul__ = __and__ = __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = _refuse
-    __array__ = _refuse
+    __lshift__ = __rlshift__ = __rshift__ = __rrshift__ = __divmod__ = __rdivmod__ = _refuse
+    __round__ = __trunc__ = __floor__ = __ceil__ = __complex__ = _refuse
+    __next__ = __reversed__ = __delitem__ = __delattr__ = __array__ = _refuse
     __hash__ = object.__hash__

@@ -24,17 +24,36 @@ class GradMode:
     """
 
     def __init__(self, *, enabled: bool) -> None:
+        self._enabled = enabled
+        self._before = enabled
+        self._restored = False
+        self._modes: list[GradMode] = []
+
+    def set(self) -> None:
+        """Set the mode."""
         self._modes = _STACK.modes
+        _settle(self._modes)
         self._before = torch.is_grad_enabled()
         self._modes.append(self)
-        torch.set_grad_enabled(enabled)
+        torch.set_grad_enabled(self._enabled)
 
     def restore(self) -> None:
-        """Give back the mode that was found, or hand it to the block above, which will."""
-        place = self._modes.index(self)
-        above = self._modes[place + 1 :]
-        del self._modes[place]
+        """Give back the mode that was found, or hand it to the block above, which will.
+
+        Another thread's mode is out of reach: that thread gets it back with the next block that
+        opens or closes in it.
+        """
+        self._restored = True
+        if self._modes is _STACK.modes:
+            _settle(self._modes)
+
+
+def _settle(modes: list[GradMode]) -> None:
+    """Give back the modes of the blocks that have closed; those of this thread."""
+    for mode in [mode for mode in modes if mode._restored]:
+        above = modes[modes.index(mode) + 1 :]
         if above:
-            above[0]._before = self._before
-        elif self._modes is _STACK.modes:  # another thread's mode is out of reach
-            torch.set_grad_enabled(self._before)
+            above[0]._before = mode._before
+        else:
+            torch.set_grad_enabled(mode._before)
+        modes.remove(mode)  # last, so that after an interrupt it is all done again

@@ -5,7 +5,6 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, Generic, Literal, TypeVar
 
@@ -15,13 +14,9 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import fired_axes
 from actctx._caches import estimate_cache_bytes
-from actctx._eager import run_eagerly
-from actctx._errors import (
-    HooksRemovedError,
-    NeverFiredError,
-    OptionError,
-)
-from actctx._forward import Frame, Interceptor, frame_of
+from actctx._eager import run_compiled, run_eagerly
+from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
+from actctx._forward import Frame, Interceptor, Watcher, frame_of
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
@@ -31,6 +26,7 @@ from actctx._schema import Schema
 from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
 from actctx._typed import Claim
+from actctx._undo import Action, do, take_back
 from actctx._watched import Options, WatchedSite
 
 B = TypeVar("B")
@@ -40,9 +36,6 @@ Scope = Literal["block", "context", "thread"]
 
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
 _NUMBERS = itertools.count()
-# Captures of several threads open and close on one model; reentrant, since one that is collected as
-# garbage closes while another opens.
-_LOCK = threading.RLock()
 
 
 class Opening(Generic[B]):
@@ -50,6 +43,19 @@ class Opening(Generic[B]):
 
     Hooks and interceptor hold it weakly, so that a capture that is dropped while open is
     collected, and takes its hooks off.
+
+    Args:
+        model: The model to capture from.
+        sites: What to capture.
+        options: What holds for all sites.
+        scope: Whose forwards are captured, and what runs without gradients (or with them, as
+            asked): for a `"block"`, the forwards of this context, and all of the block; for a
+            `"context"`, its forwards alone, since other coroutines of the thread may run in
+            between; for a `"thread"`, all forwards of the thread.
+
+    Attributes:
+        detach: Takes the hooks off, in reverse, and gives the model back as it was.
+
     """
 
     def __init__(
@@ -57,6 +63,8 @@ class Opening(Generic[B]):
         model: nn.Module,
         sites: list[WatchedSite],
         options: Options,
+        *,
+        scope: Scope,
         hand_over: Callable[[Activations], B],
     ) -> None:
         self.buffer = Activations(
@@ -76,73 +84,85 @@ class Opening(Generic[B]):
         self._roots = [
             site for site in sites if site.place.module is model and not site.place.is_hook_point
         ]
+        self._hooked = [site for site in sites if site not in self._roots]
         self._options = options
+        self._scope = scope
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
         self._fired: set[str] = set()
         self._hooks: dict[str, Hook] = {}
-        self._detach: weakref.finalize[..., Opening[B]] = weakref.finalize(self, _nothing)
+        self._undo: list[Action] = []
+        self.detach = functools.partial(take_back, self._undo)
+        weakref.finalize(self, take_back, self._undo)
         for site in sites:
             self.buffer.expect(site.key, site.place.names, options.capacity)
 
-    def attach(self, scope: Scope = "block") -> None:
-        """Put the hooks on.
+    def attach(self) -> B:
+        """Put the hooks on, all or none.
 
-        Args:
-            scope: Whose forwards are captured, and what runs without gradients (or with them,
-                as asked): for a `"block"`, the forwards of this context, and all of the block;
-                for a `"context"`, its forwards alone, since other coroutines of the thread may
-                run in between; for a `"thread"`, all forwards of the thread.
+        Returns:
+            The buffer. For a `"thread"`, whoever has it keeps the hooks on, until they are off.
 
         """
-        with _LOCK, ExitStack() as undo:
-            if scope == "block":
-                undo.callback(GradMode(enabled=self.grad).restore)
-            if scope == "thread":
-                self._thread = threading.get_ident()
-            else:
-                _OPEN.set(_OPEN.get() | {self._number})
-                undo.callback(_leave, self._number)
-            undo.callback(run_eagerly())
-            undo.callback(Interceptor.watch(self._model, self))
-            self._hooks = {
-                site.key: self._put_on(site, undo)
-                for site in self._sites
-                if site not in self._roots
-            }
-            self._watch_masks(undo)
-            self._detach = weakref.finalize(self, _take_off, undo.pop_all())
+        try:
+            do(self._steps(), self._undo)
+            return self._lend() if self._scope == "thread" else self.handed
+        except BaseException:
+            self.detach()
+            raise
 
-    def _put_on(self, site: WatchedSite, undo: ExitStack) -> Hook:
-        hook = Hook(site.place, site.io, functools.partial(_fire, weakref.ref(self), site))
-        undo.callback(hook.remove)
-        return hook
+    def _steps(self) -> Iterator[tuple[Action, Action]]:
+        """Tell what to do to open, and before it what undoes it, were it but half done."""
+        reference: weakref.ref[Watcher] = weakref.ref(self)
+        if self._scope == "block":
+            mode = GradMode(enabled=self.grad)
+            yield mode.restore, mode.set
+        if self._scope == "thread":
+            self._thread = threading.get_ident()
+        else:
+            yield functools.partial(_leave, self._number), functools.partial(_enter, self._number)
+        yield (
+            functools.partial(run_compiled, self._number),
+            functools.partial(run_eagerly, self._number),
+        )
+        interceptor = Interceptor.of(self._model)
+        yield (
+            functools.partial(interceptor.unwatch, reference),
+            functools.partial(interceptor.watch, self._model, reference),
+        )
+        self._hooks = {site.key: self._hook(site) for site in self._hooked}
+        for hook in (*self._hooks.values(), *self._notes()):
+            yield hook.remove, hook.put_on
 
-    def _watch_masks(self, undo: ExitStack) -> None:
+    def _hook(self, site: WatchedSite) -> Hook:
+        io = "point" if site.place.is_hook_point else site.io
+        fire = functools.partial(_fire, weakref.ref(self), site)
+        return Hook(site.place.module, site.place.name, fire, io=io)
+
+    def _notes(self) -> Iterator[Hook]:
+        """Make the hooks that capture nothing."""
+        # It is there for the shallow copies of the model that it refuses.
+        yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
         inner = getattr(self._model, "original_model", None)
         if self._options.mask == "attention" and isinstance(inner, nn.Module):
             # A bridge makes a mask of its own for texts.
-            undo.callback(inner.register_forward_pre_hook(_note_mask, with_kwargs=True).remove)
+            yield Hook(inner, "original_model", _note_mask, io="in")
 
-    def detach(self) -> None:
-        """Take the hooks off, in reverse, and give the model back as it was."""
-        self._detach()
+    def _lend(self) -> B:
+        lent: B = object.__new__(type(self.handed))
+        lent.__dict__ = self.handed.__dict__
+        # Not the buffer itself, which this opening holds: neither would ever be freed.
+        self._undo.append(weakref.finalize(lent, _ignore, self).detach)
+        return lent
 
     def __enter__(self) -> B:
-        self.attach()
-        return self.handed
+        return self.attach()
 
     def __exit__(self, *error: object) -> None:
-        self.detach()
-
-    @contextmanager
-    def in_context(self) -> Iterator[B]:
-        """Hold the hooks for a coroutine, which may be suspended while others run."""
-        self.attach("context")
         try:
-            yield self.handed
-        finally:
+            self.detach()
+        finally:  # where an interrupt came in between
             self.detach()
 
     def is_visible(self) -> bool:
@@ -164,7 +184,7 @@ class Opening(Generic[B]):
         for site in self._roots:
             if site.io == io:
                 given = Inputs(self._model, *value) if io == "in" else value
-                self.fire(site, self._model, given)
+                self.fire(site, given)
 
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""
@@ -178,10 +198,8 @@ class Opening(Generic[B]):
         if forward:
             self.buffer.write(forward)
 
-    def fire(self, site: WatchedSite, module: nn.Module | None, value: Any) -> None:
+    def fire(self, site: WatchedSite, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
-        if module is not None and module is not site.place.module:
-            return  # a copy of the model, which copied the hook with it
         frame = frame_of(self)
         if frame is None:
             recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
@@ -299,27 +317,24 @@ def _estimate(reference: "weakref.ref[nn.Module]", batch: int, pos: int) -> int 
     return None if model is None else estimate_cache_bytes(model, batch, pos)
 
 
-def _nothing() -> None:
-    """Stand in for taking hooks off where there are none."""
-
-
-def _take_off(undo: ExitStack) -> None:
-    with _LOCK:
-        undo.close()
-
-
-def _fire(
-    reference: "weakref.ref[Opening[Any]]", site: WatchedSite, module: nn.Module | None, value: Any
-) -> None:
+def _fire(reference: "weakref.ref[Opening[Any]]", site: WatchedSite, value: Any) -> None:
     opening = reference()
     if opening is not None:
-        opening.fire(site, module, value)
+        opening.fire(site, value)
 
 
-def _note_mask(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _ignore(_value: object) -> None:
+    """Stand in where nothing is to be done."""
+
+
+def _note_mask(given: Inputs) -> None:
     frame = Frame.running()
     if frame is not None:
-        frame.masks["inner"] = kwargs
+        frame.masks["inner"] = given.kwargs
+
+
+def _enter(number: int) -> None:
+    _OPEN.set(_OPEN.get() | {number})
 
 
 def _leave(number: int) -> None:

@@ -2,9 +2,11 @@
 
 import asyncio
 import copy
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -70,7 +72,91 @@ def test_what_was_opened_and_dropped_is_collected(mlp):
     assert hooks_of(mlp) == before
 
 
+def test_a_buffer_that_was_opened_keeps_its_hooks_on_by_itself(mlp, ids):
+    before = hooks_of(mlp)
+    acts = capture(mlp, "block").open()
+    mlp(ids)
+    gc.collect()
+    mlp(ids)
+    assert acts.tensor.shape == (6, 7, 8)
+    del acts
+    assert hooks_of(mlp) == before
+
+
+def test_a_capture_that_is_open_goes_on_without_its_buffer(mlp, ids):
+    opened = capture(mlp, "block")
+    opened.open()
+    mlp(ids)
+    opened.close()  # raises where the site did not fire
+
+
+def test_a_buffer_keeps_no_model_alive_once_its_capture_is_closed(ids):
+    model = Mlp()
+    opened = capture(model, "block")
+    acts = opened.open()
+    model(ids)
+    opened.close()
+    freed = weakref.ref(model)
+    del model, opened
+    gc.collect()
+    assert freed() is None
+    assert acts.forwards == 1
+
+
 # Threads and coroutines.
+
+
+def test_a_block_that_another_thread_closes_gives_gradients_back_with_the_next(mlp):
+    opened = capture(mlp, "block")
+    opened.__enter__()
+    before = hooks_of(mlp)
+    thread = threading.Thread(target=opened.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert hooks_of(mlp) != before
+    assert not torch.is_grad_enabled(), "the mode of a thread is out of reach of others"
+    with capture(mlp, "block"):
+        assert not torch.is_grad_enabled()
+    assert torch.is_grad_enabled()
+
+
+def test_a_block_that_another_thread_closes_hands_down_what_it_found(mlp):
+    outer, inner = capture(mlp, "block"), capture(mlp, "head")
+    outer.__enter__()
+    inner.__enter__()
+    thread = threading.Thread(target=outer.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    assert not torch.is_grad_enabled()
+    inner.__exit__(None, None, None)
+    assert torch.is_grad_enabled()
+
+
+def test_a_replica_of_a_captured_model_is_refused(mlp, ids):
+    with capture(mlp, "block") as acts:
+        replica = mlp._replicate_for_data_parallel()
+        with pytest.raises(CaptureStateError) as refused:
+            replica(ids)
+        mlp(ids)
+    assert str(refused.value) == (
+        "a shallow copy of the Mlp that is captured ran, as a replica of DataParallel is one; it "
+        "shares the forward and the hooks of the original, so it can neither be captured nor run "
+        "by itself; capture from the module that DataParallel wraps, on one device, or run one "
+        "process a device; elsewhere use copy.deepcopy"
+    )
+    assert acts.forwards == 1
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1", "blocks.1.hook_out"])
+def test_a_replica_of_a_part_is_refused(gpt2, ids, name):
+    root = gpt2 if name.startswith("blocks") else gpt2.original_model
+    with capture(root, name) as acts:
+        # As DataParallel does, which replicates all modules of a parent.
+        replica = root.get_submodule(name)._replicate_for_data_parallel()
+        with pytest.raises(CaptureStateError, match="DataParallel"):
+            replica(torch.zeros(1, 2, 32))
+        root(ids)
+    assert acts.forwards == 1
 
 
 def test_threads_see_their_own_forwards(llama):

@@ -29,6 +29,7 @@ ROOMS = (
     "_schema",
     "_grad",
     "_eager",
+    "_undo",
     "_forward",
     "_hooks",
     "_caches",

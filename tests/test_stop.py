@@ -1,8 +1,12 @@
 """Early stops: where forwards end, and what a stopped call returns."""
 
 import copy
+import functools
 import gc
+import math
+import operator
 import pickle
+import types
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ import torch
 from models import Mlp, bridge, hooks_of, plainly_hooked
 from torch import nn
 
-from actctx import Stopped, StoppedError, capture
+from actctx import CaptureStateError, Stopped, StoppedError, capture
 
 RESID = "blocks.0.hook_resid_post"
 LATER = "blocks.1.hook_resid_post"
@@ -167,6 +171,18 @@ def test_a_stopped_forward_leaves_no_tensor_alive():
         lambda out: setattr(out, "logits", 0),
         lambda out: -out,
         lambda out: out @ out,
+        lambda out: out << 1,
+        lambda out: 1 >> out,
+        lambda out: divmod(out, 2),
+        lambda out: divmod(2, out),
+        round,
+        math.floor,
+        complex,
+        next,
+        reversed,
+        lambda out: operator.delitem(out, 0),
+        lambda out: delattr(out, "logits"),
+        lambda out: f"{out:.3f}",
     ],
 )
 def test_every_use_of_a_stopped_output_raises(stopped, use):
@@ -178,6 +194,7 @@ def test_a_stopped_output_shows_what_happened(stopped):
     assert (
         repr(stopped) == "<Stopped: Mlp.forward ended after 'block', as capture(stop=True) asked>"
     )
+    assert f"{stopped}" == format(stopped) == str(stopped) == repr(stopped)
 
 
 def test_generate_of_hugging_face_under_stop_is_an_error(llama, ids):
@@ -298,3 +315,53 @@ def test_a_copy_of_a_bridge_made_during_a_capture_is_its_own(ids):
         assert len(acts) == 0
     with torch.no_grad():
         assert torch.equal(twin(ids), model(ids))
+
+
+@pytest.mark.parametrize("clone", CLONES.values(), ids=CLONES)
+def test_a_copy_of_a_model_whose_forward_is_a_method_of_another_name_is_its_own(ids, clone):
+    model = Mlp()
+    model.forward = types.MethodType(_doubled, model)
+    with capture(model, "head", stop=True):
+        twin = clone(model)
+    with torch.no_grad():
+        twin.head.weight.zero_()
+        assert torch.equal(twin(ids), 2 * twin.head.bias.expand(3, 7, 4))
+
+
+def _doubled(self, ids):
+    return Mlp.forward(self, ids) * 2
+
+
+def test_a_shallow_copy_of_a_model_made_during_a_capture_can_be_captured_itself(mlp, ids):
+    with capture(mlp, "block"):
+        twin = copy.copy(mlp)
+        with pytest.raises(CaptureStateError, match="shallow copy"):
+            twin(ids)
+    once, twin.twice = mlp(ids), True
+    with capture(twin, "block") as acts:
+        assert not torch.equal(twin(ids), once)
+    assert acts.forwards == 1
+    assert "forward" not in twin.__dict__
+
+
+def test_a_forward_that_was_saved_in_a_block_and_set_behind_it_does_no_harm(mlp, ids):
+    expected = mlp(ids)
+    with capture(mlp, "block"):
+        saved = mlp.forward
+    mlp.forward = saved
+    assert torch.equal(mlp(ids), expected)
+    with capture(mlp, "block") as acts:
+        assert torch.equal(mlp(ids), expected)
+    assert acts.forwards == 1
+    assert torch.equal(copy.deepcopy(mlp)(ids), mlp(ids))
+
+
+def test_a_forward_that_was_wrapped_in_a_block_is_run_by_the_captures_inside(mlp, ids):
+    expected = mlp(ids)
+    with capture(mlp, "block") as outer:
+        below = mlp.forward
+        mlp.forward = functools.wraps(below)(lambda ids: below(ids) * 2)
+        with capture(mlp, "head") as inner:
+            assert torch.equal(mlp(ids), expected * 2)
+        assert torch.equal(mlp(ids), expected * 2)
+    assert (outer.forwards, inner.forwards) == (2, 1)
