@@ -1,12 +1,12 @@
 """Tiny models of every architecture, built from their configs, with fixed weights."""
 
 import functools
+import types
 from importlib.metadata import version
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
 VOCAB = 50
 BATCH, POS = 3, 7
@@ -73,6 +73,8 @@ def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> n
 
 def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
     """Build a tiny `TransformerBridge` of an architecture."""
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
     model = huggingface(architecture, seed=seed)
     return build_bridge_from_module(model, architecture, hf_config=model.config)
 
@@ -83,7 +85,11 @@ def tiny_transformer(**options: object) -> nn.Module:
         return bridge("GPT2LMHeadModel")
     from transformer_lens import HookedTransformer
 
-    return HookedTransformer(hooked_config(**options)).eval()
+    model = HookedTransformer(hooked_config(**options)).eval()
+    if GENERATION == 2:
+        # It does not generate without one, whether it needs it or not.
+        model.tokenizer = types.SimpleNamespace(padding_side="right", pad_token_id=0)
+    return model
 
 
 def hooked_config(**options: object) -> object:
