@@ -150,7 +150,7 @@ def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
         yield None, names
     elif isinstance(names, Iterable):
         for name in names:
-            if callable(name) and not isinstance(name, nn.Module):
+            if callable(name) and not isinstance(name, nn.Module | type):
                 yield None, name
             else:
                 yield None, _as_site(name)
@@ -161,6 +161,11 @@ def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
 def _as_site(name: Any) -> Site:
     if isinstance(name, Site):
         return name
+    if isinstance(name, type):
+        raise OptionError(
+            f"cannot capture the class {name.__name__!r} beside other names; give a Schema by "
+            "itself"
+        )
     if isinstance(name, str | nn.Module):
         return Site(name)
     raise OptionError(
@@ -181,7 +186,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
         return [Request(alias or site.name, places[site.name], site, exact=True)]
     pattern = site.name
     is_pattern = is_glob(pattern) or "." not in pattern
-    matched = places.matching(lambda name: matches(name, pattern)) if is_pattern else []
+    matched = _matching(places, pattern) if is_pattern else []
     if alias is not None and len(matched) > 1:
         raise HookNameError(
             f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "
@@ -191,6 +196,10 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
         Request(alias or name, places[name], replace(site, name=name), exact=False)
         for name in matched
     ]
+
+
+def _matching(places: Places, pattern: str) -> list[str]:
+    return places.matching(lambda name: matches(name, pattern), hooked="hook_" in pattern)
 
 
 def _find_module(places: Places, alias: str | None, site: Site, module: nn.Module) -> Request:
@@ -232,12 +241,20 @@ def _same_options(first: Site, second: Site) -> bool:
 
 def _unknown_names(unknown: list[str], places: Places) -> str:
     listed = [name for names in places.listed() for name in names]
+    hooked = [name for name in unknown if "hook_" in name and not places.hook_points]
+    for name in hooked:
+        reason = places.why_not_translated(name)
+        if reason:
+            return f"no hook point matches {name!r}: {reason}"
+    if hooked:
+        listed += [name for names in places.listed_translated() for name in names]
     closest = dict.fromkeys(
         close
         for name in unknown
         for close in difflib.get_close_matches(name, listed, n=3 if len(unknown) == 1 else 1)
     )
-    kind = "hook point" if places.hook_points else "module"
+    has_hooks = places.hook_points or (hooked and places.translation.points)
+    kind = "hook point" if has_hooks else "module"
     hint = f"; closest: {', '.join(map(repr, closest))}" if closest else ""
     if any(is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"

@@ -1,5 +1,6 @@
 """The places of a model: its hook points and modules, under all of their names."""
 
+import functools
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -7,6 +8,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from actctx._axes import Axes, hook_axes, running_order, ungrouped
+from actctx._translated import Reading, Translation, translate
 
 # Where TransformerLens skips a hook point unless a flag of its config is set.
 _FLAGS = {
@@ -29,6 +31,7 @@ class Place:
         module: The `HookPoint`, or the module whose input or output is captured.
         is_hook_point: Whether the module is a TransformerLens `HookPoint`.
         siblings: The names of all other places of its kind in the model.
+        reading: How the value of a hook point is read off a module of Hugging Face's.
         ungrouped: Whether the model repeats grouped keys and values for every head.
 
     """
@@ -39,11 +42,12 @@ class Place:
     is_hook_point: bool
     siblings: Container[str] = field(repr=False)
     ungrouped: bool = False
+    reading: Reading | None = None
 
     @property
     def axes(self) -> Axes | None:
         """The names of the activation's axes, or None where they are not known."""
-        if not self.is_hook_point:
+        if not self.is_hook_point and self.reading is None:
             return None
         axes = hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
         return ungrouped(axes) if self.ungrouped else axes
@@ -57,7 +61,7 @@ class Places:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        model = uncompiled(model)
+        self._model = model = uncompiled(model)
         self.hook_points: Mapping[str, nn.Module] = getattr(model, "hook_dict", None) or {}
         modules = dict(model.named_modules(remove_duplicate=False))
         hooked = {id(module) for module in self.hook_points.values()}
@@ -67,13 +71,18 @@ class Places:
             for name, module in named.items():
                 self._names.setdefault(id(module), []).append(name)
         self._made: dict[int, Place] = {}
+        self._translated: dict[str, Place] = {}
         config = getattr(model, "cfg", None)
         self._ungrouped = bool(getattr(config, "ungroup_grouped_query_attention", False))
 
     def __contains__(self, name: str) -> bool:
-        return name in self.hook_points or name in self.modules
+        if name in self.hook_points or name in self.modules:
+            return True
+        return "hook_" in name and self.translation.canonical(name) is not None
 
     def __getitem__(self, name: str) -> Place:
+        if name not in self.hook_points and name not in self.modules:
+            return self._read(self.translation.canonical(name) or "")
         named = self.hook_points if name in self.hook_points else self.modules
         module = named[name]
         if id(module) not in self._made:
@@ -83,6 +92,24 @@ class Places:
                 names[0], tuple(names), module, hooked, named, self._ungrouped
             )
         return self._made[id(module)]
+
+    @functools.cached_property
+    def translation(self) -> Translation:
+        """TransformerLens' names, where the model is a plain one of Hugging Face's."""
+        is_plain = not self.hook_points and hasattr(
+            getattr(self._model, "config", None), "model_type"
+        )
+        return translate(self._model) if is_plain else Translation()
+
+    def _read(self, name: str) -> Place:
+        if name not in self._translated:
+            module, reading = self.translation.points[name]
+            names = next(names for names in self.translation.listed() if names[0] == name)
+            siblings = {*self.translation.points, *self.translation.inside}
+            self._translated[name] = Place(
+                name, tuple(names), module, is_hook_point=False, siblings=siblings, reading=reading
+            )
+        return self._translated[name]
 
     def names_of(self, module: nn.Module) -> list[str]:
         """List the names of a module, first the one that the model itself gives it."""
@@ -109,10 +136,34 @@ class Places:
             if names[0] and "_original_component" not in names[0]
         ]
 
-    def matching(self, accept: Callable[[str], bool]) -> list[str]:
-        """List what `accept` accepts, each place once, under the first such name of it."""
-        for candidates in (self.listed(), self.listed_modules()):
-            firsts = (next(filter(accept, names), None) for names in candidates)
+    def why_not_translated(self, wanted: str) -> str:
+        """Say why a name or a pattern of names means nothing in a plain model of Hugging Face's."""
+        found = self.translation
+        if not found.points:
+            return found.lacks
+        inside = (name for name in found.inside if name == wanted or matches(name, wanted))
+        name = next(inside, None)
+        return "" if name is None else found.why_not(name)
+
+    def listed_translated(self) -> list[list[str]]:
+        """List TransformerLens' names in a plain model of Hugging Face's, as they run."""
+        return sorted(self.translation.listed(), key=lambda names: running_order(names[0]))
+
+    def matching(self, accept: Callable[[str], bool], *, hooked: bool = True) -> list[str]:
+        """List what `accept` accepts, each place once, under the first such name of it.
+
+        Args:
+            accept: Tells whether a name is accepted.
+            hooked: Whether it may accept hook names, so that they are looked up where they have
+                to be.
+
+        """
+        for listed in (
+            self.listed,
+            self.listed_modules,
+            *((self.listed_translated,) if hooked else ()),
+        ):
+            firsts = (next(filter(accept, names), None) for names in listed())
             matched = [name for name in firsts if name is not None]
             if matched:
                 return matched
@@ -166,7 +217,8 @@ def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
     Args:
         model: A TransformerLens model, whose hook points are listed, or any module, whose
             submodules are.
-        pattern: A glob that the names must match; see `capture`.
+        pattern: A glob that the names must match; see `capture`. With `hook_` in it, hook names
+            of a plain Hugging Face model are listed.
 
     Returns:
         The names, aliases directly behind their canonical name. Hook points come in the order
@@ -178,7 +230,10 @@ def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
         ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post']
 
     """
-    listed = dict.fromkeys(name for names in Places(model).listed() for name in names)
+    places = Places(model)
+    listed = dict.fromkeys(name for names in places.listed() for name in names)
+    if pattern is not None and "hook_" in pattern and not places.hook_points:
+        listed = dict.fromkeys(name for names in places.listed_translated() for name in names)
     return [name for name in listed if pattern is None or matches(name, pattern)]
 
 

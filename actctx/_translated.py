@@ -1,0 +1,267 @@
+"""TransformerLens' hook names on a plain Hugging Face model, for which no bridge is built.
+
+# NOTE [Whose mapping it is]
+TransformerLens' architecture adapters tell which module of a Hugging Face model each component is,
+which aliases its hook points have, and how a joint projection divides into queries, keys and
+values. The adapter of the model is asked for all of that; there is no table of architectures here.
+It divides weights, not activations. So it is given a projection whose weights are the numbers of
+its outputs, and the numbers that come back as the weights of the queries are theirs.
+"""
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor, nn
+
+Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
+
+# Components whose modules Hugging Face calls with other shapes, or for other outputs.
+_INSIDE = {"rotary_emb", "q_norm", "k_norm"}
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How the value of a hook point is read off a module that has none.
+
+    Attributes:
+        io: Whether it is given to the module (`"in"`), or returned by it (`"out"`).
+        output: Where in a tuple it is returned, by default the first tensor.
+        part: What makes the value of it, such as splitting it into heads.
+
+    """
+
+    io: str
+    output: int | None = None
+    part: Part | None = None
+
+    def of(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Read the value: a view of what the module was given or returned, where that is enough."""
+        return activation if self.part is None else self.part(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Heads:
+    """Splits features into heads, or picks those of a joint projection and splits them.
+
+    Attributes:
+        d_head: The size of a head.
+        index: The features to pick of a joint projection.
+
+    """
+
+    d_head: int
+    index: Int64[Tensor, " i"] | None = None
+
+    def __call__(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        if self.index is None:
+            return _split(activation, -1, self.d_head)
+        first = self.index.view(-1, self.d_head)
+        stride = int(first[1, 0] - first[0, 0]) if len(first) > 1 else self.d_head
+        start = int(first[0, 0])
+        if not torch.equal(self.index, _regular(start, stride, *first.shape)):
+            index = self.index.to(activation.device)
+            return _split(activation.index_select(-1, index), -1, self.d_head)
+        if stride == self.d_head:
+            return _split(activation.narrow(-1, start, len(self.index)), -1, self.d_head)
+        return _split(activation, -1, stride).narrow(-1, start, self.d_head)
+
+
+def _split(activation: Tensor, *sizes: int) -> Tensor:
+    return activation.reshape(*activation.shape[:-1], *sizes)
+
+
+def _regular(start: int, stride: int, heads: int, d_head: int) -> Int64[Tensor, " i"]:
+    rows = start + stride * torch.arange(heads)
+    return (rows[:, None] + torch.arange(d_head)).flatten()
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """TransformerLens' names in a Hugging Face model.
+
+    Attributes:
+        points: The module of each hook point and how it is read, by its canonical name.
+        aliases: The canonical name of each alias.
+        inside: The hook points that a bridge has beside the points.
+        lacks: Why there are no names at all.
+        lacks_pattern: Why there are no attention patterns.
+
+    """
+
+    points: dict[str, tuple[nn.Module, Reading]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    lacks: str = ""
+    lacks_pattern: str = ""
+
+    def canonical(self, name: str) -> str | None:
+        """Return the canonical name of a hook point, or None where there is none."""
+        name = self.aliases.get(name, name)
+        return name if name in self.points else None
+
+    def listed(self) -> list[list[str]]:
+        """List the names of each hook point, the canonical one first."""
+        named = {name: [name] for name in self.points}
+        for alias, name in self.aliases.items():
+            named[name].append(alias)
+        return [*named.values()]
+
+    def why_not(self, name: str) -> str:
+        """Say why a hook point of a bridge is not among them, and what to do."""
+        if name.endswith("hook_pattern"):
+            return self.lacks_pattern
+        return (
+            "a module of Hugging Face computes it inside, if at all, and does not hand it out; "
+            "capture it from a TransformerBridge of the model"
+        )
+
+
+def translate(model: nn.Module) -> Translation:
+    """Find TransformerLens' names in a Hugging Face model, by the adapter of its architecture."""
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return Translation(lacks="TransformerLens 3 or later tells them; install it")
+    name = type(model).__name__
+    adapter = next(filter(None, map(functools.partial(_adapter, model), _relatives(model))), None)
+    if adapter is None:
+        return Translation(
+            lacks=f"TransformerLens has no adapter for {name}; give the names of its modules"
+        )
+    attention = getattr(model.config, "_attn_implementation", None)
+    found = Translation(
+        lacks_pattern=f"the attention of this {name} is {attention!r}, which computes no pattern; "
+        "load the model with attn_implementation='eager', or capture from a TransformerBridge of it"
+    )
+    walk = _Walk(found, adapter.cfg.d_head, is_eager=attention == "eager")
+    for root in (model, _with_head(model)):
+        if not found.points:
+            walk.over(adapter.component_mapping, "", root)
+    _add_aliases(found, "", TransformerBridge.hook_aliases)
+    return found
+
+
+def _relatives(model: nn.Module) -> list[str]:
+    """Name the architectures that have the modules of a model: itself, and those with a head."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kinds = (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    )
+    config: Any = model.config
+    with_head = [kind[config.model_type] for kind in kinds if config.model_type in kind]
+    return [type(model).__name__, *with_head]
+
+
+def _adapter(model: nn.Module, architecture: str) -> Any:
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+    config = build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
+    try:
+        return ArchitectureAdapterFactory.select_architecture_adapter(config)
+    except ValueError:  # it has none
+        return None
+
+
+def _with_head(model: nn.Module) -> nn.Module:
+    """Put a model that has no head where a model with one has it, as `transformer` of GPT-2."""
+    whole = nn.Module()
+    whole.add_module(getattr(model, "base_model_prefix", "") or "model", model)
+    return whole
+
+
+@dataclass(frozen=True, eq=False)
+class _Walk:
+    """Goes through the components of an adapter, beside the modules that they stand for."""
+
+    found: Translation
+    d_head: int
+    is_eager: bool
+
+    def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
+        for key, component in components.items():
+            target = module if component.name is None else _submodule(module, component.name)
+            if target is None:  # as an optional component of another model of the family
+                continue
+            if component.is_list_item and isinstance(target, nn.ModuleList):
+                for number, child in enumerate(target):
+                    self._add(component, f"{prefix}{key}.{number}", child)
+            else:
+                self._add(component, prefix + key, target)
+
+    def _add(self, component: Any, path: str, module: nn.Module) -> None:
+        points = self.found.points
+        self.over(component.submodules, f"{path}.", module)
+        if f"{path}.qkv.hook_out" in points and hasattr(component, "split_qkv_matrix"):
+            self._divide(component, path, module)
+        own = (name for name in component._modules if name.startswith("hook_"))
+        self.found.inside.extend(f"{path}.{name}" for name in own)
+        if path.rpartition(".")[2] in _INSIDE:
+            return
+        if component.name is None:  # a container that is no module is what its parts are
+            for io, part in (("hook_in", "in"), ("hook_out", "out")):
+                if f"{path}.{part}.{io}" in points:
+                    points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]
+        else:
+            points[f"{path}.hook_in"] = (module, Reading("in"))
+            points[f"{path}.hook_out"] = (module, Reading("out"))
+        if hasattr(component, "hook_pattern"):
+            for name in ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in"):
+                self._split_heads(f"{path}.{name}")
+            if self.is_eager:
+                points[f"{path}.hook_pattern"] = (module, Reading("out", -1))
+        _add_aliases(self.found, f"{path}.", component.hook_aliases)
+
+    def _divide(self, component: Any, path: str, module: nn.Module) -> None:
+        """Put queries, keys and values in the place of a joint projection."""
+        points = self.found.points
+        joint, _ = points.pop(f"{path}.qkv.hook_out")
+        del points[f"{path}.qkv.hook_in"]
+        for key, index in zip("qkv", _divided(component, module), strict=True):
+            heads = Heads(self.d_head, index)
+            points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
+            points[f"{path}.{key}.hook_out"] = (joint, Reading("out", part=heads))
+
+    def _split_heads(self, name: str) -> None:
+        module, reading = self.found.points.get(name, (None, None))
+        if module is not None and reading is not None and reading.part is None:
+            self.found.points[name] = (module, Reading(reading.io, part=Heads(self.d_head)))
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return module.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _divided(component: Any, attention: nn.Module) -> list[Int64[Tensor, " i"]]:
+    """Tell which outputs of a joint projection are queries, keys and values; see the note above."""
+    name = component.submodules["qkv"].name
+    joint: Any = copy.copy(attention.get_submodule(name))
+    is_conv1d = getattr(joint, "nx", None) == joint.weight.shape[0]  # whose outputs come second
+    numbers = torch.arange(joint.weight.shape[1 if is_conv1d else 0], dtype=torch.float32)
+    weight = (numbers if is_conv1d else numbers[:, None]).expand(joint.weight.shape)
+    given = {"weight": weight.clone(), "bias": None if joint.bias is None else numbers}
+    joint._parameters = {
+        key: value if value is None else nn.Parameter(value) for key, value in given.items()
+    }
+    labelled = copy.copy(attention)
+    labelled._modules = {**attention._modules, name: joint}
+    return [linear.weight[:, 0].detach().long() for linear in component.split_qkv_matrix(labelled)]
+
+
+def _add_aliases(found: Translation, prefix: str, aliases: Mapping[str, Any]) -> None:
+    for alias, targets in aliases.items():
+        named = [targets] if isinstance(targets, str) else targets
+        known = next((name for each in named if (name := prefix + each) in found.points), None)
+        if known is not None:
+            found.aliases[prefix + alias] = known

@@ -1,0 +1,239 @@
+"""TransformerLens' hook names on plain Hugging Face models, against bridges of the same weights."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from jaxtyping import Float
+from models import (
+    ARCHITECTURES,
+    GENERATION,
+    HAS_T5,
+    Mlp,
+    bridge,
+    hooks_of,
+    huggingface,
+    plainly_hooked,
+    tokens,
+)
+from torch import Tensor
+
+from actctx import HookNameError, Schema, Stopped, capture, hook_names, site
+
+pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
+WITHOUT_T5 = [name for name in ARCHITECTURES if not name.startswith("T5")]
+# What the kernel of sdpa may round otherwise than eager attention, in float32.
+TOLERANCE = {"eager": 1e-6, "sdpa": 1e-4}
+EAGER_ONLY = {"BloomForCausalLM", "Gemma2ForCausalLM"}
+PATTERN = "blocks.0.attn.hook_pattern"
+
+
+@pytest.fixture(scope="module", params=WITHOUT_T5)
+def architecture(request):
+    return request.param
+
+
+def _shaped_as(found, expected):
+    """Give the shape of a bridge's to what Hugging Face flattens or broadcasts."""
+    if found.dim() == expected.dim() - 1:  # the MLP of OPT has a row a token
+        return found.unflatten(0, expected.shape[:2])
+    return found.expand_as(expected)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_every_name_is_captured_as_on_a_bridge(architecture, attention):
+    if attention == "sdpa" and architecture in EAGER_ONLY:
+        pytest.skip("Hugging Face has no other attention for it")
+    ids = tokens()
+    expected = plainly_hooked(bridge(architecture), ids)
+    model = huggingface(architecture, attention=attention)
+    before = hooks_of(model)
+    with capture(model, "**.hook_*") as acts:
+        model(ids)
+    assert hooks_of(model) == before
+    assert len(acts) > 40
+    for name in acts:
+        if (
+            GENERATION == 3
+            and name.endswith(("mlp.hook_in", "mlp.hook_out"))
+            and (name not in expected)
+        ):
+            continue  # an MLP that is no module of Hugging Face's fires on bridges from 4 on
+        found = _shaped_as(acts[name], expected[name][0])
+        torch.testing.assert_close(found, expected[name][0], atol=TOLERANCE[attention], rtol=1e-4)
+
+
+def test_names_and_aliases_are_those_of_a_bridge(architecture):
+    point_of = {name: point.name for name, point in bridge(architecture).hook_dict.items()}
+    model = huggingface(architecture, attention="eager")
+    names = hook_names(model, "**.hook_*")
+    assert set(names) <= set(point_of)
+    with capture(model, "**.hook_*") as acts:
+        model(tokens())
+    for name in names:
+        assert acts[name] is acts[point_of[name]]
+
+
+def test_what_is_missing_is_what_hugging_face_computes_inside(architecture):
+    model = huggingface(architecture, attention="eager")
+    names = set(hook_names(model, "**.hook_*"))
+    for name in plainly_hooked(bridge(architecture), tokens()):
+        if name not in names:
+            with pytest.raises(HookNameError, match="computes it inside, if at all"):
+                capture(model, name)
+
+
+def test_heads_are_split_and_axes_named(architecture):
+    class Heads(Schema):
+        q: Float[Tensor, "batch pos head d_head"] = site("blocks.0.attn.hook_q")
+        k: Float[Tensor, "batch pos kv_head d_head"] = site("blocks.0.attn.hook_k")
+        v: Float[Tensor, "batch pos kv_head d_head"] = site("blocks.0.attn.hook_v")
+        z: Float[Tensor, "batch pos head d_head"] = site("blocks.0.attn.hook_z")
+        resid: Float[Tensor, "layer batch d_model"] = site(
+            "blocks.*.hook_resid_post", slice={"pos": -1}
+        )
+
+    model = huggingface(architecture)
+    with capture(model, Heads, stop=True) as acts:
+        assert isinstance(model(tokens()), Stopped)
+    assert acts.resid.shape == (2, 3, 32)
+
+
+def test_a_stop_at_any_name_ends_the_forward_there(architecture):
+    model = huggingface(architecture)
+    expected = {}
+    with capture(model, "**.hook_*") as acts:
+        model(tokens())
+    expected = {name: acts[name] for name in acts}
+    for name, tensor in expected.items():
+        with capture(model, name, stop=True) as acts:
+            assert isinstance(model(tokens()), Stopped)
+        assert torch.equal(acts[name], tensor), name
+
+
+@pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
+def test_an_encoder_and_a_decoder_are_captured_as_on_a_bridge():
+    ids = tokens()
+    whole = bridge("T5ForConditionalGeneration")
+    expected = plainly_hooked(whole, ids, decoder_input=tokens(seed=1))
+    model = huggingface("T5ForConditionalGeneration", attention="eager")
+    names = [n for n in hook_names(model, "**.hook_*") if n in expected and "embed" not in n]
+    with capture(model, names) as acts:
+        model(ids, decoder_input_ids=tokens(seed=1))
+    assert len(names) > 100
+    for name in names:
+        torch.testing.assert_close(acts[name], expected[name][0], atol=1e-5, rtol=1e-4)
+
+
+def test_only_the_part_of_a_joint_projection_lives_on():
+    model = huggingface("GPT2LMHeadModel")
+    with capture(model, "blocks.0.attn.hook_q", slice={"head": [1]}, stop=True) as acts:
+        model(tokens())
+    assert acts.tensor.shape == (3, 7, 1, 8)
+    assert acts.tensor.untyped_storage().nbytes() == 3 * 7 * 8 * 4
+
+
+def test_gradients_flow_through_the_heads():
+    model = huggingface("GPTNeoXForCausalLM")
+    with capture(model, "blocks.0.attn.hook_k", grad=True) as acts:
+        model(tokens())
+    acts.tensor.sum().backward()
+    assert model.gpt_neox.layers[0].attention.query_key_value.weight.grad is not None
+
+
+def test_a_mask_keeps_real_tokens():
+    model = huggingface("LlamaForCausalLM")
+    mask = torch.ones(3, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    with capture(model, "blocks.1.hook_resid_post", mask="attention") as acts:
+        model(tokens(), attention_mask=mask)
+    assert acts.tensor.shape == (18, 32)
+
+
+def test_module_names_come_first():
+    model = huggingface("LlamaForCausalLM")
+    assert "model.layers.0" in hook_names(model)
+    assert hook_names(model, "blocks.0.hook_resid_*") == [
+        "blocks.0.hook_resid_pre",
+        "blocks.0.hook_resid_mid",
+        "blocks.0.hook_resid_post",
+    ]
+    with capture(model, lambda name: name.endswith("mlp")) as acts:
+        model(tokens())
+    assert list(acts) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+
+
+def _refused(model, name):
+    with pytest.raises(HookNameError) as caught:
+        capture(model, name)
+    return str(caught.value)
+
+
+def test_a_pattern_needs_eager_attention():
+    model = huggingface("LlamaForCausalLM", attention="sdpa")
+    for name in (PATTERN, "blocks.*.attn.hook_pattern"):
+        assert _refused(model, name) == (
+            f"no hook point matches {name!r}: the attention of this LlamaForCausalLM is 'sdpa', "
+            "which computes no pattern; load the model with attn_implementation='eager', or "
+            "capture from a TransformerBridge of it"
+        )
+
+
+def test_what_hugging_face_keeps_to_itself_is_refused():
+    model = huggingface("LlamaForCausalLM")
+    assert _refused(model, "blocks.0.ln1.hook_scale") == (
+        "no hook point matches 'blocks.0.ln1.hook_scale': a module of Hugging Face computes it "
+        "inside, if at all, and does not hand it out; capture it from a TransformerBridge of the "
+        "model"
+    )
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM"])
+def test_a_model_without_its_head_has_the_same_names(name):
+    model = huggingface(name)
+    headless = getattr(model, model.base_model_prefix)
+    with capture(headless, "blocks.1.hook_resid_post") as acts:
+        headless(tokens())
+    with capture(model, "blocks.1.hook_resid_post") as expected:
+        model(tokens())
+    assert torch.equal(acts.tensor, expected.tensor)
+
+
+def test_a_model_without_an_adapter_is_refused():
+    class Own(Mlp):
+        config = transformers.ViTConfig()
+
+    assert _refused(Own(), "blocks.0.hook_resid_post") == (
+        "no hook point matches 'blocks.0.hook_resid_post': TransformerLens has no adapter for "
+        "Own; give the names of its modules"
+    )
+
+
+def test_a_wrong_hook_name_is_told_the_closest():
+    assert _refused(huggingface("LlamaForCausalLM"), "blocks.0.hook_reisd_post") == (
+        "no hook point matches 'blocks.0.hook_reisd_post'; closest: 'blocks.0.hook_resid_post', "
+        "'blocks.1.hook_resid_post', 'blocks.0.hook_resid_pre' (see actctx.hook_names(model))"
+    )
+
+
+def test_transformer_lens_is_imported_only_for_its_names():
+    code = (
+        "import sys, transformers\n"
+        "from actctx import capture\n"
+        "config = transformers.LlamaConfig(hidden_size=8, intermediate_size=8, vocab_size=9,\n"
+        "    num_hidden_layers=1, num_attention_heads=2)\n"
+        "model = transformers.LlamaForCausalLM(config)\n"
+        "capture(model, 'model.layers.0')\n"
+        "assert 'transformer_lens' not in sys.modules\n"
+        "capture(model, 'blocks.0.hook_resid_post')\n"
+        "assert 'transformer_lens' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_a_module_of_ones_own_has_no_hook_names():
+    assert "no module matches 'blocks.0.hook_resid_post'" in _refused(
+        Mlp(), "blocks.0.hook_resid_post"
+    )
