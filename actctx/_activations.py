@@ -258,9 +258,7 @@ class Activations(_Tensors):
         """
         column = self._column(name)
         dtype = column.firings[0][0].value.dtype
-        free = [axis == column.join for axis in column.axes]
-        sizes = [None if each else size for each, size in zip(free, column.sizes, strict=True)]
-        return spec_of(dtype, column.axes, tuple(sizes))
+        return spec_of(dtype, column.axes, column.fixed_sizes())
 
     def to(
         self,
@@ -329,6 +327,8 @@ class Activations(_Tensors):
         held = [self._estimate(*tokens) for tokens in self._tokens.elements()]
         known = [nbytes for nbytes in held if nbytes]
         if not known or len(known) < len(held):
+            return as_html(*self._summary())
+        if sum(known) < self.nbytes:  # as each site has a copy of its own
             return as_html(*self._summary())
         cache = format_bytes(sum(known))
         return as_html(*self._summary(f" of about {cache} that run_with_cache would hold"))

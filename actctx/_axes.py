@@ -170,6 +170,8 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     The config is TransformerLens' (`model.cfg`), or Hugging Face's (`model.config`) where that is
     all there is. A bridge's config holds four times `d_model` for the `d_mlp` of OPT and T5,
     whatever their MLP is, so Hugging Face's, which the bridge wraps, is asked for that first.
+    A size that differs within the model is left out: that of a head with latent attention, and
+    the layers of an encoder and a decoder that are not alike.
 
     Returns:
         The known sizes in elements; empty for a model without such a config.
@@ -191,6 +193,10 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     found["kv_head"] = grouped or found["head"]
     if not found["d_head"] and found["d_model"] and found["head"]:
         found["d_head"] = found["d_model"] // found["head"]
+    if _first(hugging, "v_head_dim", "kv_lora_rank"):
+        found["d_head"] = None
+    if _first(hugging, "num_decoder_layers") not in {None, found["layer"]}:
+        found["layer"] = None
     return {axis: size for axis, size in found.items() if size}
 
 

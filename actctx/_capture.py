@@ -11,19 +11,15 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
-from actctx._errors import (
-    CaptureStateError,
-    HookNameError,
-    NeverFiredError,
-    OptionError,
-)
+from actctx._errors import CaptureStateError, HookNameError, NeverFiredError, OptionError
+from actctx._expected import Expected, refuse_dtype, refuse_impossible
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Scope
 from actctx._places import uncompiled, why_it_never_fires
 from actctx._schema import Part, Schema, parts_of
 from actctx._select import Slice
 from actctx._table import shortened
-from actctx._typed import Expected, is_checking, refuse_dtype, refuse_impossible
+from actctx._typed import is_checking
 from actctx._watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 
 S = TypeVar("S", bound=Schema)

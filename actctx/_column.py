@@ -172,6 +172,14 @@ class Column:
             alike = len(set(shapes)) == 1
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
 
+    def fixed_sizes(self) -> Sizes:
+        """Tell the sizes that the config and the slice fix, however many forwards there are."""
+        try:
+            free = None if self.join is None else self.join_dim()
+        except AxisError:
+            free = None
+        return tuple(None if dim == free else size for dim, size in enumerate(self.sizes))
+
     def row(self) -> Row:
         """Describe it for the table."""
         first = self.firings[0][0].value
@@ -184,6 +192,16 @@ class Column:
             device=str(first.device),
             nbytes=self.nbytes,
         )
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pickle what it holds, and not the other layers of a stack that it is a view of."""
+        state = dict(self.__dict__)
+        if self.stack is not None:
+            state["stack"] = None
+            state["firings"] = [
+                deque(Owned(chunk.value.clone()) for chunk in chunks) for chunks in self.firings
+            ]
+        return state
 
     def join_dim(self) -> int:
         """Find the axis along which forwards are joined; rows of tokens are joined as they come.
@@ -223,7 +241,10 @@ def stack_in_place(columns: Sequence[Column]) -> Shaped[Tensor, "layer ..."]:
     if whole is not None and all(column.stack is whole for column in columns):
         return whole
     with plain_mode():
-        whole = torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype)
+        first = tensors[0]
+        shape = (len(tensors), *first.shape)
+        whole = torch.empty(shape, dtype=first.dtype, device=first.device)
+        del first
     for layer, column in enumerate(columns):
         column.firings[0] = deque([Owned(whole[layer].copy_(tensors.pop(0)))])
         column.stack = whole

@@ -17,22 +17,18 @@ from typing import (
 
 import torch
 from jaxtyping import Shaped
-from torch import Tensor, nn
+from torch import Tensor
 
 from actctx._activations import Activations
+from actctx._calls import Call, Function, ModelOf, check_function, check_names, model_of
 from actctx._capture import Capture, CaptureOptions, S, capture
-from actctx._errors import OptionError
 from actctx._names import Names
-from actctx._opening import Scope
 from actctx._schema import Schema
 from actctx._select import Slice
-from actctx._typed import Claim, mentions_array_type
 
 P = ParamSpec("P")
 R = TypeVar("R")
 B_co = TypeVar("B_co", covariant=True)
-
-ModelOf = nn.Module | Callable[..., nn.Module]
 
 
 @runtime_checkable
@@ -98,8 +94,11 @@ def captures(
             annotated with jaxtyping are checked in one scope with its fields.
 
     Raises:
-        OptionError: What is decorated is a class or no function; or a call has no model among
-            its arguments.
+        OptionError: What is decorated is a class or no function; its parameter `acts` is
+            annotated as another kind of buffer, or what is annotated cannot be read; or a call
+            has no model among its arguments.
+        TypedError: An argument or a result of a call does not fit its annotation, in the scope
+            of a `Schema`.
         ActctxError: In a call, as `capture` and its block raise.
 
     Example:
@@ -111,12 +110,15 @@ def captures(
         torch.Size([4])
 
     """
+    check_names(names)
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
 
+    handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations
+
     def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture[Any]:
         return capture(
-            _model_of(model, arguments, args, kwargs),
+            model_of(model, arguments, args, kwargs),
             names,
             slice=slice,
             dtype=dtype,
@@ -130,8 +132,8 @@ def captures(
         )
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        _check_function(function)
-        decorated = _Function(function, open_for)
+        check_function(function)
+        decorated = Function(function, open_for, handed)
         wrapper = functools.wraps(function)(_wrapper(decorated))
         if decorated.buffer is not None:
             wrapper.__signature__ = decorated.shown  # type: ignore[attr-defined]
@@ -140,77 +142,7 @@ def captures(
     return typing.cast(_Decorator[Any], decorate)
 
 
-_Open = Callable[[Mapping[str, Any], tuple[Any, ...], Any], Capture[Any]]
-
-
-class _Function:
-    """A decorated function: which parameter wants the buffer, and which are annotated."""
-
-    def __init__(self, function: Callable[..., Any], open_for: _Open) -> None:
-        self.function = function
-        self.open_for = open_for
-        self.signature = inspect.signature(function)
-        hints = _hints(function, self.signature)
-        self.buffer = _buffer_parameter(self.signature, hints)
-        self.arrays = {name: hint for name, hint in hints.items() if mentions_array_type(hint)}
-        self.shown = self.signature.replace(
-            parameters=[p for p in self.signature.parameters.values() if p.name != self.buffer]
-        )
-
-    def claims(self, arguments: Mapping[str, Any]) -> list[Claim]:
-        """Say what arguments, or the result as `return`, are annotated to be, if with jaxtyping."""
-        claims = []
-        for name, hint in self.arrays.items():
-            what = "the result" if name == "return" else f"the argument {name!r}"
-            given = [arguments[name]] if name in arguments else []
-            kind = self.signature.parameters[name].kind if name != "return" else None
-            if given and kind is inspect.Parameter.VAR_POSITIONAL:
-                given = [*given[0]]
-            elif given and kind is inspect.Parameter.VAR_KEYWORD:
-                given = [*given[0].values()]
-            claims += [Claim(f"{what} of {self.function.__name__}", each, hint) for each in given]
-        return claims
-
-
-class _Call:
-    """One call of a decorated function, and the capture that is its own."""
-
-    def __init__(
-        self, function: _Function, args: Any, kwargs: Any, *, scope: Scope = "block"
-    ) -> None:
-        self._function = function
-        self._bound = function.shown.bind(*args, **kwargs)
-        capturing = function.open_for(self._bound.arguments, args, kwargs)
-        self.opening = capturing.prepared(scope)
-
-    def start(self) -> Any:
-        """Call the function, with the buffer where it wants it.
-
-        Raises:
-            TypedError: An argument does not fit its annotation, in the scope of a `Schema`.
-
-        """
-        function, bound = self._function, self._bound
-        if isinstance(self.opening.handed, Schema):
-            self.opening.handed.check(function.claims(bound.arguments))
-        if function.buffer is None:
-            return function.function(*bound.args, **bound.kwargs)
-        given = {**bound.arguments, function.buffer: self.opening.handed}
-        # In the order of the parameters, as `BoundArguments` wants them.
-        ordered = {name: given[name] for name in function.signature.parameters if name in given}
-        call = inspect.BoundArguments(function.signature, ordered)
-        return function.function(*call.args, **call.kwargs)
-
-    def finish(self, **result: Any) -> None:
-        """Check what the call has left; `result` holds what it gives back, as `return`."""
-        self.opening.finish(self._function.claims({**self._bound.arguments, **result}))
-
-    def give(self, result: Any) -> Any:
-        """Return what a call gives back: a function that received the buffer has it already."""
-        return (result, self.opening.handed) if self._function.buffer is None else result
-
-
-def _wrapper(function: _Function) -> Callable[..., Any]:
+def _wrapper(function: Function) -> Callable[..., Any]:
     """Wrap a function of any kind."""
     if inspect.iscoroutinefunction(function.function):
         return _around_coroutine(function)
@@ -220,7 +152,7 @@ def _wrapper(function: _Function) -> Callable[..., Any]:
         return _around_async_generator(function)
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs)
+        call = Call(function, args, kwargs)
         with call.opening:
             result = call.start()
         call.finish(**{"return": result})
@@ -229,9 +161,9 @@ def _wrapper(function: _Function) -> Callable[..., Any]:
     return wrapper
 
 
-def _around_coroutine(function: _Function) -> Callable[..., Any]:
+def _around_coroutine(function: Function) -> Callable[..., Any]:
     async def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs, scope="context")
+        call = Call(function, args, kwargs, scope="context")
         with call.opening:
             result = await call.start()
         call.finish(**{"return": result})
@@ -240,9 +172,9 @@ def _around_coroutine(function: _Function) -> Callable[..., Any]:
     return wrapper
 
 
-def _around_generator(function: _Function) -> Callable[..., Any]:
+def _around_generator(function: Function) -> Callable[..., Any]:
     def returning(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs)
+        call = Call(function, args, kwargs)
         return call.give(_driven(call.start(), call))
 
     def receiving(*args: Any, **kwargs: Any) -> Any:
@@ -251,15 +183,15 @@ def _around_generator(function: _Function) -> Callable[..., Any]:
     return returning if function.buffer is None else receiving
 
 
-def _around_async_generator(function: _Function) -> Callable[..., Any]:
+def _around_async_generator(function: Function) -> Callable[..., Any]:
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        call = _Call(function, args, kwargs, scope="context")
+        call = Call(function, args, kwargs, scope="context")
         return call.give(_driven_async(call.start(), call))
 
     return wrapper
 
 
-def _driven(generator: Any, call: _Call) -> Any:
+def _driven(generator: Any, call: Call) -> Any:
     """Run a generator with hooks that are on only while it runs."""
 
     def step(resume: Callable[..., Any], *value: Any) -> Any:
@@ -283,7 +215,7 @@ def _driven(generator: Any, call: _Call) -> Any:
         return end.value
 
 
-async def _driven_async(generator: Any, call: _Call) -> Any:
+async def _driven_async(generator: Any, call: Call) -> Any:
     """Run an async generator with hooks that are on only while it runs."""
 
     async def step(resume: Callable[..., Any], *value: Any) -> Any:
@@ -304,63 +236,3 @@ async def _driven_async(generator: Any, call: _Call) -> Any:
                 item = await step(generator.asend, sent)
     except StopAsyncIteration:
         call.finish()
-
-
-def _check_function(function: Any) -> None:
-    """Refuse what cannot be wrapped, with what to do instead."""
-    if isinstance(function, nn.Module):
-        raise OptionError(
-            f"@captures wants to decorate a function but got a {type(function).__name__}; name "
-            "what to capture, as in @captures('blocks.0.hook_resid_post')"
-        )
-    if isinstance(function, type):
-        raise OptionError(
-            f"@captures cannot decorate the class {function.__name__!r}; decorate its methods"
-        )
-    if isinstance(function, staticmethod | classmethod):
-        raise OptionError(
-            f"@captures cannot decorate a {type(function).__name__}; write @captures(...) below "
-            f"@{type(function).__name__}"
-        )
-    if not callable(function):
-        raise OptionError(f"@captures decorates a function, not {function!r}")
-
-
-def _hints(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
-    """Read a function's annotations, those of parameters and of `return`."""
-    try:
-        return typing.get_type_hints(function)
-    except (NameError, TypeError, SyntaxError, AttributeError):  # for type checkers, or no types
-        return {name: p.annotation for name, p in signature.parameters.items()}
-
-
-def _buffer_parameter(signature: inspect.Signature, hints: Mapping[str, Any]) -> str | None:
-    """Find the parameter that wants the buffer: annotated as one, or named `acts`."""
-    for name in signature.parameters:
-        hint = hints.get(name)
-        kinds = [kind for kind in (hint, *typing.get_args(hint)) if isinstance(kind, type)]
-        if any(issubclass(kind, Activations | Schema) for kind in kinds):
-            return name
-        if isinstance(hint, str) and hint.rpartition(".")[2] == "Activations":
-            return name
-    return "acts" if "acts" in signature.parameters else None
-
-
-def _model_of(
-    model: ModelOf | None, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any
-) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if model is not None:
-        return model(*args, **kwargs)
-    for value in arguments.values():
-        nested = value if isinstance(value, tuple) else (value,)
-        nested = tuple(value.values()) if isinstance(value, dict) else nested
-        for inner in nested:
-            if isinstance(inner, nn.Module):
-                return inner
-    raise OptionError(
-        f"no torch module is among the arguments {', '.join(arguments) or '(none)'} of this call; "
-        "pass the model, or say where it is: @captures(..., model=model), or "
-        "model=lambda self, *args, **kwargs: self.model for a method"
-    )

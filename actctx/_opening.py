@@ -72,6 +72,7 @@ class Opening(Generic[B]):
             source=type(model).__name__,
             estimate=functools.cache(functools.partial(_estimate, weakref.ref(model))),
         )
+        self._hand_over = hand_over
         self.handed = hand_over(self.buffer)
         self.stop = options.stop
         self.grad = options.grad
@@ -150,11 +151,11 @@ class Opening(Generic[B]):
             yield Hook(inner, "original_model", _note_mask, io="in")
 
     def _lend(self) -> B:
-        lent: B = object.__new__(type(self.handed))
-        lent.__dict__ = self.handed.__dict__
+        lent = object.__new__(Activations)
+        lent.__dict__ = self.buffer.__dict__
         # Not the buffer itself, which this opening holds: neither would ever be freed.
         self._undo.append(weakref.finalize(lent, _ignore, self).detach)
-        return lent
+        return self._hand_over(lent)
 
     def __enter__(self) -> B:
         return self.attach()
@@ -219,6 +220,8 @@ class Opening(Generic[B]):
 
     def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
         activation = tensor_of(site.shown, value, site.output)
+        if site.place.reading is not None:
+            activation = site.place.reading.of(activation)
         site.check_axes(activation)
         site.selector.check(activation.shape)
         if self._options.check:
@@ -226,6 +229,8 @@ class Opening(Generic[B]):
         column = self.buffer.column(site.key)
         if not column.firings:
             axes = fired_axes(site.place.name, site.known_axes, activation.dim())
+            wrong = site.wrong_axes(activation.shape)  # of a site that a pattern matched
+            axes = tuple("_" if axis in wrong else axis for axis in axes)
             column.axes, column.sizes = site.selected(axes)
             column.batch_dropped = site.selector.drops(0, activation.dim())
         tokens = site.tokens_of(activation.shape)

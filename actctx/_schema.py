@@ -1,18 +1,28 @@
 """Typed results: a class that says what is captured, and what it is."""
 
+import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Never, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Literal,
+    Never,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 import torch
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._column import stack_in_place
-from actctx._errors import HookNameError, OptionError
+from actctx._column import Column, stack_in_place
+from actctx._errors import HookNameError, NotCapturedError, OptionError
 from actctx._names import Request, Site, resolve_sites
-from actctx._stack import stack_layers
-from actctx._typed import Claim, hold, is_array_type, shown
+from actctx._stack import check_layers, stack_layers
+from actctx._typed import Claim, hold, is_array_type, shown, suggested
 
 
 class Field:
@@ -20,19 +30,34 @@ class Field:
 
     def __init__(self, site: Site) -> None:
         self.site = site
-        self.what = self.name = ""
+        self.name = self.what = ""
+        self.owner: type = object
         self.hint: Any = None
         self.is_dict = False
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-        self.what = f"{owner.__name__}.{name}"
+    def of(self, owner: type, name: str) -> "Field":
+        """Return the field as a class has it, since one `site(...)` may stand in several."""
+        field = Field(self.site)
+        field.owner, field.name, field.what = owner, name, f"{owner.__name__}.{name}"
+        return field
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By its class, as the methods of one, since the site may hold a module of the model.
+        return (getattr, (self.owner, self.name))
+
+    def __repr__(self) -> str:
+        return repr(self.site).replace("Site", "site", 1)
 
     def __get__(self, schema: "Schema | None", owner: type) -> Any:
         return self if schema is None else schema._read(self)
 
     def __set__(self, schema: "Schema", value: object) -> Never:
         raise AttributeError(f"{self.what} is what was captured, and cannot be set")
+
+    def apart(self) -> str:
+        """Write the annotation that keeps stacked layers apart."""
+        dims = self.hint.dim_str.split()[1:]
+        return f"dict[str, {suggested(self.hint, tuple(dims))}]"
 
     def annotate(self, hint: object) -> None:
         """Take the annotation: of one tensor, or of a dict of tensors by hook name."""
@@ -62,9 +87,7 @@ class Part:
 
     def claims(self, activations: Activations) -> list[Claim]:
         """Say what the field is held to, once its sites have fired."""
-        columns = {
-            name: activations.single(key) for name, key in self.keys.items() if key in activations
-        }
+        columns = self._columns(activations)
         outlines = {name: column.outline() for name, column in columns.items()}
         axes = next((column.axes for column in columns.values()), ())
         if self.is_stacked and outlines:
@@ -79,12 +102,24 @@ class Part:
         """Return the tensor, or the dict of tensors by hook name."""
         if not self.is_stacked and not self.field.is_dict:
             return activations[next(iter(self.keys.values()))]
-        fired = {name: key for name, key in self.keys.items() if key in activations}
+        columns = self._columns(activations)
         if self.field.is_dict:
-            return {name: activations[key] for name, key in fired.items()}
-        columns = [activations.single(key) for key in fired.values() or [*self.keys.values()][:1]]
-        stack_layers({column.key: column.outline() for column in columns})  # or say what differs
-        return stack_in_place(columns)
+            return {name: column.joined(0) for name, column in columns.items()}
+        if not columns:
+            return activations[next(iter(self.keys.values()))]  # says why there is nothing
+        check_layers({name: column.outline() for name, column in columns.items()})
+        return stack_in_place([*columns.values()])
+
+    def _columns(self, activations: Activations) -> dict[str, Column]:
+        """Return what its sites have left, by hook name."""
+        fired = {name: key for name, key in self.keys.items() if key in activations}
+        missing = [name for name in self.keys if name not in fired]
+        if self.is_stacked and fired and missing:
+            raise NotCapturedError(
+                f"{self.field.what} stacks layers, but {missing[0]!r} has not fired; narrow the "
+                f"pattern, or annotate the field as {self.field.apart()}"
+            )
+        return {name: activations.single(key) for name, key in fired.items()}
 
 
 def site(
@@ -152,31 +187,22 @@ class Schema:
     _fields: ClassVar[Mapping[str, Field]] = {}
 
     def __init_subclass__(cls) -> None:
+        """Read the fields of a schema.
+
+        Raises:
+            OptionError: A field has no site, no annotation of a tensor, or a name in use.
+
+        """
         super().__init_subclass__()
-        try:
-            hints = get_type_hints(cls, include_extras=True)
-        except NameError as error:
-            raise OptionError(
-                f"the annotations of {cls.__name__} cannot be read: {error}; import it where the "
-                "class's module can see it"
-            ) from None
+        hints = _hints(cls)
         own = {name: value for name, value in vars(cls).items() if isinstance(value, Field)}
-        for name in vars(cls).get("__annotations__", {}):
-            if name not in own and get_origin(hints[name]) is not ClassVar:
-                raise OptionError(
-                    f"{cls.__name__}.{name} is annotated, but nothing says where to capture it; "
-                    'write ... = site("blocks.0.hook_resid_post")'
-                )
-        for name, field in own.items():
-            if name not in hints:
-                raise OptionError(
-                    f"{field.what} has no annotation; write {name}: "
-                    'Float[Tensor, "batch pos d_model"] = site(...)'
-                )
-            if name.startswith("_") or hasattr(Schema, name) or name == "activations":
-                raise OptionError(f"{field.what} has a name that a Schema uses; choose another")
+        _check_body(cls, hints, own)
+        for name, value in own.items():
+            field = value.of(cls, name)
             field.annotate(hints[name])
-        cls._fields = {**cls._fields, **own}
+            setattr(cls, name, field)
+        found = {name: getattr(cls, name, None) for name in _in_order(cls)}
+        cls._fields = {name: value for name, value in found.items() if isinstance(value, Field)}
 
     def __init__(
         self, activations: Activations, *, parts: Iterable[Part], sizes: Mapping[str, int] | None
@@ -211,15 +237,63 @@ class Schema:
 
     def _read(self, field: Field) -> Any:
         part = self._parts[field.name]
-        if self._sizes is not None and self._checked != self.activations.forwards:
-            hold(part.claims(self.activations), self._sizes)
+        if self._checked != self.activations.forwards:
+            self.check()
         return part.read(self.activations)
+
+    if not TYPE_CHECKING:  # to which there are no other attributes
+
+        def __getattr__(self, name: str) -> Never:
+            if name.startswith("_") or name == "activations":  # what copy and pickle probe for
+                raise AttributeError(name)
+            raise AttributeError(
+                f"{type(self).__name__} has no field {name!r}; its fields are "
+                f"{', '.join(map(repr, self._fields))}, and the buffer behind them, with its axes, "
+                "its bytes and the rest, is acts.activations"
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} of {self.activations!r}"
 
     def _repr_html_(self) -> str:
         return f"<div>{type(self).__name__}</div>{self.activations._repr_html_()}"
+
+
+def _hints(schema: type[Schema]) -> dict[str, Any]:
+    try:
+        return get_type_hints(schema, include_extras=True)
+    except (NameError, AttributeError, TypeError, SyntaxError) as error:
+        raise OptionError(
+            f"the annotations of {schema.__name__} cannot be read: {error}; import it where the "
+            "class's module can see it"
+        ) from None
+
+
+def _check_body(schema: type[Schema], hints: Mapping[str, Any], own: Mapping[str, Field]) -> None:
+    for name in inspect.get_annotations(schema):
+        is_class_variable = hints[name] is ClassVar or get_origin(hints[name]) is ClassVar
+        if name not in own and not is_class_variable:
+            given = vars(schema).get(name)
+            said = f", not {type(given).__name__}" if name in vars(schema) else ""
+            raise OptionError(
+                f"{schema.__name__}.{name} is annotated, but nothing says where to capture it; "
+                f'write ... = site("blocks.0.hook_resid_post"){said}'
+            )
+    for name in own:
+        if name not in hints:
+            raise OptionError(
+                f"{schema.__name__}.{name} has no annotation; write {name}: "
+                'Float[Tensor, "batch pos d_model"] = site(...)'
+            )
+        if name.startswith("_") or hasattr(Schema, name) or name == "activations":
+            raise OptionError(
+                f"{schema.__name__}.{name} has a name that a Schema uses; choose another"
+            )
+
+
+def _in_order(schema: type[Schema]) -> list[str]:
+    """List what its bases and it define, those of the bases first."""
+    return list(dict.fromkeys(name for base in reversed(schema.__mro__) for name in vars(base)))
 
 
 def parts_of(schema: type[Schema], model: nn.Module) -> list[tuple[Part, list[Request]]]:
@@ -261,5 +335,5 @@ def _check_layers(field: Field, names: list[str]) -> None:
             raise HookNameError(
                 f"{field.what} stacks layers, but {field.site.name!r} matches two sites of one "
                 f"layer: {other!r} and {name!r}; narrow the pattern, or annotate the field as "
-                f"dict[str, {shown(field.hint)}]"
+                f"{field.apart()}"
             )

@@ -44,21 +44,36 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
     return [found[layer][0] for layer in sorted(found)]
 
 
-def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor, "layer ..."]:
-    """Stack what the layers left, by the names of their sites.
+def check_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
+    """Refuse to stack what differs.
 
     Raises:
-        JoinError: They do not have one shape.
+        JoinError: They do not have one shape, dtype and device.
 
     """
     first, *others = tensors
     for other in others:
-        one, two = tuple(tensors[first].shape), tuple(tensors[other].shape)
-        if one != two:
+        one, two = tensors[first], tensors[other]
+        if one.shape != two.shape:
             raise JoinError(
-                f"cannot stack {first!r} of the shape {one} with {other!r} of the shape {two}; "
-                "stack layers of one shape"
+                f"cannot stack {first!r} of the shape {tuple(one.shape)} with {other!r} of the "
+                f"shape {tuple(two.shape)}; stack layers of one shape, or read them one by one"
             )
+        if (one.dtype, one.device) != (two.dtype, two.device):
+            raise JoinError(
+                f"cannot stack {first!r}, {one.dtype} on {one.device}, with {other!r}, {two.dtype} "
+                f"on {two.device}; capture with a dtype= and a device="
+            )
+
+
+def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor, "layer ..."]:
+    """Stack what the layers left, by the names of their sites.
+
+    Raises:
+        JoinError: They do not have one shape, dtype and device.
+
+    """
+    check_layers(tensors)
     return torch.stack([*tensors.values()])
 
 

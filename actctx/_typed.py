@@ -1,17 +1,16 @@
 """Tensors held to jaxtyping annotations, in one scope with the sizes of a model.
 
-# NOTE [What jaxtyping decides, and what is decided before]
+# NOTE [What jaxtyping decides]
 Whether a tensor fits an annotation is decided by jaxtyping, in one of its scopes, into which the
-model's own sizes are bound first: `d_model` is then one size, as if a first argument had it. Before
-any forward there is no tensor yet, but the names of the axes are known, and the sizes that the
-config and the slice fix. What contradicts those can never hold.
+model's own sizes are bound first: `d_model` is then one size, as if a first argument had it.
 """
 
 import os
+import types
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Union, get_args, get_origin
 
 import jaxtyping
 import torch
@@ -19,14 +18,11 @@ from beartype.door import is_bearable
 from jaxtyping import AbstractArray, AbstractDtype, AnnotationError, Shaped, jaxtyped
 from torch import Tensor
 
-from actctx._axes import AXIS_NAMES, Axes
+from actctx._axes import Axes
 from actctx._errors import TypedError
 
 Sizes = tuple[int | None, ...]
 """The size of each axis in elements, None where it is not known beforehand."""
-
-# Names that mean the same axis where they both stand for it.
-_ALIKE = ({"pos", "query"}, {"head", "kv_head"})
 
 
 def is_checking(check: bool) -> bool:  # noqa: FBT001  the option of that name
@@ -58,11 +54,11 @@ def spec_of(dtype: torch.dtype, axes: Axes, sizes: Sizes) -> type:
         axis if size is None or axis == "1" else str(size) if axis == "_" else f"{axis}={size}"
         for axis, size in zip(axes, sizes, strict=True)
     )
-    built: type = _word(dtype)[Tensor, " ".join(parts)]
+    built: type = word_of(dtype)[Tensor, " ".join(parts)]
     return built
 
 
-def _word(dtype: torch.dtype) -> Any:
+def word_of(dtype: torch.dtype) -> Any:
     """Find the jaxtyping word for one dtype, such as `Float32`."""
     name = str(dtype).removeprefix("torch.")
     for word in vars(jaxtyping).values():
@@ -90,6 +86,34 @@ class Claim:
     hint: Any
     axes: Axes | None = None
 
+    def parts(self) -> "list[Claim]":
+        """Divide it into claims of single tensors, as far as the annotation is of those."""
+        parts = [(where, *part) for where, part in _parts(self.value, self.hint)]
+        if not all(is_array_type(hint) for _, _, hint in parts):
+            return [self]
+        return [replace(self, what=self.what + w, value=v, hint=h) for w, v, h in parts]
+
+
+def _parts(value: Any, hint: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Go through lists, tuples, dicts and optional tensors, of which beartype samples items."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in {Union, types.UnionType} and isinstance(value, Tensor):
+        arrays = [each for each in inner if is_array_type(each)]
+        yield "", (value, arrays[0] if len(arrays) == 1 else hint)
+    elif kind in {list, tuple} and isinstance(value, kind):
+        alike = kind is list or inner[1:] == (...,)
+        hints = [inner[0]] * len(value) if alike else inner
+        if len(hints) != len(value):
+            yield "", (value, hint)
+            return
+        for place, pair in enumerate(zip(value, hints, strict=True)):
+            yield f" at [{place}]", pair
+    elif kind is dict and isinstance(value, dict):
+        for key, each in value.items():
+            yield f" at [{key!r}]", (each, inner[1])
+    else:
+        yield "", (value, hint)
+
 
 def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
     """Hold values to their annotations, in one scope with the sizes of a model.
@@ -105,12 +129,14 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
     """
     with jaxtyped("context"):
         # Here and not in a function of its own, which could be given a scope of its own.
-        config: Any = Shaped[Tensor, " ".join(sizes)]
-        isinstance(torch.empty([*sizes.values()], device="meta"), config)
+        for axis, size in sizes.items():
+            config: Any = Shaped[Tensor, axis]
+            isinstance(torch.empty(size, device="meta"), config)
         found = {axis: (size, "in the model's config") for axis, size in sizes.items()}
-        waiting = deque((claim, True) for claim in claims)
+        waiting = deque(each for claim in claims for each in claim.parts())
+        put_off = 0
         while waiting:
-            claim, may_wait = waiting.popleft()
+            claim = waiting.popleft()
             value, hint = claim.value, claim.hint
             try:
                 if is_array_type(hint):  # what beartype asks for as well
@@ -118,22 +144,24 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 else:
                     reason = "" if is_bearable(value, hint) else "its type is another"
             except AnnotationError as error:
-                if not may_wait:
+                waiting.append(claim)
+                put_off += 1
+                if put_off == len(waiting):
                     raise TypedError(_incalculable(claim, error)) from None
-                waiting.append((claim, False))
                 continue
             if reason:
                 raise TypedError(
                     f"{claim.what} is {_described(value)}, which is no {shown(hint)}: "
                     f"{_explained(claim, found) or reason}"
                 )
+            put_off = 0
             _note_sizes(claim, found)
 
 
 def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:
     """Note where an axis got its size from."""
     if is_array_type(claim.hint):
-        for name, _, size in _aligned(claim.hint, claim.value.shape):
+        for name, _, size in aligned(claim.hint, claim.value.shape):
             if name.isidentifier() and size is not None:
                 found.setdefault(name, (size, f"in {claim.what.partition(',')[0]}"))
 
@@ -157,34 +185,38 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
     if not (is_array_type(hint) and isinstance(value, Tensor)):
         return None
     dtype = str(value.dtype).removeprefix("torch.")
-    if not isinstance(value, _any_shape(hint)):
-        written = f"write {_word(value.dtype).__name__}"
-        only = getattr(torch, hint.dtypes[0]) if len(hint.dtypes) == 1 else None
+    if isinstance(value, hint.array_type) and not isinstance(value, any_shape(hint)):
+        written = f"write {word_of(value.dtype).__name__}"
+        only = getattr(torch, hint.dtypes[0], None) if len(hint.dtypes) == 1 else None
         if value.is_floating_point() and only is not None and only.is_floating_point:
-            written += f", or capture with dtype={only}"
+            how = "pass it in" if claim.axes is None else "capture with"
+            written += f", or {how} dtype={only}"
         return f"{hint.dtype.__name__} does not hold {dtype}; {written}"
     dims = hint.dim_str.split()
-    if not _ranks_agree(dims, len(value.shape)):
+    if not ranks_agree(dims, len(value.shape)):
         written = (
-            "" if not claim.axes or "_" in claim.axes else f"; write {_suggested(hint, claim.axes)}"
+            "" if not claim.axes or "_" in claim.axes else f"; write {suggested(hint, claim.axes)}"
         )
-        return f"it has {_count_axes(len(value.shape))}, not {len(dims)}{written}"
-    for name, _, size in _aligned(hint, value.shape):
+        return f"it has {count_axes(len(value.shape))}, not {len(dims)}{written}"
+    for name, _, size in aligned(hint, value.shape):
         known, where = found.get(name, (size, ""))
         if size != known:
-            return f"{name} is {size} here, but {known} {where}"
+            return (
+                f"{name} is {size} here, but {known} {where}; where they are two things, give "
+                "one of them another name"
+            )
     return None
 
 
-def _any_shape(hint: Any) -> Any:
+def any_shape(hint: Any) -> Any:
     return hint.dtype[hint.array_type, "..."]
 
 
-def _suggested(hint: Any, axes: Axes) -> str:
+def suggested(hint: Any, axes: Axes) -> str:
     return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{" ".join(axes)}"]'
 
 
-def _count_axes(count: int) -> str:
+def count_axes(count: int) -> str:
     return f"{count} ax{'i' if count == 1 else 'e'}s"
 
 
@@ -192,12 +224,12 @@ def _is_variadic(dim: str) -> bool:
     return dim == "..." or "*" in dim[: len(dim) - len(dim.lstrip("*#?_"))]
 
 
-def _ranks_agree(dims: list[str], rank: int) -> bool:
+def ranks_agree(dims: list[str], rank: int) -> bool:
     variadic = sum(map(_is_variadic, dims))
     return len(dims) - variadic <= rank if variadic else len(dims) == rank
 
 
-def _aligned(
+def aligned(
     hint: Any, sizes: Iterable[int | None], axes: Axes | None = None
 ) -> list[tuple[str, str, int | None]]:
     """Put the dimensions of an annotation beside the axes they stand for; `*batch` has none."""
@@ -211,97 +243,3 @@ def _aligned(
         known = [*known[:variadic], *known[len(known) - behind :]]
         del dims[variadic]
     return [(dim, axis, size) for dim, (axis, size) in zip(dims, known, strict=True)]
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What a captured tensor will be, as far as that is known before any forward.
-
-    Attributes:
-        axes: The axes that it will have.
-        sizes: Their sizes, as far as the config and the slice fix them.
-        model_sizes: The sizes of axes that the model's config fixes.
-        because: Why the axes are not those of the site, to be put behind them in a message.
-
-    """
-
-    axes: Axes
-    sizes: Sizes
-    model_sizes: Mapping[str, int]
-    because: str = ""
-
-    def written(self, hint: Any) -> str:
-        """Say how to annotate it; an axis of which a part is selected has a size for a name."""
-        dims = (
-            axis if size in {None, self.model_sizes.get(axis, size)} else str(size)
-            for axis, size in zip(self.axes, self.sizes, strict=True)
-        )
-        return f"write {_suggested(hint, tuple(dims))}"
-
-
-def refuse_impossible(what: str, hint: Any, expected: Expected) -> None:
-    """Refuse an annotation that no activation can fit, before there is one.
-
-    Args:
-        what: What is annotated, for messages.
-        hint: Its annotation.
-        expected: What it will be.
-
-    Raises:
-        TypedError: It has another number of axes, names them otherwise, or gives a size that
-            they cannot have.
-
-    """
-    axes, listed = expected.axes, f"{' '.join(expected.axes)!r}{expected.because}"
-    dims = hint.dim_str.split()
-    if dims[:1] == ["token"] and axes[:2] == ("batch", "pos") and len(dims) == len(axes) - 1:
-        return  # as some MLPs run on flattened sequences, which shows once they fire
-    if not _ranks_agree(dims, len(axes)):
-        raise TypedError(
-            f"{what} is annotated {shown(hint)}, with {_count_axes(len(dims))}, but will have "
-            f"{len(axes)}, {listed}; {expected.written(hint)}"
-        )
-    for dim, axis, size in _aligned(hint, expected.sizes, axes):
-        disagrees = dim != axis and {dim, axis} <= AXIS_NAMES
-        if disagrees and not any({dim, axis} <= names for names in _ALIKE):
-            raise TypedError(
-                f"{what} is annotated {shown(hint)}, but what it calls {dim!r} is the axis "
-                f"{axis!r}: its axes are {listed}; {expected.written(hint)}"
-            )
-        wanted = _size_in(dim, expected.model_sizes)
-        if None in {size, wanted} or size == wanted:
-            continue
-        if dim == axis:
-            raise TypedError(
-                f"{what} is annotated {shown(hint)}, but {size} of the {wanted} along {dim!r} are "
-                f"selected; write {size} in its place, or another name, such as 'chosen_{dim}'"
-            )
-        raise TypedError(
-            f"{what} is annotated {shown(hint)}, but it says {wanted} where the axis {axis!r} "
-            f"has the size {size}; {expected.written(hint)}"
-        )
-
-
-def _size_in(dim: str, model_sizes: Mapping[str, int]) -> int | None:
-    """Read the size that one dimension of an annotation has: a number, or a name of the config."""
-    number = dim.rpartition("=")[2]
-    return int(number) if number.isdecimal() else model_sizes.get(dim)
-
-
-def refuse_dtype(what: str, hint: Any, dtype: torch.dtype | None) -> None:
-    """Refuse an annotation that the dtype that was asked for does not fit.
-
-    Raises:
-        TypedError: The annotation is of floating-point tensors, but not of these.
-
-    """
-    if dtype is None:
-        return
-    any_shape = _any_shape(hint)
-    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64, dtype)
-    fits = {kind for kind in kinds if isinstance(torch.empty(0, dtype=kind), any_shape)}
-    if fits and dtype not in fits:
-        raise TypedError(
-            f"{what} is annotated {shown(hint)}, but dtype={dtype} was asked for; write "
-            f"{_word(dtype).__name__}, or leave the dtype out"
-        )

@@ -82,17 +82,24 @@ class WatchedSite:
         """Refuse an activation whose axes have not the sizes that the model's config says.
 
         Raises:
-            TypedError: An axis has another size.
+            TypedError: An axis has another size, of a site that was asked for by its name.
 
         """
+        wrong = self.wrong_axes(shape)
+        if wrong and self.exact:
+            axis = wrong[0]
+            raise TypedError(
+                f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
+                f"model's config says {self.sizes[axis]}; if the model is right, name its axes "
+                "otherwise with Site(axes=...), or capture with check=False"
+            )
+
+    def wrong_axes(self, shape: torch.Size) -> list[str]:
+        """Name the axes of an activation whose sizes are not those of the model's config."""
         ranks, fixed = self._fixed_sizes
-        for dim, axis, size in fixed if len(shape) in ranks else ():
-            if shape[dim] != size:
-                raise TypedError(
-                    f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
-                    f"model's config says {size}; if the model is right, name its axes otherwise "
-                    "with Site(axes=...), or capture with check=False"
-                )
+        if len(shape) not in ranks:
+            return []
+        return [axis for dim, axis, size in fixed if shape[dim] != size]
 
     @functools.cached_property
     def _fixed_sizes(self) -> tuple[set[int], tuple[tuple[int, str, int], ...]]:
@@ -100,7 +107,10 @@ class WatchedSite:
         axes = self.known_axes or ()
         # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
         ranks = {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}
-        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in self.sizes)
+        # OPT's embeddings are projected, so that they need not have the size of its layers.
+        embeds = self.place.name.startswith(("embed.", "unembed."))
+        sized = self.sizes.keys() - ({"d_model"} if embeds else set())
+        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in sized)
         return ranks, tuple((dim, axis, self.sizes[axis]) for dim, axis in fixed)
 
 
@@ -140,8 +150,8 @@ def watch_site(
         key=request.key,
         place=place,
         exact=request.exact,
-        io=asked.io,
-        output=asked.output,
+        io=asked.io if place.reading is None else place.reading.io,
+        output=asked.output if place.reading is None else place.reading.output,
         firing=asked.firing,
         named_axes=None if asked.axes is None else axes,
         selector=selector,

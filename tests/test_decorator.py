@@ -62,9 +62,9 @@ def _annotated_as_text(model, ids, *, buffer: "actctx.Activations"):
     return buffer.tensor
 
 
-def _annotated_as_optional(model, ids, buffer: Optional[Activations] = None):  # noqa: UP045
+def _annotated_as_optional(model, ids, acts: Optional[Activations] = None):  # noqa: UP045
     model(ids)
-    return buffer.tensor
+    return acts.tensor
 
 
 def _in_the_middle(model, acts, ids=None, *more, flag=True):
@@ -81,6 +81,41 @@ def test_a_function_that_asks_for_the_buffer_receives_it(gpt2, ids, function):
     decorated = captures(RESID)(function)
     assert decorated(gpt2, ids).shape == (3, 7, 32)
     assert decorated(model=gpt2, ids=ids).shape == (3, 7, 32)
+
+
+def test_buffers_of_the_users_own_stay_theirs(gpt2, ids):
+    @captures(RESID)
+    def compare(
+        model, ids, before: Activations | None = None, others: list[Activations] | None = None
+    ):
+        model(ids)
+        return before, others
+
+    (before, others), acts = compare(gpt2, ids)
+    assert before is others is None
+    (before, others), _ = compare(gpt2, ids, before=acts, others=[acts])
+    assert before is others[0] is acts
+
+
+def test_an_annotation_that_only_a_type_checker_can_read_does_not_hide_the_others(gpt2, ids):
+    @captures(RESID)
+    def norms(model: "NowhereToBeFound", buffer: "Activations", ids):
+        model(ids)
+        return buffer.tensor
+
+    assert norms(gpt2, ids).shape == (3, 7, 32)
+
+
+def test_a_decorator_without_its_names_is_refused():
+    def run(model, ids):
+        return model(ids)
+
+    with pytest.raises(OptionError) as caught:
+        captures(run)
+    assert str(caught.value) == (
+        "@captures got the function 'run' for the names to capture; name them, as in "
+        "@captures('blocks.0.hook_resid_post')"
+    )
 
 
 def test_the_buffer_is_not_in_the_signature():

@@ -480,7 +480,8 @@ def test_a_stack_of_two_shapes(gpt2):
     acts = _run(gpt2, ["blocks.0.hook_resid_post", Site(RESID, slice=-1)])
     assert _said(acts.stack, "hook_resid_post") == (
         "cannot stack 'blocks.0.hook_resid_post' of the shape (3, 7, 32) with "
-        "'blocks.1.hook_resid_post' of the shape (3, 32); stack layers of one shape"
+        "'blocks.1.hook_resid_post' of the shape (3, 32); stack layers of one shape, or read "
+        "them one by one"
     )
 
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from jaxtyping import BFloat16, Float, Float16, Int, Shaped
-from models import Mlp, bridge, hooks_of, huggingface
+from models import Mlp, bridge, hooks_of, tokens
 from torch import Tensor
 
 from actctx import (
@@ -22,12 +22,14 @@ from actctx import (
     OptionError,
     Schema,
     SeveralFiringsError,
+    Site,
     Stopped,
     TypedError,
     capture,
     captures,
     site,
 )
+from actctx._typed import Claim, hold
 
 
 class Resid(Schema):
@@ -289,6 +291,131 @@ def test_a_model_that_is_not_as_its_config_says_is_refused(ids):
     assert acts.tensor.shape == (3, 7, 32)
 
 
+def test_sizes_of_a_large_model_are_held_to():
+    sizes = {"d_model": 4096, "d_mlp": 14336, "d_vocab": 128256, "head": 32, "layer": 80}
+    with pytest.raises(TypedError, match="d_model is 8 here, but 4096"):
+        hold([Claim("it", torch.zeros(8), Float[Tensor, " d_model"])], sizes)
+
+
+def test_fields_come_from_all_bases(gpt2, ids):
+    class Left(Schema):
+        left: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_pre")
+
+    class Right(Schema):
+        right: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_mid")
+
+    class Both(Left, Right):
+        own: Float[Tensor, "batch d_model"] = site("blocks.0.hook_resid_pre", slice=-1)
+
+    class Less(Both):
+        left: ClassVar = None
+
+    with capture(gpt2, Both) as acts:
+        gpt2(ids)
+    assert torch.equal(acts.left[:, -1], acts.own)
+    assert acts.right.shape == (3, 7, 32)
+    with capture(gpt2, Less) as less:
+        gpt2(ids)
+    assert set(less.activations) == {"right", "own"}
+
+
+def test_one_site_stands_in_several_schemas(gpt2, ids):
+    shared = site("blocks.0.hook_resid_post")
+    first = type("First", (Schema,), {"__annotations__": {"x": Int[Tensor, "..."]}, "x": shared})
+    type("Second", (Schema,), {"__annotations__": {"y": Float[Tensor, "..."]}, "y": shared})
+    with pytest.raises(TypedError, match=r"First\.x"), capture(gpt2, first):
+        gpt2(ids)
+
+
+def test_a_pattern_may_be_annotated_by_positions(gpt2, ids):
+    with capture(gpt2, one(Float[Tensor, "batch head pos pos"], PATTERNS[0])) as acts:
+        gpt2(ids)
+    assert acts.x.shape == (3, 4, 7, 7)
+
+
+def test_a_stack_stays_on_its_device_and_is_of_one_dtype():
+    class Layers(Schema):
+        x: Shaped[Tensor, "n batch pos d"] = site("block.*")
+
+    model = Mlp().to("meta")
+    with capture(model, Layers) as acts:
+        model(tokens().to("meta"))
+    assert acts.x.device.type == "meta"
+    model = Mlp()
+    model.block[1] = torch.nn.Module()
+    model.block[1].forward = lambda hidden: hidden.half()
+    model.head.half()
+    with (
+        pytest.raises(JoinError, match=r"float32 on meta, with 'block\.1', torch"),
+        capture(model, Layers),
+    ):
+        model(tokens())
+
+
+def test_a_stack_with_a_layer_missing_is_refused(ids):
+    model = Mlp()
+    model.spare = torch.nn.ModuleList([torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)])
+    model.forward = lambda ids: model.spare[1](model.embed(ids))
+    with (
+        pytest.raises(NotCapturedError) as caught,
+        capture(model, one(Float[Tensor, "n b p d"], "spare.*")),
+    ):
+        model(ids)
+    assert str(caught.value) == (
+        "One.x stacks layers, but 'spare.0' has not fired; narrow the pattern, or annotate the "
+        'field as dict[str, Float[Tensor, "b p d"]]'
+    )
+
+
+def test_a_pickle_holds_a_stack_once_and_no_model(gpt2, ids):
+    with capture(gpt2, Acts) as acts:
+        gpt2(ids)
+    before = len(pickle.dumps(acts))
+    assert acts.layers.shape == (2, 3, 7, 32)
+    assert len(pickle.dumps(acts)) < before + 1000
+
+
+HEAD = torch.nn.Linear(8, 4)
+
+
+class OfModule(Schema):
+    logits: Float[Tensor, "batch pos 4"] = site(HEAD)
+
+
+def test_a_pickle_of_a_schema_that_names_a_module_holds_no_module(ids):
+    model = Mlp()
+    model.head = HEAD
+    with capture(model, OfModule) as acts:
+        model(ids[:1, :1])
+    assert b"Linear" not in pickle.dumps(acts)
+
+
+def test_an_opened_schema_lives_as_long_as_its_buffer(gpt2, ids):
+    buffer = capture(gpt2, Resid).open().activations
+    gpt2(ids)
+    assert len(buffer) == 1
+    del buffer
+
+
+def test_an_unknown_field_is_told_what_there_is(gpt2, ids):
+    with capture(gpt2, Resid) as acts:
+        gpt2(ids)
+    with pytest.raises(AttributeError) as caught:
+        acts.axes("resid")
+    assert str(caught.value) == (
+        "Resid has no field 'axes'; its fields are 'resid', and the buffer behind them, with its "
+        "axes, its bytes and the rest, is acts.activations"
+    )
+
+
+def test_axes_of_a_pattern_that_the_config_contradicts_have_no_name(ids):
+    model = bridge()
+    model.cfg.d_model = 48
+    with capture(model, "blocks.*.hook_resid_post") as acts:
+        model(ids)
+    assert acts.axes("blocks.0.hook_resid_post") == ("batch", "pos", "_")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_the_check_against_the_config_costs_less_than_20_microseconds_a_site(gpt2, ids):
     capturing = capture(gpt2, "**")
@@ -299,6 +426,8 @@ def test_the_check_against_the_config_costs_less_than_20_microseconds_a_site(gpt
         check = partial(sites[key].check_sizes, acts[key].shape)
         assert min(timeit.repeat(check, number=50, repeat=5)) / 50 < 20e-6, key
 
+
+ANOTHER_NAME = "; where they are two things, give one of them another name"
 
 # What is asked of a GPT-2 with d_model 32, 2 layers and 4 heads of 8, and what it answers.
 PLAIN = "blocks.0.hook_resid_post"
@@ -373,7 +502,7 @@ TOLD = {
     "a module of unknown axes": (
         (Float[Tensor, "batch pos d_mlp"], "blocks.0", {}),
         "One.x, from 'blocks.0', is float32 (3, 7, 32), which is no Float[Tensor, \"batch pos "
-        "d_mlp\"]: d_mlp is 32 here, but 128 in the model's config",
+        "d_mlp\"]: d_mlp is 32 here, but 128 in the model's config" + ANOTHER_NAME,
     ),
     "a module of another rank": (
         (Float[Tensor, "batch d_model"], "blocks.0", {}),
@@ -402,7 +531,8 @@ def test_axes_must_agree_between_fields(gpt2, ids):
         gpt2(ids)
     assert str(caught.value) == (
         "Two.part, from 'blocks.0.hook_resid_post', is float32 (3, 2, 32), which is no "
-        'Float[Tensor, "batch pos d_model"]: pos is 2 here, but 7 in Two.whole'
+        'Float[Tensor, "batch pos d_model"]: pos is 2 here, but 7 in Two.whole; where they '
+        "are two things, give one of them another name"
     )
 
 
@@ -413,7 +543,7 @@ def test_a_wrong_model_is_told(gpt2):
     with pytest.raises(HookNameError):
         capture(gpt2, Small)
     with pytest.raises(HookNameError):
-        capture(huggingface("LlamaForCausalLM"), Resid)
+        capture(Mlp(), Resid)
 
 
 NEXT_TO = 'resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")'
@@ -422,6 +552,11 @@ MISTAKES = {
         {"__annotations__": {"x": Float[Tensor, "..."]}},
         "Bad.x is annotated, but nothing says where to capture it; write ... = "
         'site("blocks.0.hook_resid_post")',
+    ),
+    "something else for a site": (
+        {"x": Site("block"), "__annotations__": {"x": Float[Tensor, "..."]}},
+        "Bad.x is annotated, but nothing says where to capture it; write ... = "
+        'site("blocks.0.hook_resid_post"), not Site',
     ),
     "no annotation": (
         {"x": site("block")},
@@ -493,7 +628,7 @@ def test_a_stack_of_two_sites_of_a_layer_is_refused(gpt2):
     assert str(caught.value) == (
         "One.x stacks layers, but 'blocks.*.hook_resid_*' matches two sites of one layer: "
         "'blocks.0.hook_resid_pre' and 'blocks.0.hook_resid_mid'; narrow the pattern, or annotate "
-        'the field as dict[str, Float[Tensor, "layer b p d"]]'
+        'the field as dict[str, Float[Tensor, "b p d"]]'
     )
 
 
@@ -541,18 +676,82 @@ def test_arguments_and_results_are_checked_in_one_scope_with_the_fields(gpt2, id
             (ids, direction, torch.zeros(31)),
             {},
             "the argument 'directions' of scores is float32 (31,), which is no Float[Tensor, "
-            '"d_model"]: d_model is 31 here, but 32 in the model\'s config',
+            '"d_model"]: d_model is 31 here, but 32 in the model\'s config' + ANOTHER_NAME,
         ),
         (
             (ids, direction),
             {"keep": 1},
             'the result of scores is float32 (2,), which is no Float[Tensor, "batch"]: batch is 2 '
-            "here, but 3 in the argument 'ids' of scores",
+            "here, but 3 in the argument 'ids' of scores" + ANOTHER_NAME,
         ),
     ):
         with pytest.raises(TypedError) as caught:
             scores(gpt2, *arguments, **options)
         assert str(caught.value) == message
+
+
+def test_tensors_in_containers_are_checked_one_by_one(gpt2, ids):
+    @captures(Resid)
+    def run(
+        model,
+        ids,
+        several: list[Float[Tensor, " d_model"]],
+        maybe: Float[Tensor, " d_model"] | None = None,
+    ):
+        model(ids)
+        return several, maybe
+
+    right, wrong = torch.zeros(32), torch.zeros(31)
+    run(gpt2, ids, [right] * 9, right)
+    start = "d_model is 31 here, but 32 in the model's config"
+    for arguments, what in (
+        (([right] * 8 + [wrong],), "the argument 'several' of run at [8]"),
+        (([], wrong), "the argument 'maybe' of run"),
+    ):
+        with pytest.raises(TypedError) as caught:
+            run(gpt2, ids, *arguments)
+        assert str(caught.value) == (
+            f'{what} is float32 (31,), which is no Float[Tensor, "d_model"]: {start}{ANOTHER_NAME}'
+        )
+
+
+def test_annotations_calculate_with_each_other_in_any_order():
+    sizes = {"d": 4}
+    hints = ["_ n+0 _", "_ n m*2", "_ _ m"]
+    claims = [Claim(h, torch.zeros(3, 7, 8 if "*" in h else 4), Float[Tensor, h]) for h in hints]
+    hold([*claims, Claim("n", torch.zeros(7), Float[Tensor, " n"])], sizes)
+
+
+def test_what_cannot_be_read_is_refused_where_it_would_be_checked():
+    def run(model, ids: "Flaot[Tensor, 'batch pos']"):
+        model(ids)
+
+    with pytest.raises(OptionError) as caught:
+        captures(Resid)(run)
+    assert str(caught.value) == (
+        "the annotation Flaot[Tensor, 'batch pos'] of 'ids' cannot be read, so it could not be "
+        "held to a Schema; import what it names where the module of run can see it"
+    )
+
+
+def test_another_kind_of_buffer_is_refused():
+    def run(acts: Activations):
+        return acts
+
+    with pytest.raises(OptionError) as caught:
+        captures(Resid)(run)
+    assert str(caught.value) == (
+        "the parameter 'acts' is annotated Activations, but what it receives here is Resid; "
+        "annotate it so"
+    )
+
+
+def test_a_schema_beside_other_names_is_refused(gpt2):
+    with pytest.raises(OptionError) as caught:
+        capture(gpt2, [Resid, "blocks.0.hook_resid_post"])
+    assert str(caught.value) == (
+        "cannot capture the class 'Resid' beside other names; give a Schema by itself"
+    )
 
 
 def test_a_wrong_argument_is_told_before_the_function_runs(gpt2, ids):
