@@ -281,7 +281,8 @@ def _check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) ->
             raise JoinError(
                 f"{key!r} was captured with the shapes {tuple(first.shape)} and "
                 f"{tuple(other.shape)}, which do not join along {join!r}; give the forwards one "
-                "length (by padding, or with a slice), or capture with join=None for a list"
+                "length (by padding, or with a slice), join the steps of a generation along "
+                "'pos', or capture with join=None for a list"
             )
 
 

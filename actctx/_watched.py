@@ -51,7 +51,12 @@ class WatchedSite:
         return self.named_axes if self.named_axes is not None else self.place.axes
 
     def check_axes(self, activation: Tensor) -> None:
-        """Refuse axes that the user named but that the activation does not have."""
+        """Refuse axes that the user named but that the activation does not have.
+
+        Raises:
+            AxisError: It has another number of axes.
+
+        """
         if self.named_axes is not None and len(self.named_axes) != activation.dim():
             raise AxisError(
                 f"{self.shown} fired with the shape {tuple(activation.shape)}, but "
@@ -133,7 +138,14 @@ def watch_site(
     sizes: Mapping[str, int],
     options: Options,
 ) -> WatchedSite:
-    """Settle the options of one site; those of the capture are the defaults."""
+    """Settle the options of one site; those of the capture are the defaults.
+
+    Raises:
+        AxisError: It does not have the axis to select from or to join along.
+        SelectionError: A position lies outside an axis whose size is known.
+        OptionError: Another option makes no sense.
+
+    """
     asked, place = request.site, request.place
     axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
     dtype = asked.dtype if asked.dtype is not None else defaults.dtype
@@ -166,6 +178,12 @@ def watch_site(
 
 
 def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
+    """Return the mask that was asked for.
+
+    Raises:
+        OptionError: It is none.
+
+    """
     if mask is None or (isinstance(mask, str) and mask == "attention"):
         return mask
     if isinstance(mask, Tensor):
@@ -177,6 +195,12 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
 
 
 def check_capacity(options: Options) -> None:
+    """Refuse a capacity that is none, or that other options cannot fill.
+
+    Raises:
+        OptionError: It is.
+
+    """
     capacity = options.capacity
     if capacity is None:
         return

@@ -434,7 +434,7 @@ def test_shapes_that_do_not_join(gpt2):
     assert _said(acts.__getitem__, RESID) == (
         "'blocks.1.hook_resid_post' was captured with the shapes (2, 5, 32) and (2, 4, 32), "
         "which do not join along 'batch'; give the forwards one length (by padding, or with a "
-        "slice), or capture with join=None for a list"
+        "slice), join the steps of a generation along 'pos', or capture with join=None for a list"
     )
 
 

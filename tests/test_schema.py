@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 import torch
 from jaxtyping import BFloat16, Float, Float16, Int, Shaped
-from models import Mlp, bridge, hooks_of, tokens
+from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
 from torch import Tensor
 
 from actctx import (
@@ -449,6 +449,18 @@ TOLD = {
         "but will have 4, 'layer batch pos d_model'; write Float[Tensor, \"layer batch pos "
         'd_model"]',
     ),
+    "a mask": (
+        (Float[Tensor, "batch pos d_model"], PLAIN, {}),
+        f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos d_model\"], with 3 axes, "
+        "but will have 2, 'token d_model' (without 'batch pos', which slice= or mask= drops); "
+        'write Float[Tensor, "token d_model"]',
+    ),
+    "some layers": (
+        (Float[Tensor, "layer batch pos d_model"], "blocks.[1].hook_resid_post", {}),
+        "One.x, from 'blocks.1.hook_resid_post', is annotated Float[Tensor, \"layer batch pos "
+        "d_model\"], but 1 of the 2 along 'layer' are selected; write 1 in its place, or another "
+        "name, such as 'chosen_layer'",
+    ),
     "another axis": (
         (Float[Tensor, "batch pos d_mlp"], PLAIN, {}),
         f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos d_mlp\"], but what it "
@@ -515,7 +527,8 @@ TOLD = {
 @pytest.mark.parametrize("case", TOLD)
 def test_a_wrong_annotation_is_told_with_what_to_write(gpt2, ids, case):
     (hint, name, options), message = TOLD[case]
-    with pytest.raises(TypedError) as caught, capture(gpt2, one(hint, name, **options)):
+    mask = torch.ones_like(ids) if case == "a mask" else None
+    with pytest.raises(TypedError) as caught, capture(gpt2, one(hint, name, **options), mask=mask):
         gpt2(ids)
     assert str(caught.value) == message
 
@@ -720,6 +733,28 @@ def test_annotations_calculate_with_each_other_in_any_order():
     hints = ["_ n+0 _", "_ n m*2", "_ _ m"]
     claims = [Claim(h, torch.zeros(3, 7, 8 if "*" in h else 4), Float[Tensor, h]) for h in hints]
     hold([*claims, Claim("n", torch.zeros(7), Float[Tensor, " n"])], sizes)
+
+
+def test_keyword_arguments_are_checked_one_by_one(gpt2, ids):
+    @captures(Resid)
+    def run(model, ids, **directions: Float[Tensor, " d_model"]):
+        model(ids)
+        return directions
+
+    run(gpt2, ids, up=torch.zeros(32))
+    with pytest.raises(TypedError, match="d_model is 31 here"):
+        run(gpt2, ids, up=torch.zeros(32), down=torch.zeros(31))
+
+
+@pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
+def test_an_mlp_that_runs_on_flattened_sequences_has_tokens(ids):
+    class Flat(Schema):
+        neurons: Float[Tensor, "token d_mlp"] = site("blocks.0.mlp.hook_post")
+
+    model = huggingface("OPTForCausalLM")
+    with capture(model, Flat) as acts:
+        model(ids)
+    assert acts.neurons.shape == (21, 64)
 
 
 def test_what_cannot_be_read_is_refused_where_it_would_be_checked():
