@@ -60,15 +60,16 @@ class Heads:
     def __call__(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.index is None:
             return _split(activation, -1, self.d_head)
-        first = self.index.view(-1, self.d_head)
-        stride = int(first[1, 0] - first[0, 0]) if len(first) > 1 else self.d_head
-        start = int(first[0, 0])
-        if not torch.equal(self.index, _regular(start, stride, *first.shape)):
-            index = self.index.to(activation.device)
-            return _split(activation.index_select(-1, index), -1, self.d_head)
-        if stride == self.d_head:
+        heads = self.index.view(-1, self.d_head)
+        start, stride = int(heads[0, 0]), int(heads[-1, 0] - heads[0, 0]) // max(len(heads) - 1, 1)
+        is_regular = torch.equal(self.index, _regular(start, stride, *heads.shape))
+        if is_regular and stride in {0, self.d_head}:  # side by side, or but one
             return _split(activation.narrow(-1, start, len(self.index)), -1, self.d_head)
-        return _split(activation, -1, stride).narrow(-1, start, self.d_head)
+        is_interleaved = activation.shape[-1] == stride * len(heads) and start < stride
+        if is_regular and is_interleaved:
+            return _split(activation, -1, stride).narrow(-1, start, self.d_head)
+        index = self.index.to(activation.device)
+        return _split(activation.index_select(-1, index), -1, self.d_head)
 
 
 def _split(activation: Tensor, *sizes: int) -> Tensor:
@@ -247,9 +248,11 @@ def _divided(component: Any, attention: nn.Module) -> list[Int64[Tensor, " i"]]:
     """Tell which outputs of a joint projection are queries, keys and values; see the note above."""
     name = component.submodules["qkv"].name
     joint: Any = copy.copy(attention.get_submodule(name))
-    is_conv1d = getattr(joint, "nx", None) == joint.weight.shape[0]  # whose outputs come second
-    numbers = torch.arange(joint.weight.shape[1 if is_conv1d else 0], dtype=torch.float32)
-    weight = (numbers if is_conv1d else numbers[:, None]).expand(joint.weight.shape)
+    is_conv1d = hasattr(joint, "nf")  # Hugging Face's, whose outputs come second
+    outputs = joint.nf if is_conv1d else joint.out_features
+    inputs = joint.nx if is_conv1d else joint.in_features
+    numbers = torch.arange(outputs, dtype=torch.float32)
+    weight = numbers.expand(inputs, -1) if is_conv1d else numbers[:, None].expand(-1, inputs)
     given = {"weight": weight.clone(), "bias": None if joint.bias is None else numbers}
     joint._parameters = {
         key: value if value is None else nn.Parameter(value) for key, value in given.items()

@@ -21,6 +21,7 @@ from models import (
 from torch import Tensor
 
 from actctx import HookNameError, Schema, Stopped, capture, hook_names, site
+from actctx._translated import Heads
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
 WITHOUT_T5 = [name for name in ARCHITECTURES if not name.startswith("T5")]
@@ -133,6 +134,24 @@ def test_only_the_part_of_a_joint_projection_lives_on():
         model(tokens())
     assert acts.tensor.shape == (3, 7, 1, 8)
     assert acts.tensor.untyped_storage().nbytes() == 3 * 7 * 8 * 4
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.arange(8),
+        torch.arange(8, 16),
+        torch.tensor([0, 1, 2, 3, 12, 13, 14, 15]),
+        torch.tensor([4, 5, 6, 7, 16, 17, 18, 19]),
+        torch.tensor([8, 9, 10, 11, 16, 17, 18, 19]),
+        torch.tensor([20, 21, 22, 23]),
+        torch.tensor([3, 2, 1, 0]),
+    ],
+)
+def test_any_division_of_a_joint_projection_is_read(index):
+    joint = torch.randn(2, 5, 24)
+    found = Heads(4, index)(joint)
+    assert torch.equal(found, joint[..., index].unflatten(-1, (-1, 4)))
 
 
 def test_gradients_flow_through_the_heads():
