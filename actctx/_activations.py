@@ -384,7 +384,10 @@ class Activations(_Tensors):
         if self._forwards == 0:
             reason = self._why_empty()
         elif column is None:
+            alike = [repr(key) for key, each in self._columns.items() if name in each.names]
             reason = f"the captured names are {self._listed()}"
+            if alike:
+                reason = f"it is captured several times, so read one of {', '.join(alike)}"
         else:
             reason = f"it never fired in {self._ran()}"
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")

@@ -102,6 +102,11 @@ def find_rows(
 
     """
     if tuple(mask.shape) != shape:
+        if shape[0] == 1 < mask.shape[0]:
+            raise SelectionError(
+                f"{selector.site!r} fired once for all {mask.shape[0]} sequences, so mask= cannot "
+                "tell their tokens apart in it; capture it without a mask"
+            )
         raise SelectionError(
             f"{selector.site!r} has {shape[0]} sequences of {shape[1]} positions, but the mask "
             f"has the shape {tuple(mask.shape)}; give one entry for each position"

@@ -429,6 +429,15 @@ def test_several_firings():
     )
 
 
+def test_a_site_that_is_captured_twice_is_read_by_its_aliases(gpt2):
+    with capture(gpt2, {"first": Site(RESID, slice=0), "last": Site(RESID, slice=-1)}) as acts:
+        gpt2(tokens())
+    assert _said(acts.__getitem__, RESID) == (
+        f"nothing was captured from {RESID!r}: it is captured several times, so read one of "
+        "'first', 'last'"
+    )
+
+
 def test_shapes_that_do_not_join(gpt2):
     acts = _run(gpt2, RESID, tokens(2, 5), tokens(2, 4))
     assert _said(acts.__getitem__, RESID) == (

@@ -242,6 +242,19 @@ def test_a_mask_of_another_shape_is_an_error(gpt2, ids):
     )
 
 
+def test_what_fires_once_for_all_sequences_cannot_be_masked():
+    model = bridge("LlamaForCausalLM")
+    with (
+        pytest.raises(SelectionError) as caught,
+        capture(model, "rotary_emb.hook_cos", mask=torch.ones(3, 7)),
+    ):
+        model(tokens())
+    assert str(caught.value) == (
+        "'rotary_emb.hook_cos' fired once for all 3 sequences, so mask= cannot tell their tokens "
+        "apart in it; capture it without a mask"
+    )
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("mask", "options", "said"),
