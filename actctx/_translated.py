@@ -190,7 +190,8 @@ class _Walk:
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
         for key, component in components.items():
             target = module if component.name is None else _submodule(module, component.name)
-            if target is None:  # as an optional component of another model of the family
+            if target is None:  # a part of a joint module, or of another model of the family
+                self.found.inside.extend(f"{prefix}{key}.{io}" for io in ("hook_in", "hook_out"))
                 continue
             if component.is_list_item and isinstance(target, nn.ModuleList):
                 for number, child in enumerate(target):

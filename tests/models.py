@@ -55,6 +55,19 @@ _CONFIGS = {
         },
     ),
 }
+_GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+# Beside the architectures that everything is tested on: some that project queries, keys and values
+# jointly, each in another way.
+JOINT = ("CodeGenForCausalLM", "FalconForCausalLM", "GPTBigCodeForCausalLM", "Phi3ForCausalLM")
+_JOINT_CONFIGS = {
+    "CodeGenForCausalLM": ("CodeGenConfig", {**_GPT, "rotary_dim": 4}),
+    "FalconForCausalLM": (
+        "FalconConfig",
+        {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
+    ),
+    "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", _GPT),
+    "Phi3ForCausalLM": ("Phi3Config", _LLAMA),
+}
 GENERATION = int(version("transformer_lens").split(".")[0])
 # The T5 bridge of TransformerLens 3.9 does not run on transformers 5.
 HAS_T5 = GENERATION >= 4
@@ -63,7 +76,7 @@ ARCHITECTURES = tuple(name for name in _CONFIGS if HAS_T5 or not name.startswith
 
 def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> nn.Module:
     """Build a tiny Hugging Face model of an architecture."""
-    name, sizes = _CONFIGS[architecture]
+    name, sizes = (_CONFIGS | _JOINT_CONFIGS)[architecture]
     config = getattr(transformers, name)(**{**sizes, "vocab_size": VOCAB, "pad_token_id": 0})
     config.architectures = [architecture]
     config._attn_implementation = attention

@@ -11,6 +11,7 @@ from models import (
     ARCHITECTURES,
     GENERATION,
     HAS_T5,
+    JOINT,
     Mlp,
     bridge,
     hooks_of,
@@ -24,10 +25,10 @@ from actctx import HookNameError, Schema, Stopped, capture, hook_names, site
 from actctx._translated import Heads
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
-WITHOUT_T5 = [name for name in ARCHITECTURES if not name.startswith("T5")]
+WITHOUT_T5 = [*(name for name in ARCHITECTURES if not name.startswith("T5")), *JOINT]
 # What the kernel of sdpa may round otherwise than eager attention, in float32.
 TOLERANCE = {"eager": 1e-6, "sdpa": 1e-4}
-EAGER_ONLY = {"BloomForCausalLM", "Gemma2ForCausalLM"}
+EAGER_ONLY = {"BloomForCausalLM", "CodeGenForCausalLM", "Gemma2ForCausalLM"}
 PATTERN = "blocks.0.attn.hook_pattern"
 
 
