@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,21 +13,28 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks._checks import measure_checks
-from benchmarks._probe import Order, Setup
+from benchmarks._models import Setup
+from benchmarks._probe import Order
 from benchmarks._report import (
-    MIB,
     Result,
     find_disagreement,
-    gather_table,
+    gather_rows,
     machine,
-    table,
+    rows,
     targets,
 )
-from benchmarks._ways import BATCHES, GATHER_LIMIT, GATHER_WAYS, LIMIT, NEURONS, WAYS
+from benchmarks._tables import TABLES, WAYS
+from benchmarks._ways import Table, Way
 
-QUICK = Setup(batch=2, tokens=16, heads=4, d_model=64, vocab=101, context=32)
-QUICK_WAYS = ("filter-stop", "capture-stop", LIMIT, *GATHER_WAYS)
-GATHER_TOKENS = 64
+QUICK = Setup(batch=2, tokens=128, layers=8, heads=4, d_model=256, vocab=1001, context=128)
+QUICK_CASES = (
+    "filter-stop",
+    "capture-stop",
+    "plain-bridge",
+    "plain-hidden",
+    "plain-capture-stop",
+    "gather",
+)
 
 # With glibc's own, moving threshold, freed memory stays with the process or does not, as chance
 # has it, and peaks of one and the same computation differ by a tenth. With a fixed one what is
@@ -93,16 +100,16 @@ def main(
     *,
     case: Annotated[
         list[str] | None,
-        typer.Option(help=f"A way to measure; repeatable. {', '.join(WAYS | GATHER_WAYS)}."),
+        typer.Option(help=f"A table or a way; repeatable. {', '.join([*TABLES, *WAYS])}."),
     ] = None,
     quick: Annotated[
         bool,
         typer.Option("--quick", help="Only see that it works: tiny, whatever sizes are given."),
     ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences.")] = Setup.batch,
+    batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
     tokens: Annotated[
-        int, typer.Option(min=8, max=Setup.context, help="Tokens a sequence.")
-    ] = Setup.tokens,
+        int | None, typer.Option(min=8, max=Setup.context, help="Tokens a sequence.")
+    ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Fresh processes to time in.")] = 3,
     repeats: Annotated[int, typer.Option(min=1, help="Passes over all ways in each.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = Setup.threads,
@@ -111,97 +118,77 @@ def main(
         Path | None, typer.Option("--json", help="Where to write all that was measured.")
     ] = None,
 ) -> None:
-    """Measure what it costs to get one resid_post of a model like GPT-2 small.
+    """Measure what it costs to get activations of a model like GPT-2 small.
 
     Each way's extra peak memory is measured in a process of its own, its time relative to a bare
-    forward that is stopped where capture(stop=True) ends it. The cases that gather many batches
-    are measured for memory alone. See benchmarks/README.md.
+    forward that is stopped where capture(stop=True) ends it. See benchmarks/README.md.
     """
-    setup = Setup(batch=batch, tokens=tokens)
     if quick:
-        setup, rounds, repeats = QUICK, 1, 2
-    setup = replace(setup, threads=threads, device=device)
-    cases = case or (QUICK_WAYS if quick else [*WAYS, *GATHER_WAYS])
-    ways, gather_ways = _chosen(cases)
-    load, processes = _load(), threads if quick else 1
-    results: list[Result] = []
-    if ways:
-        results = _compare(setup, ways, LIMIT, processes=processes)
-        measure_time(setup, results, rounds=rounds, repeats=repeats)
-        _print(setup, results, passes=rounds * repeats)
+        rounds, repeats = 1, 2
+    load, found = _load(), {}
+    for table, ways in _chosen(case or (QUICK_CASES if quick else TABLES)):
+        setup = replace(QUICK, batch=QUICK.batch * table.factor) if quick else table.setup
+        if not quick:
+            setup = replace(setup, **_given(batch=batch and batch * table.factor, tokens=tokens))
+        setup = replace(setup, threads=threads, device=device)
+        results = _compare(setup, ways, processes=threads if quick else 1)
+        if table.timed:
+            measure_time(setup, results, rounds=rounds, repeats=repeats)
+        _print(table, setup, results, passes=rounds * repeats)
         if not quick:
             print("\n".join(targets(results)))
-    gathered: list[Result] = []
-    many = replace(setup, batch=setup.batch * BATCHES, tokens=min(setup.tokens, GATHER_TOKENS))
-    if gather_ways:
-        gathered = _compare(many, gather_ways, GATHER_LIMIT, processes=processes)
-        _print_gathered(many, gathered)
+        found[table.name] = {
+            "setup": asdict(setup),
+            "results": [asdict(result) for result in results],
+        }
     if not case:
         site, field = measure_checks(replace(QUICK, threads=threads))
         print(f"checks: {site:.1f} us a site and firing, {field:.0f} us a field and block\n")
     print(", ".join(f"{what} {found}" for what, found in machine().items()))
     if json_file:
-        found = {
-            "machine": machine(),
-            "load": [load, _load()],
-            "setup": asdict(setup),
-            "results": [asdict(result) for result in results],
-            "gather_setup": asdict(many),
-            "gathered": [asdict(result) for result in gathered],
-        }
-        json_file.write_text(json.dumps(found, indent=1) + "\n")
+        head = {"machine": machine(), "load": [load, _load()]}
+        json_file.write_text(json.dumps(head | found, indent=1) + "\n")
 
 
-def _compare(setup: Setup, ways: Sequence[str], limit: str, *, processes: int) -> list[Result]:
-    """Measure the memory of ways, and see that they all yield one activation."""
-    results = measure_memory(setup, ways, processes=processes)
-    if results[ways.index(limit)].does_not_fit:
-        sys.exit(f"not even {limit} fits into the memory of this machine")
+def _given(**options: int | None) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _compare(setup: Setup, ways: Sequence[Way], *, processes: int) -> list[Result]:
+    """Measure the memory of ways, and see that they yield the same activations."""
+    results = measure_memory(setup, [way.name for way in ways], processes=processes)
+    limits = {way.limit for way in ways}
+    for result in results:
+        if result.does_not_fit and result.way in limits:
+            sys.exit(f"not even {result.way} fits into the memory of this machine")
     disagreement = find_disagreement(results)
     if disagreement:
         sys.exit(f"nothing can be compared: {disagreement}")
     return results
 
 
-def _chosen(cases: Iterable[str]) -> tuple[list[str], list[str]]:
-    """Put the ways that are asked for in the order of their table, with the limit of each."""
+def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
+    """Put the ways that are asked for in the order of their tables, with the limits of them."""
     asked = set(cases)
-    unknown = asked - set(WAYS | GATHER_WAYS)
+    unknown = asked - set(TABLES) - set(WAYS)
     if unknown:
         raise typer.BadParameter(
-            f"there is no way {', '.join(sorted(unknown))}; choose from "
-            f"{', '.join(WAYS | GATHER_WAYS)}",
+            f"there is no case {', '.join(sorted(unknown))}; choose from "
+            f"{', '.join([*TABLES, *WAYS])}",
             param_hint="--case",
         )
-    tables = ((WAYS, LIMIT), (GATHER_WAYS, GATHER_LIMIT))
-    ways, gathered = (
-        [way for way in known if way in asked | {limit}] if asked & set(known) else []
-        for known, limit in tables
-    )
-    return ways, gathered
+    for table in TABLES.values():
+        ways = [way for way in table.ways if asked & {way.name, table.name}]
+        limits = {way.limit for way in ways}
+        if ways:
+            yield table, [way for way in table.ways if way in ways or way.name in limits]
 
 
-def _print(setup: Setup, results: list[Result], *, passes: int) -> None:
-    print(
-        f"batch {setup.batch} x {setup.tokens} tokens, {setup.device}, {setup.threads} threads, "
-        f"{passes} passes\n"
-    )
-    print(table(results), end="\n\n")
-    _say_unmeasured(results)
-
-
-def _print_gathered(setup: Setup, results: list[Result]) -> None:
-    payload = max((result.payload_bytes or 0) for result in results) / MIB
-    print(
-        f"gathering {BATCHES} batches of {NEURONS}: {setup.batch // BATCHES} x {setup.tokens} "
-        f"tokens each, {setup.device}, {payload / BATCHES:.1f} MiB a batch, {payload:.0f} MiB in "
-        "all\n"
-    )
-    print(gather_table(results), end="\n\n")
-    _say_unmeasured(results)
-
-
-def _say_unmeasured(results: list[Result]) -> None:
+def _print(table: Table, setup: Setup, results: list[Result], *, passes: int) -> None:
+    batch = f"{setup.batch // table.factor} x {setup.tokens} tokens"
+    timed = f", {passes} passes" if table.timed else ""
+    print(f"{table.title}: {batch}, {setup.device}, {setup.threads} threads{timed}\n")
+    print(gather_rows(results) if table.factor > 1 else rows(results), end="\n\n")
     if all(result.peak_bytes is None for result in results):
         print("Memory was not measured: this system has no /proc/self/clear_refs to reset peaks.")
 

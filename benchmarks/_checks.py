@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actctx import Schema, capture, site
-from benchmarks._probe import Setup, build
+from benchmarks._models import Setup, build, make_tokens
 
 MICROSECONDS = 1e6
 
@@ -29,7 +29,7 @@ def measure_checks(setup: Setup) -> tuple[float, float]:
         Microseconds: of the dearest site of the model, each firing; of a field, each block.
 
     """
-    model, tokens = build(setup)
+    model, tokens = build(setup), make_tokens(setup)
     capturing = capture(model, "**")
     with capturing as acts, torch.no_grad():
         model(tokens)

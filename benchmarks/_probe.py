@@ -18,26 +18,12 @@ import torch
 from torch import Tensor
 
 from actctx._column import give_back_to_system
-from benchmarks._ways import GATHER_WAYS, LIMIT, WAYS, Way
+from benchmarks._models import Setup, build, make_tokens
+from benchmarks._tables import WAYS
+from benchmarks._ways import Captured, Way
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """The model, its input and how it runs. Shapes are those of GPT-2 small by default."""
-
-    batch: int = 8
-    tokens: int = 256
-    layers: int = 12
-    heads: int = 12
-    d_model: int = 768
-    vocab: int = 50257
-    context: int = 1024
-    threads: int = 2
-    seed: int = 0
-    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -61,62 +47,59 @@ class Order:
         return cls(**fields | {"setup": Setup(**fields["setup"]), "ways": tuple(fields["ways"])})
 
 
-def build(setup: Setup) -> tuple[Any, Tensor]:
-    """Build a bridge with random weights, and tokens for it."""
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    torch.manual_seed(setup.seed)
-    config = GPT2Config(
-        vocab_size=setup.vocab,
-        n_positions=setup.context,
-        n_embd=setup.d_model,
-        n_layer=setup.layers,
-        n_head=setup.heads,
-    )
-    config.architectures = ["GPT2LMHeadModel"]
-    config._attn_implementation = "eager"
-    module = GPT2LMHeadModel(config).eval().to(setup.device)
-    bridge = build_bridge_from_module(module, "GPT2LMHeadModel", hf_config=config)
-    tokens = torch.randint(setup.vocab, (setup.batch, setup.tokens))
-    return bridge, tokens.to(setup.device)
-
-
 def measure_memory(setup: Setup, way: Way) -> dict[str, Any]:
     """Measure the peak of one run, in bytes above what the process held before it.
 
     `peak_bytes` is None where the system does not tell it. `sha256` is that of the activation,
-    so that processes can compare what they got.
+    so that processes can compare what they got, and `difference` how far it is from that of
+    another implementation of attention.
     """
-    model, tokens = build(setup)
-    with torch.no_grad():
-        model(tokens[:1, :8])
+    model, tokens = build(setup, way.model), make_tokens(setup)
+    way.run(model, tokens[:1, :8])  # what is imported and built once
     gc.collect()
     before = _reset_peak(setup)
-    activation = way.run(model, tokens)
+    activations = _listed(way.run(model, tokens))
     peak = _peak(setup)
     return {
         "peak_bytes": None if before is None or peak is None else peak - before,
-        "payload_bytes": None if activation is None else activation.nbytes,
-        "sha256": None if activation is None else _sha256(activation),
+        "payload_bytes": sum(each.nbytes for each in activations),
+        "sha256": _sha256(activations) if activations else None,
+        "difference": _difference(setup, activations, WAYS[way.near]) if way.near else None,
     }
+
+
+def _listed(captured: Captured) -> list[Tensor]:
+    if captured is None:
+        return []
+    return [captured] if isinstance(captured, Tensor) else list(captured)
+
+
+def _difference(setup: Setup, activations: list[Tensor], near: Way) -> float:
+    theirs = _listed(near.run(build(setup, near.model), make_tokens(setup)))
+    return max(
+        float((mine.detach() - other).abs().max())
+        for mine, other in zip(activations, theirs, strict=True)
+    )
 
 
 def measure_time(setup: Setup, ways: list[Way], *, repeats: int, seed: int) -> dict[str, Any]:
     """Time ways in passes, each in another order.
 
     What else the machine does changes from second to second, so each run of a way has a run of
-    the limit beside it, by chance before or behind it. `seconds` has both for each pass.
+    its limit beside it, by chance before or behind it. `seconds` has both for each pass.
     """
-    model, tokens = build(setup)
-    WAYS[LIMIT].run(model, tokens)
+    limits = {way.limit: WAYS[way.limit] for way in ways}
+    kinds = {way.model for way in [*ways, *limits.values()]}
+    models, tokens = {kind: build(setup, kind) for kind in kinds}, make_tokens(setup)
+    for limit in limits.values():
+        limit.run(models[limit.model], tokens)
     chance = random.Random(seed)  # noqa: S311  nothing secret
     seconds: dict[str, list[tuple[float, float]]] = {way.name: [] for way in ways}
     for _ in range(repeats):
         for way in chance.sample(ways, len(ways)):
-            pair, took = (way, WAYS[LIMIT]), [0.0, 0.0]
+            pair, took = (way, limits[way.limit]), [0.0, 0.0]
             for i in chance.sample((0, 1), 2):
-                took[i] = _time(setup, pair[i], model, tokens)
+                took[i] = _time(setup, pair[i], models[pair[i].model], tokens)
             seconds[way.name].append((took[0], took[1]))
     return {"seconds": seconds}
 
@@ -165,8 +148,11 @@ def _status_bytes(field: str) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def _sha256(activation: Tensor) -> str:
-    return hashlib.sha256(activation.cpu().contiguous().numpy().tobytes()).hexdigest()
+def _sha256(activations: list[Tensor]) -> str:
+    found = hashlib.sha256()
+    for activation in activations:
+        found.update(activation.detach().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def _limit_memory() -> None:
@@ -188,8 +174,7 @@ def main(text: str) -> None:
     order = Order.loads(text)
     torch.set_num_threads(order.setup.threads)
     _limit_memory()
-    known = WAYS | GATHER_WAYS
-    ways = [known[name] for name in order.ways]
+    ways = [WAYS[name] for name in order.ways]
     try:
         if order.timed:
             result = measure_time(order.setup, ways, repeats=order.repeats, seed=order.shuffle_seed)

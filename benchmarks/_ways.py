@@ -1,6 +1,6 @@
-"""The ways to get one activation, as they are compared."""
+"""The ways to get one activation of a bridge, as they are compared."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Never, TypeVar
@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from actctx import capture
+from benchmarks._models import BRIDGE, Setup
 
 T = TypeVar("T")
+Captured = Tensor | Sequence[Tensor] | None
 
 LAYER = 6
 NAME = f"blocks.{LAYER}.hook_resid_post"
@@ -28,17 +30,48 @@ class Way:
         name: What it is chosen by.
         title: What the table calls it.
         run: Runs it on a model and tokens, those of all batches where several are gathered. It
-            returns the activation and holds nothing else; a bare forward, which captures
-            nothing, returns None.
+            returns the activation, or several, and holds nothing else; a bare forward, which
+            captures nothing, returns None.
+        limit: The name of the way that it is compared with.
+        model: The kind of model that it runs on.
+        near: The name of a way with another implementation of attention, whose activation its
+            own is near to. Ways that have the limit and the attention in common yield the same.
 
     """
 
     name: str
     title: str
-    run: Callable[[Any, Tensor], Tensor | None]
+    run: Callable[[Any, Tensor], Captured]
+    limit: str
+    model: str = BRIDGE
+    near: str = ""
 
 
-def _run_with_cache(**options: Any) -> Callable[[Any, Tensor], Tensor]:
+@dataclass(frozen=True)
+class Table:
+    """Ways that are compared with each other.
+
+    Attributes:
+        name: What all of them are chosen by.
+        title: What they do.
+        setup: The model that they do it with.
+        ways: The ways, in the order of the table.
+        timed: Whether time is measured, too.
+        factor: How many batches of the setup's are gathered.
+
+    """
+
+    name: str
+    title: str
+    setup: Setup
+    ways: tuple[Way, ...]
+    timed: bool = True
+    factor: int = 1
+
+
+def run_with_cache(**options: Any) -> Callable[[Any, Tensor], Tensor]:
+    """Cache and read the activation."""
+
     def run(model: Any, tokens: Tensor) -> Tensor:
         _, cache = model.run_with_cache(tokens, **options)
         activation: Tensor = cache[NAME]
@@ -61,7 +94,9 @@ def _recipe(model: Any, tokens: Tensor) -> Tensor:
     return torch.cat(kept)
 
 
-def _capture(*, stop: bool) -> Callable[[Any, Tensor], Tensor]:
+def capturing(*, stop: bool) -> Callable[[Any, Tensor], Tensor]:
+    """Capture the activation."""
+
     def run(model: Any, tokens: Tensor) -> Tensor:
         with capture(model, NAME, stop=stop) as acts:
             model(tokens)
@@ -70,25 +105,28 @@ def _capture(*, stop: bool) -> Callable[[Any, Tensor], Tensor]:
     return run
 
 
-def _bare(**options: Any) -> Callable[[Any, Tensor], None]:
+def bare(**options: Any) -> Callable[[Any, Tensor], None]:
+    """Run a forward without gradients, and capture nothing."""
+
     def run(model: Any, tokens: Tensor) -> None:
         model(tokens, **options)
 
-    return _no_grad(run)
+    return no_grad(run)
 
 
-class _EndForward(Exception):  # noqa: N818  a signal, not an error
+class EndForward(Exception):  # noqa: N818  a signal, not an error
     """Unwinds a forward."""
 
 
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the place where `capture(stop=True)` ends it, and keep nothing."""
-    with _hooked(model, NAME, _end), suppress(_EndForward):
+    with _hooked(model, NAME, end_forward), suppress(EndForward):
         model(tokens)
 
 
-def _end(*_: object) -> Never:
-    raise _EndForward
+def end_forward(*_: object) -> Never:
+    """End the forward that called this hook."""
+    raise EndForward
 
 
 @contextmanager
@@ -116,23 +154,25 @@ def _gather_by_recipe(model: Any, tokens: Tensor) -> Tensor:
 
     def keep(_module: object, _args: object, activation: Tensor) -> None:
         kept.append(activation.detach().clone())
-        raise _EndForward
+        raise EndForward
 
     with _hooked(model, NEURONS, keep):
         for batch in tokens.chunk(BATCHES):
-            with suppress(_EndForward):
+            with suppress(EndForward):
                 model(batch)
     return torch.cat(kept)
 
 
 def _gather_nothing(model: Any, tokens: Tensor) -> None:
-    with _hooked(model, NEURONS, _end):
+    with _hooked(model, NEURONS, end_forward):
         for batch in tokens.chunk(BATCHES):
-            with suppress(_EndForward):
+            with suppress(EndForward):
                 model(batch)
 
 
-def _no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
+def no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
+    """Run a way without gradients."""
+
     def without(model: Any, tokens: Tensor) -> T:
         with torch.no_grad():
             return run(model, tokens)
@@ -140,50 +180,64 @@ def _no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
     return without
 
 
-_everything = _run_with_cache()
-_filtered = _run_with_cache(names_filter=NAME)
-_filtered_stopped = _run_with_cache(names_filter=NAME, stop_at_layer=LAYER + 1)
+everything = run_with_cache()
+_filtered = run_with_cache(names_filter=NAME)
+filtered_stopped = run_with_cache(names_filter=NAME, stop_at_layer=LAYER + 1)
 
 LIMIT = "bare-stopped"
 
-WAYS = {
-    way.name: way
-    for way in (
-        Way("cache", "`run_with_cache(tokens)`", _everything),
-        Way("cache-nograd", "the same under `torch.no_grad()`", _no_grad(_everything)),
-        Way("filter", "`run_with_cache(tokens, names_filter=name)`", _filtered),
-        Way("filter-nograd", "the same under `torch.no_grad()`", _no_grad(_filtered)),
-        Way(
-            "filter-stop",
-            f"`run_with_cache(tokens, names_filter=name, stop_at_layer={LAYER + 1})`",
-            _filtered_stopped,
-        ),
-        Way("filter-stop-nograd", "the same under `torch.no_grad()`", _no_grad(_filtered_stopped)),
-        Way("recipe", "the hook recipe", _recipe),
-        Way("capture", "**`capture(model, name)`**", _capture(stop=False)),
-        Way("capture-stop", "**`capture(model, name, stop=True)`**", _capture(stop=True)),
-        Way("bare", "bare forward, nothing captured", _bare()),
-        Way(
-            "bare-stop-at-layer",
-            f"bare forward, `stop_at_layer={LAYER + 1}`",
-            _bare(stop_at_layer=LAYER + 1),
-        ),
-        Way(LIMIT, "bare forward, stopped at the hook: the limit", _bare_stopped),
-    )
-}
+BRIDGE_TABLE = Table(
+    "bridge",
+    f"one {NAME} of a bridge",
+    Setup(),
+    tuple(
+        Way(name, title, run, LIMIT)
+        for name, title, run in (
+            ("cache", "`run_with_cache(tokens)`", everything),
+            ("cache-nograd", "the same under `torch.no_grad()`", no_grad(everything)),
+            ("filter", "`run_with_cache(tokens, names_filter=name)`", _filtered),
+            ("filter-nograd", "the same under `torch.no_grad()`", no_grad(_filtered)),
+            (
+                "filter-stop",
+                f"`run_with_cache(tokens, names_filter=name, stop_at_layer={LAYER + 1})`",
+                filtered_stopped,
+            ),
+            (
+                "filter-stop-nograd",
+                "the same under `torch.no_grad()`",
+                no_grad(filtered_stopped),
+            ),
+            ("recipe", "the hook recipe", _recipe),
+            ("capture", "**`capture(model, name)`**", capturing(stop=False)),
+            ("capture-stop", "**`capture(model, name, stop=True)`**", capturing(stop=True)),
+            ("bare", "bare forward, nothing captured", bare()),
+            (
+                "bare-stop-at-layer",
+                f"bare forward, `stop_at_layer={LAYER + 1}`",
+                bare(stop_at_layer=LAYER + 1),
+            ),
+            (LIMIT, "bare forward, stopped at the hook: the limit", _bare_stopped),
+        )
+    ),
+)
 
-GATHER_LIMIT = "gather-bare"
-
-GATHER_WAYS = {
-    way.name: way
-    for way in (
-        Way("gather-recipe", "a list of clones, and `torch.cat`", _gather_by_recipe),
-        Way("gather", "**`capture(model, name, stop=True)`**", _gather(make_room=False)),
-        Way(
-            "gather-capacity",
-            "**`capture(model, name, stop=True, capacity=rows)`**",
-            _gather(make_room=True),
-        ),
-        Way(GATHER_LIMIT, "bare forwards, stopped at the hook", _gather_nothing),
-    )
-}
+GATHER_TABLE = Table(
+    "gathering",
+    f"{BATCHES} batches of {NEURONS} of a bridge",
+    Setup(batch=8 * BATCHES, tokens=64),
+    tuple(
+        Way(name, title, run, "gather-bare")
+        for name, title, run in (
+            ("gather-recipe", "a list of clones, and `torch.cat`", _gather_by_recipe),
+            ("gather", "**`capture(model, name, stop=True)`**", _gather(make_room=False)),
+            (
+                "gather-capacity",
+                "**`capture(model, name, stop=True, capacity=rows)`**",
+                _gather(make_room=True),
+            ),
+            ("gather-bare", "bare forwards, stopped at the hook", _gather_nothing),
+        )
+    ),
+    timed=False,
+    factor=BATCHES,
+)
