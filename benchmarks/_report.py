@@ -121,7 +121,7 @@ TIMES_LESS: tuple[tuple[str, str, Callable[[Result], float | None], float], ...]
 def rows(results: list[Result]) -> str:
     """Write the results as a Markdown table."""
     lines = [
-        "| way | captured, MiB | extra peak, MiB | x (limit + captured) | s | x limit | quartiles |",
+        "| way | captured, MiB | extra peak, MiB | x (limit + it) | s | x limit | quartiles |",
         "| --- | ---: | ---: | ---: | ---: | ---: | :---: |",
     ]
     for result in results:
