@@ -14,19 +14,25 @@ import typer
 
 from benchmarks._checks import measure_checks
 from benchmarks._models import Setup
+from benchmarks._plain import LIMIT as PLAIN_LIMIT
+from benchmarks._plots import LENGTHS, SERIES, draw
 from benchmarks._probe import Order
 from benchmarks._report import (
     Result,
     find_disagreement,
+    find_regressions,
     gather_rows,
     machine,
     rows,
     targets,
 )
+from benchmarks._sites import measure_sites, site_rows
 from benchmarks._tables import TABLES, WAYS
 from benchmarks._ways import Table, Way
 
 QUICK = Setup(batch=2, tokens=128, layers=8, heads=4, d_model=256, vocab=1001, context=128)
+MOST_TIMED = 12 * 2**30
+PLOTTED = Setup(batch=4, context=2048)
 QUICK_CASES = (
     "filter-stop",
     "capture-stop",
@@ -85,7 +91,7 @@ def measure_memory(setup: Setup, ways: Sequence[str], *, processes: int) -> list
 
 def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeats: int) -> None:
     """Time all ways that fit, round by round, and add the times to the results."""
-    fitting = {result.way: result for result in results if not result.does_not_fit}
+    fitting = {result.way: result for result in results if _is_timed(result)}
     order = Order(setup, tuple(fitting), timed=True, repeats=repeats)
     for number in range(rounds):
         _say(f"time, round {number + 1} of {rounds}")
@@ -96,15 +102,22 @@ def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeat
             fitting[way].seconds.extend(seconds)
 
 
+def _is_timed(result: Result) -> bool:
+    """Leave out what does not fit, alone or beside the other models."""
+    return not result.does_not_fit and (result.peak_bytes or 0) < MOST_TIMED
+
+
 def main(
     *,
     case: Annotated[
         list[str] | None,
-        typer.Option(help=f"A table or a way; repeatable. {', '.join([*TABLES, *WAYS])}."),
+        typer.Option(help=f"A table or a way; repeatable. {', '.join([*TABLES, 'sites', *WAYS])}."),
     ] = None,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Only see that it works: tiny, whatever sizes are given."),
+        typer.Option(
+            "--quick", help="Only see that it works, and fits: tiny, whatever sizes are given."
+        ),
     ] = False,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
     tokens: Annotated[
@@ -114,6 +127,10 @@ def main(
     repeats: Annotated[int, typer.Option(min=1, help="Passes over all ways in each.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = Setup.threads,
     device: Annotated[str, typer.Option(help="Device of the model, such as cuda.")] = Setup.device,
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="A folder for plots; what they show is measured for them."),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Where to write all that was measured.")
     ] = None,
@@ -125,7 +142,9 @@ def main(
     """
     if quick:
         rounds, repeats = 1, 2
-    load, found = _load(), {}
+    load = _load()
+    found: dict[str, Any] = {}
+    regressions: list[str] = []
     for table, ways in _chosen(case or (QUICK_CASES if quick else TABLES)):
         setup = replace(QUICK, batch=QUICK.batch * table.factor) if quick else table.setup
         if not quick:
@@ -135,12 +154,21 @@ def main(
         if table.timed:
             measure_time(setup, results, rounds=rounds, repeats=repeats)
         _print(table, setup, results, passes=rounds * repeats)
-        if not quick:
-            print("\n".join(targets(results)))
+        regressions += find_regressions(results) if quick else []
+        print("" if quick else "\n".join(targets(results)))
         found[table.name] = {
             "setup": asdict(setup),
             "results": [asdict(result) for result in results],
         }
+    if plot:
+        lengths = _measure_lengths(replace(PLOTTED, threads=threads, device=device))
+        draw(lengths, plot)
+        found["lengths"] = {
+            length: [asdict(result) for result in results] for length, results in lengths.items()
+        }
+    if not case or "sites" in case:
+        found["sites"] = measure_sites(replace(QUICK, threads=1), rounds=3 if quick else 41)
+        print(site_rows(found["sites"]), end="\n\n")
     if not case:
         site, field = measure_checks(replace(QUICK, threads=threads))
         print(f"checks: {site:.1f} us a site and firing, {field:.0f} us a field and block\n")
@@ -148,6 +176,19 @@ def main(
     if json_file:
         head = {"machine": machine(), "load": [load, _load()]}
         json_file.write_text(json.dumps(head | found, indent=1) + "\n")
+    if regressions:
+        sys.exit("\n".join(regressions))
+
+
+def _measure_lengths(setup: Setup) -> dict[int, list[Result]]:
+    ways = [way for way in TABLES["plain"].ways if way.name in {*SERIES, PLAIN_LIMIT}]
+    found = {}
+    for length in LENGTHS:
+        _say(f"sequences of {length} tokens")
+        setup = replace(setup, tokens=length)
+        found[length] = _compare(setup, ways, processes=1)
+        measure_time(setup, found[length], rounds=1, repeats=max(1, 1024 // length))
+    return found
 
 
 def _given(**options: int | None) -> dict[str, Any]:
@@ -170,11 +211,11 @@ def _compare(setup: Setup, ways: Sequence[Way], *, processes: int) -> list[Resul
 def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
     """Put the ways that are asked for in the order of their tables, with the limits of them."""
     asked = set(cases)
-    unknown = asked - set(TABLES) - set(WAYS)
+    unknown = asked - {*TABLES, *WAYS, "sites"}
     if unknown:
         raise typer.BadParameter(
             f"there is no case {', '.join(sorted(unknown))}; choose from "
-            f"{', '.join([*TABLES, *WAYS])}",
+            f"{', '.join([*TABLES, 'sites', *WAYS])}",
             param_hint="--case",
         )
     for table in TABLES.values():

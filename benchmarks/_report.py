@@ -19,6 +19,8 @@ from benchmarks._ways import BATCHES
 MIB = 2**20
 MOST_MEMORY = 1.05
 MOST_TIME = 1.03
+MOST_QUICK = 1.1
+OURS = ("capture-stop", "plain-capture-stop", "gather")
 LIBRARIES = ("torch", "transformer_lens", "transformers", "nnsight")
 TOLERANCE = 1e-4
 """Between eager attention and sdpa, in float32."""
@@ -84,6 +86,15 @@ def memory_ratio(result: Result, results: list[Result]) -> float | None:
         return None
     beside = [other.payload_bytes for other in results if WAYS[other.way].limit == name]
     return result.peak_bytes / (limit.peak_bytes + (0 if limit.payload_bytes else max(beside)))
+
+
+def find_regressions(results: list[Result]) -> list[str]:
+    """Say which of our ways take more memory than they may, tiny as the model is."""
+    return [
+        f"{result.way} takes {ratio:.2f} x (limit + captured) of memory, at most {MOST_QUICK}"
+        for result in results
+        if result.way in OURS and (ratio := memory_ratio(result, results) or 0) > MOST_QUICK
+    ]
 
 
 def time_ratio(result: Result) -> Ratio | None:
