@@ -104,10 +104,13 @@ class Places:
     def _read(self, name: str) -> Place:
         if name not in self._translated:
             module, reading = self.translation.points[name]
-            names = next(names for names in self.translation.listed() if names[0] == name)
-            siblings = {*self.translation.points, *self.translation.inside}
             self._translated[name] = Place(
-                name, tuple(names), module, is_hook_point=False, siblings=siblings, reading=reading
+                name,
+                tuple(self.translation.names[name]),
+                module,
+                is_hook_point=False,
+                siblings=self.translation.siblings,
+                reading=reading,
             )
         return self._translated[name]
 
@@ -147,7 +150,7 @@ class Places:
 
     def listed_translated(self) -> list[list[str]]:
         """List TransformerLens' names in a plain model of Hugging Face's, as they run."""
-        return sorted(self.translation.listed(), key=lambda names: running_order(names[0]))
+        return sorted(self.translation.names.values(), key=lambda names: running_order(names[0]))
 
     def matching(self, accept: Callable[[str], bool], *, hooked: bool = True) -> list[str]:
         """List what `accept` accepts, each place once, under the first such name of it.

@@ -60,16 +60,24 @@ class Heads:
     def __call__(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         if self.index is None:
             return _split(activation, -1, self.d_head)
-        heads = self.index.view(-1, self.d_head)
-        start, stride = int(heads[0, 0]), int(heads[-1, 0] - heads[0, 0]) // max(len(heads) - 1, 1)
-        is_regular = torch.equal(self.index, _regular(start, stride, *heads.shape))
-        if is_regular and stride in {0, self.d_head}:  # side by side, or but one
-            return _split(activation.narrow(-1, start, len(self.index)), -1, self.d_head)
-        is_interleaved = activation.shape[-1] == stride * len(heads) and start < stride
-        if is_regular and is_interleaved:
+        features = len(self.index)
+        start, stride = self._layout
+        if stride in {0, self.d_head}:  # side by side, or but one
+            return _split(activation.narrow(-1, start, features), -1, self.d_head)
+        if activation.shape[-1] * self.d_head == stride * features and start < stride:
             return _split(activation, -1, stride).narrow(-1, start, self.d_head)
         index = self.index.to(activation.device)
         return _split(activation.index_select(-1, index), -1, self.d_head)
+
+    @functools.cached_property
+    def _layout(self) -> tuple[int, int]:
+        """Where the first head starts, and how far on the next; -1 where there is no rule to it."""
+        if self.index is None:
+            return 0, self.d_head
+        heads = self.index.view(-1, self.d_head)
+        start, stride = int(heads[0, 0]), int(heads[-1, 0] - heads[0, 0]) // max(len(heads) - 1, 1)
+        is_regular = torch.equal(self.index, _regular(start, stride, *heads.shape))
+        return start, stride if is_regular else -1
 
 
 def _split(activation: Tensor, *sizes: int) -> Tensor:
@@ -105,12 +113,18 @@ class Translation:
         name = self.aliases.get(name, name)
         return name if name in self.points else None
 
-    def listed(self) -> list[list[str]]:
-        """List the names of each hook point, the canonical one first."""
+    @functools.cached_property
+    def names(self) -> dict[str, list[str]]:
+        """The names of each hook point, by the canonical one, which comes first."""
         named = {name: [name] for name in self.points}
         for alias, name in self.aliases.items():
             named[name].append(alias)
-        return [*named.values()]
+        return named
+
+    @functools.cached_property
+    def siblings(self) -> set[str]:
+        """The names of all hook points that a bridge has."""
+        return {*self.points, *self.inside}
 
     def why_not(self, name: str) -> str:
         """Say why a hook point of a bridge is not among them, and what to do."""
@@ -186,6 +200,7 @@ class _Walk:
     found: Translation
     d_head: int
     is_eager: bool
+    divided: dict[Any, list[Heads]] = field(default_factory=dict)
 
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
         for key, component in components.items():
@@ -227,8 +242,10 @@ class _Walk:
         points = self.found.points
         joint, _ = points.pop(f"{path}.qkv.hook_out")
         del points[f"{path}.qkv.hook_in"]
-        for key, index in zip("qkv", _divided(component, module), strict=True):
-            heads = Heads(self.d_head, index)
+        if component not in self.divided:  # it stands for the attention of all layers
+            divided = _divided(component, module)
+            self.divided[component] = [Heads(self.d_head, index) for index in divided]
+        for key, heads in zip("qkv", self.divided[component], strict=True):
             points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
             points[f"{path}.{key}.hook_out"] = (joint, Reading("out", part=heads))
 
