@@ -28,7 +28,7 @@ from actctx._sequences import (
     run,
     tokenize,
 )
-from actctx._table import format_bytes, shortened
+from actctx._table import dtype_name, format_bytes, shortened
 
 try:
     import typer
@@ -322,7 +322,7 @@ def _print_sizes(acts: Activations, cache_bytes: int, texts: int) -> None:
     table = _table("site", "axes", "shape", "dtype", "bytes")
     table.columns[-1].justify = "right"
     for name, tensor in acts.items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor.dtype)
         size = format_bytes(tensor.nbytes)
         table.add_row(name, " ".join(acts.axes(name)), str(tuple(tensor.shape)), dtype, size)
     _print(table)

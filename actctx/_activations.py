@@ -326,9 +326,8 @@ class Activations(_Tensors):
     def _repr_html_(self) -> str:
         held = [self._estimate(*tokens) for tokens in self._tokens.elements()]
         known = [nbytes for nbytes in held if nbytes]
-        if not known or len(known) < len(held):
-            return as_html(*self._summary())
-        if sum(known) < self.nbytes:  # as each site has a copy of its own
+        # More may be captured than would be cached, since each site has a copy of its own.
+        if not known or len(known) < len(held) or sum(known) < self.nbytes:
             return as_html(*self._summary())
         cache = format_bytes(sum(known))
         return as_html(*self._summary(f" of about {cache} that run_with_cache would hold"))

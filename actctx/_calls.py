@@ -80,9 +80,10 @@ class Call:
         call = inspect.BoundArguments(function.signature, ordered)
         return function.function(*call.args, **call.kwargs)
 
-    def finish(self, **result: Any) -> None:
-        """Check what the call has left; `result` holds what it gives back, as `return`."""
-        self.opening.finish(self._function.claims({**self._bound.arguments, **result}))
+    def finish(self, *result: Any) -> None:
+        """Check what the call has left, and its result, where it has one."""
+        returned = dict(zip(["return"], result, strict=False))
+        self.opening.finish(self._function.claims(self._bound.arguments | returned))
 
     def give(self, result: Any) -> Any:
         """Return what a call gives back: a function that received the buffer has it already."""
@@ -185,6 +186,12 @@ def _name_of(function: Any) -> str:
 def model_of(
     model: ModelOf | None, arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any
 ) -> nn.Module:
+    """Find the model of a call.
+
+    Raises:
+        OptionError: There is none.
+
+    """
     if isinstance(model, nn.Module):
         return model
     if model is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._select import Owned, Rows, cast_dtype, plain_mode
-from actctx._table import Row
+from actctx._table import Row, dtype_name
 from actctx._typed import Sizes
 
 
@@ -188,7 +188,7 @@ class Column:
             site=self.key + several,
             axes=" ".join(self.axes),
             shape=self.shape(),
-            dtype=str(first.dtype).removeprefix("torch."),
+            dtype=dtype_name(first.dtype),
             device=str(first.device),
             nbytes=self.nbytes,
         )

@@ -113,7 +113,6 @@ def captures(
     check_names(names)
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
-
     handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations
 
     def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture[Any]:
@@ -155,7 +154,7 @@ def _wrapper(function: Function) -> Callable[..., Any]:
         call = Call(function, args, kwargs)
         with call.opening:
             result = call.start()
-        call.finish(**{"return": result})
+        call.finish(result)
         return call.give(result)
 
     return wrapper
@@ -166,7 +165,7 @@ def _around_coroutine(function: Function) -> Callable[..., Any]:
         call = Call(function, args, kwargs, scope="context")
         with call.opening:
             result = await call.start()
-        call.finish(**{"return": result})
+        call.finish(result)
         return call.give(result)
 
     return wrapper

@@ -50,7 +50,7 @@ class Expected:
             axis if size in {None, self.model_sizes.get(axis, size)} else str(size)
             for axis, size in zip(self.axes, self.sizes, strict=True)
         )
-        return f"write {suggested(hint, tuple(dims))}"
+        return f"write {suggested(hint, dims)}"
 
 
 def refuse_impossible(what: str, hint: Any, expected: Expected) -> None:

@@ -56,8 +56,7 @@ class Field:
 
     def apart(self) -> str:
         """Write the annotation that keeps stacked layers apart."""
-        dims = self.hint.dim_str.split()[1:]
-        return f"dict[str, {suggested(self.hint, tuple(dims))}]"
+        return f"dict[str, {suggested(self.hint, self.hint.dim_str.split()[1:])}]"
 
     def annotate(self, hint: object) -> None:
         """Take the annotation: of one tensor, or of a dict of tensors by hook name."""

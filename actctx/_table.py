@@ -27,6 +27,11 @@ def format_bytes(nbytes: int) -> str:
     return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
 
 
+def dtype_name(dtype: object) -> str:
+    """Write a torch dtype without its module, as in `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def counted(count: int, word: str) -> str:
     """Write a number of things, as in `2 forwards`."""
     return f"{count} {word}{'s' * (count != 1)}"

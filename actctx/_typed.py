@@ -20,6 +20,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import TypedError
+from actctx._table import dtype_name
 
 Sizes = tuple[int | None, ...]
 """The size of each axis in elements, None where it is not known beforehand."""
@@ -45,7 +46,12 @@ def shown(hint: Any) -> str:
     if not is_array_type(hint):
         is_class = isinstance(hint, type) and not get_args(hint)
         return hint.__name__ if is_class else repr(hint).replace("jaxtyping.", "")
-    return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{hint.dim_str}"]'
+    return suggested(hint, hint.dim_str.split())
+
+
+def suggested(hint: Any, dims: Iterable[str]) -> str:
+    """Write an annotation of a tensor with other dimensions."""
+    return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{" ".join(dims)}"]'
 
 
 def spec_of(dtype: torch.dtype, axes: Axes, sizes: Sizes) -> type:
@@ -60,7 +66,7 @@ def spec_of(dtype: torch.dtype, axes: Axes, sizes: Sizes) -> type:
 
 def word_of(dtype: torch.dtype) -> Any:
     """Find the jaxtyping word for one dtype, such as `Float32`."""
-    name = str(dtype).removeprefix("torch.")
+    name = dtype_name(dtype)
     for word in vars(jaxtyping).values():
         if isinstance(word, type) and issubclass(word, AbstractDtype) and word is not AbstractDtype:
             names = word.dtypes if isinstance(word.dtypes, list | tuple) else ()
@@ -175,7 +181,7 @@ def _incalculable(claim: Claim, error: AnnotationError) -> str:
 
 def _described(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+        return f"{dtype_name(value.dtype)} {tuple(value.shape)}"
     return f"a {type(value).__name__}"
 
 
@@ -184,14 +190,13 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
     hint, value = claim.hint, claim.value
     if not (is_array_type(hint) and isinstance(value, Tensor)):
         return None
-    dtype = str(value.dtype).removeprefix("torch.")
     if isinstance(value, hint.array_type) and not isinstance(value, any_shape(hint)):
         written = f"write {word_of(value.dtype).__name__}"
         only = getattr(torch, hint.dtypes[0], None) if len(hint.dtypes) == 1 else None
         if value.is_floating_point() and only is not None and only.is_floating_point:
             how = "pass it in" if claim.axes is None else "capture with"
             written += f", or {how} dtype={only}"
-        return f"{hint.dtype.__name__} does not hold {dtype}; {written}"
+        return f"{hint.dtype.__name__} does not hold {dtype_name(value.dtype)}; {written}"
     dims = hint.dim_str.split()
     if not ranks_agree(dims, len(value.shape)):
         written = (
@@ -209,14 +214,12 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
 
 
 def any_shape(hint: Any) -> Any:
+    """Return an annotation that is as one of a tensor, but for the shape."""
     return hint.dtype[hint.array_type, "..."]
 
 
-def suggested(hint: Any, axes: Axes) -> str:
-    return f'{hint.dtype.__name__}[{hint.array_type.__name__}, "{" ".join(axes)}"]'
-
-
 def count_axes(count: int) -> str:
+    """Write a number of axes, as in `2 axes`."""
     return f"{count} ax{'i' if count == 1 else 'e'}s"
 
 
@@ -225,6 +228,7 @@ def _is_variadic(dim: str) -> bool:
 
 
 def ranks_agree(dims: list[str], rank: int) -> bool:
+    """Tell whether an annotation's dimensions can be those of a tensor of this rank."""
     variadic = sum(map(_is_variadic, dims))
     return len(dims) - variadic <= rank if variadic else len(dims) == rank
 

@@ -253,8 +253,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
             f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
             f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
         )
-    left = site.selector.axes_after(axes)
-    left = left if site.rows is None else site.rows.axes_after(left)
+    left, _ = site.selected(axes)
     if join not in left and not (join == "pos" and "query" in left):
         raise AxisError(
             f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
