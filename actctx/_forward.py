@@ -238,8 +238,8 @@ class Interceptor:
         return output
 
     def _check_cache(self, given: dict[str, Any]) -> None:
-        for name in ("past_key_values", "past_kv_cache", "cache_params"):
-            if given.get(name) is not None:
+        for name in ("past_key_values", "cache", "past_kv_cache", "cache_params"):
+            if given.get(name) is not None and not isinstance(given[name], bool):
                 raise StoppedError(
                     f"this forward of {self._name} was given {name}, a cache that a capture with "
                     "stop=True would leave half filled, since not all layers run; to use a cache, "

@@ -71,6 +71,9 @@ _JOINT_CONFIGS = {
 GENERATION = int(version("transformer_lens").split(".")[0])
 # The T5 bridge of TransformerLens 3.9 does not run on transformers 5.
 HAS_T5 = GENERATION >= 4
+# What bridges up to TransformerLens 4.3 run right with: with 5.24 they lose the KV cache, which it
+# renamed, and CodeGen's do not run at all.
+OLD_CACHE = tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)
 ARCHITECTURES = tuple(name for name in _CONFIGS if HAS_T5 or not name.startswith("T5"))
 
 

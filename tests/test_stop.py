@@ -3,6 +3,7 @@
 import copy
 import functools
 import gc
+import inspect
 import math
 import operator
 import pickle
@@ -204,20 +205,24 @@ def test_generate_of_hugging_face_under_stop_is_an_error(llama, ids):
     assert hooks_of(llama) == before
 
 
-@pytest.mark.parametrize("by_name", [True, False])
-def test_a_cache_of_the_caller_is_refused_before_it_is_filled(llama, ids, by_name):
+@pytest.mark.parametrize("given", ["past_key_values", "cache", "by position"])
+def test_a_cache_of_the_caller_is_refused_before_it_is_filled(llama, ids, given):
+    own = inspect.signature(llama.forward).parameters
+    if given == "cache" and given not in own:
+        pytest.skip("this transformers has no such argument")
     with torch.no_grad():
         cache = llama(ids[:, :5]).past_key_values
     ran = []
     handle = llama.model.embed_tokens.register_forward_hook(lambda *args: ran.append(args))
     with pytest.raises(StoppedError) as caught, capture(llama, "model.layers.0", stop=True):
-        if by_name:
-            llama(ids[:, 5:], past_key_values=cache)
-        else:
+        if given == "by position":
             llama(ids[:, 5:], None, None, cache)
+        else:
+            llama(ids[:, 5:], **{given: cache})
     handle.remove()
+    named = list(own)[3] if given == "by position" else given
     assert str(caught.value) == (
-        "this forward of LlamaForCausalLM was given past_key_values, a cache that a capture with "
+        f"this forward of LlamaForCausalLM was given {named}, a cache that a capture with "
         "stop=True would leave half filled, since not all layers run; to use a cache, or to call "
         "generate(), capture with stop=False"
     )

@@ -12,6 +12,7 @@ from models import (
     GENERATION,
     HAS_T5,
     JOINT,
+    OLD_CACHE,
     Mlp,
     bridge,
     hooks_of,
@@ -37,6 +38,12 @@ def architecture(request):
     return request.param
 
 
+def _of_a_bridge(architecture):
+    if architecture == "CodeGenForCausalLM" and not OLD_CACHE:
+        pytest.skip("its bridge does not run with this transformers")
+    return plainly_hooked(bridge(architecture), tokens())
+
+
 def _shaped_as(found, expected):
     """Give the shape of a bridge's to what Hugging Face flattens or broadcasts."""
     if found.dim() == expected.dim() - 1:  # the MLP of OPT has a row a token
@@ -48,12 +55,11 @@ def _shaped_as(found, expected):
 def test_every_name_is_captured_as_on_a_bridge(architecture, attention):
     if attention == "sdpa" and architecture in EAGER_ONLY:
         pytest.skip("Hugging Face has no other attention for it")
-    ids = tokens()
-    expected = plainly_hooked(bridge(architecture), ids)
+    expected = _of_a_bridge(architecture)
     model = huggingface(architecture, attention=attention)
     before = hooks_of(model)
     with capture(model, "**.hook_*") as acts:
-        model(ids)
+        model(tokens())
     assert hooks_of(model) == before
     assert len(acts) > 40
     for name in acts:
@@ -81,7 +87,7 @@ def test_names_and_aliases_are_those_of_a_bridge(architecture):
 def test_what_is_missing_is_what_hugging_face_computes_inside(architecture):
     model = huggingface(architecture, attention="eager")
     names = set(hook_names(model, "**.hook_*"))
-    for name in plainly_hooked(bridge(architecture), tokens()):
+    for name in _of_a_bridge(architecture):
         if name not in names:
             with pytest.raises(HookNameError, match="computes it inside, if at all"):
                 capture(model, name)
