@@ -64,12 +64,9 @@ class Activations(_Tensors):
         self._tokens: Counter[tuple[int, int]] = Counter()
         self._kept = Kept()
 
-    def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> None:
-        """Prepare for a site, before it fires."""
+    def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> Column:
+        """Prepare for a site, and return what it will leave, for a hook to add to."""
         self._columns[key] = Column(key, names, self._join, capacity)
-
-    def column(self, key: str) -> Column:
-        """Return what a site left, for a hook that is about to add to it."""
         return self._columns[key]
 
     def single(self, name: str) -> Column:
@@ -92,12 +89,15 @@ class Activations(_Tensors):
     def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
         """Take what one forward left: for each site that fired, a tensor for each firing."""
         self._forwards += 1
-        chunks = (chunk for firings in forward.values() for chunk in firings)
-        self._tokens[max((chunk.tokens for chunk in chunks), default=(0, 0))] += 1
+        tokens = (0, 0)
         for key, firings in forward.items():
             self._order.setdefault(key)
-            self._columns[key].write(firings)
-        self._kept.add(firings for key, firings in forward.items() if not self._columns[key].rooms)
+            column = self._columns[key]
+            column.write(firings)
+            tokens = max(tokens, firings[0].tokens)
+            self._kept.add(() if column.rooms else firings)
+        self._tokens[tokens] += 1
+        self._kept.trim()
 
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.

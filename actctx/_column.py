@@ -1,7 +1,6 @@
 """What one site left, and how it becomes one tensor."""
 
 import ctypes
-import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -337,14 +336,14 @@ class Kept:
     nbytes: int = 0
     trimmed: int = 0
 
-    def add(self, firings: Iterable[Sequence[Owned]]) -> None:
-        """Note what one forward left.
-
-        Between what is kept lie holes of what was freed, which would come to as much again.
-        """
-        for chunk in itertools.chain.from_iterable(firings):
-            if chunk.value.device.type == "cpu":
+    def add(self, firings: Iterable[Owned]) -> None:
+        """Note what a site left in one forward."""
+        for chunk in firings:
+            if chunk.value.is_cpu:
                 self.nbytes += chunk.value.nbytes
+
+    def trim(self) -> None:
+        """Give back the holes of what was freed between what is kept, which come to as much."""
         if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
             self.trimmed = self.nbytes
             give_back_to_system()

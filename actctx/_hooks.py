@@ -139,5 +139,6 @@ class _InputHook(_SiteHook):
 
 class _OutputHook(_SiteHook):
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self.check(module)
+        if module is not self._module():  # asked here first, since calling costs as much
+            self.check(module)
         self._fire(output)

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._axes import fired_axes
 from actctx._caches import estimate_cache_bytes
+from actctx._column import Column
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, Watcher, frame_of
@@ -27,7 +29,7 @@ from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
-from actctx._watched import Options, WatchedSite
+from actctx._watched import Options, WatchedSite, why_silent
 
 B = TypeVar("B")
 """What is handed over: the buffer, or a `Schema` before it."""
@@ -36,6 +38,15 @@ Scope = Literal["block", "context", "thread"]
 
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
 _NUMBERS = itertools.count()
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a site since its last firing: its shape, and the tokens that it covers."""
+
+    column: Column
+    shape: torch.Size | None = None
+    tokens: tuple[int, int] = (0, 0)
 
 
 class Opening(Generic[B]):
@@ -86,6 +97,12 @@ class Opening(Generic[B]):
             site for site in sites if site.place.module is model and not site.place.is_hook_point
         ]
         self._hooked = [site for site in sites if site not in self._roots]
+        # Those whose firing is known to be the one that is wanted only at the end of a forward.
+        self._late = {
+            site.key: site.firing
+            for site in sites
+            if site.firing is not None and not site.is_known_at_once
+        }
         self._options = options
         self._scope = scope
         self._number = next(_NUMBERS)
@@ -96,8 +113,10 @@ class Opening(Generic[B]):
         self._undo: list[Action] = []
         self.detach = functools.partial(take_back, self._undo)
         weakref.finalize(self, take_back, self._undo)
-        for site in sites:
-            self.buffer.expect(site.key, site.place.names, options.capacity)
+        self._seen = {
+            site.key: _Seen(self.buffer.expect(site.key, site.place.names, options.capacity))
+            for site in sites
+        }
 
     def attach(self) -> B:
         """Put the hooks on, all or none.
@@ -190,68 +209,100 @@ class Opening(Generic[B]):
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""
         self._ran += 1
-        for site in self._sites:
-            if not site.is_known_at_once and site.key in forward:
-                last = forward[site.key]
-                forward[site.key] = last[:1] if len(last) == -(site.firing or 0) else []
-        forward = {key: firings for key, firings in forward.items() if firings}
+        for key, firing in self._late.items():
+            last = forward.pop(key, [])
+            if last and len(last) == -firing:
+                forward[key] = last[:1]
         self._fired.update(forward)
         if forward:
             self.buffer.write(forward)
 
     def fire(self, site: WatchedSite, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
-        frame = frame_of(self)
+        frame = Frame.running()
+        if frame is None or self not in frame.staged:
+            frame = frame_of(self)
         if frame is None:
-            recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
-            # As `generate` calls an encoder by itself: a forward of one firing, its first and last.
-            if self.is_visible() and not recomputes and site.firing in {None, 0, -1}:
-                self.write({site.key: [self._own(site, value, None, 0)]})
+            self._fire_outside(site, value)
             return
-        number = frame.count(self, site.key)
-        if site.firing is not None and 0 <= site.firing != number:
-            return
-        staged = frame.staged[self].setdefault(site.key, [])
-        staged.append(self._own(site, value, frame, len(staged)))
+        if site.firing is not None:
+            number = frame.count(self, site.key)
+            if 0 <= site.firing != number:
+                return
+        staged = frame.staged[self]
+        owned = self._own(site, value, frame, len(staged.get(site.key, ())))
+        firings = staged.setdefault(site.key, [])
+        firings.append(owned)
         if site.is_known_at_once:
             frame.satisfy(self, site.key)
         else:
-            del staged[: site.firing]
+            del firings[: site.firing]
+
+    def _fire_outside(self, site: WatchedSite, value: Any) -> None:
+        """Capture from a part that is called by itself, as `generate` calls an encoder."""
+        recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
+        # A forward of one firing, its first and last.
+        if self.is_visible() and not recomputes and site.firing in {None, 0, -1}:
+            self.write({site.key: [self._own(site, value, None, 0)]})
 
     def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
-        activation = tensor_of(site.shown, value, site.output)
+        plain = site.output is None and isinstance(value, Tensor)
+        activation: Tensor = value if plain else tensor_of(site.shown, value, site.output)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
-        site.check_axes(activation)
-        site.selector.check(activation.shape)
+        seen = self._seen[site.key]
+        if activation.shape != seen.shape or not seen.column.firings:
+            self._check(site, activation.shape, seen)
+        if activation.requires_grad and not self.grad:
+            activation = activation.detach()
+        if torch.is_inference_mode_enabled():
+            with plain_mode():
+                return self._take(site, activation, frame, number)._replace(tokens=seen.tokens)
+        if site.takes_all and self._options.capacity is None:  # what `_take` comes to, at once
+            return Owned(
+                activation.clone(memory_format=torch.contiguous_format), tokens=seen.tokens
+            )
+        return self._take(site, activation, frame, number)._replace(tokens=seen.tokens)
+
+    def _check(self, site: WatchedSite, shape: torch.Size, seen: _Seen) -> None:
+        """Check an activation of another shape than the last, and note its axes if it is the first.
+
+        Raises:
+            AxisError, SelectionError, TypedError: Its axes or sizes are not what was asked for.
+
+        """
+        site.check_axes(shape)
+        site.selector.check(shape)
         if self._options.check:
-            site.check_sizes(activation.shape)
-        column = self.buffer.column(site.key)
+            site.check_sizes(shape)
+        column = seen.column
         if not column.firings:
-            axes = fired_axes(site.place.name, site.known_axes, activation.dim())
-            wrong = site.wrong_axes(activation.shape)  # of a site that a pattern matched
+            axes = fired_axes(site.place.name, site.known_axes, len(shape))
+            wrong = site.wrong_axes(shape)  # of a site that a pattern matched
             axes = tuple("_" if axis in wrong else axis for axis in axes)
             column.axes, column.sizes = site.selected(axes)
-            column.batch_dropped = site.selector.drops(0, activation.dim())
-        tokens = site.tokens_of(activation.shape)
-        with plain_mode():
-            if not self.grad:
-                activation = activation.detach()
-            selected = site.selector.select(activation)
-            rows = None
-            if site.rows is not None:
-                rows = self._rows(site.rows, site.place, selected, frame)
-                selected = site.rows.keep(selected, rows.where)
-            owned = own(
-                selected,
-                copied=site.selector.copies or rows is not None,
-                dtype=site.dtype,
-                device=site.device,
-                room=column.room(
-                    0 if site.firing == -1 else number, selected, site.dtype, site.device
-                ),
-            )
-        return owned._replace(rows=rows, tokens=tokens)
+            column.batch_dropped = site.selector.drops(0, len(shape))
+        seen.shape, seen.tokens = shape, site.tokens_of(shape)
+
+    def _take(
+        self, site: WatchedSite, activation: Tensor, frame: Frame | None, number: int
+    ) -> Owned:
+        selected = site.selector.select(activation)
+        rows = None
+        if site.rows is not None:
+            rows = self._rows(site.rows, site.place, selected, frame)
+            selected = site.rows.keep(selected, rows.where)
+        room = self._seen[site.key].column.room(
+            0 if site.firing == -1 else number, selected, site.dtype, site.device
+        )
+        owned = own(
+            selected,
+            copied=site.selector.copies or rows is not None,
+            dtype=site.dtype,
+            device=site.device,
+            room=room,
+        )
+        return owned._replace(rows=rows)
 
     def _rows(
         self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
@@ -313,7 +364,7 @@ class Opening(Generic[B]):
         if self._ran and silent:
             names = shortened([site.shown for site in silent])
             forwards = counted(self._ran, "forward")
-            reason = _why_silent(self._model, silent[0])
+            reason = why_silent(self._model, silent[0])
             raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")
 
 
@@ -344,17 +395,3 @@ def _enter(number: int) -> None:
 
 def _leave(number: int) -> None:
     _OPEN.set(_OPEN.get() - {number})
-
-
-def _why_silent(model: nn.Module, site: WatchedSite) -> str:
-    reason = why_it_never_fires(model, site.place)
-    if reason:
-        return reason
-    if site.firing is not None:
-        return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
-    if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
-        kind = type(site.place.module).__name__
-        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
-    if site.place.is_hook_point:
-        return "the forwards did not reach this hook point; see actctx.hook_names(model)"
-    return "the forwards did not call this module, or only its .forward, which skips hooks"

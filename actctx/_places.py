@@ -1,7 +1,7 @@
 """The places of a model: its hook points and modules, under all of their names."""
 
 import functools
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -63,13 +63,6 @@ class Places:
     def __init__(self, model: nn.Module) -> None:
         self._model = model = uncompiled(model)
         self.hook_points: Mapping[str, nn.Module] = getattr(model, "hook_dict", None) or {}
-        modules = dict(model.named_modules(remove_duplicate=False))
-        hooked = {id(module) for module in self.hook_points.values()}
-        self.modules = {n: module for n, module in modules.items() if id(module) not in hooked}
-        self._names: dict[int, list[str]] = {}
-        for named in (self.hook_points, self.modules):
-            for name, module in named.items():
-                self._names.setdefault(id(module), []).append(name)
         self._made: dict[int, Place] = {}
         self._translated: dict[str, Place] = {}
         config = getattr(model, "cfg", None)
@@ -94,6 +87,21 @@ class Places:
         return self._made[id(module)]
 
     @functools.cached_property
+    def modules(self) -> Mapping[str, nn.Module]:
+        """The modules that are no hook points: on a bridge thousands, so listed when needed."""
+        hooked = {id(module) for module in self.hook_points.values()}
+        modules = self._model.named_modules(remove_duplicate=False)
+        return {name: module for name, module in modules if id(module) not in hooked}
+
+    @functools.cached_property
+    def _hook_point_names(self) -> Mapping[int, list[str]]:
+        return _grouped(self.hook_points)
+
+    @functools.cached_property
+    def _module_names(self) -> Mapping[int, list[str]]:
+        return _grouped(self.modules)
+
+    @functools.cached_property
     def translation(self) -> Translation:
         """TransformerLens' names, where the model is a plain one of Hugging Face's."""
         is_plain = not self.hook_points and hasattr(
@@ -116,7 +124,7 @@ class Places:
 
     def names_of(self, module: nn.Module) -> list[str]:
         """List the names of a module, first the one that the model itself gives it."""
-        names = self._names.get(id(module), [])
+        names = self._hook_point_names.get(id(module)) or self._module_names.get(id(module), [])
         own = vars(module).get("name") if is_hook_point(module) else None
         return [own, *(name for name in names if name != own)] if own in names else names
 
@@ -125,11 +133,12 @@ class Places:
 
         A bridge lists its hook points alphabetically, layer 10 before layer 2.
         """
-        hook_points = self._unique(self.hook_points) or [
+        return sorted(self._hooked(), key=_running_order) or self.listed_modules()
+
+    def _hooked(self) -> list[list[str]]:
+        return self._unique(self.hook_points) or [
             names for names in self._unique(self.modules) if is_hook_point(self.modules[names[0]])
         ]
-        hook_points.sort(key=lambda names: running_order(names[0]))
-        return hook_points or self.listed_modules()
 
     def listed_modules(self) -> list[list[str]]:
         """List the names of modules; those that a bridge wrapped are left out."""
@@ -150,7 +159,7 @@ class Places:
 
     def listed_translated(self) -> list[list[str]]:
         """List TransformerLens' names in a plain model of Hugging Face's, as they run."""
-        return sorted(self.translation.names.values(), key=lambda names: running_order(names[0]))
+        return sorted(self.translation.names.values(), key=_running_order)
 
     def matching(self, accept: Callable[[str], bool], *, hooked: bool = True) -> list[str]:
         """List what `accept` accepts, each place once, under the first such name of it.
@@ -161,20 +170,37 @@ class Places:
                 to be.
 
         """
-        for listed in (
-            self.listed,
-            self.listed_modules,
-            *((self.listed_translated,) if hooked else ()),
-        ):
-            firsts = (next(filter(accept, names), None) for names in listed())
-            matched = [name for name in firsts if name is not None]
-            if matched:
-                return matched
-        return []
+        accepted = _accepted(self._hooked(), accept)
+        if not accepted:
+            modules = _accepted(self.listed_modules(), accept)
+            if modules or not hooked:
+                return [first for first, _ in modules]
+            accepted = _accepted(self.translation.names.values(), accept)
+        # Sorted at the end, since few of the names of a model are asked for.
+        return [first for first, _ in sorted(accepted, key=lambda each: _running_order(each[1]))]
 
     def _unique(self, named: Mapping[str, nn.Module]) -> list[list[str]]:
         unique = {id(module): module for module in named.values()}
         return [self.names_of(module) for module in unique.values()]
+
+
+def _grouped(named: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, module in named.items():
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def _running_order(names: list[str]) -> tuple[int, ...]:
+    return running_order(names[0])
+
+
+def _accepted(
+    listed: Iterable[list[str]], accept: Callable[[str], bool]
+) -> list[tuple[str, list[str]]]:
+    """Choose the places that have a name which is accepted, each with the first such name."""
+    firsts = ((next(filter(accept, names), None), names) for names in listed)
+    return [(first, names) for first, names in firsts if first is not None]
 
 
 def is_hook_point(module: nn.Module) -> bool:
@@ -205,12 +231,14 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _match_parts(parts: list[str], pattern: list[str]) -> bool:
-    if not pattern:
-        return not parts
-    if pattern[0] == "**":
-        return any(_match_parts(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return (
-        bool(parts) and fnmatchcase(parts[0], pattern[0]) and _match_parts(parts[1:], pattern[1:])
+    fixed = pattern.index("**") if "**" in pattern else len(pattern)
+    spans = fixed < len(pattern)
+    if len(parts) < fixed or (len(parts) > fixed and not spans):
+        return False
+    if not all(map(fnmatchcase, parts, pattern[:fixed])):
+        return False
+    return not spans or any(
+        _match_parts(parts[i:], pattern[fixed + 1 :]) for i in range(fixed, len(parts) + 1)
     )
 
 

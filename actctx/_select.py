@@ -1,5 +1,6 @@
 """From an activation to the part of it that the user owns."""
 
+import functools
 import operator
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -69,7 +70,7 @@ class Selector:
     steps: tuple[Step, ...]
     axes: Axes | None
 
-    @property
+    @functools.cached_property
     def copies(self) -> bool:
         """Whether selecting already makes a copy."""
         return any(_gathers(step.pick) for step in self.steps)

@@ -160,8 +160,7 @@ def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
     joined = {}
     for key in list(left):
         site = left.pop(key)
-        result.activations.expect(key, ())
-        result.activations.column(key).axes = site.axes
+        result.activations.expect(key, ()).axes = site.axes
         joined[key] = [Owned(_joined(key, site, rows))]
         result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
     result.activations.write(joined)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool
-from torch import Tensor
+from torch import Tensor, nn
 
 from actctx._axes import Axes
 from actctx._errors import AxisError, OptionError, TypedError
 from actctx._names import Request, Site
-from actctx._places import Place
+from actctx._places import Place, why_it_never_fires
 from actctx._rows import RowSelector, as_mask, split_rows
 from actctx._select import Selector, parse_slice
 from actctx._typed import Sizes
@@ -40,7 +40,7 @@ class WatchedSite:
         known = self.key in self.place.names
         return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
 
-    @property
+    @functools.cached_property
     def is_known_at_once(self) -> bool:
         """Whether a firing that is wanted is known to be it, without the end of the forward."""
         return self.firing is None or self.firing >= 0
@@ -50,16 +50,22 @@ class WatchedSite:
         """The axes of its activations: those that the user named, or that its name tells."""
         return self.named_axes if self.named_axes is not None else self.place.axes
 
-    def check_axes(self, activation: Tensor) -> None:
+    @functools.cached_property
+    def takes_all(self) -> bool:
+        """Whether all of an activation is captured, as it is and where it is."""
+        changes = self.selector.steps, self.rows, self.dtype, self.device
+        return changes == ((), None, None, None)
+
+    def check_axes(self, shape: torch.Size) -> None:
         """Refuse axes that the user named but that the activation does not have.
 
         Raises:
             AxisError: It has another number of axes.
 
         """
-        if self.named_axes is not None and len(self.named_axes) != activation.dim():
+        if self.named_axes is not None and len(self.named_axes) != len(shape):
             raise AxisError(
-                f"{self.shown} fired with the shape {tuple(activation.shape)}, but "
+                f"{self.shown} fired with the shape {tuple(shape)}, but "
                 f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
                 "each axis that it has"
             )
@@ -259,3 +265,18 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
             f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
             f"slice, are {' '.join(left)!r}"
         )
+
+
+def why_silent(model: nn.Module, site: WatchedSite) -> str:
+    """Say why a site never fired, and what to do."""
+    reason = why_it_never_fires(model, site.place)
+    if reason:
+        return reason
+    if site.firing is not None:
+        return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
+    if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
+        kind = type(site.place.module).__name__
+        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
+    if site.place.is_hook_point:
+        return "the forwards did not reach this hook point; see actctx.hook_names(model)"
+    return "the forwards did not call this module, or only its .forward, which skips hooks"

@@ -18,6 +18,7 @@ from actctx import (
     JoinError,
     NotCapturedError,
     OptionError,
+    SelectionError,
     SeveralFiringsError,
     Site,
     capture,
@@ -390,3 +391,25 @@ def test_an_activation_without_axes_is_not_selected_from():
     model = Scalar()
     with pytest.raises(AxisError), capture(model, "total", slice=(0,)):
         model(tokens())
+
+
+def test_every_shape_is_checked_not_only_the_first(gpt2, ids):
+    with (
+        pytest.raises(SelectionError, match="has the size 3 along 'pos'"),
+        capture(gpt2, RESID, slice={"pos": 5}) as acts,
+    ):
+        gpt2(ids)
+        gpt2(ids)
+        gpt2(ids[:, :3])
+    assert acts.forwards == 2
+
+
+def test_axes_are_those_of_what_came_since_the_buffer_was_cleared():
+    model = Mlp()
+    with capture(model, "head", join=None) as acts:
+        model(tokens())
+        model(tokens()[0])
+        assert acts.axes("head") == ("_", "_", "_")
+        acts.clear()
+        model(tokens()[0])
+        assert acts.axes("head") == ("_", "_")
