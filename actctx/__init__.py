@@ -1,5 +1,7 @@
 """Capture activations from chosen places of a transformer model, and only those."""
 
+from typing import Any
+
 from actctx._activations import Activations
 from actctx._capture import Capture, capture
 from actctx._decorator import captures
@@ -57,6 +59,14 @@ __all__ = [
     "hook_names",
     "site",
 ]
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add the cell magic `%%capture_activations` to IPython, for `%load_ext actctx`."""
+    from actctx import notebook
+
+    notebook.load_ipython_extension(shell)
+
 
 # Tracebacks and reprs name what users import.
 for _name in __all__:

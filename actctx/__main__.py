@@ -29,6 +29,7 @@ from actctx._sequences import (
     tokenize,
 )
 from actctx._table import dtype_name, format_bytes, shortened
+from actctx._words import parse_words
 
 try:
     import typer
@@ -210,29 +211,12 @@ def _errors_as_messages(model: str) -> Iterator[None]:
 
 def _parse_slices(asked: Sequence[str]) -> dict[str, Index]:
     """Read the `--slice` options, such as `pos=-1`."""
-    found: dict[str, Index] = {}
     for option in asked:
-        axis, _, index = option.partition("=")
-        if axis == "batch":
+        if option.partition("=")[0] == "batch":
             raise OptionError(
                 f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
             )
-        if axis in found:
-            raise OptionError(f"--slice selects twice along {axis!r}; give one index for it")
-        try:
-            found[axis] = _parse_index(index)
-        except (TypeError, ValueError):
-            raise OptionError(
-                f"--slice {option!r} is not AXIS=INDEX, with an int, a range a:b or a:b:c, or "
-                "positions a,b,c; give one such as pos=-1, pos=0:10 or head=0,3"
-            ) from None
-    return found
-
-
-def _parse_index(index: str) -> Index:
-    if ":" in index:
-        return slice(*(int(bound) if bound else None for bound in index.split(":")))
-    return [int(position) for position in index.split(",")] if "," in index else int(index)
+    return parse_words(asked)
 
 
 def _check_out(out: Path | None, *, force: bool) -> None:

@@ -327,10 +327,9 @@ class Activations(_Tensors):
         held = [self._estimate(*tokens) for tokens in self._tokens.elements()]
         known = [nbytes for nbytes in held if nbytes]
         # More may be captured than would be cached, since each site has a copy of its own.
-        if not known or len(known) < len(held) or sum(known) < self.nbytes:
-            return as_html(*self._summary())
-        cache = format_bytes(sum(known))
-        return as_html(*self._summary(f" of about {cache} that run_with_cache would hold"))
+        spared = bool(known) and len(known) == len(held) and sum(known) >= self.nbytes
+        cache = f" of about {format_bytes(sum(known))} that run_with_cache would hold"
+        return as_html(*self._summary(cache if spared else "", drawn=True))
 
     __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
     __hash__ = object.__hash__
@@ -343,12 +342,12 @@ class Activations(_Tensors):
             column.settle()
         return {**self.__dict__, "_estimate": _unknown}
 
-    def _summary(self, spared: str = "") -> tuple[str, list[Row]]:
+    def _summary(self, spared: str = "", *, drawn: bool = False) -> tuple[str, list[Row]]:
         size = format_bytes(self.nbytes) + spared
         title = f"Activations: {counted(len(self), 'site')}, {size}, {self._ran()}"
         if self._forwards and self.missing:
             title += f", {len(self.missing)} missing"
-        return title, [self._columns[key].row() for key in self]
+        return title, [self._columns[key].row(drawn=drawn) for key in self]
 
     def _ran(self) -> str:
         return counted(self._forwards, "forward")

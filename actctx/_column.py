@@ -1,6 +1,7 @@
 """What one site left, and how it becomes one tensor."""
 
 import ctypes
+import itertools
 import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._select import Owned, Rows, cast_dtype, plain_mode
+from actctx._sketch import sketch
 from actctx._table import Row, dtype_name
 from actctx._typed import Sizes
 
@@ -179,8 +181,9 @@ class Column:
             free = None
         return tuple(None if dim == free else size for dim, size in enumerate(self.sizes))
 
-    def row(self) -> Row:
-        """Describe it for the table."""
+    def row(self, *, drawn: bool = False) -> Row:
+        """Describe it for the table, its values drawn or not."""
+        chunks = itertools.chain.from_iterable(self.firings) if drawn else ()
         first = self.firings[0][0].value
         several = f" ({len(self.firings)} firings)" if len(self.firings) > 1 else ""
         return Row(
@@ -190,6 +193,7 @@ class Column:
             dtype=dtype_name(first.dtype),
             device=str(first.device),
             nbytes=self.nbytes,
+            values=sketch([wait_for(chunk) for chunk in chunks]),
         )
 
     def __getstate__(self) -> dict[str, object]:

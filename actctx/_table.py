@@ -6,7 +6,7 @@ from html import escape
 
 @dataclass(frozen=True)
 class Row:
-    """One captured site, as a person reads it."""
+    """One captured site, as a person reads it. Its values are drawn in HTML only."""
 
     site: str
     axes: str
@@ -14,6 +14,7 @@ class Row:
     dtype: str
     device: str
     nbytes: int
+    values: str = ""
 
 
 _HEADER = tuple(column.name.replace("nbytes", "bytes") for column in fields(Row))
@@ -44,8 +45,8 @@ def shortened(names: list[str], most: int = 8) -> str:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    *texts, nbytes = astuple(row)
-    return (*texts, format_bytes(nbytes))
+    *texts, nbytes, values = astuple(row)
+    return (*texts, format_bytes(nbytes), values)
 
 
 def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:
@@ -59,7 +60,7 @@ def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:
 
 def as_text(title: str, rows: list[Row]) -> str:
     """Draw the table in plain text."""
-    lines = [_HEADER, *_lines(rows)] if rows else []
+    lines = [line[:-1] for line in (_HEADER, *_lines(rows))] if rows else []
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     drawn = (
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -13,6 +13,7 @@ PACKAGE = Path(actctx.__file__).parent
 # Imports go down this list only.
 ROOMS = (
     "_errors",
+    "_sketch",
     "_table",
     "_axes",
     "_translated",
@@ -20,6 +21,7 @@ ROOMS = (
     "_names",
     "_outputs",
     "_select",
+    "_words",
     "_rows",
     "_sink",
     "_typed",
@@ -40,6 +42,7 @@ ROOMS = (
     "_capture",
     "_calls",
     "_decorator",
+    "notebook",
     "__init__",
     "_loading",
     "_sequences",

@@ -1,0 +1,47 @@
+"""A histogram of values in one line of text."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+_BARS = "▁▂▃▄▅▆▇█"
+_BINS = 12
+_MOST = 2**14
+"""As many values are looked at, evenly spread, so that showing a buffer stays quick."""
+_MANY = 1000
+
+
+def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
+    """Draw how values are spread, as in `-0.91 ▁▁▂▄▇█▇▄▂▁▁▁ 1.1`.
+
+    Of many values the ends are the 0.5 % and 99.5 % quantiles, since a few features of a residual
+    stream are so large that they would press all others into one bar. Values that are not finite
+    are counted apart.
+    """
+    wanted = max(_MOST // max(len(tensors), 1), 1)
+    samples = [_sampled(tensor, wanted) for tensor in tensors]
+    values = torch.cat(samples) if samples else torch.empty(0)
+    finite = values[values.isfinite()]
+    wrong = len(values) - len(finite)
+    note = f" ({wrong / len(values):.1%} not finite)" if wrong else ""
+    if not len(finite):
+        return note.strip()
+    tail = 0.005 if len(finite) >= _MANY else 0.0
+    ends = torch.tensor([tail, 1 - tail])
+    low, high = torch.quantile(finite, ends, interpolation="nearest").tolist()
+    if low == high:  # nearly all are one value
+        low, high = finite.min().item(), finite.max().item()
+    if low == high:
+        return f"{low:.2g}{note}"
+    counts = torch.histc(finite, _BINS, low, high)
+    heights = (counts / counts.max() * (len(_BARS) - 1)).ceil().int().tolist()
+    return f"{low:.2g} {''.join(_BARS[height] for height in heights)} {high:.2g}{note}"
+
+
+def _sampled(tensor: Tensor, most: int) -> Tensor:
+    """Take values evenly spread over a tensor to the host, real and in single precision."""
+    flat = tensor.detach().flatten()
+    taken = flat[:: max(flat.numel() // most, 1)]
+    return (taken.abs() if taken.is_complex() else taken).to("cpu", torch.float32)

@@ -1,0 +1,83 @@
+"""The cell magic `%%capture_activations`, for IPython and Jupyter: `%load_ext actctx`."""
+
+import ast
+from typing import Any
+
+import torch
+from IPython.core.getipython import get_ipython
+from IPython.core.interactiveshell import InteractiveShell
+from IPython.core.magic import output_can_be_silenced
+from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
+
+from actctx._capture import capture
+from actctx._errors import OptionError
+from actctx._words import parse_words
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def load_ipython_extension(shell: InteractiveShell) -> None:
+    """Add the magic to a shell; `%load_ext actctx` calls it."""
+    shell.register_magic_function(capture_activations, "cell")
+
+
+@output_can_be_silenced
+@magic_arguments()
+@argument("model", help="The model: a variable or another expression without spaces.")
+@argument("names", nargs="+", help="Hook names, module names or globs, in quotes or not.")
+@argument(
+    "--slice",
+    action="append",
+    metavar="AXIS=INDEX",
+    help="What to keep along an axis: pos=-1, pos=0:10 or head=0,3. Repeatable.",
+)
+@argument("--dtype", choices=_DTYPES, help="The dtype to keep; by default the model's.")
+@argument("--device", help="The device to move to; by default they stay.")
+@argument("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
+@argument("--join", default="batch", help="The axis that forwards are joined along, or none.")
+@argument("--stop", action="store_true", help="End each forward once all have fired.")
+@argument("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
+def capture_activations(line: str, cell: str) -> object:
+    """Run the cell in a capture.
+
+    The buffer is there under its name from the start of the cell, and stays behind it. The hooks
+    go when the cell ends, also where it raises or is interrupted. What the cell's last line comes
+    to is shown, as always. A cell with a top-level `await` is not for it; use `capture(...)`.
+
+    Example:
+        %%capture_activations model "blocks.*.hook_resid_post" --slice pos=-1 --as resid
+        model(tokens)
+
+    """
+    shell: Any = get_ipython()
+    args = parse_argstring(capture_activations, line)
+    if not args.variable.isidentifier():
+        raise OptionError(f"--as {args.variable!r} is no name of a variable; give one such as acts")
+    capturing = capture(
+        shell.ev(args.model),
+        [name.strip("\"'") for name in args.names],
+        slice=parse_words(args.slice or []) or None,
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        device=args.device,
+        mask=args.mask,
+        join=None if args.join.lower() == "none" else args.join,
+        stop=args.stop,
+    )
+    with capturing as shell.user_ns[args.variable]:
+        return _run(shell, cell)
+
+
+def _run(shell: Any, cell: str) -> object:
+    """Run a cell in the user's namespace, and return what its last line comes to.
+
+    Not with `run_cell`, which shows an error and then goes on as if there were none.
+    """
+    source = shell.transform_cell(cell)
+    name = shell.compile.cache(source, shell.execution_count, raw_code=cell)
+    body = shell.transform_ast(shell.compile.ast_parse(source, filename=name)).body
+    last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
+    names = shell.user_ns
+    exec(compile(ast.Module(body, []), name, "exec"), names)  # noqa: S102  it is the user's cell
+    if last is None:
+        return None
+    return eval(compile(ast.Expression(last.value), name, "eval"), names)  # noqa: S307  as above

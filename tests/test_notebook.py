@@ -1,0 +1,108 @@
+"""The cell magic, in a real Jupyter kernel."""
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+SETUP = """
+%load_ext actctx
+import torch
+from torch import nn
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+x = torch.randn(3, 4)
+def hooks():
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+"""
+
+
+@pytest.fixture(scope="module")
+def kernel():
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell()])
+    client = NotebookClient(notebook, timeout=120)
+    with client.setup_kernel():
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def _fresh(kernel):
+    run(kernel, SETUP)
+
+
+def run(kernel, source):
+    """Run a cell, and return what it shows as plain text."""
+    cell = nbformat.v4.new_code_cell(source)
+    kernel.execute_cell(cell, 0, store_history=False)
+    shown = [each.get("text") or each["data"]["text/plain"] for each in cell.outputs]
+    return "".join(shown).strip()
+
+
+def test_a_cell_is_captured_under_the_name_that_was_given(kernel):
+    magic = '%%capture_activations model "0" --as hidden\n'
+    assert run(kernel, magic + "y = model(x)\ny.shape") == "torch.Size([3, 2])"
+    assert run(kernel, "torch.equal(hidden.tensor, model[0](x)), y.requires_grad") == (
+        "(True, False)"
+    )
+    assert run(kernel, "hooks(), 'forward' in model.__dict__") == "(0, False)"
+
+
+def test_options_are_those_of_capture(kernel):
+    magic = "%%capture_activations model 0 '2' --slice batch=-1 --dtype float16 --join none\n"
+    with pytest.raises(CellExecutionError, match=r"the axes of the module '0' are not known"):
+        run(kernel, magic + "model(x)")
+    magic = "%%capture_activations model 0 '2' --dtype float16 --join none\n"
+    run(kernel, magic + "model(x); model(x);")
+    assert run(kernel, "[len(acts[n]) for n in acts], acts['2'][0].dtype") == (
+        "([2, 2], torch.float16)"
+    )
+
+
+def test_the_forward_is_stopped_early(kernel):
+    shown = run(kernel, "%%capture_activations model 0 --stop\nmodel(x)")
+    assert shown.startswith("<Stopped: Sequential.forward ended after '0'")
+
+
+def test_the_buffer_is_there_from_the_start_of_the_cell(kernel):
+    magic = "%%capture_activations model 0\n"
+    assert run(kernel, magic + "model(x)\nmodel(x)\nacts.tensor.shape") == "torch.Size([6, 4])"
+
+
+def test_other_magics_work_in_the_cell(kernel):
+    run(kernel, "%%capture_activations model 0\n%time y = model(x)")
+    assert run(kernel, "len(acts)") == "1"
+
+
+def test_a_cell_that_raises_shows_its_error_and_leaves_no_hooks(kernel):
+    with pytest.raises(CellExecutionError, match="ZeroDivisionError") as caught:
+        run(kernel, "%%capture_activations model 0\nmodel(x)\n1 / 0")
+    assert "----> 2 \x1b" in str(caught.value) or "1 / 0" in str(caught.value)
+    assert run(kernel, "hooks(), acts.tensor.shape") == "(0, torch.Size([3, 4]))"
+
+
+def test_an_interrupted_cell_leaves_no_hooks(kernel):
+    cell = "%%capture_activations model 0\nmodel(x)\nimport _thread\n_thread.interrupt_main()\n"
+    with pytest.raises(CellExecutionError, match="KeyboardInterrupt"):
+        run(kernel, cell + "while True: pass")
+    assert run(kernel, "hooks(), len(acts)") == "(0, 1)"
+
+
+def test_a_name_that_is_not_there_is_refused_before_the_cell_runs(kernel):
+    with pytest.raises(CellExecutionError, match="no module matches 'nope'"):
+        run(kernel, "%%capture_activations model nope\nran = True")
+    assert run(kernel, "'ran' in globals()") == "False"
+
+
+def test_a_variable_that_is_none_is_refused(kernel):
+    with pytest.raises(CellExecutionError, match="--as '1st' is no name of a variable"):
+        run(kernel, "%%capture_activations model 0 --as 1st\nmodel(x)")
+
+
+def test_a_semicolon_silences_the_cell(kernel):
+    assert run(kernel, "%%capture_activations model 0\nmodel(x);") == ""
+
+
+def test_the_magic_explains_itself(kernel):
+    assert "--slice" in run(
+        kernel, "print(get_ipython().find_cell_magic('capture_activations').__doc__)"
+    )

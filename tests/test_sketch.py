@@ -1,0 +1,47 @@
+"""A histogram of values in one line."""
+
+import pytest
+import torch
+
+from actctx._sketch import sketch
+
+NORMAL = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_bell_is_drawn_as_one(dtype):
+    low, bars, high = sketch([NORMAL.to(dtype)]).split()
+    assert float(low) == pytest.approx(-2.6, abs=0.15)
+    assert float(high) == pytest.approx(2.6, abs=0.15)
+    assert len(bars) == 12
+    assert max(bars) in bars[5:7]
+    assert list(bars[:6]) == sorted(bars[:6])
+    assert list(bars[6:]) == sorted(bars[6:], reverse=True)
+
+
+def test_outliers_of_many_values_do_not_hide_the_rest():
+    values = NORMAL.clone()
+    values[:50] = 1e6
+    assert sketch([values]).split()[1].count("▁") == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "drawn"),
+    [
+        ([0.0, 1.0], "0 █▁▁▁▁▁▁▁▁▁▁█ 1"),
+        ([True, False], "0 █▁▁▁▁▁▁▁▁▁▁█ 1"),
+        ([3, 3], "3"),
+        ([1.0, float("nan")], "1 (50.0% not finite)"),
+        ([float("inf")], "(100.0% not finite)"),
+        ([0.0] * 3000 + [1.0], "0 █▁▁▁▁▁▁▁▁▁▁▂ 1"),
+        ([3 + 4j, 3 + 4j], "5"),
+        ([], ""),
+    ],
+)
+def test_few_and_odd_values_are_drawn_too(values, drawn):
+    assert sketch([torch.tensor(values)]) == drawn
+
+
+def test_what_several_forwards_left_is_drawn_as_one():
+    assert sketch([torch.zeros(2, 2), torch.ones(4)]) == "0 █▁▁▁▁▁▁▁▁▁▁█ 1"
+    assert sketch([]) == ""
