@@ -1,13 +1,17 @@
 """The models that are measured, and what they run on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-BRIDGE, PLAIN, NNSIGHT = "bridge", "plain", "nnsight"
-"""A bridge, which computes attention eagerly; Hugging Face's model with sdpa; nnsight's of it."""
+BRIDGE, PLAIN, NNSIGHT, TORCHLENS, HOOKED = "bridge", "plain", "nnsight", "torchlens", "hooked"
+"""A bridge, which computes attention eagerly; Hugging Face's model with sdpa, by itself and for
+libraries that wrap it; TransformerLens' `HookedTransformer`, of the generation before bridges."""
+
+PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
+"""What Hugging Face calls the projection of the heads' outputs."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +19,7 @@ class Setup:
     """The model, its input and how it runs. Shapes are those of GPT-2 small by default."""
 
     batch: int = 8
+    batches: int = 1
     tokens: int = 256
     layers: int = 12
     heads: int = 12
@@ -24,37 +29,132 @@ class Setup:
     threads: int = 2
     seed: int = 0
     device: str = "cpu"
+    model: str = ""  # a name or a path to load it from; random weights of these shapes without
+
+
+def of_model(setup: Setup) -> Setup:
+    """Put the sizes of the model that is loaded in place of the others."""
+    if not setup.model:
+        return setup
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(setup.model)
+    return replace(
+        setup,
+        layers=config.num_hidden_layers,
+        heads=config.num_attention_heads,
+        d_model=config.hidden_size,
+        vocab=config.vocab_size,
+        context=config.max_position_embeddings,
+    )
 
 
 def build(setup: Setup, kind: str = BRIDGE) -> Any:
-    """Build a model with random weights: the same ones for each kind."""
+    """Build or load a model: one with the same weights for each kind but `HOOKED`."""
+    torch.manual_seed(setup.seed)
+    if kind == HOOKED:
+        return _build_hooked(setup)
+    attention = "eager" if kind == BRIDGE else "sdpa"
+    module = _load(setup, attention) if setup.model else _build_gpt2(setup, attention)
+    module = module.eval().to(setup.device)
+    if kind == BRIDGE:
+        from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+
+        config = module.config
+        return build_bridge_from_module(
+            module, config.architectures[0], hf_config=config, device=setup.device
+        )
+    if kind == NNSIGHT:
+        from nnsight import NNsight
+
+        return NNsight(module)
+    return module
+
+
+def _load(setup: Setup, attention: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        setup.model, attn_implementation=attention, dtype=torch.float32
+    )
+
+
+def _build_gpt2(setup: Setup, attention: str) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    torch.manual_seed(setup.seed)
     config = GPT2Config(
         vocab_size=setup.vocab,
         n_positions=setup.context,
         n_embd=setup.d_model,
         n_layer=setup.layers,
         n_head=setup.heads,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
     config.architectures = ["GPT2LMHeadModel"]
-    config._attn_implementation = "eager" if kind == BRIDGE else "sdpa"
-    module = GPT2LMHeadModel(config).eval().to(setup.device)
-    if kind == PLAIN:
-        return module
-    if kind == NNSIGHT:
-        from nnsight import NNsight
+    config._attn_implementation = attention
+    return GPT2LMHeadModel(config)
 
-        return NNsight(module)
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(module, "GPT2LMHeadModel", hf_config=config)
+def _build_hooked(setup: Setup) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    if setup.model:
+        return HookedTransformer.from_pretrained_no_processing(setup.model, device=setup.device)
+    config = HookedTransformerConfig(
+        n_layers=setup.layers,
+        d_model=setup.d_model,
+        n_ctx=setup.context,
+        d_head=setup.d_model // setup.heads,
+        n_heads=setup.heads,
+        d_vocab=setup.vocab,
+        act_fn="gelu_new",
+        seed=setup.seed,
+        device=setup.device,
+        default_prepend_bos=False,
+    )
+    return HookedTransformer(config).eval()
 
 
 def make_tokens(setup: Setup) -> Tensor:
-    """Draw the tokens: the same ones for each model."""
+    """Draw the tokens of all batches: the same ones for each model."""
     chance = torch.Generator().manual_seed(setup.seed)
-    return torch.randint(setup.vocab, (setup.batch, setup.tokens), generator=chance).to(
-        setup.device
+    shape = (setup.batch * setup.batches, setup.tokens)
+    return torch.randint(setup.vocab, shape, generator=chance).to(setup.device)
+
+
+def depth(model: Any) -> int:
+    """Count the layers of a model of any kind."""
+    cfg = model.cfg.n_layers if hasattr(model, "cfg") else model.config.num_hidden_layers
+    return int(cfg)
+
+
+def middle(model: Any) -> int:
+    """Return the layer that is asked for."""
+    return depth(model) // 2
+
+
+def resid_name(layer: int) -> str:
+    """Return TransformerLens' name of what is asked for."""
+    return f"blocks.{layer}.hook_resid_post"
+
+
+def block_path(module: nn.Module, layer: int) -> str:
+    """Find a layer of a plain model: in the list that is as long as the model is deep."""
+    layers = depth(module)
+    return next(
+        f"{path}.{layer}"
+        for path, each in module.named_modules()
+        if isinstance(each, nn.ModuleList) and len(each) == layers
+    )
+
+
+def projection_path(module: nn.Module, layer: int) -> str:
+    """Find the module of a plain model that is given the outputs of the layer's heads."""
+    block = block_path(module, layer)
+    return next(
+        f"{block}.{path}"
+        for path, _ in module.get_submodule(block).named_modules()
+        if path.split(".")[-1] in PROJECTIONS and "mlp" not in path
     )

@@ -1,6 +1,5 @@
 """The ways to get one activation of a plain Hugging Face model, beside those of a bridge."""
 
-from collections.abc import Callable
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
@@ -8,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup
+from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, TORCHLENS, Setup, block_path, middle
 from benchmarks._ways import (
-    LAYER,
-    NAME,
+    STOPPED,
     EndForward,
+    Run,
     Table,
     Way,
     bare,
@@ -25,70 +24,120 @@ from benchmarks._ways import (
 
 LIMIT = "plain-bare-stopped"
 NEAR = "plain-hidden"
-WITH_NNSIGHT = find_spec("nnsight") is not None
+WITHOUT = {kind for kind in (NNSIGHT, TORCHLENS) if find_spec(kind) is None}
+"""The libraries that are not there, so that their cases are left out."""
 
 
 def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
     states = model(tokens, output_hidden_states=True).hidden_states
-    activation: Tensor = states[LAYER + 1]
+    activation: Tensor = states[middle(model) + 1]
     return activation
 
 
 def _hidden_states_of_the_base(model: Any, tokens: Tensor) -> Tensor:
     """Spare the logits, which are the most of the memory."""
-    return _hidden_states(model.transformer, tokens)
+    return _hidden_states(model.base_model, tokens)
 
 
 def _trace(model: Any, tokens: Tensor) -> Tensor:
+    layer = model.get(block_path(model._module, middle(model)))
     with torch.no_grad(), model.trace(tokens) as tracer:
-        activation: Tensor = model.transformer.h[LAYER].output.save()
+        activation: Tensor = layer.output.save()
         tracer.stop()
+    return activation
+
+
+def _record(model: Any, tokens: Tensor) -> Tensor:
+    """Save one layer; its `halt=` was never asked about the output of a module, so it runs on."""
+    import torchlens
+
+    layer = torchlens.module(block_path(model, middle(model)))
+    with torch.no_grad():
+        (saved,) = torchlens.record(model, tokens, save=layer)
+    activation: Tensor = saved.ram_payload
     return activation
 
 
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the end of the layer, and keep nothing."""
-    handle = model.transformer.h[LAYER].register_forward_hook(end_forward)
+    layer = model.get_submodule(block_path(model, middle(model)))
+    handle = layer.register_forward_hook(end_forward)
     with torch.no_grad(), suppress(EndForward):
         model(tokens)
     handle.remove()
 
 
-def _ways() -> list[Way]:
-    stop = f"names_filter=name, stop_at_layer={LAYER + 1}"
-    cases: list[tuple[str, str, str, Callable[[Any, Tensor], Tensor | None]]] = [
-        ("cache", BRIDGE, "`run_with_cache(tokens)`", everything),
-        ("cache-nograd", BRIDGE, "the same under `torch.no_grad()`", no_grad(everything)),
+def _ways() -> tuple[Way, ...]:
+    states, stopped = "(output_hidden_states=True)", no_grad(filtered_stopped)
+    cases: tuple[tuple[str, str, str, Run, str], ...] = (
+        ("cache", BRIDGE, "`run_with_cache(tokens)`", everything, "run_with_cache"),
+        (
+            "cache-nograd",
+            BRIDGE,
+            "the same under `torch.no_grad()`",
+            no_grad(everything),
+            "run_with_cache, no_grad",
+        ),
         (
             "filter-stop-nograd",
             BRIDGE,
-            f"`run_with_cache(tokens, {stop})`, the same",
-            no_grad(filtered_stopped),
+            f"`{STOPPED}`, the same",
+            stopped,
+            "the same, filtered and stopped",
         ),
-        ("bridge", BRIDGE, "**`capture(bridge, name, stop=True)`**", capturing(stop=True)),
-        ("hidden", PLAIN, "`model(output_hidden_states=True)`", no_grad(_hidden_states)),
+        (
+            "bridge",
+            BRIDGE,
+            "**`capture(bridge, name, stop=True)`**",
+            capturing(stop=True),
+            "capture, bridge",
+        ),
+        ("hidden", PLAIN, f"`model{states}`", no_grad(_hidden_states), "hidden states"),
         (
             "hidden-base",
             PLAIN,
-            "`model.transformer(output_hidden_states=True)`",
+            f"`model.base_model{states}`",
             no_grad(_hidden_states_of_the_base),
+            "hidden states, no logits",
         ),
-        ("nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`", _trace),
-        ("capture", PLAIN, "**`capture(model, name)`**", capturing(stop=False)),
-        ("capture-stop", PLAIN, "**`capture(model, name, stop=True)`**", capturing(stop=True)),
-        ("bare", PLAIN, "bare forward, nothing captured", bare()),
-        ("bare-stopped", PLAIN, "bare forward, stopped after the layer: the limit", _bare_stopped),
-    ]
-    return [
-        Way(f"plain-{name}", title, run, LIMIT, model, near=NEAR if model == BRIDGE else "")
-        for name, model, title, run in cases
-        if model != NNSIGHT or WITH_NNSIGHT
-    ]
+        ("nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`", _trace, "nnsight, stopped"),
+        ("torchlens", TORCHLENS, "torchlens: `record(save=module)`", _record, "torchlens"),
+        ("capture", PLAIN, "**`capture(model, name)`**", capturing(stop=False), ""),
+        (
+            "capture-stop",
+            PLAIN,
+            "**`capture(model, name, stop=True)`**",
+            capturing(stop=True),
+            "capture, plain model",
+        ),
+        ("bare", PLAIN, "bare forward, nothing captured", bare, ""),
+        (
+            "bare-stopped",
+            PLAIN,
+            "bare forward, stopped after the layer: the limit",
+            _bare_stopped,
+            "the limit",
+        ),
+    )
+    return tuple(
+        Way(
+            f"plain-{name}",
+            title,
+            run,
+            LIMIT,
+            model,
+            near=NEAR if model == BRIDGE else "",
+            label=label,
+            alone=model == TORCHLENS,
+        )
+        for name, model, title, run, label in cases
+        if model not in WITHOUT
+    )
 
 
 PLAIN_TABLE = Table(
     "plain",
-    f"one {NAME} of a bridge and of the same plain model",
+    "one `resid_post` of a bridge and of the same plain model",
+    _ways(),
     Setup(tokens=1024),
-    tuple(_ways()),
 )

@@ -1,75 +1,165 @@
-"""Memory and time against the length of the sequences, measured and drawn."""
+"""What was measured, drawn: a plot for each sweep, and bars for the plain model."""
 
+import math
 import statistics
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import MIB, Result
+from benchmarks._report import MIB
+from benchmarks._sweeps import SWEEPS
+from benchmarks._tables import TABLES, WAYS
 
-LENGTHS = (64, 128, 256, 512, 1024, 2048)
-SERIES = {
-    "plain-cache-nograd": ("run_with_cache", "#d1495b"),
-    "plain-bridge": ("capture, bridge", "#2e86ab"),
-    "plain-capture-stop": ("capture, plain model", "#2a9d5c"),
+# Okabe and Ito's colours, which the colour-blind tell apart, as dark as white paper asks for and
+# as light as black paper does.
+LOOKS = {
+    "run_with_cache, no_grad": ("#d55e00", "s"),
+    "hook and torch.cat": ("#d55e00", "s"),
+    "hidden states, no logits": ("#b8860b", "D"),
+    "capture, bridge": ("#3b8fd0", "^"),
+    "capture, plain model": ("#009e73", "o"),
 }
-INK = "#7d8590"
+INK = "#808890"
 """Grey enough to be read on white and on black."""
 
+Points = dict[int, float]
 
-def draw(found: dict[int, list[Result]], folder: Path) -> None:
-    """Write a plot as `lengths.png` and `lengths.svg`; what did not fit has no point."""
+
+def draw(tables: dict[str, Any], folder: Path) -> None:
+    """Write plots as PNG and SVG of what was measured of the tables; what did not fit is left out.
+
+    Args:
+        tables: What `--json` writes.
+        folder: Where the plots go.
+
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
+    mpl.rcParams |= {"font.size": 13, "svg.hashsalt": "actctx"}
+    folder.mkdir(parents=True, exist_ok=True)
+    for sweep in SWEEPS:
+        found = {TABLES[name].x: tables[name] for name in TABLES if _is_of(sweep, name, tables)}
+        if len(found) > 1:
+            _draw_sweep(sweep, found, folder)
+    if "plain" in tables:
+        _draw_bars(tables["plain"], folder)
+
+
+def _is_of(sweep: str, name: str, tables: dict[str, Any]) -> bool:
+    return TABLES[name].sweep == sweep and name in tables
+
+
+def _draw_sweep(sweep: str, found: dict[int, Any], folder: Path) -> None:
     from matplotlib import pyplot as plt
 
-    folder.mkdir(parents=True, exist_ok=True)
-    figure, (memory, time) = plt.subplots(1, 2, figsize=(11, 4.2))
-    for way, (label, colour) in SERIES.items():
-        of_way = {
-            length: next(each for each in results if each.way == way)
-            for length, results in found.items()
-        }
-        peaks = {length: each.peak_bytes for length, each in of_way.items()}
-        _line(memory, {n: peak / MIB for n, peak in peaks.items() if peak}, label, colour)
-        seconds = {length: each.seconds for length, each in of_way.items()}
-        medians = {n: statistics.median(s for s, _ in each) for n, each in seconds.items() if each}
-        _line(time, medians, label, colour)
-    _dress(memory, "extra peak memory, MiB")
-    _dress(time, "time, s")
-    figure.tight_layout()
-    for ending in ("png", "svg"):
-        figure.savefig(folder / f"lengths.{ending}", transparent=True, dpi=160)
-    plt.close(figure)
+    peaks: dict[str, Points] = defaultdict(dict)
+    seconds: dict[str, Points] = defaultdict(dict)
+    for x, table in found.items():
+        for result in table["results"]:
+            way = WAYS[result["way"]]
+            if not way.label or way.name == way.limit:
+                continue
+            if result["peak_bytes"]:
+                peaks[way.label][x] = result["peak_bytes"] / MIB
+            if result["seconds"]:
+                seconds[way.label][x] = statistics.median(mine for mine, _ in result["seconds"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
+    for axes, lines, title in (
+        (left, peaks, "extra peak memory, MiB"),
+        (right, seconds, "time, s"),
+    ):
+        _dress(axes, title, SWEEPS[sweep], list(found))
+        _draw_lines(axes, lines, list(found))
+    figure.tight_layout(w_pad=3)
+    _save(figure, folder / sweep)
 
 
-def _line(axes: Any, points: dict[int, float], label: str, colour: str) -> None:
-    if not points:
-        return
-    axes.plot(list(points), list(points.values()), color=colour, linewidth=2.2, marker="o")
-    last = max(points)
-    axes.annotate(
-        label,
-        (last, points[last]),
-        xytext=(9, 0),
-        textcoords="offset points",
-        color=colour,
-        fontweight="bold",
-        va="center",
-        annotation_clip=False,
-    )
+def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
+    for label, points in lines.items():
+        colour, marker = LOOKS[label]
+        axes.plot(list(points), list(points.values()), color=colour, marker=marker, lw=2.5, ms=7)
+    ends = {label: list(points.values())[-1] for label, points in lines.items()}
+    for label, y in _spread(ends, axes).items():
+        axes.annotate(
+            label,
+            (max(xs), y),
+            xytext=(10, 0),
+            textcoords="offset points",
+            color=LOOKS[label][0],
+            fontweight="bold",
+            va="center",
+            annotation_clip=False,
+        )
 
 
-def _dress(axes: Any, title: str) -> None:
+def _spread(ends: dict[str, float], axes: Any) -> dict[str, float]:
+    """Move labels apart, upwards from the lowest, where lines end beside each other."""
+    low, high = (math.log(y) for y in axes.get_ylim())
+    gap, least, places = (high - low) * 0.085, -math.inf, {}
+    for label, y in sorted(ends.items(), key=lambda end: end[1]):
+        least = max(math.log(y), least + gap)
+        places[label] = math.exp(least)
+    return places
+
+
+def _dress(axes: Any, title: str, label: str, xs: list[int]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(LENGTHS, [str(length) for length in LENGTHS])
-    axes.set_xlim(LENGTHS[0] * 0.85, LENGTHS[-1] * 6.5)
+    axes.set_xticks(xs, [str(x) for x in xs])
+    axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title(title, color=INK, loc="left")
-    axes.set_xlabel("tokens a sequence", color=INK, loc="left")
+    axes.set_title(title, color=INK, loc="left", fontweight="bold")
+    axes.set_xlabel(label, color=INK, loc="left")
+    _dim(axes)
+    axes.grid(visible=True, color=INK, alpha=0.3)
+
+
+def _dim(axes: Any) -> None:
     axes.tick_params(which="both", colors=INK)
-    axes.grid(visible=True, color=INK, alpha=0.25)
     for side, spine in axes.spines.items():
         spine.set_visible(side in {"left", "bottom"})
         spine.set_color(INK)
+
+
+def _draw_bars(table: dict[str, Any], folder: Path) -> None:
+    """Draw the peak and the time of each way with a name, ours in colour."""
+    from matplotlib import pyplot as plt
+
+    results = [each for each in table["results"] if WAYS[each["way"]].label]
+    labels = [WAYS[each["way"]].label for each in results]
+    peaks = [(each["peak_bytes"] or 0) / MIB for each in results]
+    medians = [_median(each["seconds"]) for each in results]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.44 * len(labels) + 1), sharey=True)
+    for axes, sizes, title, unit in (
+        (left, peaks, "extra peak memory", "{:,.0f} MiB"),
+        (right, medians, "time", "{:.1f} s"),
+    ):
+        colours = [LOOKS[each][0] if each.startswith("capture") else INK for each in labels]
+        bars = axes.barh(range(len(labels)), sizes, color=colours, height=0.7)
+        values = [unit.format(size) if size else "does not fit" for size in sizes]
+        for text, colour in zip(axes.bar_label(bars, values, padding=5), colours, strict=True):
+            text.set(color=colour, fontweight="bold")
+        axes.set_title(title, color=INK, loc="left", fontweight="bold")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.margins(x=0.18)
+        axes.set_xticks([])
+        _dim(axes)
+        axes.spines["bottom"].set_visible(False)
+    left.invert_yaxis()
+    for text, colour in zip(left.get_yticklabels(), colours, strict=True):
+        text.set(color=colour, fontweight="bold")
+    figure.tight_layout(w_pad=3)
+    _save(figure, folder / "plain")
+
+
+def _median(seconds: list[list[float]]) -> float:
+    return statistics.median(mine for mine, _ in seconds) if seconds else 0
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot as plt
+
+    figure.savefig(path.with_suffix(".png"), transparent=True, dpi=120)
+    figure.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})
+    plt.close(figure)

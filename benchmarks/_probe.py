@@ -3,27 +3,21 @@
 The order is JSON, and so is the last line that it prints.
 """
 
-import gc
 import hashlib
 import json
 import random
-import re
 import sys
-import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actctx._column import give_back_to_system
+from benchmarks._devices import Meter, limit_memory, meter_of
 from benchmarks._models import Setup, build, make_tokens
 from benchmarks._tables import WAYS
 from benchmarks._ways import Captured, Way
-
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,7 @@ class Order:
         return cls(**fields | {"setup": Setup(**fields["setup"]), "ways": tuple(fields["ways"])})
 
 
-def measure_memory(setup: Setup, way: Way) -> dict[str, Any]:
+def measure_memory(setup: Setup, way: Way, meter: Meter) -> dict[str, Any]:
     """Measure the peak of one run, in bytes above what the process held before it.
 
     `peak_bytes` is None where the system does not tell it. `sha256` is that of the activation,
@@ -56,12 +50,10 @@ def measure_memory(setup: Setup, way: Way) -> dict[str, Any]:
     """
     model, tokens = build(setup, way.model), make_tokens(setup)
     way.run(model, tokens[:1, :8])  # what is imported and built once
-    gc.collect()
-    before = _reset_peak(setup)
-    activations = _listed(way.run(model, tokens))
-    peak = _peak(setup)
+    captured, peak = meter.peak_of(partial(way.run, model, tokens))
+    activations = _listed(captured)
     return {
-        "peak_bytes": None if before is None or peak is None else peak - before,
+        "peak_bytes": peak,
         "payload_bytes": sum(each.nbytes for each in activations),
         "sha256": _sha256(activations) if activations else None,
         "difference": _difference(setup, activations, WAYS[way.near]) if way.near else None,
@@ -82,15 +74,20 @@ def _difference(setup: Setup, activations: list[Tensor], near: Way) -> float:
     )
 
 
-def measure_time(setup: Setup, ways: list[Way], *, repeats: int, seed: int) -> dict[str, Any]:
+def measure_time(
+    setup: Setup, ways: list[Way], meter: Meter, *, repeats: int, seed: int
+) -> dict[str, Any]:
     """Time ways in passes, each in another order.
 
     What else the machine does changes from second to second, so each run of a way has a run of
     its limit beside it, by chance before or behind it. `seconds` has both for each pass.
     """
     limits = {way.limit: WAYS[way.limit] for way in ways}
-    kinds = {way.model for way in [*ways, *limits.values()]}
+    both = {way.name: way for way in [*ways, *limits.values()]}
+    kinds = dict.fromkeys(way.model for way in both.values())
     models, tokens = {kind: build(setup, kind) for kind in kinds}, make_tokens(setup)
+    for way in both.values():
+        way.run(models[way.model], tokens[:1, :8])
     for limit in limits.values():
         limit.run(models[limit.model], tokens)
     chance = random.Random(seed)  # noqa: S311  nothing secret
@@ -99,53 +96,10 @@ def measure_time(setup: Setup, ways: list[Way], *, repeats: int, seed: int) -> d
         for way in chance.sample(ways, len(ways)):
             pair, took = (way, limits[way.limit]), [0.0, 0.0]
             for i in chance.sample((0, 1), 2):
-                took[i] = _time(setup, pair[i], models[pair[i].model], tokens)
+                run = partial(pair[i].run, models[pair[i].model], tokens)
+                took[i] = meter.seconds_of(run)
             seconds[way.name].append((took[0], took[1]))
     return {"seconds": seconds}
-
-
-def _time(setup: Setup, way: Way, model: Any, tokens: Tensor) -> float:
-    _settle(setup)
-    start = time.perf_counter()
-    way.run(model, tokens)
-    _synchronize(setup)
-    return time.perf_counter() - start
-
-
-def _settle(setup: Setup) -> None:
-    """Leave nothing of the run before: no garbage, and no memory that the allocator keeps."""
-    gc.collect()
-    give_back_to_system()
-    _synchronize(setup)
-
-
-def _synchronize(setup: Setup) -> None:
-    if setup.device != "cpu":
-        torch.cuda.synchronize(setup.device)
-
-
-def _reset_peak(setup: Setup) -> int | None:
-    if setup.device != "cpu":
-        torch.cuda.reset_peak_memory_stats(setup.device)
-        return torch.cuda.memory_allocated(setup.device)
-    try:
-        _CLEAR_REFS.write_text("5")
-    except OSError:
-        return None
-    return _status_bytes("VmRSS")
-
-
-def _peak(setup: Setup) -> int | None:
-    if setup.device != "cpu":
-        return torch.cuda.max_memory_allocated(setup.device)
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(field: str) -> int | None:
-    if not _STATUS.exists():
-        return None
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    return int(found[1]) * 1024 if found else None
 
 
 def _sha256(activations: list[Tensor]) -> str:
@@ -155,31 +109,20 @@ def _sha256(activations: list[Tensor]) -> str:
     return found.hexdigest()
 
 
-def _limit_memory() -> None:
-    """Have torch refuse what the machine has no memory for, instead of being killed for it."""
-    meminfo = Path("/proc/meminfo")
-    held = _status_bytes("VmData")
-    if not meminfo.exists() or held is None:
-        return
-    found = re.search(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    if found:
-        import resource
-
-        most = held + int(int(found[1]) * 1024 * 0.95)
-        resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
 def main(text: str) -> None:
     """Do what is ordered, and print the result."""
     order = Order.loads(text)
-    torch.set_num_threads(order.setup.threads)
-    _limit_memory()
+    setup, meter = order.setup, meter_of(order.setup.device)
+    torch.set_num_threads(setup.threads)
+    if setup.device == "cpu":
+        limit_memory()
     ways = [WAYS[name] for name in order.ways]
     try:
         if order.timed:
-            result = measure_time(order.setup, ways, repeats=order.repeats, seed=order.shuffle_seed)
+            seed = order.shuffle_seed
+            result = measure_time(setup, ways, meter, repeats=order.repeats, seed=seed)
         else:
-            result = measure_memory(order.setup, ways[0])
+            result = measure_memory(setup, ways[0], meter)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise

@@ -1,27 +1,21 @@
 """What was measured, as a table and against the targets."""
 
-import math
 import os
 import platform
 import re
 import statistics
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from operator import attrgetter
 from pathlib import Path
 
 from benchmarks._models import BRIDGE
 from benchmarks._tables import WAYS
-from benchmarks._ways import BATCHES
 
 MIB = 2**20
-MOST_MEMORY = 1.05
-MOST_TIME = 1.03
 MOST_QUICK = 1.1
-OURS = ("capture-stop", "plain-capture-stop", "gather")
-LIBRARIES = ("torch", "transformer_lens", "transformers", "nnsight")
+OURS = ("capture-stop", "plain-capture-stop", "gather-64-capture")
+LIBRARIES = ("torch", "transformer_lens", "transformers", "nnsight", "torchlens", "sae_lens")
 TOLERANCE = 1e-4
 """Between eager attention and sdpa, in float32."""
 
@@ -37,6 +31,7 @@ class Result:
         sha256: The hash of those activations.
         difference: How far they are from those of another implementation of attention.
         does_not_fit: Whether the machine had too little memory for it.
+        failed: What went wrong, if anything did.
         seconds: The time of each run, and of the run of the limit beside it.
 
     """
@@ -47,6 +42,7 @@ class Result:
     sha256: str | None = None
     difference: float | None = None
     does_not_fit: bool = False
+    failed: str = ""
     seconds: list[tuple[float, float]] = field(default_factory=list)
 
 
@@ -106,29 +102,6 @@ def time_ratio(result: Result) -> Ratio | None:
     return Ratio(median, low, high)
 
 
-def _seconds(result: Result) -> float | None:
-    ratio = time_ratio(result)
-    return ratio.median if ratio else None
-
-
-PLAIN_TARGET = "plain-capture-stop"
-TIMES_LESS: tuple[tuple[str, str, Callable[[Result], float | None], float], ...] = (
-    (
-        "memory: the best of TransformerLens x capture from a plain model",
-        "plain-filter-stop-nograd",
-        attrgetter("peak_bytes"),
-        4,
-    ),
-    ("time: the same", "plain-filter-stop-nograd", _seconds, 1.8),
-    (
-        "memory: run_with_cache x capture from a plain model",
-        "plain-cache-nograd",
-        attrgetter("peak_bytes"),
-        20,
-    ),
-)
-
-
 def rows(results: list[Result]) -> str:
     """Write the results as a Markdown table."""
     lines = [
@@ -143,7 +116,7 @@ def rows(results: list[Result]) -> str:
             f"{result.payload_bytes / MIB:.1f}" if result.payload_bytes else "",
             _peak(result),
             "" if memory is None else f"{memory:.2f}",
-            f"{statistics.median(s for s, _ in result.seconds):.2f}" if time else "",
+            f"{median_seconds(result):.2f}" if time else "",
             "" if time is None else f"{time.median:.3f}",
             "" if time is None else f"{time.low:.3f} to {time.high:.3f}",
         ]
@@ -151,43 +124,33 @@ def rows(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def gather_rows(results: list[Result]) -> str:
+def gather_rows(results: list[Result], batches: int) -> str:
     """Write the results of gathering many batches as a Markdown table."""
     payload = max(result.payload_bytes for result in results)
     lines = [
-        "| way | extra peak, MiB | x (payload + one batch) | x (bare + payload) |",
-        "| --- | ---: | ---: | ---: |",
+        "| way | extra peak, MiB | x (payload + one batch) | x (bare + payload) | s | x limit |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        limit, peak = memory_ratio(result, results), result.peak_bytes
-        one_more = None if peak is None or not payload else peak / (payload * (1 + 1 / BATCHES))
+        limit, time = memory_ratio(result, results), time_ratio(result)
+        one_more = None
+        if result.peak_bytes is not None and payload:
+            one_more = result.peak_bytes / (payload * (1 + 1 / batches))
         cells = [
             WAYS[result.way].title,
             _peak(result),
             "" if one_more is None else f"{one_more:.2f}",
             "" if limit is None else f"{limit:.2f}",
+            f"{median_seconds(result):.2f}" if time else "",
+            f"{time.median:.3f}" if time else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def targets(results: list[Result]) -> list[str]:
-    """Say whether what is to be reached is."""
-    found = {result.way: result for result in results}
-    verdicts = []
-    if "capture-stop" in found:
-        ours = found["capture-stop"]
-        memory, time = memory_ratio(ours, results), time_ratio(ours)
-        verdicts += [
-            _verdict("memory: capture(stop=True) x (limit + captured)", memory, most=MOST_MEMORY),
-            _verdict("time: the same x limit", time.median if time else None, most=MOST_TIME),
-        ]
-    for what, way, measure, least in TIMES_LESS:
-        if way in found and PLAIN_TARGET in found:
-            more, less = measure(found[way]), measure(found[PLAIN_TARGET])
-            ratio = more / less if more and less else None
-            verdicts.append(_verdict(what, ratio, least=least))
-    return verdicts
+def median_seconds(result: Result) -> float | None:
+    """Return the median of the times of a way; None if it was not timed."""
+    return statistics.median(mine for mine, _ in result.seconds) if result.seconds else None
 
 
 def machine() -> dict[str, str]:
@@ -211,17 +174,9 @@ def _version(library: str) -> str:
 
 
 def _peak(result: Result) -> str:
-    if result.does_not_fit:
-        return "does not fit"
+    if result.does_not_fit or result.failed:
+        return "does not fit" if result.does_not_fit else "failed"
     return "" if result.peak_bytes is None else f"{result.peak_bytes / MIB:.0f}"
-
-
-def _verdict(what: str, ratio: float | None, *, most: float = math.inf, least: float = 0) -> str:
-    if ratio is None:
-        return f"{what}: not measured"
-    reached = "reached" if least <= ratio <= most else "NOT reached"
-    target = f"at least {least}" if least else f"at most {most}"
-    return f"{what}: {ratio:.3f}, target {target}: {reached}"
 
 
 def _line(path: str, pattern: str) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actctx import capture
 from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup, build, make_tokens
-from benchmarks._plain import WITH_NNSIGHT
+from benchmarks._plain import WITHOUT
 
 LAYERS = 24
 NAMES = "blocks.*.hook_resid_post"
@@ -69,7 +69,7 @@ CASES: dict[str, tuple[str, Run]] = {
     "bare hook that clones, bridge": (BRIDGE, _hook),
     "**`capture`, bridge**": (BRIDGE, _capture),
 }
-if WITH_NNSIGHT:
+if NNSIGHT not in WITHOUT:
     CASES["nnsight: `trace`, `save`"] = (NNSIGHT, _trace)
 
 

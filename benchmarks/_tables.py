@@ -1,8 +1,22 @@
 """All that is compared."""
 
+from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
+from benchmarks._generate import GENERATE_TABLE
 from benchmarks._plain import PLAIN_TABLE
-from benchmarks._ways import BRIDGE_TABLE, GATHER_TABLE
+from benchmarks._sweeps import SWEEP_TABLES
+from benchmarks._ways import BRIDGE_TABLE
 from benchmarks._work import WORK_TABLE
 
-TABLES = {table.name: table for table in (BRIDGE_TABLE, PLAIN_TABLE, WORK_TABLE, GATHER_TABLE)}
+TABLES = {
+    table.name: table
+    for table in (
+        BRIDGE_TABLE,
+        PLAIN_TABLE,
+        WORK_TABLE,
+        GENERATE_TABLE,
+        GATHER_TABLE,
+        SAELENS_TABLE,
+        *SWEEP_TABLES,
+    )
+}
 WAYS = {way.name: way for table in TABLES.values() for way in table.ways}

@@ -2,24 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Never, TypeVar
 
 import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import BRIDGE, Setup
+from benchmarks._models import BRIDGE, Setup, middle, resid_name
 
 T = TypeVar("T")
 Captured = Tensor | Sequence[Tensor] | None
-
-LAYER = 6
-NAME = f"blocks.{LAYER}.hook_resid_post"
-
-BATCHES = 64
-NEURONS = f"blocks.{LAYER}.mlp.hook_post"
-"""What is gathered: four times as wide, so that a batch of it weighs as much as a forward."""
+Run = Callable[[Any, Tensor], Captured]
 
 
 @dataclass(frozen=True)
@@ -36,15 +30,22 @@ class Way:
         model: The kind of model that it runs on.
         near: The name of a way with another implementation of attention, whose activation its
             own is near to. Ways that have the limit and the attention in common yield the same.
+        label: What plots call it; it is drawn if it has one.
+        alone: Whether it leaves a process slower than it was, so that it is timed in its own.
 
     """
 
     name: str
     title: str
-    run: Callable[[Any, Tensor], Captured]
+    run: Run
     limit: str
     model: str = BRIDGE
     near: str = ""
+    label: str = ""
+    alone: bool = False
+
+
+USUAL = Setup()
 
 
 @dataclass(frozen=True)
@@ -54,27 +55,39 @@ class Table:
     Attributes:
         name: What all of them are chosen by.
         title: What they do.
-        setup: The model that they do it with.
         ways: The ways, in the order of the table.
-        timed: Whether time is measured, too.
-        factor: How many batches of the setup's are gathered.
+        setup: The model that they do it with, and how.
+        varied: What of the setup the table is about, so that a quick run keeps it.
+        rounds: The fresh processes to time in; none if memory alone is measured.
+        repeats: The passes over all ways in each.
+        sweep: The tables that it is one point of, if it is.
+        x: Where it is among them.
+        needs: The library that it is left out without.
 
     """
 
     name: str
     title: str
-    setup: Setup
     ways: tuple[Way, ...]
-    timed: bool = True
-    factor: int = 1
+    setup: Setup = USUAL
+    varied: dict[str, int] = field(default_factory=dict)
+    rounds: int = 3
+    repeats: int = 5
+    sweep: str = ""
+    x: int = 0
+    needs: str = ""
 
 
-def run_with_cache(**options: Any) -> Callable[[Any, Tensor], Tensor]:
-    """Cache and read the activation."""
+def run_with_cache(*, only: bool = False, stop: bool = False) -> Callable[[Any, Tensor], Tensor]:
+    """Cache everything or the activation alone, to the end or to its layer, and read it."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
+        name = resid_name(middle(model))
+        options: dict[str, Any] = {"names_filter": name} if only else {}
+        if stop:
+            options["stop_at_layer"] = middle(model) + 1
         _, cache = model.run_with_cache(tokens, **options)
-        activation: Tensor = cache[NAME]
+        activation: Tensor = cache[name]
         return activation
 
     return run
@@ -87,7 +100,7 @@ def _recipe(model: Any, tokens: Tensor) -> Tensor:
     def keep(activation: Tensor, hook: object) -> None:  # noqa: ARG001  TransformerLens passes it
         kept.append(activation.detach().clone())
 
-    model.hook_dict[NAME].add_hook(keep)
+    model.hook_dict[resid_name(middle(model))].add_hook(keep)
     with torch.no_grad():
         model(tokens)
     model.reset_hooks()
@@ -98,20 +111,22 @@ def capturing(*, stop: bool) -> Callable[[Any, Tensor], Tensor]:
     """Capture the activation."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
-        with capture(model, NAME, stop=stop) as acts:
+        with capture(model, resid_name(middle(model)), stop=stop) as acts:
             model(tokens)
         return acts.tensor
 
     return run
 
 
-def bare(**options: Any) -> Callable[[Any, Tensor], None]:
+def bare(model: Any, tokens: Tensor) -> None:
     """Run a forward without gradients, and capture nothing."""
+    with torch.no_grad():
+        model(tokens)
 
-    def run(model: Any, tokens: Tensor) -> None:
-        model(tokens, **options)
 
-    return no_grad(run)
+def _bare_stop_at_layer(model: Any, tokens: Tensor) -> None:
+    with torch.no_grad():
+        model(tokens, stop_at_layer=middle(model) + 1)
 
 
 class EndForward(Exception):  # noqa: N818  a signal, not an error
@@ -120,7 +135,7 @@ class EndForward(Exception):  # noqa: N818  a signal, not an error
 
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the place where `capture(stop=True)` ends it, and keep nothing."""
-    with _hooked(model, NAME, end_forward), suppress(EndForward):
+    with hooked(model, resid_name(middle(model)), end_forward), suppress(EndForward):
         model(tokens)
 
 
@@ -130,44 +145,12 @@ def end_forward(*_: object) -> Never:
 
 
 @contextmanager
-def _hooked(model: Any, name: str, hook: Callable[..., None]) -> Iterator[None]:
+def hooked(model: Any, name: str, hook: Callable[..., None]) -> Iterator[None]:
+    """Have a bare torch hook at a hook point, without gradients."""
     handle = model.hook_dict[name].register_forward_hook(hook)
     with torch.no_grad():
         yield
     handle.remove()
-
-
-def _gather(*, make_room: bool) -> Callable[[Any, Tensor], Tensor]:
-    def run(model: Any, tokens: Tensor) -> Tensor:
-        capacity = len(tokens) if make_room else None
-        with capture(model, NEURONS, stop=True, capacity=capacity) as acts:
-            for batch in tokens.chunk(BATCHES):
-                model(batch)
-        return acts.tensor
-
-    return run
-
-
-def _gather_by_recipe(model: Any, tokens: Tensor) -> Tensor:
-    """Run the recipe that people copy, with forwards that are stopped as those of `capture`."""
-    kept: list[Tensor] = []
-
-    def keep(_module: object, _args: object, activation: Tensor) -> None:
-        kept.append(activation.detach().clone())
-        raise EndForward
-
-    with _hooked(model, NEURONS, keep):
-        for batch in tokens.chunk(BATCHES):
-            with suppress(EndForward):
-                model(batch)
-    return torch.cat(kept)
-
-
-def _gather_nothing(model: Any, tokens: Tensor) -> None:
-    with _hooked(model, NEURONS, end_forward):
-        for batch in tokens.chunk(BATCHES):
-            with suppress(EndForward):
-                model(batch)
 
 
 def no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
@@ -180,16 +163,16 @@ def no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
     return without
 
 
+STOPPED = "run_with_cache(tokens, names_filter=name, stop_at_layer=layer + 1)"
 everything = run_with_cache()
-_filtered = run_with_cache(names_filter=NAME)
-filtered_stopped = run_with_cache(names_filter=NAME, stop_at_layer=LAYER + 1)
+_filtered = run_with_cache(only=True)
+filtered_stopped = run_with_cache(only=True, stop=True)
 
 LIMIT = "bare-stopped"
 
 BRIDGE_TABLE = Table(
     "bridge",
-    f"one {NAME} of a bridge",
-    Setup(),
+    "one `resid_post` of a bridge",
     tuple(
         Way(name, title, run, LIMIT)
         for name, title, run in (
@@ -197,47 +180,18 @@ BRIDGE_TABLE = Table(
             ("cache-nograd", "the same under `torch.no_grad()`", no_grad(everything)),
             ("filter", "`run_with_cache(tokens, names_filter=name)`", _filtered),
             ("filter-nograd", "the same under `torch.no_grad()`", no_grad(_filtered)),
-            (
-                "filter-stop",
-                f"`run_with_cache(tokens, names_filter=name, stop_at_layer={LAYER + 1})`",
-                filtered_stopped,
-            ),
-            (
-                "filter-stop-nograd",
-                "the same under `torch.no_grad()`",
-                no_grad(filtered_stopped),
-            ),
+            ("filter-stop", f"`{STOPPED}`", filtered_stopped),
+            ("filter-stop-nograd", "the same under `torch.no_grad()`", no_grad(filtered_stopped)),
             ("recipe", "the hook recipe", _recipe),
             ("capture", "**`capture(model, name)`**", capturing(stop=False)),
             ("capture-stop", "**`capture(model, name, stop=True)`**", capturing(stop=True)),
-            ("bare", "bare forward, nothing captured", bare()),
+            ("bare", "bare forward, nothing captured", bare),
             (
                 "bare-stop-at-layer",
-                f"bare forward, `stop_at_layer={LAYER + 1}`",
-                bare(stop_at_layer=LAYER + 1),
+                "bare forward, `stop_at_layer=layer + 1`",
+                _bare_stop_at_layer,
             ),
             (LIMIT, "bare forward, stopped at the hook: the limit", _bare_stopped),
         )
     ),
-)
-
-GATHER_TABLE = Table(
-    "gathering",
-    f"{BATCHES} batches of {NEURONS} of a bridge",
-    Setup(batch=8 * BATCHES, tokens=64),
-    tuple(
-        Way(name, title, run, "gather-bare")
-        for name, title, run in (
-            ("gather-recipe", "a list of clones, and `torch.cat`", _gather_by_recipe),
-            ("gather", "**`capture(model, name, stop=True)`**", _gather(make_room=False)),
-            (
-                "gather-capacity",
-                "**`capture(model, name, stop=True, capacity=rows)`**",
-                _gather(make_room=True),
-            ),
-            ("gather-bare", "bare forwards, stopped at the hook", _gather_nothing),
-        )
-    ),
-    timed=False,
-    factor=BATCHES,
 )

@@ -1,0 +1,141 @@
+"""How the memory and the time of a run are measured, on the CPU and on an accelerator."""
+
+import gc
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from actctx._column import give_back_to_system
+
+T = TypeVar("T")
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
+
+
+class Meter(Protocol):
+    """Measures runs on one device."""
+
+    def peak_of(self, run: Callable[[], T]) -> tuple[T, int | None]:
+        """Run, and return the peak in bytes above what was held before; None if it is not told."""
+
+    def seconds_of(self, run: Callable[[], object]) -> float:
+        """Run, and return the seconds that it took."""
+
+    def capacity(self) -> int | None:
+        """Return the bytes that the device has; None if it is not told."""
+
+
+class Cpu:
+    """Reads the resident memory of the process, and the clock."""
+
+    def peak_of(self, run: Callable[[], T]) -> tuple[T, int | None]:
+        """See `Meter`; the kernel keeps the exact peak from a reset on."""
+        gc.collect()
+        try:
+            _CLEAR_REFS.write_text("5")
+        except OSError:
+            return run(), None
+        before = status_bytes("VmRSS")
+        found = run()
+        peak = status_bytes("VmHWM")
+        return found, None if before is None or peak is None else peak - before
+
+    def seconds_of(self, run: Callable[[], object]) -> float:
+        """See `Meter`; nothing of the run before is left, nor kept by the allocator."""
+        gc.collect()
+        give_back_to_system()
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    def capacity(self) -> int | None:
+        """See `Meter`."""
+        return _meminfo_bytes("MemTotal")
+
+
+class Accelerator:
+    """Reads what the allocator of an accelerator counted, and the time between two events.
+
+    Args:
+        device: The device, such as `cuda:0`.
+        library: torch's module of such devices, such as `torch.cuda`.
+
+    """
+
+    def __init__(self, device: torch.device, library: Any) -> None:
+        self._device, self._library = device, library
+
+    def peak_of(self, run: Callable[[], T]) -> tuple[T, int | None]:
+        """See `Meter`."""
+        gc.collect()
+        self._library.synchronize(self._device)
+        self._library.reset_peak_memory_stats(self._device)
+        before = self._library.memory_allocated(self._device)
+        found = run()
+        self._library.synchronize(self._device)
+        return found, self._library.max_memory_allocated(self._device) - before
+
+    def seconds_of(self, run: Callable[[], object]) -> float:
+        """See `Meter`; from when the device reaches the run to when it is done with it."""
+        gc.collect()
+        start, end = (self._library.Event(enable_timing=True) for _ in range(2))
+        self._library.synchronize(self._device)
+        start.record()
+        run()
+        end.record()
+        self._library.synchronize(self._device)
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1000
+
+    def capacity(self) -> int | None:
+        """See `Meter`."""
+        total: int = self._library.mem_get_info(self._device)[1]
+        return total
+
+
+def meter_of(device: str) -> Meter:
+    """Choose what measures on a device.
+
+    Raises:
+        RuntimeError: torch knows no such device, or finds none on this machine.
+
+    """
+    chosen = torch.device(device)
+    if chosen.type == "cpu":
+        return Cpu()
+    library = torch.get_device_module(chosen)
+    if not library.is_available():
+        raise RuntimeError(f"torch finds no {chosen.type} device on this machine")
+    return Accelerator(chosen, library)
+
+
+def limit_memory() -> None:
+    """Have torch refuse what the machine has no memory for, instead of being killed for it."""
+    available, held = _meminfo_bytes("MemAvailable"), status_bytes("VmData")
+    if available is None or held is None:
+        return
+    import resource
+
+    most = held + int(available * 0.95)
+    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+
+
+def status_bytes(field: str) -> int | None:
+    """Read one of the sizes that the kernel tells of this process."""
+    return _bytes(_STATUS, field)
+
+
+def _meminfo_bytes(field: str) -> int | None:
+    return _bytes(_MEMINFO, field)
+
+
+def _bytes(path: Path, field: str) -> int | None:
+    text = path.read_text() if path.exists() else ""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
+    return int(found[1]) * 1024 if found else None

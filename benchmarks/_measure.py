@@ -1,0 +1,94 @@
+"""Has ways measured, each case in a fresh process."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks._devices import meter_of
+from benchmarks._models import Setup
+from benchmarks._probe import Order
+from benchmarks._report import Result
+from benchmarks._tables import WAYS
+
+# With glibc's own, moving threshold, freed memory stays with the process or does not, as chance
+# has it, and peaks of one and the same computation differ by a tenth. With a fixed one what is
+# freed is returned at once, and the resident memory is what is alive.
+EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+class ProbeError(RuntimeError):
+    """A process that measures has failed."""
+
+
+def probe(order: Order) -> dict[str, Any]:
+    """Have an order done in a fresh process.
+
+    Raises:
+        ProbeError: The process failed; its last words are the message.
+
+    """
+    threads = str(order.setup.threads)
+    fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    offline = {} if order.setup.model else {"HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks._probe", order.dumps()],
+        check=False,
+        capture_output=True,
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | fixed | offline | ({} if order.timed else EXACT),
+        text=True,
+    )
+    if done.returncode:
+        raise ProbeError(
+            f"measuring {', '.join(order.ways)} failed with exit status {done.returncode}:\n"
+            f"{done.stderr[-2000:]}"
+        )
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def measure_memory(setup: Setup, ways: Sequence[str], *, processes: int) -> list[Result]:
+    """Measure the memory of each way in a process of its own."""
+
+    def measure(way: str) -> Result:
+        say(f"memory of {way}")
+        try:
+            return Result(way, **probe(Order(setup, (way,))))
+        except ProbeError as error:
+            say(str(error))
+            return Result(way, failed=str(error))
+
+    with ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(measure, ways))
+
+
+def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeats: int) -> None:
+    """Time all ways that fit, round by round, and add the times to the results.
+
+    Raises:
+        ProbeError: A process failed; what was timed before it is in the results.
+
+    """
+    fitting = {each.way: each for each in results if not each.does_not_fit and not each.failed}
+    room = (meter_of(setup.device).capacity() or 0) / 2
+    large = {way for way, each in fitting.items() if room and (each.peak_bytes or 0) > room}
+    apart = large | {way for way in fitting if WAYS[way].alone}
+    together = [way for way in fitting if way not in apart]
+    groups = [each for each in (together, *([way] for way in sorted(apart))) if each]
+    for number in range(rounds):
+        for group in groups:
+            say(f"time, round {number + 1} of {rounds}: {len(group)} ways")
+            passes = 1 if large.intersection(group) else repeats
+            order = Order(setup, tuple(group), timed=True, repeats=passes, shuffle_seed=number)
+            for way, seconds in probe(order).get("seconds", {}).items():
+                fitting[way].seconds.extend(seconds)
+
+
+def say(what: str) -> None:
+    """Tell what is being done, beside the results."""
+    print(what, file=sys.stderr, flush=True)
