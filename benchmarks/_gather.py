@@ -122,7 +122,7 @@ def gather_table(batches: int, **options: Any) -> Table:
         (
             "capacity",
             f"**{ours}, capacity=rows)`**",
-            _capture(batches, _neurons, make_room=True),
+            roomy,
             "",
         ),
         ("bare", "bare forwards, stopped at the hook", _nothing(batches, _neurons), ""),
