@@ -79,11 +79,12 @@ def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
     for label, points in lines.items():
         colour, marker = LOOKS[label]
         axes.plot(list(points), list(points.values()), color=colour, marker=marker, lw=2.5, ms=7)
-    ends = {label: list(points.values())[-1] for label, points in lines.items()}
-    for label, y in _spread(ends, axes).items():
+    ends = {label: points[xs[-1]] for label, points in lines.items() if xs[-1] in points}
+    places = {label: (xs[-1], y) for label, y in _spread(ends, axes).items()}
+    for label, points in lines.items():
         axes.annotate(
             label,
-            (max(xs), y),
+            places.get(label) or list(points.items())[-1],
             xytext=(10, 0),
             textcoords="offset points",
             color=LOOKS[label][0],
@@ -104,11 +105,15 @@ def _spread(ends: dict[str, float], axes: Any) -> dict[str, float]:
 
 
 def _dress(axes: Any, title: str, label: str, xs: list[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(xs, [str(x) for x in xs])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.6g}")
+    axes.tick_params(labelsize=11)
     axes.set_title(title, color=INK, loc="left", fontweight="bold")
     axes.set_xlabel(label, color=INK, loc="left")
     _dim(axes)
@@ -137,7 +142,7 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
     ):
         colours = [LOOKS[each][0] if each.startswith("capture") else INK for each in labels]
         bars = axes.barh(range(len(labels)), sizes, color=colours, height=0.7)
-        values = [unit.format(size) if size else "does not fit" for size in sizes]
+        values = [unit.format(size) if size else "not measured" for size in sizes]
         for text, colour in zip(axes.bar_label(bars, values, padding=5), colours, strict=True):
             text.set(color=colour, fontweight="bold")
         axes.set_title(title, color=INK, loc="left", fontweight="bold")
