@@ -82,13 +82,16 @@ def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
     ends = {label: points[xs[-1]] for label, points in lines.items() if xs[-1] in points}
     places = {label: (xs[-1], y) for label, y in _spread(ends, axes).items()}
     for label, points in lines.items():
+        # a line that ends early has the room for its name before its end
+        place, beside = places.get(label, list(points.items())[-1]), label in places
         axes.annotate(
             label,
-            places.get(label) or list(points.items())[-1],
-            xytext=(10, 0),
+            place,
+            xytext=(10, 0) if beside else (-10, 8),
             textcoords="offset points",
             color=LOOKS[label][0],
             fontweight="bold",
+            ha="left" if beside else "right",
             va="center",
             annotation_clip=False,
         )
