@@ -63,10 +63,9 @@ def test_targets_say_by_how_much_they_are_missed():
 
 @pytest.mark.parametrize("name", ["generate", "work", "asked-2", "batches-4"])
 def test_all_ways_of_a_table_yield_the_same(name):
-    table, results = TABLES[name], []
+    table, cpu = TABLES[name], meter_of("cpu")
     setup = replace(TINY, **table.varied)
-    for way in table.ways:
-        results.append(Result(way.name, **measure_memory(setup, way, meter_of("cpu"))))
+    results = [Result(way.name, **measure_memory(setup, way, cpu)) for way in table.ways]
     assert find_disagreement(results) is None
     assert all(each.sha256 for each in results if not each.way.endswith("bare"))
 
@@ -100,7 +99,7 @@ def test_the_cpu_is_measured_by_the_clock_and_the_resident_memory():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(RuntimeError, match="^torch finds no cuda device on this machine$"):
+    with pytest.raises(RuntimeError, match=r"^torch finds no cuda device on this machine$"):
         meter_of("cuda")
 
 
