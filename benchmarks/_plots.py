@@ -79,19 +79,15 @@ def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
     for label, points in lines.items():
         colour, marker = LOOKS[label]
         axes.plot(list(points), list(points.values()), color=colour, marker=marker, lw=2.5, ms=7)
-    ends = {label: points[xs[-1]] for label, points in lines.items() if xs[-1] in points}
-    places = {label: (xs[-1], y) for label, y in _spread(ends, axes).items()}
-    for label, points in lines.items():
-        # a line that ends early has the room for its name before its end
-        place, beside = places.get(label, list(points.items())[-1]), label in places
+    ends = {label: list(points.values())[-1] for label, points in lines.items()}
+    for label, y in _spread(ends, axes).items():
         axes.annotate(
             label,
-            place,
-            xytext=(10, 0) if beside else (-10, 8),
+            (xs[-1], y),
+            xytext=(10, 0),
             textcoords="offset points",
             color=LOOKS[label][0],
             fontweight="bold",
-            ha="left" if beside else "right",
             va="center",
             annotation_clip=False,
         )
