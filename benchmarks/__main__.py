@@ -155,7 +155,7 @@ def _measure(
             faults.append(f"{table.name}: {error}")
         _keep(table, setup, results, findings)
     if not quick and not table.sweep:
-        print("\n".join(targets(results)), end="\n\n")
+        print(*(f"- {verdict}\n" for verdict in targets(results)), sep="")
     return [*faults, *(find_regressions(results) if quick else [])]
 
 

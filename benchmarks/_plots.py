@@ -94,13 +94,17 @@ def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
 
 
 def _spread(ends: dict[str, float], axes: Any) -> dict[str, float]:
-    """Move labels apart, upwards from the lowest, where lines end beside each other."""
+    """Move labels apart where lines end beside each other, and keep them beside the plot."""
     low, high = (math.log(y) for y in axes.get_ylim())
     gap, least, places = (high - low) * 0.085, -math.inf, {}
     for label, y in sorted(ends.items(), key=lambda end: end[1]):
-        least = max(math.log(y), least + gap)
-        places[label] = math.exp(least)
-    return places
+        places[label] = max(math.log(y), least + gap)
+        least = places[label]
+    most = high
+    for label in reversed(list(places)):
+        places[label] = min(places[label], most)
+        most = places[label] - gap
+    return {label: math.exp(place) for label, place in places.items()}
 
 
 def _dress(axes: Any, title: str, label: str, xs: list[int]) -> None:
