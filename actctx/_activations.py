@@ -12,11 +12,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._column import Column, Kept, wait_for
-from actctx._errors import (
-    NotCapturedError,
-    OptionError,
-    SeveralFiringsError,
-)
+from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
 from actctx._select import Owned
 from actctx._stack import layers_of, stack_layers
@@ -242,8 +238,10 @@ class Activations(_Tensors):
                 "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
-        names = {key: (key, *self._columns[key].names) for key in self}
-        return stack_layers({key: self[key] for key in layers_of(names, name)})
+        return stack_layers({key: self[key] for key in self._layers(name)})
+
+    def _layers(self, name: str) -> list[str]:
+        return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:
         """Give the jaxtyping annotation of a captured tensor, from site, slice and config.

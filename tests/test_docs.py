@@ -10,7 +10,7 @@ import pytest
 from models import Mlp, bridge, tokens
 
 import actctx
-from actctx import _activations, _capture, _decorator, _names, _places, _schema
+from actctx import _activations, _capture, _decorator, _names, _places, _schema, plot
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -46,10 +46,18 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("module", [_places, _names, _capture, _decorator, _activations, _schema])
+@pytest.mark.parametrize(
+    "module", [_places, _names, _capture, _decorator, _activations, _schema, plot]
+)
 def test_the_examples_of_docstrings_run(module):
     model = bridge()
-    names = {**vars(actctx), "model": model, "tokens": tokens(4), "loader": [tokens(4)] * 2}
+    names = {
+        **vars(plot),
+        **vars(actctx),
+        "model": model,
+        "tokens": tokens(4),
+        "loader": [tokens(4)] * 2,
+    }
     names.update(torch=__import__("torch"), mlp=Mlp())
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

@@ -44,11 +44,21 @@ ROOMS = (
     "_decorator",
     "notebook",
     "__init__",
+    "plot",
     "_loading",
     "_sequences",
     "__main__",
 )
-LAZY = ("transformer_lens", "transformers", "safetensors", "typer", "rich", "numpy.testing")
+LAZY = (
+    "transformer_lens",
+    "transformers",
+    "safetensors",
+    "typer",
+    "rich",
+    "numpy.testing",
+    "IPython",
+    "matplotlib",
+)
 
 
 def test_the_public_names_are_these():
