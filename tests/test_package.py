@@ -43,9 +43,19 @@ ROOMS = (
     "__init__",
     "_loading",
     "_sequences",
+    "_layout",
     "__main__",
 )
-LAZY = ("transformer_lens", "transformers", "safetensors", "typer", "rich", "numpy.testing")
+LAZY = (
+    "lance",
+    "pyarrow",
+    "transformer_lens",
+    "transformers",
+    "safetensors",
+    "typer",
+    "rich",
+    "numpy.testing",
+)
 
 
 def test_the_public_names_are_these():
@@ -56,6 +66,7 @@ def test_the_public_names_are_these():
         "CapacityError",
         "Capture",
         "CaptureStateError",
+        "DataError",
         "HookNameError",
         "HooksRemovedError",
         "JoinError",
