@@ -44,6 +44,13 @@ ROOMS = (
     "_loading",
     "_sequences",
     "_layout",
+    "_fingerprint",
+    "_inputs",
+    "_choosing",
+    "_pipe",
+    "_writer",
+    "_extraction",
+    "extract",
     "__main__",
 )
 LAZY = (
