@@ -1,19 +1,21 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
 import difflib
-import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
-from typing import Any, SupportsIndex, TypeAlias, TypeGuard
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32, Int64, Shaped
+from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from actctx._errors import DataError, NotCapturedError, OptionError, SelectionError
+from actctx._errors import DataError, NotCapturedError, OptionError
+from actctx._file import describe, write_safetensors
 from actctx._fingerprint import describe_model
+from actctx._index import Index, is_int, rows_of
+from actctx._interchange import read_saelens, write_saelens
 from actctx._layout import Layout, StoredSite
 from actctx._loader import Loader
 from actctx._shuffle import Order
@@ -21,10 +23,6 @@ from actctx._stored import Batch, StoredRows, dtype_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
-
-Index: TypeAlias = (
-    SupportsIndex | slice | Sequence[int] | Sequence[bool] | Shaped[Tensor, "..."] | np.ndarray
-)
 
 _POOL_BYTES = 2**27
 
@@ -98,12 +96,10 @@ class ActivationDataset(Dataset[Batch]):
             OptionError: The index is nothing that selects rows.
 
         """
-        if isinstance(index, slice):
-            return self._rows.read(np.arange(len(self))[index])
-        if _is_int(index):
-            row = self._rows.read(self._checked(np.array([operator.index(index)])))
-            return {name: values[0] for name, values in row.items()}
-        return self._rows.read(self._checked(self._positions(index)))
+        batch = self._rows.read(rows_of(index, len(self)))
+        if not is_int(index):
+            return batch
+        return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """Read the rows of a `DataLoader`'s batch together."""
@@ -220,6 +216,67 @@ class ActivationDataset(Dataset[Batch]):
                 "them from this one"
             )
 
+    def to_saelens(
+        self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
+    ) -> None:
+        """Write what SAELens trains from with `use_cached_activations=True`.
+
+        The rows are cut into runs of `context`, in their order; what fills no run at the end is
+        left out. Each site is a column under its name, its heads flattened as SAELens flattens
+        them. bfloat16, which these files do not have, becomes float32, with a warning.
+
+        Args:
+            path: The directory to write, SAELens' `cached_activations_path`; there whole or not
+                at all.
+            context: The `context_size` of SAELens' config, in rows.
+            rename: SAELens' `hook_name` for sites that have another name here, by their name.
+
+        Raises:
+            DataError: There is something at the path already.
+            OptionError: There are fewer rows than `context`.
+
+        """
+        write_saelens(self._rows, path, context=context, rename=rename or {})
+
+    @classmethod
+    def from_saelens(
+        cls, path: str | PathLike[str], out: str | PathLike[str]
+    ) -> "ActivationDataset":
+        """Make a data set of activations that SAELens cached.
+
+        A `sequence` is a run of SAELens' context. The directory says nothing about the model, so
+        `check` refuses each.
+
+        Args:
+            path: The directory, SAELens' `new_cached_activations_path`.
+            out: Where to write the data set.
+
+        Raises:
+            DataError: It is no such directory, or there is something at `out` already.
+
+        """
+        read_saelens(path, out)
+        return cls(out)
+
+    def to_safetensors(self, path: str | PathLike[str]) -> None:
+        """Write all columns of numbers to one safetensors file.
+
+        Takes as much memory as they do: read fewer with `sites=` and `where=`. The metadata holds
+        `axes`, a JSON object of axes by name, `model`, the class of the model, and versions.
+
+        Args:
+            path: Where to write; an existing file is replaced once all is written.
+
+        """
+        batch = self[:]
+        tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
+        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
+
+    @property
+    def _first_axis(self) -> str:
+        return "token" if self.layout.rows == "token" else "batch"
+
     def _only(self, name: str) -> StoredRows:
         """Select one column."""
         rows = self._rows
@@ -228,36 +285,6 @@ class ActivationDataset(Dataset[Batch]):
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
         site = _site({**self.sites}, name, rows.others)
         return StoredRows(rows.path, rows.version, {name: site}, {}, rows.matching)
-
-    def _positions(self, index: Any) -> Int64[np.ndarray, "row"]:
-        """Read an index of several rows."""
-        try:
-            array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-        except (TypeError, ValueError):
-            array = np.empty(0, dtype=object)
-        if array.ndim == 1 and array.dtype == bool:
-            if len(array) != len(self):
-                raise SelectionError(
-                    f"the mask is for {counted(len(array), 'row')}, but the data set has "
-                    f"{len(self)}; give one entry for each"
-                )
-            return array.nonzero()[0]
-        is_empty = array.shape == (0,) and array.dtype != object
-        if array.ndim != 1 or not (is_empty or np.issubdtype(array.dtype, np.integer)):
-            raise OptionError(
-                f"cannot select rows by {index!r}; give a position, a slice, or a list, tensor or "
-                "boolean mask of one axis"
-            )
-        return array.astype(np.int64)
-
-    def _checked(self, positions: Int64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
-        outside = (positions < -len(self)) | (positions >= len(self))
-        if outside.any():
-            raise SelectionError(
-                f"there is no row {positions[outside][0]}: the data set has "
-                f"{counted(len(self), 'row')}"
-            )
-        return np.where(positions < 0, positions + len(self), positions)
 
     def __repr__(self) -> str:
         return as_text(*self._summary())
@@ -272,11 +299,10 @@ class ActivationDataset(Dataset[Batch]):
         title += f"{counted(len(self.sites), 'site')}, {size}"
         if not self.layout.finished:
             title += ", unfinished"
-        first = "token" if self.layout.rows == "token" else "batch"
         rows = [
             Row(
                 site=name,
-                axes=" ".join((first, *site.axes)),
+                axes=" ".join((self._first_axis, *site.axes)),
                 shape=str((len(self), *site.shape)),
                 dtype=site.dtype,
                 device="disk",
@@ -313,18 +339,6 @@ def _site(stored: Mapping[str, StoredSite], name: str, others: Iterable[str] = (
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
     return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
-
-
-def _is_int(index: object) -> TypeGuard[SupportsIndex]:
-    if isinstance(index, bool | np.bool_):
-        return False
-    if isinstance(index, Tensor | np.ndarray) and index.ndim:
-        return False
-    try:
-        operator.index(index)  # type: ignore[arg-type]  # that is the question
-    except TypeError:
-        return False
-    return True
 
 
 def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:

@@ -51,6 +51,12 @@ ROOMS = (
     "_writer",
     "_extraction",
     "extract",
+    "_shuffle",
+    "_stored",
+    "_index",
+    "_loader",
+    "_interchange",
+    "dataset",
     "__main__",
 )
 LAZY = (
