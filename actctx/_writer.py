@@ -144,6 +144,22 @@ class Target:
         self._lock.release()
 
 
+def look_at(path: Path) -> tuple[int, Layout]:
+    """Count the rows of a data set, and tell what it says about itself.
+
+    Raises:
+        DataError: There is none at the path.
+
+    """
+    try:
+        dataset = import_lance().dataset(str(path))
+    except ValueError:
+        raise DataError(
+            f"there is no data set at '{path}'; give the path that extract() wrote to"
+        ) from None
+    return dataset.count_rows(), Layout.of(dataset.schema, path)
+
+
 def _found_at(path: Path) -> str:
     """Say what is at a path, where it is no data set and none was begun there."""
     try:

@@ -57,6 +57,8 @@ ROOMS = (
     "_loader",
     "_interchange",
     "dataset",
+    "_corpus",
+    "_options",
     "__main__",
 )
 LAZY = (
