@@ -1,5 +1,6 @@
 """Batches of a data set for training: read ahead in threads, in the order of an epoch."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -173,8 +174,13 @@ def _threads(stack: ExitStack, count: int) -> ThreadPoolExecutor | None:
     if count == 0:
         return None
     threads = ThreadPoolExecutor(count, thread_name_prefix="actctx-loader")
-    stack.callback(threads.shutdown, cancel_futures=True)
+    stack.callback(_end, threads)
     return threads
+
+
+def _end(threads: ThreadPoolExecutor) -> None:
+    if not sys.is_finalizing():  # then they have ended, and so has what would end them
+        threads.shutdown(cancel_futures=True)
 
 
 def in_order(

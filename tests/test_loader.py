@@ -1,6 +1,8 @@
 """Batches for training: each row once, shuffled, the same for a seed, resumed anywhere."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 
@@ -164,6 +166,16 @@ def test_threads_end_with_the_iteration(data):
         break
     list(data.loader(16, workers=3, pool=64))
     assert threading.active_count() == before
+
+
+def test_a_script_may_end_in_the_middle_of_an_epoch(data):
+    code = (
+        "from actctx.dataset import ActivationDataset\n"
+        f"batches = iter(ActivationDataset({data.path!r}).loader(16, pool=64))\n"
+        "next(batches)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not run.stderr
 
 
 def test_an_error_of_reading_reaches_the_one_who_iterates(tmp_path):
