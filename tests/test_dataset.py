@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from models import tiny_transformer
+from models import tokens as tokens_of
 from stored import LENGTH, RESID, Z, heads, lance, numbers, pa, resid, tokens, write
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from actctx import DataError, NotCapturedError, OptionError, SelectionError
+from actctx import DataError, NotCapturedError, OptionError, SelectionError, capture
 from actctx._fingerprint import describe_model
 from actctx.dataset import ActivationDataset
+from actctx.extract import extract
 
 ROWS = 100
 
@@ -199,6 +202,28 @@ def test_another_model_is_refused_with_both_shown(tmp_path, mlp):
         f"with the fingerprint {found}; give the model that they were extracted from, or extract "
         "them from this one"
     )
+
+
+def test_what_extract_wrote_is_what_the_model_computes(tmp_path):
+    model, ids = tiny_transformer(), tokens_of(batch=6)
+    extract(model, ids, [RESID, Z], tmp_path / "a.lance", dtype=torch.bfloat16)
+    with capture(model, [RESID, Z], dtype=torch.bfloat16, stop=True) as acts:
+        model(ids)
+    data = ActivationDataset(tmp_path / "a.lance", model=model)
+    assert torch.equal(data.read(RESID), acts[RESID].flatten(0, 1))
+    assert torch.equal(data[:][Z], acts[Z].flatten(0, 1))
+    assert torch.equal(data.tokens, ids.flatten().int())
+    assert data.sites[Z].axes == acts.axes(Z)[2:]
+
+
+def test_rows_may_be_sequences(tmp_path):
+    model, ids = tiny_transformer(), tokens_of(batch=6)
+    extract(model, ids, RESID, tmp_path / "a.lance", slice={"pos": -1})
+    data = ActivationDataset(tmp_path / "a.lance")
+    assert repr(data).startswith("ActivationDataset: 6 sequences, 1 site")
+    assert "batch d_model" in repr(data)
+    batch = next(iter(data.loader(4)))
+    assert torch.equal(batch["token"], ids[batch["sequence"], -1].int())
 
 
 def test_its_repr_is_a_short_table(data):
