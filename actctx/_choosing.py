@@ -139,6 +139,22 @@ def remaining(
         )
 
 
+def held_against(works: Iterable[Work], stored: "Iterator[Stored]", rows: int) -> Iterator[Work]:
+    """Pass on what leaves the rows that are on disk.
+
+    Raises:
+        DataError: What is on disk came from another input.
+
+    """
+    known = _Known(stored)
+    count = 0
+    for work in works:
+        here = min(len(work.where), rows - count)
+        known.check(work.rows(0, here), count)
+        count += here
+        yield work
+
+
 class Stored(NamedTuple):
     """Rows on disk, without their activations."""
 

@@ -7,6 +7,7 @@ writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data 
 """
 
 import contextlib
+import itertools
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._capture import Capture
-from actctx._choosing import Choosing, Work, remaining
+from actctx._choosing import Choosing, Work, held_against, remaining
 from actctx._errors import DataError, OptionError
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
@@ -41,7 +42,6 @@ class Extraction:
         capturing: What is captured, with rows that are `Chosen`.
         reading: How the input is read.
         drop: The tokens and positions that leave no rows.
-        most: The number of rows to stop at.
         finite: Whether values that are no numbers, or infinite, are refused.
 
     Raises:
@@ -56,14 +56,14 @@ class Extraction:
         reading: Reading,
         *,
         drop: Mapping[str, list[int]],
-        most: int | None,
         finite: bool,
     ) -> None:
         self._model = model
         self._capturing = capturing
         self._chosen: Any = capturing._options.mask
         self._reading = reading
-        self._most = most
+        self._most: int | None = None
+        self._against: Target | None = None
         self._finite = finite
         self._sites = capturing._sites
         self._check_names()
@@ -133,9 +133,28 @@ class Extraction:
                     f"cannot go on with '{target.path}': its {name} is {was!r}, not {now!r}; {same}"
                 )
 
+    def check_rows(self, target: Target) -> None:
+        """Hold what decides which rows there are against a data set that sites are added to.
+
+        Raises:
+            DataError: Its rows came from another model, or were chosen otherwise.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it has rows
+        for name, was, now in self._facts_of_rows(target.layout):
+            if was != now:
+                raise DataError(
+                    f"cannot add to '{target.path}': its {name} is {was!r}, not {now!r}; give the "
+                    "same, or another path"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the sites are read under."""
+        return [site.key for site in self._sites]
+
     def _facts(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
-        for name, was in layout.model.items():
-            yield f"model's {name}", was, self._layout.model[name]
+        yield from itertools.islice(self._facts_of_rows(layout), len(layout.model))
         stored = {site.name: site for site in layout.sites}
         wanted = {site.key: site for site in self._sites}
         asked = [key for key, site in wanted.items() if site.exact or key in stored]
@@ -146,13 +165,33 @@ class Extraction:
             yield f"slice of {name!r}", site.slice, self._slices[name]
             if now.dtype is not None:
                 yield f"dtype of {name!r}", site.dtype, dtype_name(now.dtype)
+        yield from self._facts_of_rows(layout)
+
+    def _facts_of_rows(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
+        for name, was in layout.model.items():
+            yield f"model's {name}", was, self._layout.model[name]
         yield "kind of row", layout.rows, self._layout.rows
         yield "list of carried columns", [*layout.carried], [*self._layout.carried]
         for name, was in layout.input.items():
             yield name, was, self._layout.input[name]
 
-    def run(self, data: Iterable[Any], target: Target, *, progress: bool) -> int:
+    def run(
+        self,
+        data: Iterable[Any],
+        target: Target,
+        *,
+        most: int | None,
+        progress: bool,
+        against: Target | None = None,
+    ) -> int:
         """Run what is not on disk yet, and write it.
+
+        Args:
+            data: The input.
+            target: Where to write.
+            most: The number of rows to stop at.
+            progress: Whether a progress bar is shown.
+            against: A data set whose rows the input must leave.
 
         Returns:
             The number of rows on disk.
@@ -161,7 +200,8 @@ class Extraction:
             DataError: See `extract`.
 
         """
-        if self._most is not None and target.rows >= self._most:
+        self._most, self._against = most, against
+        if most is not None and target.rows >= most:
             return target.rows
         if target.layout is not None:
             target.tidy()
@@ -182,7 +222,9 @@ class Extraction:
 
     def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
         try:
-            works = map(self._choosing.choose, self._reading.batches(data))
+            works: Iterable[Work] = map(self._choosing.choose, self._reading.batches(data))
+            if self._against is not None:
+                works = held_against(works, self._against.stored(), self._against.rows)
             stored = target.stored() if target.rows else iter(())
             for work in remaining(works, stored, self._most, target.rows):
                 if not pipe.put(work):

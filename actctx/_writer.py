@@ -11,6 +11,7 @@ file that stays in the data set's directory: the system lets go of it however a 
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -138,6 +139,23 @@ class Target:
 
         reader = pa.RecordBatchReader.from_batches(self.schema, batches)
         self._lance.write_dataset(reader, str(self.path), mode="append")
+
+    def take_columns(self, other: "Target") -> None:
+        """Add the sites of another data set, which has the same rows; see the note on adding."""
+        assert self.layout is not None  # noqa: S101  both have rows
+        assert other.layout is not None  # noqa: S101
+        dataset = self._lance.dataset(str(self.path))
+        added = [site.column for site in other.layout.sites]
+        if not set(added) <= set(dataset.schema.names):
+            scanner = self._lance.dataset(str(other.path)).scanner(
+                columns=added, scan_in_order=True
+            )
+            try:
+                dataset.add_columns(scanner.to_reader())
+            except OSError as error:
+                raise unwritable(self.path, error, self.rows) from error
+        self.layout = replace(self.layout, sites=(*self.layout.sites, *other.layout.sites))
+        dataset.update_schema_metadata({"actctx": self.layout.as_metadata()})
 
     def release(self) -> None:
         """Let others write."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from actctx._activations import Activations
+from actctx._adding import add_sites
 from actctx._capture import Capture
 from actctx._choosing import dropping
 from actctx._errors import OptionError
@@ -61,6 +62,7 @@ def extract(
     carry: Iterable[str] = (),
     finite: bool = True,
     resume: bool = True,
+    add: bool = False,
     stop: bool = True,
     progress: bool = True,
 ) -> Extracted:
@@ -99,6 +101,9 @@ def extract(
             a column each.
         finite: Whether NaN and infinite values are refused.
         resume: Whether to go on with a data set that is there; otherwise it is refused.
+        add: Whether the sites are added to the rows of the data set that is there, which are not
+            rewritten. The input has to be the one that they came from. Until all is done, what is
+            new lies beside it, in `acts.lance.adding`, and is gone on with.
         stop: Whether to end each forward as soon as all sites have fired.
         progress: Whether a progress bar is shown, on a terminal.
 
@@ -134,14 +139,15 @@ def extract(
         pack=pack,
         carry=tuple(carry),
     )
-    extraction = Extraction(
-        model, capturing, reading, drop=dropping(drop), most=max_tokens, finite=finite
-    )
+    extraction = Extraction(model, capturing, reading, drop=dropping(drop), finite=finite)
     target = Target(Path(out))
     try:
         before = target.rows
-        extraction.check(target, resume=resume)
-        rows = extraction.run(data, target, progress=progress)
+        if add:
+            rows = add_sites(extraction, data, target, progress=progress)
+        else:
+            extraction.check(target, resume=resume)
+            rows = extraction.run(data, target, most=max_tokens, progress=progress)
         seconds = time.monotonic() - begun
         return Extracted(target.path, rows, rows - before, reading.cut, seconds)
     finally:

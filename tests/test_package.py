@@ -50,6 +50,7 @@ ROOMS = (
     "_pipe",
     "_writer",
     "_extraction",
+    "_adding",
     "extract",
     "_shuffle",
     "_stored",
