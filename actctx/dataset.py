@@ -169,11 +169,11 @@ class ActivationDataset(Dataset[Batch]):
             world_size: How many shares there are.
 
         Raises:
-            OptionError: A number makes no sense, or there are no rows.
+            OptionError: A number makes no sense.
 
         """
         if pool is None:
-            pool = _POOL_BYTES // self._rows.nbytes
+            pool = max(batch_size, _POOL_BYTES // self._rows.nbytes)
         rank, world_size = _group(rank, world_size)
         for option, value, least in (
             ("batch_size", batch_size, 1),

@@ -106,10 +106,14 @@ def test_saelens_trains_from_what_is_written(tmp_path):
         checkpoint_path=None,
     )
     texts = datasets.Dataset.from_dict({"tokens": ids.tolist()})
-    trained = sae_lens.LanguageModelSAETrainingRunner(
+    runner = sae_lens.LanguageModelSAETrainingRunner(
         config, override_dataset=texts, override_model=model
-    ).run()
+    )
+    read, read_ids = runner.activations_store.get_raw_llm_batch()
+    assert torch.equal(read_ids, ids[:4].flatten())
+    assert torch.equal(read, model.run_with_cache(ids)[1][RESID][:4].flatten(0, 1))
 
+    trained = runner.run()
     left = data.read(RESID)
     error = (trained(left) - left).pow(2).sum()
     assert error < 0.1 * (left - left.mean(0)).pow(2).sum()

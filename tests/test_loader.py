@@ -160,6 +160,12 @@ def test_a_filter_leaves_its_rows_only(data):
     assert sorted(given) == [row for row in range(ROWS) if row % 16 > 0 and row // 16 % 3 == 1]
 
 
+def test_without_rows_there_are_no_batches(data):
+    loader = ActivationDataset(data.path, where="position < 0").loader(16)
+    assert len(loader) == 0
+    assert not list(loader)
+
+
 def test_threads_end_with_the_iteration(data):
     before = threading.active_count()
     for _ in data.loader(16, workers=3, pool=64):
