@@ -212,7 +212,7 @@ class Extraction:
         )
         reader.start()
         try:
-            with self._capturing as acts, _bar(self._most, target.rows, shown=progress) as bar:
+            with self._capturing as acts, self._bar(target.rows, shown=progress) as bar:
                 rows = self._forwards(pipe, acts, target, bar)
         finally:
             pipe.abandon()
@@ -249,7 +249,7 @@ class Extraction:
                 if not writer.put(left):
                     break
                 del left
-                bar.update(len(work.where))
+                _show(bar, len(work.where))
         finally:
             if writer is not None:
                 writer.close()
@@ -303,6 +303,17 @@ class Extraction:
             target.create(replace(self._layout, sites=sites), pa.schema(kinds))
         bar.row = row
 
+    @contextlib.contextmanager
+    def _bar(self, done: int, *, shown: bool) -> Iterator[Any]:
+        from tqdm.auto import tqdm
+
+        disable = None if shown else True  # None: where there is no terminal
+        unit = f" {self._layout.rows}s"
+        with tqdm(
+            total=self._most, initial=done, unit=unit, unit_scale=True, disable=disable
+        ) as bar:
+            yield bar
+
     def _check_room(self, row: int, target: Target, bar: Any) -> None:
         free = shutil.disk_usage(target.path).free
         if self._most is None:
@@ -351,10 +362,7 @@ def _shown(site: WatchedSite) -> str:
     return ", ".join(parts + [f"axis {dim} {pick}" for dim, pick in _written(site.selector)])
 
 
-@contextlib.contextmanager
-def _bar(most: int | None, done: int, *, shown: bool) -> Iterator[Any]:
-    from tqdm.auto import tqdm
-
-    disable = None if shown else True  # None: where there is no terminal
-    with tqdm(total=most, initial=done, unit="row", unit_scale=True, disable=disable) as bar:
-        yield bar
+def _show(bar: Any, rows: int) -> None:
+    bar.update(rows)
+    if not bar.disable:
+        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)

@@ -195,7 +195,9 @@ class Reading:
         carried = {name: [each.carried[name] for each in sequences] for name in self.carry}
         if bool(real.all()):
             return Batch(tokens, None, numbers, carried=carried)
-        return Batch(tokens, real, numbers, {"attention_mask": real.long()}, carried)
+        takes_mask = "attention_mask" in self.parameters
+        given = {"attention_mask": real.long()} if takes_mask else {}
+        return Batch(tokens, real, numbers, given, carried)
 
     def _packed(self, sequences: Iterator[_Sequence]) -> Iterator[Batch]:
         if self.carry:
@@ -258,10 +260,17 @@ def reading_of(
         pack=pack,
         separator=getattr(using, "eos_token_id", None),
         carry=carry,
-        parameters=frozenset(inspect.signature(model.forward).parameters),
+        parameters=_parameters_of(model),
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=0 if padding is None else padding,
     )
+
+
+def _parameters_of(model: Any) -> frozenset[str]:
+    """Name what a forward can be given; one that takes anything, as a wrapper, takes a mask."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return frozenset(parameters) | ({"attention_mask"} if takes_any else set())
 
 
 def _context_of(model: Any) -> int | None:
@@ -303,8 +312,8 @@ def _tokens_in(item: Any) -> Any:
 
 
 def _is_batch(tokens: Any) -> bool:
-    if isinstance(tokens, Tensor):
-        return tokens.dim() != 1
+    if hasattr(tokens, "ndim"):  # a tensor, or an array
+        return bool(tokens.ndim != 1)
     return isinstance(tokens, list | tuple) and bool(tokens) and not isinstance(tokens[0], int)
 
 

@@ -23,9 +23,10 @@ from torch import Tensor
 from actctx._choosing import Stored, Work
 from actctx._column import wait_for
 from actctx._errors import DataError
-from actctx._layout import COUNTED, Layout, as_array, import_lance
+from actctx._layout import COUNTED, Layout, StoredSite, as_array, import_lance
 from actctx._pipe import Pipe
 from actctx._select import Owned
+from actctx._table import dtype_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -284,11 +285,34 @@ class Writer:
         kinds = {name: schema.field(name).type for name in layout.carried}
         columns += [carried_array(name, work, kind).take(rows) for name, kind in kinds.items()]
         for site in layout.sites:
-            values = wait_for(left.activations[site.name])
+            values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ..."]:
+    """Return what a site left, of which each row must be as those before it.
+
+    Raises:
+        DataError: The site did not fire, or its rows have another shape or dtype.
+
+    """
+    if site.name not in left.activations:
+        raise DataError(
+            f"{site.name!r} did not fire in the forward behind row {before}, so its rows would be "
+            "missing; leave it out"
+        )
+    values = wait_for(left.activations[site.name])
+    shape, dtype = tuple(values.shape[1:]), dtype_name(values.dtype)
+    if (shape, dtype) != (site.shape, site.dtype):
+        raise DataError(
+            f"{site.name!r} has rows of {dtype} {shape} from row {before} on, but those before are "
+            f"{site.dtype} {site.shape}; give input of one length, or select what is alike with "
+            "slice="
+        )
+    return values
 
 
 def carried_array(name: str, work: Work, kind: Any = None) -> Any:

@@ -394,6 +394,45 @@ def test_what_is_not_finite_is_refused_with_its_row(out, value):
     assert len(Read(out)) == 3
 
 
+def test_rows_that_differ_in_length_are_refused(gpt2, out):
+    pattern = "blocks.0.attn.hook_pattern"
+    message = refusal(DataError, gpt2, [tokens(), tokens(2, 5)], pattern, out)
+    assert message == (
+        f"'{pattern}' has rows of float32 (4, 5) from row 21 on, but those before are float32 "
+        "(4, 7); give input of one length, or select what is alike with slice="
+    )
+    assert len(Read(out)) == 21
+
+
+def test_an_attention_pattern_has_a_row_for_each_query(gpt2, out):
+    ids, pattern = tokens(), "blocks.0.attn.hook_pattern"
+    extract(gpt2, ids, pattern, out)
+    wanted = plainly_hooked(gpt2, ids, pattern)[pattern][0]
+    assert torch.equal(Read(out)[pattern], wanted.movedim(2, 1).flatten(0, 1))
+
+
+def test_forwards_run_to_their_end_where_that_is_asked_for(gpt2, out):
+    ended = []
+    hook = gpt2.unembed.register_forward_hook(lambda *_: ended.append(1))
+    extract(gpt2, tokens(4).split(2), RESID, out, stop=False)
+    hook.remove()
+    assert len(ended) == 2
+    assert torch.equal(Read(out)[RESID], resid(gpt2, tokens(4)).flatten(0, 1))
+
+
+def test_a_module_that_takes_no_mask_is_given_none(mlp, out):
+    given = sequences(9)
+    extract(mlp, given, Site("block", axes="batch pos d"), out)
+    assert len(Read(out)) == sum(map(len, given))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_arrays_are_token_ids(gpt2, out, as_array):
+    ids = tokens()
+    extract(gpt2, [ids.numpy()] if as_array else [row.numpy() for row in ids], RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
 def test_what_is_not_finite_is_written_where_that_is_asked_for(out):
     site = Site("embed", axes="batch pos d")
     ids = torch.tensor([[1, 7]])
