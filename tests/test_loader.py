@@ -160,6 +160,12 @@ def test_a_filter_leaves_its_rows_only(data):
     assert sorted(given) == [row for row in range(ROWS) if row % 16 > 0 and row // 16 % 3 == 1]
 
 
+def test_batches_move_to_the_device(data):
+    batch = next(iter(data.loader(16, device="meta")))
+    assert batch[RESID].device.type == "meta"
+    assert len(batch["text"]) == 16
+
+
 def test_without_rows_there_are_no_batches(data):
     loader = ActivationDataset(data.path, where="position < 0").loader(16)
     assert len(loader) == 0
