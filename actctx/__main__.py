@@ -1,10 +1,8 @@
-"""The command line: `actctx names` and `actctx capture`, also as `python -m actctx`."""
+"""The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`."""
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from enum import StrEnum
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
@@ -13,11 +11,35 @@ import torch
 from torch import nn
 
 from actctx._activations import Activations
-from actctx._errors import ActctxError, OptionError
+from actctx._corpus import read_corpus
+from actctx._errors import OptionError
 from actctx._loading import load
 from actctx._names import resolve
+from actctx._options import (
+    AsDtype,
+    BatchSize,
+    Carry,
+    Context,
+    Data,
+    DataSet,
+    Device,
+    Drop,
+    Force,
+    Hooks,
+    Into,
+    MaxTokens,
+    Model,
+    Out,
+    Pack,
+    Pattern,
+    Prompt,
+    Slice,
+    Text,
+    errors_as_messages,
+    parse_drop,
+    parse_slices,
+)
 from actctx._places import Place, Places, hook_names
-from actctx._select import Index
 from actctx._sequences import (
     Batch,
     Result,
@@ -29,7 +51,8 @@ from actctx._sequences import (
     tokenize,
 )
 from actctx._table import dtype_name, format_bytes, shortened
-from actctx._words import parse_words
+from actctx._writer import look_at
+from actctx.extract import extract
 
 try:
     import typer
@@ -56,65 +79,6 @@ _UNBROKEN = 10_000
 """More columns than any table has."""
 
 
-class _Dtype(StrEnum):
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    float32 = "float32"
-
-
-_Model = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A hub name, the directory of a saved model, or `minilm`: the trained MiniLM of "
-        "the demo extra, which needs no network. Its hidden states are trained; its logits are "
-        "not, since its MLM head is initialised at random.",
-    ),
-]
-_Pattern = Annotated[
-    str | None,
-    typer.Argument(
-        metavar="PATTERN",
-        help="A glob, in quotes: `*` stays within two dots, `**` spans them. Without a dot it "
-        "matches the last part of a name.",
-    ),
-]
-_Hooks = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="HOOK",
-        help="Hook names, or globs in quotes; `actctx names MODEL` lists them.",
-    ),
-]
-_Text = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE",
-        help="Read texts from a file, or from the standard input with `-`: each paragraph, up "
-        "to a blank line, is one.",
-    ),
-]
-_Prompt = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="One text. Can be given again.")
-]
-_Slice = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="AXIS=INDEX",
-        help="What to keep along an axis: `pos=-1`, the last token of each text; `pos=0:10`; "
-        "`head=0,3`. Can be given again, for another axis.",
-    ),
-]
-_AsDtype = Annotated[_Dtype | None, typer.Option(help="The dtype to keep. [default: the model's]")]
-_Out = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Save to this safetensors file. [default: only the table]"),
-]
-_Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
-_BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
-_Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
-
-
 def _show_version(*, asked: bool) -> bool:
     if asked:
         typer.echo(f"actctx {version('actctx')}")
@@ -136,28 +100,28 @@ def _actctx(
 
 
 @app.command("names")
-def _names(model: _Model, pattern: _Pattern = None) -> None:
+def _names(model: Model, pattern: Pattern = None) -> None:
     """List what can be captured from MODEL: names, their aliases, their axes.
 
     Every place has a line. A pipe gets the lines unbroken and without a header, for grep.
     """
-    with _errors_as_messages(model):
+    with errors_as_messages(model):
         _print(_table_of(_matching(load(model), pattern)))
 
 
 @app.command("capture")
 def _capture(
-    model: _Model,
-    hook: _Hooks,
+    model: Model,
+    hook: Hooks,
     *,
-    text: _Text = None,
-    prompt: _Prompt = None,
-    slice: _Slice = None,  # noqa: A002  as in `capture`
-    dtype: _AsDtype = None,
-    out: _Out = None,
-    force: _Force = False,
-    batch_size: _BatchSize = 8,
-    device: _Device = "cpu",
+    text: Text = None,
+    prompt: Prompt = None,
+    slice: Slice = None,  # noqa: A002  as in `capture`
+    dtype: AsDtype = None,
+    out: Out = None,
+    force: Force = False,
+    batch_size: BatchSize = 8,
+    device: Device = "cpu",
 ) -> None:
     """Run texts through MODEL, capture what every HOOK leaves, show its size and save it.
 
@@ -166,8 +130,8 @@ def _capture(
     sees padding; the rows are in the order of the texts. Where texts differ in length, shorter
     rows are filled up with zeros at their end, and `lengths` in the metadata tells them apart.
     """
-    with _errors_as_messages(model):
-        selected = _parse_slices(slice or [])
+    with errors_as_messages(model):
+        selected = parse_slices(slice or [])
         _check_out(out, force=force)
         texts = _read_texts(text, prompt or [])
         loaded = load(model, device=device)
@@ -191,32 +155,76 @@ def _capture(
             typer.echo(f"saved {out}")
 
 
+@app.command("extract")
+def _extract(
+    model: Model,
+    hook: Hooks,
+    *,
+    data: Data,
+    out: Into,
+    slice: Slice = None,  # noqa: A002  as in `capture`
+    dtype: AsDtype = None,
+    max_tokens: MaxTokens = None,
+    batch_size: BatchSize = 8,
+    context: Context = None,
+    pack: Pack = False,
+    drop: Drop = None,
+    carry: Carry = None,
+    device: Device = "cpu",
+) -> None:
+    """Run a corpus through MODEL and write what every HOOK leaves to a data set on disk.
+
+    A row is a token; with `--slice pos=-1` a row is a sequence. However it ends, what was written
+    stays, and the same command goes on behind it.
+    """
+    with errors_as_messages(model):
+        done = extract(
+            load(model, device=device),
+            read_corpus(data),
+            hook,
+            out,
+            slice=parse_slices(slice or []) or None,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            max_tokens=max_tokens,
+            batch_size=batch_size,
+            context=context,
+            pack=pack,
+            drop=parse_drop(drop or []),
+            carry=carry or [],
+        )
+        if done.cut:
+            _note(
+                f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
+                "only so many at once"
+            )
+        typer.echo(f"{done.rows} rows in {out}, {done.new_rows} of them new")
+
+
+@app.command("info")
+def _info(path: DataSet) -> None:
+    """Show what a data set holds: its sites, its rows, the model that they came from."""
+    with errors_as_messages(""):
+        rows, layout = look_at(path)
+        table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
+        table.columns[-1].justify = "right"
+        for site in layout.sites:
+            size = format_bytes(rows * site.nbytes)
+            axes = " ".join(site.axes)
+            table.add_row(site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
+        _print(table)
+        state = "finished" if layout.finished else "not finished"
+        name = layout.model["name"] or layout.model["class"]
+        typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
+        for key, value in layout.input.items():
+            typer.echo(f"  {key}: {value}")
+
+
 def main() -> None:
     """Run the command line; what it refuses ends in a message and the exit status 2."""
     app(prog_name="actctx")
 
 
-@contextmanager
-def _errors_as_messages(model: str) -> Iterator[None]:
-    try:
-        yield
-    except ActctxError as error:
-        message = str(error).replace("actctx.hook_names(model)", f"actctx names {model}")
-        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
-        raise typer.Exit(2) from None
-
-
 # What was asked.
-
-
-def _parse_slices(asked: Sequence[str]) -> dict[str, Index]:
-    """Read the `--slice` options, such as `pos=-1`."""
-    for option in asked:
-        if option.partition("=")[0] == "batch":
-            raise OptionError(
-                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
-            )
-    return parse_words(asked)
 
 
 def _check_out(out: Path | None, *, force: bool) -> None:

@@ -15,6 +15,7 @@ ActctxError
 ├── JoinError (ValueError)              activations of several forwards do not join
 ├── CapacityError (ValueError)          more activations came than `capacity=` made room for
 ├── TypedError (TypeError)              a tensor is not what its annotation or the config says
+├── DataError (ValueError)              a data set is not what it has to be, or its input is not
 └── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
@@ -83,6 +84,10 @@ class JoinError(ActctxError, ValueError):
 
 class TypedError(ActctxError, TypeError):
     """A tensor is not what its annotation in a `Schema`, or the model's config, says."""
+
+
+class DataError(ActctxError, ValueError):
+    """A data set is not what was asked for, or cannot be written; or its input is no input."""
 
 
 class LoadError(ActctxError, OSError):

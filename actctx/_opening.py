@@ -23,7 +23,7 @@ from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
 from actctx._places import Place, why_it_never_fires
-from actctx._rows import RowSelector, as_mask, find_rows
+from actctx._rows import Chosen, RowSelector, as_mask, find_rows
 from actctx._schema import Schema
 from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
@@ -288,16 +288,17 @@ class Opening(Generic[B]):
         self, site: WatchedSite, activation: Tensor, frame: Frame | None, number: int
     ) -> Owned:
         selected = site.selector.select(activation)
-        rows = None
+        rows, copied = None, site.selector.copies
         if site.rows is not None:
             rows = self._rows(site.rows, site.place, selected, frame)
-            selected = site.rows.keep(selected, rows.where)
+            selected = site.rows.keep(selected, rows)
+            copied |= not rows.is_all
         room = self._seen[site.key].column.room(
             0 if site.firing == -1 else number, selected, site.dtype, site.device
         )
         owned = own(
             selected,
-            copied=site.selector.copies or rows is not None,
+            copied=copied,
             dtype=site.dtype,
             device=site.device,
             room=room,
@@ -308,8 +309,10 @@ class Opening(Generic[B]):
         self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
     ) -> Rows:
         """Find the rows of real tokens, once for all sites that select alike."""
-        mask = self._mask(place, frame)
         shape = (selected.shape[0], selected.shape[selector.dim])
+        if isinstance(self._options.mask, Chosen):
+            return self._options.mask.rows(selector.site, shape)
+        mask = self._mask(place, frame)
         found: list[tuple[Any, ...]] = [] if frame is None else frame.masks.setdefault(self, [])
         for known, steps, known_shape, rows in found:
             if known is mask and known_shape == shape and steps == selector.tokens.steps:

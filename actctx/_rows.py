@@ -8,7 +8,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import AxisError, OptionError, SelectionError
-from actctx._select import Positions, Selector, Step
+from actctx._select import Positions, Rows, Selector, Step
 
 
 class RowSelector(NamedTuple):
@@ -39,12 +39,47 @@ class RowSelector(NamedTuple):
         """Tell the sizes of the axes of the kept rows, as far as they are known before."""
         return (None, *(size for dim, size in enumerate(sizes) if dim not in {0, self.dim}))
 
-    def keep(
-        self, activation: Shaped[Tensor, "..."], rows: Int64[Tensor, "token 2"]
-    ) -> Shaped[Tensor, "token ..."]:
-        """Copy the rows of an activation that `find_rows` found."""
-        sequence, position = rows.to(activation.device).unbind(1)
-        return activation.movedim(self.dim, 1)[sequence, position]
+    def keep(self, activation: Shaped[Tensor, "..."], rows: Rows) -> Shaped[Tensor, "token ..."]:
+        """Take rows of an activation: a copy, or where all are taken a view, if that can be."""
+        activation = activation.movedim(self.dim, 1)
+        if rows.is_all:
+            return activation.flatten(0, 1)
+        sequence, position = rows.where.to(activation.device).unbind(1)
+        if activation.is_contiguous():  # whole rows are copied at once, which is faster
+            numbers = sequence * activation.shape[1] + position
+            return activation.flatten(0, 1).index_select(0, numbers)
+        return activation[sequence, position]
+
+
+class Chosen:
+    """The rows to keep of the forward that is about to run, chosen for all sites beforehand.
+
+    It stands in the place of a mask, which would have to be the same for all forwards.
+    """
+
+    def __init__(self) -> None:
+        self._rows = Rows(torch.empty(0, 2, dtype=torch.long), 0)
+        self._shape = (0, 0)
+
+    def choose(self, where: Int64[Tensor, "token 2"], shape: tuple[int, int]) -> None:
+        """Keep these rows, in the order of `find_rows`, of activations of this shape."""
+        self._shape = shape
+        self._rows = Rows(where, shape[0], is_all=len(where) == shape[0] * shape[1])
+
+    def rows(self, site: str, shape: tuple[int, int]) -> Rows:
+        """Return the rows for an activation of so many sequences and positions.
+
+        Raises:
+            SelectionError: The forward was given another number of them.
+
+        """
+        if shape != self._shape:
+            raise SelectionError(
+                f"{site!r} has {shape[0]} sequences of {shape[1]} positions, but the input has "
+                f"{self._shape[0]} of {self._shape[1]}, so there is no row for each of its tokens; "
+                "leave this site out"
+            )
+        return self._rows
 
 
 def split_rows(selector: Selector, axes: Axes | None) -> tuple[Selector, RowSelector]:

@@ -293,12 +293,14 @@ class Rows(NamedTuple):
         where: The sequence and the position of each row.
         sequences: The number of sequences of the forward.
         before: With a KV cache, the number of positions that came in earlier forwards.
+        is_all: Whether they are known to be all rows, in their order.
 
     """
 
     where: Int64[Tensor, "token 2"]
     sequences: int
     before: int = 0
+    is_all: bool = False
 
 
 class Owned(NamedTuple):

@@ -12,7 +12,7 @@ from actctx._axes import Axes
 from actctx._errors import AxisError, OptionError, TypedError
 from actctx._names import Request, Site
 from actctx._places import Place, why_it_never_fires
-from actctx._rows import RowSelector, as_mask, split_rows
+from actctx._rows import Chosen, RowSelector, as_mask, split_rows
 from actctx._select import Selector, parse_slice
 from actctx._typed import Sizes
 
@@ -132,7 +132,7 @@ class Options:
     stop: bool
     join: str | None
     grad: bool
-    mask: Bool[Tensor, "batch pos"] | str | None
+    mask: Bool[Tensor, "batch pos"] | str | Chosen | None
     capacity: int | None
     check: bool = True
 

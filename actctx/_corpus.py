@@ -1,0 +1,87 @@
+"""What `actctx extract` reads: texts of a file, objects of a file, a Hugging Face dataset."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from actctx._errors import OptionError
+
+
+def read_corpus(path: Path) -> Iterable[Any]:
+    """Read what is at a path, bit by bit.
+
+    Args:
+        path: A text file, whose paragraphs are texts; a `.jsonl` file, with an object a line; or
+            the directory of a Hugging Face dataset.
+
+    Raises:
+        OptionError: It is none of these.
+
+    """
+    if path.is_dir():
+        return _hugging_face(path)
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise OptionError(
+            f"cannot read --data '{path}': {error.strerror}; give a text file, a .jsonl file, or "
+            "the directory of a Hugging Face dataset"
+        ) from None
+    return _objects(path) if path.suffix == ".jsonl" else _paragraphs(path)
+
+
+def _hugging_face(path: Path) -> Iterable[Any]:
+    try:
+        from datasets import Dataset, load_from_disk
+    except ModuleNotFoundError:
+        raise OptionError(
+            f"--data '{path}' is a directory, which is read with datasets, which is not installed; "
+            "install it with: pip install datasets"
+        ) from None
+    try:
+        found: Any = load_from_disk(str(path))
+    except FileNotFoundError:
+        raise OptionError(
+            f"the directory --data '{path}' is no Hugging Face dataset; give what "
+            "Dataset.save_to_disk wrote"
+        ) from None
+    if not isinstance(found, Dataset):
+        splits = ", ".join(f"'{path / split}'" for split in found)
+        raise OptionError(f"--data '{path}' has several splits; give one: {splits}")
+    rows: Iterable[Any] = found
+    return rows
+
+
+def _objects(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(_lines(path), 1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise OptionError(
+                    f"--data '{path}' has no JSON in line {number}: {error.msg}; give an object a "
+                    "line"
+                ) from None
+
+
+def _paragraphs(path: Path) -> Iterator[str]:
+    paragraph: list[str] = []
+    for line in _lines(path):
+        if line.strip():
+            paragraph.append(line)
+        elif paragraph:
+            yield "".join(paragraph).strip()
+            paragraph = []
+    if paragraph:
+        yield "".join(paragraph).strip()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError:
+        raise OptionError(
+            f"cannot read --data '{path}': it is not UTF-8; give a text file that is"
+        ) from None

@@ -1,0 +1,368 @@
+"""One extraction: forwards in the caller's thread, reading and writing in threads beside it.
+
+# NOTE [Memory]
+Beside the model and a forward there are, at most: a few batches of token ids that were read ahead,
+the rows of `_WAITING` forwards that wait to be written, and what Lance holds of the file that it is
+writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
+"""
+
+import contextlib
+import itertools
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actctx._activations import Activations
+from actctx._capture import Capture
+from actctx._choosing import Choosing, Work, held_against, remaining
+from actctx._errors import DataError, OptionError
+from actctx._fingerprint import describe_model, versions
+from actctx._inputs import Reading
+from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
+from actctx._pipe import Pipe
+from actctx._select import Owned, Positions, Selector
+from actctx._table import dtype_name, format_bytes
+from actctx._watched import WatchedSite
+from actctx._writer import Left, Target, Writer, carried_array
+
+_READ_AHEAD = 4
+"""The batches that wait to be run, at most."""
+
+
+class Extraction:
+    """What is run, and what is kept of it.
+
+    Args:
+        model: The model.
+        capturing: What is captured, with rows that are `Chosen`.
+        reading: How the input is read.
+        drop: The tokens and positions that leave no rows.
+        finite: Whether values that are no numbers, or infinite, are refused.
+
+    Raises:
+        OptionError: The sites do not leave the same rows, or have names that are taken.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        capturing: Capture[Any],
+        reading: Reading,
+        *,
+        drop: Mapping[str, list[int]],
+        finite: bool,
+    ) -> None:
+        self._model = model
+        self._capturing = capturing
+        self._chosen: Any = capturing._options.mask
+        self._reading = reading
+        self._most: int | None = None
+        self._against: Target | None = None
+        self._finite = finite
+        self._sites = capturing._sites
+        self._check_names()
+        self._slices = {site.key: _shown(site) for site in self._sites}
+        tokens, is_sequence = self._tokens_of_all()
+        dropped = [torch.tensor(drop.get(name, []), dtype=torch.long) for name in COUNTED[::2]]
+        self._choosing = Choosing(tokens, *dropped)
+        self._layout = Layout(
+            model=describe_model(model),
+            sites=(),
+            rows="sequence" if is_sequence else "token",
+            input={
+                "context": reading.context,
+                "pack": reading.pack,
+                "batch_size": reading.batch_size,
+                "tokenizer": reading.tokenizer,
+                "drop": dict(drop),
+            },
+            versions=versions(),
+            carried=reading.carry,
+        )
+
+    def _check_names(self) -> None:
+        taken = [*COUNTED, *self._reading.carry]
+        for name in (*self._reading.carry, *(site.key for site in self._sites)):
+            if taken.count(name) > (name in self._reading.carry):
+                raise OptionError(
+                    f"{name!r} is the name of two columns; give the site an alias, as in "
+                    "{'resid': ...}, or rename what is carried"
+                )
+
+    def _tokens_of_all(self) -> tuple[Selector, bool]:
+        """Return what all sites select along the tokens, which is applied before the forward."""
+        first = self._sites[0]
+        assert first.rows is not None  # noqa: S101  as there is a mask
+        for site in self._sites:
+            if site.rows is None or not _alike(site.rows.tokens, first.rows.tokens):
+                raise OptionError(
+                    f"{site.shown} selects other positions than {first.shown}, but they are to "
+                    "have the same rows; give them one slice along 'pos', or a data set each"
+                )
+        self._capturing._sites = self._sites = [
+            replace(site, rows=site.rows._replace(tokens=Selector(site.key, (), None)))
+            for site in self._sites
+            if site.rows is not None
+        ]
+        return first.rows.tokens, first.rows.is_one_a_sequence
+
+    def check(self, target: Target, *, resume: bool) -> None:
+        """Hold what is known before any forward against the data set that is there.
+
+        Raises:
+            DataError: It is another, or it is not to be gone on with.
+
+        """
+        layout = target.layout
+        if layout is None:
+            return
+        if not resume:
+            raise DataError(
+                f"'{target.path}' exists; give resume=True to go on with it, or another path"
+            )
+        same = "give the same, or another path"
+        for name, was, now in self._facts(layout):
+            if was != now:
+                raise DataError(
+                    f"cannot go on with '{target.path}': its {name} is {was!r}, not {now!r}; {same}"
+                )
+
+    def check_rows(self, target: Target) -> None:
+        """Hold what decides which rows there are against a data set that sites are added to.
+
+        Raises:
+            DataError: Its rows came from another model, or were chosen otherwise.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it has rows
+        for name, was, now in self._facts_of_rows(target.layout):
+            if was != now:
+                raise DataError(
+                    f"cannot add to '{target.path}': its {name} is {was!r}, not {now!r}; give the "
+                    "same, or another path"
+                )
+
+    @property
+    def names(self) -> list[str]:
+        """The names that the sites are read under."""
+        return [site.key for site in self._sites]
+
+    def _facts(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
+        yield from itertools.islice(self._facts_of_rows(layout), len(layout.model))
+        stored = {site.name: site for site in layout.sites}
+        wanted = {site.key: site for site in self._sites}
+        asked = [key for key, site in wanted.items() if site.exact or key in stored]
+        yield "list of sites", [*stored], asked
+        for name, site in stored.items():
+            now = wanted[name]
+            yield f"hook of {name!r}", site.hook, now.place.name
+            yield f"slice of {name!r}", site.slice, self._slices[name]
+            if now.dtype is not None:
+                yield f"dtype of {name!r}", site.dtype, dtype_name(now.dtype)
+        yield from self._facts_of_rows(layout)
+
+    def _facts_of_rows(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
+        for name, was in layout.model.items():
+            yield f"model's {name}", was, self._layout.model[name]
+        yield "kind of row", layout.rows, self._layout.rows
+        yield "list of carried columns", [*layout.carried], [*self._layout.carried]
+        for name, was in layout.input.items():
+            yield name, was, self._layout.input[name]
+
+    def run(
+        self,
+        data: Iterable[Any],
+        target: Target,
+        *,
+        most: int | None,
+        progress: bool,
+        against: Target | None = None,
+    ) -> int:
+        """Run what is not on disk yet, and write it.
+
+        Args:
+            data: The input.
+            target: Where to write.
+            most: The number of rows to stop at.
+            progress: Whether a progress bar is shown.
+            against: A data set whose rows the input must leave.
+
+        Returns:
+            The number of rows on disk.
+
+        Raises:
+            DataError: See `extract`.
+
+        """
+        self._most, self._against = most, against
+        if most is not None and target.rows >= most:
+            return target.rows
+        if target.layout is not None:
+            target.tidy()
+            target.note_finished(finished=False)
+        pipe: Pipe[Work] = Pipe(_READ_AHEAD)
+        reader = threading.Thread(
+            target=self._read, args=(data, target, pipe), name="actctx reader", daemon=True
+        )
+        reader.start()
+        try:
+            with self._capturing as acts, self._bar(target.rows, shown=progress) as bar:
+                rows = self._forwards(pipe, acts, target, bar)
+        finally:
+            pipe.abandon()
+            reader.join(timeout=1)  # it may be waiting for an input that never comes
+        target.note_finished(finished=True)
+        return rows
+
+    def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
+        try:
+            works: Iterable[Work] = map(self._choosing.choose, self._reading.batches(data))
+            if self._against is not None:
+                works = held_against(works, self._against.stored(), self._against.rows)
+            stored = target.stored() if target.rows else iter(())
+            for work in remaining(works, stored, self._most, target.rows):
+                if not pipe.put(work):
+                    return
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            pipe.close(error)
+        else:
+            pipe.close()
+
+    def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
+        device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
+        writer: Writer | None = None
+        try:
+            for work in works:
+                if not len(work.where):
+                    continue
+                left = self._forward(work, acts, device)
+                if writer is None:
+                    self._begin(left, acts, target, bar)
+                    writer = Writer(target, finite=self._finite)
+                acts.clear()
+                if not writer.put(left):
+                    break
+                del left
+                _show(bar, len(work.where))
+        finally:
+            if writer is not None:
+                writer.close()
+        if writer is not None and writer.error is not None:
+            raise writer.error
+        if target.layout is None:
+            raise DataError(
+                "the input leaves no rows: all of its tokens are padding or dropped; keep some"
+            )
+        return target.rows if writer is None else writer.rows
+
+    def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
+        batch = work.batch
+        self._chosen.choose(work.where, (batch.tokens.shape[0], batch.tokens.shape[1]))
+        given = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in batch.given.items()
+        }
+        self._model(batch.tokens.to(device), **given)
+        left = {name: acts.single(name).firings[0][0] for name in acts}
+        if acts.forwards != 1:
+            raise DataError(
+                f"the model ran {acts.forwards} forwards for one batch, whose rows would be mixed; "
+                "give the module that runs once"
+            )
+        return Left(work, left)
+
+    def _begin(self, left: Left, acts: Activations, target: Target, bar: Any) -> None:
+        """Settle what a row holds, once a forward has told it, before anything is written."""
+        if self._capturing._opening is not None:
+            self._capturing._opening.finish()  # says which site never fired, and why
+        sites = tuple(
+            self._stored(site, left.activations[site.key], acts)
+            for site in self._sites
+            if site.key in left.activations
+        )
+        if target.layout is not None:
+            for was, now in zip(target.layout.sites, sites, strict=False):
+                if was != now:
+                    raise DataError(
+                        f"cannot go on with '{target.path}': its {was.name!r} holds {was.dtype} "
+                        f"{was.shape}, not {now.dtype} {now.shape}; give the same, or another path"
+                    )
+        row = sum(site.nbytes for site in sites) + 16
+        self._check_room(row, target, bar)
+        if target.layout is None:
+            import pyarrow as pa
+
+            names = self._reading.carry
+            kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
+            target.create(replace(self._layout, sites=sites), pa.schema(kinds))
+        bar.row = row
+
+    @contextlib.contextmanager
+    def _bar(self, done: int, *, shown: bool) -> Iterator[Any]:
+        from tqdm.auto import tqdm
+
+        disable = None if shown else True  # None: where there is no terminal
+        unit = f" {self._layout.rows}s"
+        with tqdm(
+            total=self._most, initial=done, unit=unit, unit_scale=True, disable=disable
+        ) as bar:
+            yield bar
+
+    def _check_room(self, row: int, target: Target, bar: Any) -> None:
+        free = shutil.disk_usage(target.path).free
+        if self._most is None:
+            return
+        rows = self._most - target.rows
+        plan = f"{rows} rows of {row} bytes are {format_bytes(rows * row)}"
+        if rows * row > free:
+            raise DataError(
+                f"'{target.path}' has no room: {plan}, but {format_bytes(free)} are free; give a "
+                "smaller dtype, fewer sites or tokens, or another disk"
+            )
+        if not bar.disable:
+            bar.write(f"{plan}, {format_bytes(free)} are free")
+
+    def _stored(self, site: WatchedSite, owned: Owned, acts: Activations) -> StoredSite:
+        check_dtype(site.key, owned.value.dtype)
+        return StoredSite(
+            name=site.key,
+            column=column_name(site.key),
+            hook=site.place.name,
+            axes=acts.axes(site.key)[1:],
+            shape=tuple(owned.value.shape[1:]),
+            dtype=dtype_name(owned.value.dtype),
+            slice=self._slices[site.key],
+        )
+
+
+def _alike(first: Selector, second: Selector) -> bool:
+    return _written(first) == _written(second)
+
+
+def _written(selector: Selector) -> list[tuple[int, str]]:
+    """Write a selection such that equal ones are written alike, whatever tensors it holds."""
+    return [
+        (
+            step.dim,
+            str(step.pick.index.tolist() if isinstance(step.pick, Positions) else step.pick),
+        )
+        for step in selector.steps
+    ]
+
+
+def _shown(site: WatchedSite) -> str:
+    tokens = [] if site.rows is None else _written(site.rows.tokens)
+    parts = [f"token {pick}" for _, pick in tokens]
+    return ", ".join(parts + [f"axis {dim} {pick}" for dim, pick in _written(site.selector)])
+
+
+def _show(bar: Any, rows: int) -> None:
+    bar.update(rows)
+    if not bar.disable:
+        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)

@@ -1,0 +1,74 @@
+"""From what selects rows, as a user writes it, to their numbers."""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, SupportsIndex, TypeAlias, TypeGuard
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from actctx._errors import OptionError, SelectionError
+from actctx._table import counted
+
+Index: TypeAlias = (
+    SupportsIndex | slice | Sequence[int] | Sequence[bool] | Shaped[Tensor, "..."] | np.ndarray
+)
+
+
+def is_int(index: object) -> TypeGuard[SupportsIndex]:
+    """Tell whether an index selects one row."""
+    if isinstance(index, bool | np.bool_):
+        return False
+    if isinstance(index, Tensor | np.ndarray) and index.ndim:
+        return False
+    try:
+        operator.index(index)  # type: ignore[arg-type]  # that is the question
+    except TypeError:
+        return False
+    return True
+
+
+def rows_of(index: Index, rows: int) -> Int64[np.ndarray, "row"]:
+    """Give the numbers of the rows that an index selects of so many.
+
+    Raises:
+        SelectionError: There is no such row, or a mask is of another length.
+        OptionError: The index is nothing that selects rows.
+
+    """
+    if isinstance(index, slice):
+        return np.arange(rows)[index]
+    if is_int(index):
+        return _checked(np.array([operator.index(index)]), rows)
+    return _checked(_several(index, rows), rows)
+
+
+def _several(index: Any, rows: int) -> Int64[np.ndarray, "row"]:
+    try:
+        array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
+    except (TypeError, ValueError):
+        array = np.empty(0, dtype=object)
+    if array.ndim == 1 and array.dtype == bool:
+        if len(array) != rows:
+            raise SelectionError(
+                f"the mask is for {counted(len(array), 'row')}, but the data set has {rows}; give "
+                "one entry for each"
+            )
+        return array.nonzero()[0]
+    is_empty = array.shape == (0,) and array.dtype != object
+    if array.ndim != 1 or not (is_empty or np.issubdtype(array.dtype, np.integer)):
+        raise OptionError(
+            f"cannot select rows by {index!r}; give a position, a slice, or a list, tensor or "
+            "boolean mask of one axis"
+        )
+    return array.astype(np.int64)
+
+
+def _checked(found: Int64[np.ndarray, "row"], rows: int) -> Int64[np.ndarray, "row"]:
+    outside = (found < -rows) | (found >= rows)
+    if outside.any():
+        raise SelectionError(
+            f"there is no row {found[outside][0]}: the data set has {counted(rows, 'row')}"
+        )
+    return np.where(found < 0, found + rows, found)

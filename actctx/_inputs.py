@@ -1,0 +1,355 @@
+"""What a model is run on: batches of token ids, out of whatever holds texts or tokens.
+
+# NOTE [Batches of sequences]
+Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
+sequences are put together here. Packed, they are cut out of one stream, `context` tokens each.
+Otherwise those of a window that follow each other are sorted by length, so that there is next to no
+padding to be computed; windows are of a fixed number of sequences, so that the same input always
+leaves the same rows in the same order, which is what resuming relies on.
+"""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int64, Shaped
+from torch import Tensor, nn
+
+from actctx._errors import DataError, OptionError
+
+_WINDOW = 64
+"""The batches whose sequences are sorted by length together."""
+
+_AT_ONCE = 256
+"""The texts that a tokenizer is given at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """The input of one forward.
+
+    Attributes:
+        tokens: The token ids.
+        real: Where they are no padding; None where none are.
+        sequences: The number of each sequence in the input.
+        given: What else the forward is given, by name.
+        carried: What comes along with each sequence, such as its label, by name.
+
+    """
+
+    tokens: Int64[Tensor, "batch pos"]
+    real: Bool[Tensor, "batch pos"] | None
+    sequences: Int64[Tensor, " batch"]
+    given: Mapping[str, Any] = field(default_factory=dict)
+    carried: Mapping[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    number: int
+    tokens: Int64[Tensor, " pos"]
+    carried: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Reading:
+    """How an input is read.
+
+    Attributes:
+        tokenize: Turns texts into token ids.
+        batch_size: The sequences in a batch that is put together here, at most.
+        context: The tokens of a sequence, at most; None where the model has no limit.
+        pack: Whether sequences are joined, and cut into as many tokens as the context has.
+        separator: The token between sequences that are joined.
+        carry: The names of what comes along with each sequence.
+        parameters: The names of what the model's forward can be given.
+        tokenizer: The name of the tokenizer, for the metadata.
+        padding: The token id that fills up shorter sequences.
+        cut: The number of tokens that were cut off the ends of sequences so far.
+
+    """
+
+    tokenize: Callable[[list[str]], list[Any]] | None
+    batch_size: int
+    context: int | None
+    pack: bool
+    separator: int | None
+    carry: tuple[str, ...]
+    parameters: frozenset[str]
+    tokenizer: str = ""
+    padding: int = 0
+    cut: int = 0
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """Read an input, batch by batch.
+
+        Raises:
+            DataError: It is empty, or holds what is no input.
+
+        """
+        if isinstance(data, Tensor) and data.dim() == 2:  # noqa: PLR2004  batch and pos
+            data = torch.split(data, self.batch_size)
+        if isinstance(data, str | bytes | Mapping):
+            raise DataError(
+                f"data is one {type(data).__name__}, not an iterable of inputs; give a list, such "
+                "as [data]"
+            )
+        items = iter(data)
+        first = next(items, None)
+        if first is None:
+            raise DataError("data has nothing in it, so there is nothing to run; give some input")
+        items = itertools.chain([first], items)
+        if _is_batch(_tokens_in(first)):
+            yield from self._as_they_are(items)
+        elif self.pack:
+            yield from self._packed(self._sequences(items))
+        else:
+            yield from self._sorted(self._sequences(items))
+
+    def _as_they_are(self, items: Iterable[Any]) -> Iterator[Batch]:
+        if self.pack:
+            raise OptionError(
+                "pack=True joins sequences, but data holds batches; give texts or sequences of "
+                "token ids instead"
+            )
+        count = 0
+        for item in items:
+            tokens = _as_ids(_tokens_in(item), 2, count)
+            numbers = torch.arange(count, count + len(tokens))
+            given, real = dict[str, Any](), None
+            if isinstance(item, Mapping):
+                taken = (self.parameters - {"input_ids", "labels"}) - {*self.carry}
+                given = {name: item[name] for name in item if name in taken}
+                mask = item.get("attention_mask")
+                real = None if mask is None else _as_real(mask, tokens)
+            yield Batch(tokens, real, numbers, given, self._carried(item, len(tokens)))
+            count += len(tokens)
+
+    def _carried(self, item: Any, batch: int) -> dict[str, list[Any]]:
+        carried = {}
+        for name in self.carry:
+            values = item.get(name) if isinstance(item, Mapping) else None
+            values = values.tolist() if isinstance(values, Tensor) else values
+            if not isinstance(values, Sequence) or len(values) != batch:
+                raise DataError(
+                    f"carry names {name!r}, but a batch of {batch} sequences has "
+                    f"{_found(values)} under that name; give one value for each sequence"
+                )
+            carried[name] = [*values]
+        return carried
+
+    def _sequences(self, items: Iterable[Any]) -> Iterator[_Sequence]:
+        number = 0
+        for together in _chunks(items):
+            for tokens, item in zip(self._ids(together, number), together, strict=True):
+                carried = {name: self._carried_of(item, name) for name in self.carry}
+                yield _Sequence(number, tokens, carried)
+                number += 1
+
+    def _carried_of(self, item: Any, name: str) -> Any:
+        if not isinstance(item, Mapping) or name not in item:
+            raise DataError(
+                f"carry names {name!r}, but a sequence of the input has nothing under that name; "
+                "give dicts that have it"
+            )
+        value = item[name]
+        return value.item() if isinstance(value, Tensor) else value
+
+    def _ids(self, items: Sequence[Any], number: int) -> list[Int64[Tensor, " _"]]:
+        found = [*map(_tokens_in, items)]
+        if isinstance(found[0], str):
+            if self.tokenize is None:
+                raise OptionError(
+                    "data holds texts, and the model has no tokenizer; give tokenizer="
+                )
+            found = self.tokenize(found)
+        ids = []
+        for at, (tokens, item) in enumerate(zip(found, items, strict=True)):
+            row = _as_ids(tokens, 1, number + at)
+            if isinstance(item, Mapping) and "attention_mask" in item:
+                row = row[_as_real(item["attention_mask"], row)]
+            ids.append(row)
+        return ids
+
+    def _sorted(self, sequences: Iterator[_Sequence]) -> Iterator[Batch]:
+        while window := [*itertools.islice(sequences, _WINDOW * self.batch_size)]:
+            kept = [self._cut(sequence) for sequence in window if len(sequence.tokens)]
+            kept.sort(key=lambda sequence: len(sequence.tokens), reverse=True)
+            for start in range(0, len(kept), self.batch_size):
+                yield self._padded(kept[start : start + self.batch_size])
+
+    def _cut(self, sequence: _Sequence) -> _Sequence:
+        self.cut += max(0, len(sequence.tokens) - (self.context or len(sequence.tokens)))
+        return _Sequence(sequence.number, sequence.tokens[: self.context].clone(), sequence.carried)
+
+    def _padded(self, sequences: list[_Sequence]) -> Batch:
+        ids = [sequence.tokens for sequence in sequences]
+        tokens = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=self.padding)
+        lengths = torch.tensor([len(each) for each in ids])
+        real = torch.arange(tokens.shape[1]) < lengths[:, None]
+        numbers = torch.tensor([sequence.number for sequence in sequences])
+        carried = {name: [each.carried[name] for each in sequences] for name in self.carry}
+        if bool(real.all()):
+            return Batch(tokens, None, numbers, carried=carried)
+        takes_mask = "attention_mask" in self.parameters
+        given = {"attention_mask": real.long()} if takes_mask else {}
+        return Batch(tokens, real, numbers, given, carried)
+
+    def _packed(self, sequences: Iterator[_Sequence]) -> Iterator[Batch]:
+        if self.carry:
+            raise OptionError("carry= goes with whole sequences, which pack=True joins; give one")
+        if self.context is None:
+            raise OptionError("pack=True needs context=, since the model has no limit of its own")
+        number, size = 0, self.batch_size * self.context
+        waiting, count = list[Tensor](), 0
+        for sequence in sequences:
+            between = [self.separator] if self.separator is not None and sequence.number else []
+            waiting += [torch.tensor(between, dtype=torch.long), sequence.tokens]
+            count += len(between) + len(sequence.tokens)
+            if count >= size:
+                stream = torch.cat(waiting)
+                for part in torch.split(stream[: count - count % size], size):
+                    tokens = part.view(self.batch_size, self.context)
+                    yield Batch(tokens, None, torch.arange(number, number + len(tokens)))
+                    number += len(tokens)
+                waiting = [stream[count - count % size :].clone()]
+                count = len(waiting[0])
+        rest = torch.cat(waiting)
+        whole = len(rest) - len(rest) % self.context
+        for tokens in (rest[:whole].view(-1, self.context), rest[None, whole:]):
+            if tokens.numel():
+                yield Batch(tokens, None, torch.arange(number, number + len(tokens)))
+                number += len(tokens)
+
+
+def reading_of(
+    model: Any,
+    *,
+    tokenizer: Any,
+    batch_size: int,
+    context: int | None,
+    pack: bool,
+    carry: tuple[str, ...],
+) -> Reading:
+    """Settle how an input is read for a model; see `actctx.extract.extract`.
+
+    Raises:
+        OptionError: An option is no positive number, or the context is too long for the model.
+
+    """
+    for name, given in (("batch_size", batch_size), ("context", context)):
+        if given is not None and (type(given) is not int or given < 1):
+            raise OptionError(f"{name}={given!r} is no number of its kind; give a positive int")
+    limit = _context_of(model)
+    if context is not None and limit is not None and context > limit:
+        raise OptionError(f"context={context} is more than the {limit} tokens that the model reads")
+    own = getattr(model, "tokenizer", None)
+    using = own if tokenizer is None else tokenizer
+    tokenize = None if using is None else functools.partial(_tokenize, using)
+    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
+        tokenize = functools.partial(_to_tokens, model)
+    padding = getattr(using, "pad_token_id", None)
+    return Reading(
+        tokenize=tokenize,
+        batch_size=batch_size,
+        context=context or limit,
+        pack=pack,
+        separator=getattr(using, "eos_token_id", None),
+        carry=carry,
+        parameters=_parameters_of(model),
+        tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
+        padding=0 if padding is None else padding,
+    )
+
+
+def _parameters_of(model: Any) -> frozenset[str]:
+    """Name what a forward can be given; one that takes anything, as a wrapper, takes a mask."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return frozenset(parameters) | ({"attention_mask"} if takes_any else set())
+
+
+def _context_of(model: Any) -> int | None:
+    lens, hugging = getattr(model, "cfg", None), getattr(model, "config", None)
+    sizes = (getattr(lens, "n_ctx", None), getattr(hugging, "max_position_embeddings", None))
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
+    ids: list[Any] = tokenizer(texts, verbose=False)["input_ids"]
+    return ids
+
+
+def _to_tokens(model: Any, texts: list[str]) -> list[Any]:
+    """Turn texts into tokens as TransformerLens does, with a BOS token where the model has one."""
+    return [model.to_tokens(text, truncate=False)[0].cpu() for text in texts]
+
+
+def _chunks(items: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    items = iter(items)
+    while chunk := tuple(itertools.islice(items, _AT_ONCE)):
+        yield chunk
+
+
+def _tokens_in(item: Any) -> Any:
+    """Find the token ids, or the text, in what an input holds."""
+    if isinstance(item, Mapping):
+        name = next((name for name in ("input_ids", "tokens", "text") if name in item), None)
+        if name is None:
+            raise DataError(
+                f"data holds dicts of {', '.join(map(repr, item))}, none of which is input_ids, "
+                "tokens or text; rename what holds the tokens"
+            )
+        return item[name]
+    # As a DataLoader hands over what a TensorDataset holds.
+    if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        return item[0]
+    return item
+
+
+def _is_batch(tokens: Any) -> bool:
+    if hasattr(tokens, "ndim"):  # a tensor, or an array
+        return bool(tokens.ndim != 1)
+    return isinstance(tokens, list | tuple) and bool(tokens) and not isinstance(tokens[0], int)
+
+
+def _as_ids(tokens: Any, rank: int, number: int) -> Shaped[Tensor, "..."]:
+    try:
+        ids = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(
+            f"from sequence {number} on, the input holds {_found(tokens)}, which is no tensor of "
+            "token ids; give sequences of one length in a batch, or single sequences"
+        ) from None
+    if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        raise DataError(
+            f"from sequence {number} on, the input holds {_found(ids)}, which are no token ids; "
+            "give integers"
+        )
+    if ids.dim() != rank:
+        kind = "batches, of the shape batch pos" if rank > 1 else "single sequences"
+        raise DataError(
+            f"from sequence {number} on, the input holds token ids of the shape "
+            f"{tuple(ids.shape)}; give only {kind}"
+        )
+    return ids.long().cpu()
+
+
+def _as_real(mask: Any, tokens: Tensor) -> Shaped[Tensor, "..."]:
+    real = torch.as_tensor(mask).bool().cpu()
+    if real.shape != tokens.shape:
+        raise DataError(
+            f"an attention_mask has the shape {tuple(real.shape)}, but its tokens have "
+            f"{tuple(tokens.shape)}; give one entry for each token"
+        )
+    return real
+
+
+def _found(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return "nothing" if value is None else f"a {type(value).__name__}"

@@ -1,0 +1,207 @@
+"""Data sets as other libraries read and write them.
+
+# NOTE [SAELens' directories]
+SAELens caches activations in a directory of Hugging Face's `datasets`: a row is a run of `context`
+tokens, and each hook has a column `Array2D((context, d))` beside `token_ids`. SAELens reads the
+runs in their order and mixes the tokens itself, and does not mind where a sequence begins, so that
+any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
+"""
+
+import json
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._axes import hook_axes
+from actctx._errors import DataError, OptionError
+from actctx._fingerprint import versions
+from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
+from actctx._stored import StoredRows
+from actctx._table import counted, dtype_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_FILE = "data-00000-of-00001.arrow"
+_UNFORMATTED: dict[str, Any] = {
+    "_format_columns": None,
+    "_format_kwargs": {},
+    "_format_type": None,
+    "_output_all_columns": False,
+    "_split": None,
+}
+
+
+def write_saelens(
+    rows: StoredRows, path: str | PathLike[str], *, context: int, rename: Mapping[str, str]
+) -> None:
+    """Write rows as SAELens caches them; see `ActivationDataset.to_saelens`."""
+    from datasets import Array2D, DatasetInfo, Features, Sequence, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    runs = len(rows) // context if context > 0 else 0
+    if not runs:
+        raise OptionError(
+            f"context={context} makes no run of {counted(len(rows), 'row')}; give the context_size "
+            "of SAELens' config, and no more than there are rows"
+        )
+    _refuse_existing(Path(path))
+    dtypes = {}
+    for name, site in rows.sites.items():
+        dtypes[name] = _writable(site)
+    columns = {
+        rename.get(name, name): Array2D(shape=(context, site.width), dtype=dtype_name(dtypes[name]))
+        for name, site in rows.sites.items()
+    }
+    features = Features({**columns, "token_ids": Sequence(Value("int32"), length=context)})
+    partial = Path(f"{fspath(path)}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with ArrowWriter(path=str(partial / _FILE), features=features) as writer:
+            for table in _runs(rows, runs, context, dtypes, features.arrow_schema):
+                writer.write_table(table)
+            writer.finalize()
+        DatasetInfo(features=features).write_to_directory(str(partial))
+        state = {"_data_files": [{"filename": _FILE}], "_fingerprint": "actctx", **_UNFORMATTED}
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        partial.rename(path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _writable(site: StoredSite) -> torch.dtype:
+    if site.torch_dtype != torch.bfloat16:
+        return site.torch_dtype
+    warnings.warn(
+        f"SAELens' files have no bfloat16: {site.name!r} is written as float32, which holds the "
+        "same values and takes twice the space",
+        stacklevel=4,
+    )
+    return torch.float32
+
+
+def _runs(
+    rows: StoredRows,
+    runs: int,
+    context: int,
+    dtypes: Mapping[str, torch.dtype],
+    schema: "pa.Schema",
+) -> Iterator["pa.Table"]:
+    """Read some runs at a time."""
+    import pyarrow as pa
+
+    some = max(1, rows.at_once // context)
+    for first in range(0, runs, some):
+        count = min(some, runs - first)
+        batch = rows.read(np.arange(first * context, (first + count) * context))
+        columns = [
+            _as_arrays(batch[name].to(dtype), field.type, context)
+            for (name, dtype), field in zip(dtypes.items(), schema, strict=False)
+        ]
+        tokens = pa.FixedSizeListArray.from_arrays(pa.array(batch["token"].numpy()), context)
+        yield pa.table([*columns, tokens], schema=schema)
+
+
+def _as_arrays(values: Shaped[Tensor, "row ..."], kind: Any, context: int) -> "pa.Array":
+    """Show `datasets` some runs as an `Array2D` column."""
+    import pyarrow as pa
+
+    lists = as_array(values)
+    inner = pa.ListArray.from_arrays(
+        np.arange(len(lists) + 1, dtype=np.int32) * lists.type.list_size, lists.flatten()
+    )
+    outer = pa.ListArray.from_arrays(np.arange(0, len(lists) + 1, context, dtype=np.int32), inner)
+    return pa.ExtensionArray.from_storage(kind, outer)
+
+
+def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
+    """Write a data set of SAELens' rows; see `ActivationDataset.from_saelens`."""
+    import pyarrow as pa
+    from datasets import Array2D, Dataset, load_from_disk
+
+    lance = import_lance()
+    try:
+        cached = load_from_disk(fspath(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise DataError(
+            f"'{path}' is no directory of SAELens' cached activations: {error}; give its "
+            "new_cached_activations_path"
+        ) from None
+    features = cached.features if isinstance(cached, Dataset) else {}
+    arrays = {name: kind for name, kind in features.items() if isinstance(kind, Array2D)}
+    if not arrays:
+        raise DataError(
+            f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
+            f"Array2D; its columns are {', '.join(features)}"
+        )
+    _refuse_existing(Path(out))
+    layout = Layout(
+        model={"name": "", "class": "", "fingerprint": ""},
+        sites=tuple(_site_of(name, kind) for name, kind in arrays.items()),
+        rows="token",
+        input={"from": "SAELens"},
+        versions=versions(),
+        finished=True,
+    )
+    schema = layout.schema(pa.schema([]))
+    batches = _batches(cached.with_format("arrow"), layout, schema)
+    reader = pa.RecordBatchReader.from_batches(schema, batches)
+    lance.write_dataset(reader, fspath(out), mode="create")
+
+
+def _site_of(name: str, kind: Any) -> StoredSite:
+    if kind.dtype not in {"float16", "float32"}:
+        raise DataError(
+            f"{name!r} is {kind.dtype} in SAELens' directory, which a data set does not hold; "
+            "cache it as float32 or float16"
+        )
+    axes = (hook_axes(name, ()) or ())[2:]
+    return StoredSite(
+        name=name,
+        column=column_name(name),
+        hook=name,
+        axes=axes if len(axes) == 1 else ("_",),  # SAELens flattens heads
+        shape=(kind.shape[1],),
+        dtype=kind.dtype,
+    )
+
+
+def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    context = cached.features[layout.sites[0].name].shape[0]
+    some = max(1, 4096 // context)
+    for first in range(0, len(cached), some):
+        table = cached[first : first + some].combine_chunks()
+        runs = table.num_rows
+        columns = [
+            _tokens(table, context),
+            pa.array(np.repeat(np.arange(first, first + runs), context)),
+            pa.array(np.tile(np.arange(context, dtype=np.int32), runs)),
+        ]
+        for site in layout.sites:
+            values = table[site.name].combine_chunks().storage.flatten().flatten()
+            columns.append(pa.FixedSizeListArray.from_arrays(values, site.width))
+        yield pa.record_batch(columns, schema=schema)
+
+
+def _tokens(table: "pa.Table", context: int) -> "pa.Array":
+    import pyarrow as pa
+
+    if "token_ids" not in table.column_names:
+        return pa.array(np.full(table.num_rows * context, -1, dtype=np.int32))
+    return table["token_ids"].combine_chunks().flatten().cast(pa.int32())
+
+
+def _refuse_existing(path: Path) -> None:
+    if path.exists():
+        raise DataError(f"there is something at '{path}' already; give another path, or remove it")

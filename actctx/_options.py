@@ -1,0 +1,156 @@
+"""What the commands take: their arguments and options, and how what is refused is said."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from actctx._errors import ActctxError, OptionError
+from actctx._select import Index
+from actctx._words import parse_words
+
+try:
+    import typer
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: the command line needs {error.name}, which is not installed; "
+        "install it with: pip install 'actctx[cli]'"
+    )
+
+
+class Dtype(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A hub name, the directory of a saved model, or `minilm`: the trained MiniLM of "
+        "the demo extra, which needs no network. Its hidden states are trained; its logits are "
+        "not, since its MLM head is initialised at random.",
+    ),
+]
+Pattern = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PATTERN",
+        help="A glob, in quotes: `*` stays within two dots, `**` spans them. Without a dot it "
+        "matches the last part of a name.",
+    ),
+]
+Hooks = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="HOOK",
+        help="Hook names, or globs in quotes; `actctx names MODEL` lists them.",
+    ),
+]
+Text = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Read texts from a file, or from the standard input with `-`: each paragraph, up "
+        "to a blank line, is one.",
+    ),
+]
+Prompt = Annotated[
+    list[str] | None, typer.Option(metavar="TEXT", help="One text. Can be given again.")
+]
+Slice = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="AXIS=INDEX",
+        help="What to keep along an axis: `pos=-1`, the last token of each text; `pos=0:10`; "
+        "`head=0,3`. Can be given again, for another axis.",
+    ),
+]
+AsDtype = Annotated[Dtype | None, typer.Option(help="The dtype to keep. [default: the model's]")]
+Out = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Save to this safetensors file. [default: only the table]"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
+
+
+@contextmanager
+def errors_as_messages(model: str) -> Iterator[None]:
+    try:
+        yield
+    except ActctxError as error:
+        message = str(error).replace("actctx.hook_names(model)", f"actctx names {model}")
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
+        raise typer.Exit(2) from None
+
+
+def parse_slices(asked: Sequence[str]) -> dict[str, Index]:
+    """Read the `--slice` options, such as `pos=-1`."""
+    for option in asked:
+        if option.partition("=")[0] == "batch":
+            raise OptionError(
+                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
+            )
+    return parse_words(asked)
+
+
+Data = Annotated[
+    Path,
+    typer.Option(
+        metavar="PATH",
+        help="Read texts from a file, each paragraph one; from a `.jsonl` file, an object a line, "
+        "with its `text` or its `input_ids`; or from the directory of a Hugging Face dataset.",
+    ),
+]
+Into = Annotated[
+    Path, typer.Option(metavar="DIRECTORY", help="Write to this data set, or go on with it.")
+]
+MaxTokens = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Stop at exactly so many rows.")
+]
+Context = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Tokens in a sequence, at most. [default: the model's]"),
+]
+Pack = Annotated[
+    bool, typer.Option("--pack", help="Join the texts and cut them into --context tokens each.")
+]
+Drop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="WHAT=N",
+        help="Leave out tokens: `position=0`, the first of each sequence; `token=50256,0`. Can be "
+        "given again.",
+    ),
+]
+Carry = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="NAME", help="Keep this of each object, such as a label. Can be given again."
+    ),
+]
+DataSet = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="What `actctx extract` wrote.")]
+
+
+def parse_drop(asked: Sequence[str]) -> dict[str, list[int]]:
+    """Read the `--drop` options, such as `position=0`.
+
+    Raises:
+        OptionError: One of them is none.
+
+    """
+    found: dict[str, list[int]] = {}
+    for option in asked:
+        name, _, numbers = option.partition("=")
+        try:
+            found.setdefault(name, []).extend(int(number) for number in numbers.split(","))
+        except ValueError:
+            raise OptionError(
+                f"--drop {option!r} is not WHAT=N; give one such as position=0 or token=50256,0"
+            ) from None
+    return found

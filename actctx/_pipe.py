@@ -1,0 +1,65 @@
+"""A bounded way from one thread to another, along which errors travel as well."""
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Pipe(Generic[T]):
+    """What one thread puts in, another takes out, in the same order.
+
+    Args:
+        most: The number of items that wait at most. Then the first thread waits.
+
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._is_closed = self._is_abandoned = False
+        self._error: BaseException | None = None
+
+    def put(self, item: T) -> bool:
+        """Put an item in, once there is room for it.
+
+        Returns:
+            Whether anybody will take it out.
+
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._items) < self._most or self._is_abandoned)
+            if not self._is_abandoned:
+                self._items.append(item)
+                self._changed.notify_all()
+            return not self._is_abandoned
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Say that nothing more will come, and the error because of which nothing will."""
+        with self._changed:
+            self._is_closed, self._error = True, error
+            self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """Say that nothing more will be taken out."""
+        with self._changed:
+            self._is_abandoned = True
+            self._items.clear()
+            self._changed.notify_all()
+
+    def __iter__(self) -> Iterator[T]:
+        """Take out what comes; the error, if there was one, is raised behind it."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._items or self._is_closed or self._is_abandoned)
+                if not self._items:
+                    break
+                item = self._items.popleft()
+                self._changed.notify_all()
+            yield item
+            del item  # its memory goes with whoever took it
+        if self._error is not None:
+            raise self._error

@@ -1,0 +1,175 @@
+"""The rows of a data set on disk, read into tensors."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from actctx._errors import DataError, OptionError
+from actctx._layout import StoredSite, as_tensor, import_lance
+
+Batch: TypeAlias = dict[str, Any]
+"""A tensor for each column, or a list where it holds no numbers."""
+
+_READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
+
+
+@dataclass
+class StoredRows:
+    """Some columns of some rows.
+
+    Attributes:
+        path: Where the data set is.
+        version: Which of its versions is read, whatever is appended later.
+        sites: The sites to read, by name.
+        others: The other columns to read, and their dtypes; None for what holds no numbers.
+        matching: The rows that are there, where they are not all.
+
+    """
+
+    path: str
+    version: int | None = None
+    sites: Mapping[str, StoredSite] = field(default_factory=dict)
+    others: Mapping[str, torch.dtype | None] = field(default_factory=dict)
+    matching: Int64[np.ndarray, "row"] | None = None
+    _opened: tuple[int, Any] | None = field(default=None, repr=False)
+
+    @property
+    def lance(self) -> Any:
+        """The Lance dataset, opened anew in each process, since threads do not survive a fork."""
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = (os.getpid(), open_lance(self.path, self.version))
+        return self._opened[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": None}
+
+    def __len__(self) -> int:
+        rows: int = self.lance.count_rows() if self.matching is None else len(self.matching)
+        return rows
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of a row's activations and numbers."""
+        numbers = sum(dtype.itemsize for dtype in self.others.values() if dtype is not None)
+        return numbers + sum(site.nbytes for site in self.sites.values())
+
+    def find(self, where: str) -> None:
+        """Keep the rows that a condition holds of.
+
+        Raises:
+            OptionError: Lance does not understand it.
+
+        """
+        scanned = self.lance.scanner(columns=["_rowoffset"], filter=self._with_columns(where))
+        try:
+            found = scanned.to_table()["_rowoffset"].to_numpy()
+        except (ValueError, OSError) as error:
+            raise OptionError(
+                f"where={where!r} is no condition on rows: {_reason(error)}"
+            ) from None
+        self.matching = np.sort(found.astype(np.int64))
+
+    def _with_columns(self, where: str) -> str:
+        for site in self.sites.values():
+            where = where.replace(f"`{site.name}`", f"`{site.column}`")
+        return where
+
+    def empty(self, rows: int) -> Batch:
+        """Make room for rows."""
+        batch: Batch = {
+            name: np.empty(rows, dtype=object) if dtype is None else torch.empty(rows, dtype=dtype)
+            for name, dtype in self.others.items()
+        }
+        for name, site in self.sites.items():
+            batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
+        return batch
+
+    def read(self, rows: Int64[np.ndarray, "row"]) -> Batch:
+        """Read rows in any order, also several times, with little more memory than they take."""
+        batch = self.empty(len(rows))
+        ascending = np.argsort(rows, kind="stable")
+        for start in range(0, len(rows), self.at_once):
+            some = ascending[start : start + self.at_once]
+            self.read_into(batch, some, rows[some])
+        return {
+            name: values if isinstance(values, Tensor) else values.tolist()
+            for name, values in batch.items()
+        }
+
+    @property
+    def at_once(self) -> int:
+        """The number of rows that are read fastest."""
+        return max(64, min(_READ_BYTES // max(self.nbytes, 1), 65536))
+
+    def read_into(
+        self, batch: Batch, place: slice | Int64[np.ndarray, "row"], rows: Int64[np.ndarray, "row"]
+    ) -> None:
+        """Read rows, in ascending order, to a place in a batch."""
+        if self.matching is not None:
+            rows = self.matching[rows]
+        once, back = np.unique(rows, return_inverse=True)
+        columns = [*self.others, *(site.column for site in self.sites.values())]
+        table = self.lance.take(once, columns=columns)
+        repeated = None if len(once) == len(rows) else back
+        for name, dtype in self.others.items():
+            values = _numbers(table[name]) if dtype is not None else _objects(table[name])
+            batch[name][place] = values if repeated is None else values[repeated]
+        for name, site in self.sites.items():
+            tensor = as_tensor(table[site.column], site)
+            batch[name][place] = tensor if repeated is None else tensor[repeated]
+
+
+def open_lance(path: str, version: int | None) -> Any:
+    """Open a Lance dataset.
+
+    Raises:
+        DataError: There is none.
+
+    """
+    lance = import_lance()
+    local = Path(path)
+    if "://" not in path and not (local / "_versions").is_dir():
+        found = "there is nothing"
+        if local.exists():
+            found = "the directory holds none" if local.is_dir() else "it is a file"
+        raise DataError(_no_data(path, found))
+    try:
+        return lance.dataset(path, version=version)
+    except (ValueError, OSError) as error:
+        raise DataError(_no_data(path, _reason(error))) from None
+
+
+def _no_data(path: str, found: str) -> str:
+    return f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
+
+
+def _reason(error: Exception) -> str:
+    """Take what an error of Lance says, without the place in Lance's source behind it."""
+    return str(error).split(", /")[0]
+
+
+def dtype_of(kind: Any) -> torch.dtype | None:
+    """Tell the dtype of a column's tensors, or None for a column that holds no numbers."""
+    import pyarrow as pa
+
+    types = pa.types
+    if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
+        return None
+    return torch.from_numpy(np.empty(0, dtype=kind.to_pandas_dtype())).dtype
+
+
+def _numbers(column: Any) -> Tensor:
+    return torch.from_numpy(column.to_numpy().copy())
+
+
+def _objects(column: Any) -> np.ndarray:
+    values = np.empty(len(column), dtype=object)
+    values[:] = column.to_pylist()
+    return values

@@ -1,0 +1,360 @@
+"""Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from os import PathLike, fspath
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int32
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from actctx._errors import DataError, NotCapturedError, OptionError
+from actctx._file import describe, write_safetensors
+from actctx._fingerprint import describe_model
+from actctx._index import Index, is_int, rows_of
+from actctx._interchange import read_saelens, write_saelens
+from actctx._layout import Layout, StoredSite
+from actctx._loader import Loader
+from actctx._shuffle import Order
+from actctx._stored import Batch, StoredRows, dtype_of
+from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
+
+__all__ = ["ActivationDataset", "Loader", "StoredSite"]
+
+_POOL_BYTES = 2**27
+
+
+class ActivationDataset(Dataset[Batch]):
+    """The rows of a data set on disk, each of them read when it is asked for.
+
+    `data[i]` is a dict of what row `i` holds: each site under its name, in the dtype in which it
+    was stored and in its own shape, such as `head d_head`; beside it `token`, `sequence` and
+    `position`, and what else came with the input, such as labels. A slice, a list or tensor of
+    positions, or a boolean mask gives the same for several rows: one tensor a column, or a list
+    where it holds no numbers. Tensors are on the CPU, contiguous, and owned by whoever asked.
+
+    It is a map-style dataset of torch, but `data.loader(...)` reads much faster than a
+    `DataLoader` does; a `DataLoader` with workers should spawn them, since Lance advises against
+    forks. A data set that is still being written can be read: it has the rows that were
+    committed when it was opened. It can be pickled, and read by several threads at once.
+
+    Args:
+        path: Where `extract` wrote it: a directory, or the address of an object store.
+        sites: The names of the sites to read; by default all. The others cost nothing.
+        where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. What matches is
+            found once, and takes 8 bytes of memory a row that does.
+        model: A model that the activations must be of; see `check`.
+
+    Attributes:
+        layout: What the data set says of itself: `model`, `rows` (whether a row is a `"token"` or
+            a `"sequence"`), `input`, `versions`, `finished`.
+        sites: The sites that are read, by name: `hook`, `axes`, `shape` and `dtype` of each.
+
+    Raises:
+        DataError: There is no data set at the path, it is of a later version, or of another model.
+        NotCapturedError: It has no such site.
+        OptionError: Lance does not understand the condition, or is not installed.
+
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        *,
+        sites: str | Iterable[str] | None = None,
+        where: str | None = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        self.path = fspath(path)
+        self.where = where
+        lance = StoredRows(self.path).lance
+        self.layout = Layout.of(lance.schema, self.path)
+        if model is not None:
+            self.check(model)
+        stored = {site.name: site for site in self.layout.sites}
+        chosen = {name: _site(stored, name) for name in _names(sites, stored)}
+        self.sites: Mapping[str, StoredSite] = chosen
+        columns = {site.column for site in self.layout.sites}
+        others = {each.name: dtype_of(each.type) for each in lance.schema}
+        others = {name: dtype for name, dtype in others.items() if name not in columns}
+        self._rows = StoredRows(self.path, lance.version, chosen, others)
+        if where is not None:
+            self._rows.find(where)
+        self._length = len(self._rows)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Index) -> Batch:
+        """Read a row, or several.
+
+        Raises:
+            SelectionError: There is no such row, or a mask is of another length.
+            OptionError: The index is nothing that selects rows.
+
+        """
+        batch = self._rows.read(rows_of(index, len(self)))
+        if not is_int(index):
+            return batch
+        return {name: values[0] for name, values in batch.items()}
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Read the rows of a `DataLoader`'s batch together."""
+        batch = self[indices]
+        return [{name: batch[name][k] for name in batch} for k in range(len(indices))]
+
+    @property
+    def tokens(self) -> Int32[Tensor, "row"]:
+        """The token of each row, read whole."""
+        tokens: Tensor = self.read("token")
+        return tokens
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the rows would take in memory."""
+        return len(self) * self._rows.nbytes
+
+    def read(self, name: str) -> Any:
+        """Read one site, or another column, of all rows.
+
+        Beside what is returned it takes a few megabytes of memory.
+
+        Returns:
+            A tensor with a row for each of the data set's; or a list where it holds no numbers.
+
+        Raises:
+            NotCapturedError: It has no such site or column.
+
+        """
+        return self._only(name).read(np.arange(len(self)))[name]
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        workers: int = 1,
+        device: torch.device | str | None = None,
+        pool: int | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
+    ) -> Loader:
+        """Give batches for training, each a dict as `data[...]` gives it, read ahead in threads.
+
+        Rows are shuffled over the whole file, in another order each epoch. They are read in blocks
+        of 32 that lie together: the blocks are permuted, read pool by pool, and the rows of each
+        pool are permuted. A data set that fits into one pool is permuted row by row.
+
+        An iteration is an epoch. Every row comes once, at one rank. The order depends on the seed,
+        the epoch, the batch size, the pool and the number of ranks, and on nothing else. It can be
+        gone on with in the middle of an epoch; see `Loader.state_dict`.
+
+        Args:
+            batch_size: The rows of a batch.
+            shuffle: Whether to shuffle; otherwise rows come in the order of the file.
+            seed: What the order depends on. All ranks must have the same.
+            drop_last: Whether to leave out a last batch that is not full. All ranks then have
+                exactly as many batches; otherwise they may differ by one.
+            workers: The threads that read. With 0 there are none: batches are read when they are
+                asked for.
+            device: The device that batches move to.
+            pool: The rows that are shuffled among each other; up to three times as many are in
+                memory. By default as many as 128 MiB hold.
+            rank: Which of the shares to give; by default that of torch's distributed group.
+            world_size: How many shares there are.
+
+        Raises:
+            OptionError: A number makes no sense.
+
+        """
+        if pool is None:
+            pool = max(batch_size, _POOL_BYTES // self._rows.nbytes)
+        rank, world_size = _group(rank, world_size)
+        for option, value, least in (
+            ("batch_size", batch_size, 1),
+            ("workers", workers, 0),
+            ("seed", seed, 0),
+            ("pool", pool, 1),
+            ("world_size", world_size, 1),
+        ):
+            if value < least:
+                raise OptionError(f"{option}={value} is too few; give {least} or more")
+        if not 0 <= rank < world_size:
+            raise OptionError(
+                f"rank={rank} is none of {counted(world_size, 'rank')}; they count from 0"
+            )
+        order = Order(
+            rows=len(self),
+            batch_size=batch_size,
+            pool=max(1, pool // batch_size),
+            shuffle=shuffle,
+            drop_last=drop_last,
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            epoch=0,
+        )
+        return Loader(self._rows, order, workers=workers, device=device)
+
+    def check(self, model: nn.Module) -> None:
+        """Make sure that the activations are of this model.
+
+        Raises:
+            DataError: They are of a model with other weights, or weights of other names.
+
+        """
+        here, there = describe_model(model), self.layout.model
+        if here["fingerprint"] != there["fingerprint"]:
+            raise DataError(
+                f"{self.path!r} holds activations of {_described(there)}, but this model is "
+                f"{_described(here)}; give the model that they were extracted from, or extract "
+                "them from this one"
+            )
+
+    def to_saelens(
+        self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
+    ) -> None:
+        """Write what SAELens trains from with `use_cached_activations=True`.
+
+        The rows are cut into runs of `context`, in their order; what fills no run at the end is
+        left out. Each site is a column under its name, its heads flattened as SAELens flattens
+        them. bfloat16, which these files do not have, becomes float32, with a warning.
+
+        Args:
+            path: The directory to write, SAELens' `cached_activations_path`; there whole or not
+                at all.
+            context: The `context_size` of SAELens' config, in rows.
+            rename: SAELens' `hook_name` for sites that have another name here, by their name.
+
+        Raises:
+            DataError: There is something at the path already.
+            OptionError: There are fewer rows than `context`.
+
+        """
+        write_saelens(self._rows, path, context=context, rename=rename or {})
+
+    @classmethod
+    def from_saelens(
+        cls, path: str | PathLike[str], out: str | PathLike[str]
+    ) -> "ActivationDataset":
+        """Make a data set of activations that SAELens cached.
+
+        A `sequence` is a run of SAELens' context. The directory says nothing about the model, so
+        `check` refuses each.
+
+        Args:
+            path: The directory, SAELens' `new_cached_activations_path`.
+            out: Where to write the data set.
+
+        Raises:
+            DataError: It is no such directory, or there is something at `out` already.
+
+        """
+        read_saelens(path, out)
+        return cls(out)
+
+    def to_safetensors(self, path: str | PathLike[str]) -> None:
+        """Write all columns of numbers to one safetensors file.
+
+        Takes as much memory as they do: read fewer with `sites=` and `where=`. The metadata holds
+        `axes`, a JSON object of axes by name, `model`, the class of the model, and versions.
+
+        Args:
+            path: Where to write; an existing file is replaced once all is written.
+
+        """
+        batch = self[:]
+        tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
+        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
+
+    @property
+    def _first_axis(self) -> str:
+        return "token" if self.layout.rows == "token" else "batch"
+
+    def _only(self, name: str) -> StoredRows:
+        """Select one column."""
+        rows = self._rows
+        if name in rows.others:
+            kept = {name: rows.others[name]}
+            return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
+        site = _site({**self.sites}, name, rows.others)
+        return StoredRows(rows.path, rows.version, {name: site}, {}, rows.matching)
+
+    def __repr__(self) -> str:
+        return as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        return as_html(*self._summary())
+
+    def _summary(self) -> tuple[str, list[Row]]:
+        unit = "row" if self.where else self.layout.rows
+        size = format_bytes(self.nbytes)
+        title = f"ActivationDataset: {counted(len(self), unit)}, "
+        title += f"{counted(len(self.sites), 'site')}, {size}"
+        if not self.layout.finished:
+            title += ", unfinished"
+        rows = [
+            Row(
+                site=name,
+                axes=" ".join((self._first_axis, *site.axes)),
+                shape=str((len(self), *site.shape)),
+                dtype=site.dtype,
+                device="disk",
+                nbytes=len(self) * site.nbytes,
+            )
+            for name, site in self.sites.items()
+        ]
+        return title, rows
+
+
+def _names(sites: str | Iterable[str] | None, stored: Iterable[str]) -> list[str]:
+    if sites is None:
+        return list(stored)
+    return [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
+
+
+def _site(stored: Mapping[str, StoredSite], name: str, others: Iterable[str] = ()) -> StoredSite:
+    """Find a site.
+
+    Raises:
+        NotCapturedError: It is not there.
+
+    """
+    if name in stored:
+        return stored[name]
+    there = [*stored, *others]
+    closest = difflib.get_close_matches(name, there, n=3)
+    hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
+    raise NotCapturedError(
+        f"the data set has no {name!r}; {hint}it holds {shortened([repr(each) for each in there])}"
+    )
+
+
+def _described(model: Mapping[str, Any]) -> str:
+    name = f" {model['name']!r}" if model["name"] else ""
+    return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
+
+
+def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Fill in which process of a distributed group this is.
+
+    Raises:
+        OptionError: Only one of the two is given.
+
+    """
+    if (rank is None) != (world_size is None):
+        raise OptionError(
+            f"rank={rank} and world_size={world_size} belong together; give both or neither"
+        )
+    if rank is not None and world_size is not None:
+        return rank, world_size
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

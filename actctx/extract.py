@@ -1,0 +1,154 @@
+"""Extract activations to disk: a data set of texts or tokens through a model, batch by batch."""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from actctx._activations import Activations
+from actctx._adding import add_sites
+from actctx._capture import Capture
+from actctx._choosing import dropping
+from actctx._errors import OptionError
+from actctx._extraction import Extraction
+from actctx._inputs import reading_of
+from actctx._layout import import_lance
+from actctx._names import Names
+from actctx._rows import Chosen
+from actctx._select import Slice
+from actctx._watched import Options
+from actctx._writer import Target
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """What `extract` left on disk.
+
+    Attributes:
+        path: Where the data set is.
+        rows: The rows that it has.
+        new_rows: The rows that were written now.
+        cut: The tokens that were cut off the ends of sequences, to fit into the context.
+        seconds: The time it took.
+
+    """
+
+    path: Path
+    rows: int
+    new_rows: int
+    cut: int
+    seconds: float
+
+
+def extract(
+    model: nn.Module,
+    data: Iterable[Any],
+    names: Names,
+    out: str | PathLike[str],
+    *,
+    slice: Slice = None,  # noqa: A002  as in `capture`
+    dtype: torch.dtype | None = None,
+    max_tokens: int | None = None,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    context: int | None = None,
+    pack: bool = False,
+    drop: Mapping[str, Iterable[int]] | None = None,
+    carry: Iterable[str] = (),
+    finite: bool = True,
+    resume: bool = True,
+    add: bool = False,
+    stop: bool = True,
+    progress: bool = True,
+) -> Extracted:
+    """Run inputs through a model, and write what is captured to a data set on disk.
+
+    A row is a token: what the sites left of it, the `token` itself, the number of its `sequence`
+    in the input, and its `position` there. Padding leaves none. Where the slice takes one
+    position of each sequence, as `{"pos": -1}` does, a row is a sequence.
+
+    Rows are committed while the extraction runs. However it ends, what was committed stays, and
+    calling it again with the same arguments goes on behind it. The finished data set is the same,
+    row for row, as one that was written without a break.
+
+    Args:
+        model: A TransformerLens model of any generation, or any module.
+        data: What to run: token ids `batch pos`; an iterable of them, such as a `DataLoader`, or
+            of dicts with `input_ids` and the `attention_mask`, which are run as they are; or
+            single sequences of token ids, texts, or dicts of either, such as a Hugging Face
+            dataset, which are put together into batches. It is read in a thread of its own.
+        names: What to capture, as in `capture`.
+        out: Where to write, a directory such as `acts.lance`. It is made, or gone on with.
+        slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
+            the tokens that are no padding and that `drop` leaves, and is one for all sites.
+        dtype: The dtype to keep, as in `capture`: float32, float16 or bfloat16.
+        max_tokens: The number of rows to stop at, exactly.
+        tokenizer: What turns texts into tokens; by default the model's own.
+        batch_size: The sequences in a forward, where they are put together here, at most.
+        context: The tokens in a sequence, at most; by default what the model can read. What is
+            longer is cut off at the end.
+        pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
+            joined by the tokenizer's end-of-sequence token, where it has one. A `sequence` is
+            then one that the model saw.
+        drop: The tokens that leave no rows: `{"position": [0]}`, by their place in the sequence,
+            or `{"token": [50256]}`, by their ids.
+        carry: The names of what comes along with the sequences in dicts, such as labels and ids:
+            a column each.
+        finite: Whether NaN and infinite values are refused.
+        resume: Whether to go on with a data set that is there; otherwise it is refused.
+        add: Whether the sites are added to the rows of the data set that is there, which are not
+            rewritten. The input has to be the one that they came from. Until all is done, what is
+            new lies beside it, in `acts.lance.adding`, and is gone on with.
+        stop: Whether to end each forward as soon as all sites have fired.
+        progress: Whether a progress bar is shown, on a terminal.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: The input is no input, or another than the data set came from, as is the model
+            or an option; there is something else at the path, or it cannot be written to, or
+            another process does; a value is not finite.
+        OptionError: An option makes no sense.
+        ActctxError: As `capture`.
+
+    Example:
+        >>> done = extract(model, tokens, "blocks.1.hook_resid_post", "acts.lance")
+        >>> done.rows
+        28
+
+    """
+    import_lance()
+    begun = time.monotonic()
+    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
+        raise OptionError(f"max_tokens={max_tokens!r} is no number of tokens; give a positive int")
+    options = Options(stop=stop, join="batch", grad=False, mask=Chosen(), capacity=None)
+    capturing: Capture[Activations] = Capture(
+        model, names, options, slice=slice, dtype=dtype, device="cpu"
+    )
+    reading = reading_of(
+        model,
+        tokenizer=tokenizer,
+        batch_size=batch_size,
+        context=context,
+        pack=pack,
+        carry=tuple(carry),
+    )
+    extraction = Extraction(model, capturing, reading, drop=dropping(drop), finite=finite)
+    target = Target(Path(out))
+    try:
+        before = target.rows
+        if add:
+            rows = add_sites(extraction, data, target, progress=progress)
+        else:
+            extraction.check(target, resume=resume)
+            rows = extraction.run(data, target, most=max_tokens, progress=progress)
+        seconds = time.monotonic() - begun
+        return Extracted(target.path, rows, rows - before, reading.cut, seconds)
+    finally:
+        target.release()

@@ -1,0 +1,167 @@
+"""The command line: `actctx extract` and `actctx info`."""
+
+import json
+
+import pytest
+import torch
+from models import plainly_hooked
+from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
+from test_extract import Read
+
+pytest.importorskip("lance")
+
+TEXTS = ["one two", "three four five six", "seven eight", "nine"]
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "acts.lance"
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("\n\n".join(TEXTS))
+    return path
+
+
+def run(*arguments):
+    result = actctx("extract", *arguments)
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def refused(*arguments):
+    result = actctx("extract", *arguments)
+    assert result.exit_code == 2
+    return result.stderr
+
+
+def test_a_file_of_texts_goes_to_disk(tiny, loaded, text, out):  # noqa: F811
+    result = run(tiny, RESID, "--data", text, "--out", out)
+    assert result.stdout == f"13 rows in {out}, 13 of them new\n"
+    read = Read(out)
+    assert sorted(set(read["sequence"])) == [0, 1, 2, 3]
+    for number, words in enumerate(TEXTS):
+        rows = torch.tensor(read["sequence"]) == number
+        ids = loaded.to_tokens(words)
+        wanted = plainly_hooked(loaded, ids, "blocks.1.hook_out")["blocks.1.hook_out"][0][0]
+        torch.testing.assert_close(read[RESID][rows], wanted, atol=1e-5, rtol=0)
+
+
+def test_the_same_command_goes_on(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5)
+    result = run(tiny, RESID, "--data", text, "--out", out)
+    assert result.stdout == f"13 rows in {out}, 8 of them new\n"
+
+
+def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
+    options = ["--slice", "pos=-1", "--dtype", "bfloat16", "--drop", "token=3", "--batch-size", 2]
+    run(tiny, RESID, "--data", text, "--out", out, *options)
+    read = Read(out)
+    assert read[RESID].dtype == torch.bfloat16
+    assert len(read) == 4
+    assert 3 not in read["token"]
+    assert read.layout.input["drop"] == {"token": [3]}
+
+
+def test_texts_are_packed(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--pack", "--context", 8)
+    assert set(Read(out)["position"]) == {*range(8)}
+
+
+def test_objects_bring_their_labels(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"text": words, "label": len(words)}) for words in TEXTS]
+    path.write_text("\n".join(lines))
+    run(tiny, RESID, "--data", path, "--out", out, "--carry", "label", "--slice", "pos=-1")
+    read = Read(out)
+    assert read["label"] == [len(TEXTS[number]) for number in read["sequence"]]
+
+
+def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):  # noqa: F811
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "corpus"
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
+    run(tiny, RESID, "--data", path, "--out", out)
+    assert len(Read(out)) == 13
+
+
+def test_tokens_that_are_cut_off_are_noted(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "long.txt"
+    path.write_text("one two three four five six seven eight nine ten")
+    result = run(tiny, RESID, "--data", path, "--out", out)
+    assert result.stderr == (
+        "note: tokens were cut off at the ends of texts, 3 in all: the model reads only so many "
+        "at once\n"
+    )
+
+
+def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--dtype", "float16")
+    result = actctx("info", out)
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["site", "hook", "axes", "shape", "dtype", "bytes"]
+    assert lines[1].split() == [
+        *(RESID, "blocks.1.hook_out", "d_model", "(13,", "32)", "float16", "832", "B"),
+    ]
+    assert lines[2].startswith("13 rows, one a token, finished, from ")
+    assert "  drop: {}" in lines
+
+
+def test_what_is_no_data_set_is_refused(tmp_path):
+    result = actctx("info", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"error: there is no data set at '{tmp_path}'; give the path that extract() wrote to\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (
+            ["--drop", "position"],
+            "--drop 'position' is not WHAT=N; give one such as position=0 or token=50256,0",
+        ),
+        (["--context", "9"], "context=9 is more than the 8 tokens that the model reads"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(tiny, text, out, option, message):  # noqa: F811
+    stderr = refused(tiny, RESID, "--data", text, "--out", out, *option)
+    assert stderr == f"error: {message}\n"
+
+
+def test_a_corpus_that_is_not_there_is_refused(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "missing.txt"
+    assert refused(tiny, RESID, "--data", path, "--out", out) == (
+        f"error: cannot read --data '{path}': No such file or directory; give a text file, a "
+        ".jsonl file, or the directory of a Hugging Face dataset\n"
+    )
+
+
+def test_a_line_that_is_no_json_is_named(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "texts.jsonl"
+    path.write_text('{"text": "one"}\n{"text"\n')
+    assert refused(tiny, RESID, "--data", path, "--out", out) == (
+        f"error: --data '{path}' has no JSON in line 2: Expecting ':' delimiter; give an object a "
+        "line\n"
+    )
+
+
+def test_a_file_that_is_no_text_is_refused(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "texts.txt"
+    path.write_bytes(b"\xff\xfe\xff")
+    assert refused(tiny, RESID, "--data", path, "--out", out) == (
+        f"error: cannot read --data '{path}': it is not UTF-8; give a text file that is\n"
+    )
+
+
+def test_a_directory_of_other_things_is_no_corpus(tiny, tmp_path, out):  # noqa: F811
+    pytest.importorskip("datasets")
+    (tmp_path / "corpus").mkdir()
+    assert refused(tiny, RESID, "--data", tmp_path / "corpus", "--out", out) == (
+        f"error: the directory --data '{tmp_path / 'corpus'}' is no Hugging Face dataset; give "
+        "what Dataset.save_to_disk wrote\n"
+    )

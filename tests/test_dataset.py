@@ -1,0 +1,325 @@
+"""A data set on disk, read back by index, whole, or as torch reads it."""
+
+import multiprocessing
+import pickle
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import tiny_transformer
+from models import tokens as tokens_of
+from stored import LENGTH, RESID, Z, heads, lance, numbers, pa, resid, tokens, write
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler
+
+from actctx import DataError, NotCapturedError, OptionError, SelectionError, capture
+from actctx._fingerprint import describe_model
+from actctx.dataset import ActivationDataset
+from actctx.extract import extract
+
+ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "a.lance", ROWS, commits=3)
+
+
+@pytest.fixture
+def data(path):
+    return ActivationDataset(path)
+
+
+def same(batch, rows):
+    rows = torch.as_tensor(rows)
+    assert torch.equal(batch[RESID], resid(rows))
+    assert torch.equal(batch[Z], heads(rows))
+    assert torch.equal(batch["token"], tokens(rows))
+    assert torch.equal(batch["sequence"], rows // LENGTH)
+    assert torch.equal(batch["position"], (rows % LENGTH).int())
+    assert torch.equal(batch["label"], rows // LENGTH % 3)
+    assert batch["text"] == [f"row {row}" for row in rows.tolist()]
+
+
+def pickled(data):
+    return pickle.loads(pickle.dumps(data))  # noqa: S301  it is our own
+
+
+def test_it_has_as_many_rows_as_were_written(data):
+    assert len(data) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("index", "rows"),
+    [
+        (slice(None), range(ROWS)),
+        (slice(10, 40), range(10, 40)),
+        (slice(None, None, -7), range(ROWS - 1, -1, -7)),
+        (slice(90, 500), range(90, ROWS)),
+        ([5, 3, 98], [5, 3, 98]),
+        ([5, 5, -1, 5], [5, 5, ROWS - 1, 5]),
+        (range(4, 9), range(4, 9)),
+        (torch.tensor([60, 2]), [60, 2]),
+        (np.array([60, 2], dtype=np.uint8), [60, 2]),
+        (torch.arange(ROWS) % 9 == 4, range(4, ROWS, 9)),
+        ([row > 95 for row in range(ROWS)], range(96, ROWS)),
+        ([], []),
+        (slice(5, 5), []),
+        (torch.tensor([], dtype=torch.long), []),
+    ],
+)
+def test_several_rows_are_read_in_the_order_of_the_index(data, index, rows):
+    same(data[index], torch.tensor(list(rows), dtype=torch.long))
+
+
+@pytest.mark.parametrize("index", [7, np.int64(7), torch.tensor(7), 7 - ROWS])
+def test_an_int_reads_one_row_without_an_axis_for_it(data, index):
+    row = data[index]
+    assert torch.equal(row[RESID], resid(torch.tensor([7]))[0])
+    assert row[Z].shape == (2, 3)
+    assert row["token"] == 7
+    assert row["text"] == "row 7"
+
+
+def test_tensors_are_owned_and_of_the_stored_dtype(data):
+    first, second = data[:10], data[:10]
+    assert first[RESID].dtype == torch.bfloat16
+    assert first[Z].dtype == torch.float16
+    first[RESID].zero_()
+    same(second, range(10))
+    assert first[Z].is_contiguous()
+
+
+def test_iterating_ends_with_the_last_row(data):
+    assert sum(1 for _ in data) == ROWS
+
+
+def test_one_site_is_read_whole(data):
+    assert torch.equal(data.read(RESID), resid(torch.arange(ROWS)))
+    assert data.read("text")[3] == "row 3"
+
+
+def test_all_tokens_are_read_at_once(data):
+    assert torch.equal(data.tokens, tokens(torch.arange(ROWS)))
+
+
+def test_sites_say_their_axes_and_places(data):
+    site = data.sites[Z]
+    assert list(data.sites) == [RESID, Z]
+    assert site.axes == ("head", "d_head")
+    assert site.shape == (2, 3)
+    assert site.dtype == "float16"
+    assert site.hook == "blocks.0.attn.o.hook_in"
+
+
+def test_only_the_chosen_sites_are_read(path):
+    assert RESID not in ActivationDataset(path, sites=Z)[0]
+    assert ActivationDataset(path, sites=[Z, RESID]).sites.keys() == {Z, RESID}
+
+
+@pytest.mark.parametrize(
+    ("where", "kept"),
+    [
+        ("position > 0 AND token != 17", lambda row: row % LENGTH > 0 and row % 97 != 17),
+        ("text = 'row 12'", lambda row: row == 12),
+        ("token < 0", lambda _: False),
+    ],
+)
+def test_a_filter_leaves_the_rows_that_it_holds_of(path, where, kept):
+    rows = [row for row in range(ROWS) if kept(row)]
+    data = ActivationDataset(path, where=where)
+    assert len(data) == len(rows)
+    same(data[:], torch.tensor(rows, dtype=torch.long))
+
+
+def test_a_filter_names_sites_as_they_are_named(path):
+    data = ActivationDataset(path, where=f"`{Z}`[1] >= 50")
+    assert numbers(data[:]).tolist() == list(range(50, ROWS))
+
+
+def test_filtered_rows_are_counted_anew(path):
+    data = ActivationDataset(path, where="position = 2")
+    assert numbers(data[[1, -1]]).tolist() == [18, 98]
+
+
+def test_rows_that_are_appended_later_are_not_seen(tmp_path):
+    path = write(tmp_path / "a.lance", 20)
+    data = ActivationDataset(path)
+    lance.write_dataset(lance.dataset(path).to_table(), path, mode="append")
+    assert len(pickled(data)[:]["token"]) == 20
+    assert len(ActivationDataset(path)) == 40
+
+
+def test_it_can_be_pickled(path):
+    data = pickled(ActivationDataset(path, where="position > 0"))
+    assert numbers(data[:3]).tolist() == [1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_workers_of_a_dataloader_read_it(data, method):
+    loader = DataLoader(
+        data,
+        batch_size=30,
+        num_workers=2,
+        multiprocessing_context=multiprocessing.get_context(method),
+    )
+    batches = list(loader)
+    assert torch.equal(torch.cat([batch[Z] for batch in batches]), heads(torch.arange(ROWS)))
+    assert batches[0]["text"][:2] == ["row 0", "row 1"]
+
+
+def test_a_dataloader_reads_batches_at_once(data):
+    sampler = BatchSampler(RandomSampler(data), 32, drop_last=False)
+    batches = list(DataLoader(data, sampler=sampler, batch_size=None))
+    assert sorted(np.concatenate([numbers(batch) for batch in batches])) == list(range(ROWS))
+
+
+def test_reading_a_site_takes_little_more_memory_than_it_has(tmp_path):
+    rows = 2**20
+    path = write(tmp_path / "a.lance", rows)
+    data = ActivationDataset(path)
+    data[:10]
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert data.read(Z).shape == (rows, 2, 3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**10 * 96
+
+
+def test_the_model_that_it_came_from_is_accepted(tmp_path, mlp):
+    path = write(tmp_path / "a.lance", 4, model=describe_model(mlp))
+    ActivationDataset(path, model=mlp).check(mlp)
+
+
+def test_another_model_is_refused_with_both_shown(tmp_path, mlp):
+    path = write(tmp_path / "a.lance", 4, model={"name": "x/y", "class": "T", "fingerprint": "0"})
+    found = describe_model(mlp)["fingerprint"]
+    with pytest.raises(DataError) as caught:
+        ActivationDataset(path, model=mlp)
+    assert str(caught.value) == (
+        f"'{path}' holds activations of a T 'x/y' with the fingerprint 0, but this model is a Mlp "
+        f"with the fingerprint {found}; give the model that they were extracted from, or extract "
+        "them from this one"
+    )
+
+
+def test_what_extract_wrote_is_what_the_model_computes(tmp_path):
+    model, ids = tiny_transformer(), tokens_of(batch=6)
+    extract(model, ids, [RESID, Z], tmp_path / "a.lance", dtype=torch.bfloat16)
+    with capture(model, [RESID, Z], dtype=torch.bfloat16, stop=True) as acts:
+        model(ids)
+    data = ActivationDataset(tmp_path / "a.lance", model=model)
+    assert torch.equal(data.read(RESID), acts[RESID].flatten(0, 1))
+    assert torch.equal(data[:][Z], acts[Z].flatten(0, 1))
+    assert torch.equal(data.tokens, ids.flatten().int())
+    assert data.sites[Z].axes == acts.axes(Z)[2:]
+
+
+def test_rows_may_be_sequences(tmp_path):
+    model, ids = tiny_transformer(), tokens_of(batch=6)
+    extract(model, ids, RESID, tmp_path / "a.lance", slice={"pos": -1})
+    data = ActivationDataset(tmp_path / "a.lance")
+    assert repr(data).startswith("ActivationDataset: 6 sequences, 1 site")
+    assert "batch d_model" in repr(data)
+    batch = next(iter(data.loader(4)))
+    assert torch.equal(batch["token"], ids[batch["sequence"], -1].int())
+
+
+def test_its_repr_is_a_short_table(data):
+    assert repr(data).splitlines()[0] == "ActivationDataset: 100 tokens, 2 sites, 4.3 KiB"
+    assert "token head d_head  (100, 2, 3)  float16" in repr(data)
+
+
+def test_in_a_notebook_it_is_a_table_of_html(data):
+    assert "<td" in data._repr_html_()
+
+
+def test_an_unfinished_data_set_is_read_and_says_so(tmp_path):
+    data = ActivationDataset(write(tmp_path / "a.lance", 4, finished=False))
+    assert repr(data).splitlines()[0].endswith(", unfinished")
+    assert not data.layout.finished
+
+
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda _: None, "there is nothing"),
+        (Path.mkdir, "the directory holds none"),
+        (Path.touch, "it is a file"),
+    ],
+)
+def test_a_path_without_a_data_set_is_refused(tmp_path, make, found):
+    path = tmp_path / "b.lance"
+    make(path)
+    with pytest.raises(DataError) as caught:
+        ActivationDataset(path)
+    assert str(caught.value) == (
+        f"no data set can be read from '{path}': {found}; give the path that extract() wrote to"
+    )
+
+
+def test_a_lance_dataset_of_another_kind_is_refused(tmp_path):
+    lance.write_dataset(pa.table({"x": [1]}), tmp_path / "c.lance")
+    with pytest.raises(DataError, match="is a Lance dataset, but none of actctx"):
+        ActivationDataset(tmp_path / "c.lance")
+
+
+ERRORS = [
+    (
+        lambda data: ActivationDataset(data.path, sites="blocks.1.hook_resid_pst"),
+        NotCapturedError,
+        f"the data set has no 'blocks.1.hook_resid_pst'; closest: '{RESID}', '{Z}'; it "
+        f"holds '{RESID}', '{Z}'",
+    ),
+    (
+        lambda data: data.read("lable"),
+        NotCapturedError,
+        f"the data set has no 'lable'; closest: 'label'; it holds '{RESID}', '{Z}', 'token', "
+        "'sequence', 'position', 'label', 'text'",
+    ),
+    (
+        lambda data: data[100],
+        SelectionError,
+        "there is no row 100: the data set has 100 rows",
+    ),
+    (
+        lambda data: data[[0, -101]],
+        SelectionError,
+        "there is no row -101: the data set has 100 rows",
+    ),
+    (
+        lambda data: data[torch.ones(99, dtype=torch.bool)],
+        SelectionError,
+        "the mask is for 99 rows, but the data set has 100; give one entry for each",
+    ),
+    (
+        lambda data: data[[0.5]],
+        OptionError,
+        "cannot select rows by [0.5]; give a position, a slice, or a list, tensor or boolean mask "
+        "of one axis",
+    ),
+    (
+        lambda data: data["token"],
+        OptionError,
+        "cannot select rows by 'token'; give a position, a slice, or a list, tensor or boolean "
+        "mask of one axis",
+    ),
+]
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("read", "error", "message"), ERRORS)
+def test_what_cannot_be_read_is_said(data, read, error, message):
+    with pytest.raises(error) as caught:
+        read(data)
+    assert str(caught.value) == message
+
+
+def test_a_condition_that_lance_does_not_understand_is_refused(data):
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(data.path, where="positon > 0")
+    message = str(caught.value)
+    assert message.startswith("where='positon > 0' is no condition on rows: ")
+    assert "No field named positon" in message
+    assert "/rust/" not in message

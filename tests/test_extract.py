@@ -1,0 +1,451 @@
+"""Extracting activations to disk: what a data set holds, and which rows there are."""
+
+import threading
+
+import pytest
+import torch
+from models import plainly_hooked, tokens
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from actctx import DataError, NeverFiredError, OptionError, SelectionError, Site
+from actctx._layout import Layout, as_tensor
+from actctx.extract import extract
+
+lance = pytest.importorskip("lance")
+
+RESID = "blocks.1.hook_resid_post"
+Z = "blocks.0.attn.hook_z"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "acts.lance"
+
+
+class Read:
+    """A data set, read the plain way."""
+
+    def __init__(self, path):
+        dataset = lance.dataset(str(path))
+        self.layout = Layout.of(dataset.schema, path)
+        self.table = dataset.to_table()
+        self.commits = len(dataset.get_fragments())
+
+    def __getitem__(self, name):
+        for site in self.layout.sites:
+            if site.name == name:
+                return as_tensor(self.table.column(site.column), site)
+        return self.table.column(name).to_pylist()
+
+    def __len__(self):
+        return self.table.num_rows
+
+
+def resid(model, ids, **given):
+    return plainly_hooked(model, ids, "blocks.1.hook_out", **given)["blocks.1.hook_out"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_each_token_is_a_row(gpt2, out, dtype):
+    ids = tokens(20)
+    done = extract(gpt2, ids, [RESID, Z], out, dtype=dtype)
+    read = Read(out)
+    assert done.rows == done.new_rows == len(read) == 140
+    assert torch.equal(read[RESID], resid(gpt2, ids).flatten(0, 1).to(dtype))
+    assert read["token"] == ids.flatten().tolist()
+    assert read["sequence"] == [row for row in range(20) for _ in range(7)]
+    assert read["position"] == [*range(7)] * 20
+    assert read.layout.rows == "token"
+    assert read.layout.finished
+
+
+def test_a_site_per_head_keeps_its_shape(gpt2, out):
+    ids = tokens(4)
+    extract(gpt2, ids, [RESID, Z], out)
+    wanted = plainly_hooked(gpt2, ids, "blocks.0.attn.o.hook_in")["blocks.0.attn.o.hook_in"][0]
+    read = Read(out)
+    assert torch.equal(read[Z], wanted.flatten(0, 1))
+    assert read.layout.sites[1].axes == ("head", "d_head")
+    assert read.layout.sites[1].hook == "blocks.0.attn.o.hook_in"
+
+
+def test_one_position_makes_a_row_a_sequence(gpt2, out):
+    ids = tokens(5)
+    extract(gpt2, ids, RESID, out, slice={"pos": -1})
+    read = Read(out)
+    assert torch.equal(read[RESID], resid(gpt2, ids)[:, -1])
+    assert read.layout.rows == "sequence"
+    assert read["token"] == ids[:, -1].tolist()
+    assert read["position"] == [6] * 5
+
+
+def test_other_axes_are_selected_from(gpt2, out):
+    ids = tokens(4)
+    extract(gpt2, ids, Z, out, slice={"head": [3, 1], "pos": slice(1, 3)})
+    wanted = plainly_hooked(gpt2, ids, "blocks.0.attn.o.hook_in")["blocks.0.attn.o.hook_in"][0]
+    assert torch.equal(Read(out)[Z], wanted[:, 1:3, [3, 1]].flatten(0, 1))
+
+
+def test_padding_leaves_no_rows(gpt2, out):
+    ids = tokens(3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
+    extract(gpt2, [{"input_ids": ids, "attention_mask": mask}], RESID, out)
+    read = Read(out)
+    wanted = resid(gpt2, ids, attention_mask=mask)[mask.bool()]
+    assert torch.equal(read[RESID], wanted)
+    assert read["position"] == [*range(5), *range(7), *range(4)]
+    assert read["sequence"] == [0] * 5 + [1] * 7 + [2] * 4
+
+
+def test_the_last_position_is_that_of_a_real_token(gpt2, out):
+    ids = tokens(2)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    extract(gpt2, [{"input_ids": ids, "attention_mask": mask}], RESID, out, slice={"pos": -1})
+    wanted = resid(gpt2, ids, attention_mask=mask)[[0, 1], [2, 6]]
+    assert torch.equal(Read(out)[RESID], wanted)
+
+
+def test_positions_and_token_ids_are_dropped(gpt2, out):
+    ids = tokens(6)
+    extract(gpt2, ids, RESID, out, drop={"position": [0], "token": [int(ids[2, 3])]})
+    kept = ids != ids[2, 3]
+    kept[:, 0] = False
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids)[kept])
+
+
+@pytest.mark.parametrize("most", [1, 13, 14, 41])
+def test_the_number_of_tokens_is_exact(gpt2, out, most):
+    ids = tokens(6)
+    assert extract(gpt2, ids.split(2), RESID, out, max_tokens=most).rows == most
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1)[:most])
+
+
+def test_an_input_is_not_read_far_beyond_the_number_of_tokens(gpt2, out):
+    read = []
+
+    def endless():
+        while True:
+            read.append(tokens(2, seed=len(read)))
+            yield read[-1]
+
+    extract(gpt2, endless(), RESID, out, max_tokens=100)
+    assert len(read) == 8
+
+
+@pytest.mark.parametrize("wrap", [list, TensorDataset])
+def test_a_dataloader_is_an_input(gpt2, out, wrap):
+    ids = tokens(6)
+    loader = DataLoader(wrap(ids), batch_size=4)
+    extract(gpt2, loader, RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
+def sequences(count=40, most=12):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, most, (count,), generator=generator)
+    return [tokens(1, int(length), seed=n)[0] for n, length in enumerate(lengths)]
+
+
+def test_sequences_leave_what_each_leaves_alone(gpt2, out):
+    given = sequences()
+    extract(gpt2, given, RESID, out, batch_size=4)
+    read = Read(out)
+    by_sequence = torch.tensor(read["sequence"])
+    for number, ids in enumerate(given):
+        rows = by_sequence == number
+        torch.testing.assert_close(read[RESID][rows], resid(gpt2, ids[None])[0], atol=1e-5, rtol=0)
+        assert torch.tensor(read["token"])[rows].tolist() == ids.tolist()
+
+
+def test_sequences_of_like_length_run_together(gpt2, out):
+    seen = []
+    hook = gpt2.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    extract(gpt2, sequences(256), RESID, out, batch_size=8)
+    hook.remove()
+    computed = sum(shape.numel() for shape in seen)
+    assert computed < 1.1 * len(Read(out))
+
+
+def test_packed_sequences_are_one_stream(gpt2, out):
+    given = sequences()
+    stream = torch.cat(given)
+    extract(gpt2, given, RESID, out, pack=True, context=16, batch_size=3)
+    read = Read(out)
+    assert read["token"] == stream.tolist()
+    assert read["position"] == [place % 16 for place in range(len(stream))]
+    assert read["sequence"] == [place // 16 for place in range(len(stream))]
+    whole = len(stream) // 16 * 16
+    wanted = resid(gpt2, stream[:whole].view(-1, 16)).flatten(0, 1)
+    torch.testing.assert_close(read[RESID][:whole], wanted, atol=1e-5, rtol=0)
+
+
+def test_what_is_longer_than_the_context_is_cut_and_counted(gpt2, out):
+    done = extract(gpt2, [tokens(1, 20)[0], tokens(1, 6)[0]], RESID, out, context=8)
+    assert done.cut == 12
+    assert done.rows == 14
+
+
+def test_labels_and_ids_come_along(gpt2, out):
+    rows = [
+        {"input_ids": ids.tolist(), "label": n % 2, "id": f"t{n}"}
+        for n, ids in enumerate(sequences(9))
+    ]
+    extract(gpt2, rows, RESID, out, carry=["label", "id"], slice={"pos": -1})
+    read = Read(out)
+    assert read["label"] == [number % 2 for number in read["sequence"]]
+    assert read["id"] == [f"t{number}" for number in read["sequence"]]
+    assert read.layout.carried == ("label", "id")
+
+
+def test_labels_of_a_batch_are_repeated_for_each_token(gpt2, out):
+    batch = {"input_ids": tokens(3), "label": torch.tensor([4, 5, 6])}
+    extract(gpt2, [batch], RESID, out, carry=["label"])
+    assert Read(out)["label"] == [4] * 7 + [5] * 7 + [6] * 7
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hugging_face_dataset_is_an_input(gpt2, out, streaming):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": ids.tolist(), "label": n} for n, ids in enumerate(sequences(9))]
+    given = datasets.Dataset.from_list(rows)
+    given = given.to_iterable_dataset() if streaming else given
+    extract(gpt2, given, RESID, out, carry=["label"])
+    read = Read(out)
+    assert sorted(set(read["label"])) == [*range(9)]
+    assert read["label"] == read["sequence"]
+
+
+def test_a_plain_hugging_face_model_is_read_by_hook_names(llama, out):
+    ids = tokens()
+    extract(llama, ids, {"resid": "blocks.0.hook_resid_post"}, out)
+    with torch.no_grad():
+        wanted = llama(ids, output_hidden_states=True).hidden_states[1]
+    assert torch.equal(Read(out)["resid"], wanted.flatten(0, 1))
+
+
+def test_a_module_is_captured_whose_axes_are_named(mlp, out):
+    ids = tokens()
+    extract(mlp, ids, Site("block", axes="batch pos d"), out)
+    assert torch.equal(Read(out)["block"], mlp.block(mlp.embed(ids)).detach().flatten(0, 1))
+
+
+def test_the_memory_of_a_row_is_its_own(gpt2, out):
+    extract(gpt2, [tokens(2, seed=n) for n in range(8)], RESID, out)
+    wanted = [resid(gpt2, tokens(2, seed=n)).flatten(0, 1) for n in range(8)]
+    assert torch.equal(Read(out)[RESID], torch.cat(wanted))
+
+
+def test_gradients_hooks_and_threads_are_left_as_they_were(gpt2, out):
+    before = threading.active_count()
+    extract(gpt2, tokens(), RESID, out)
+    assert threading.active_count() == before
+    assert torch.is_grad_enabled()
+
+
+def refusal(error, *arguments, **options):
+    with pytest.raises(error) as refused:
+        extract(*arguments, **options)
+    return str(refused.value)
+
+
+def test_an_empty_input_is_refused(gpt2, out):
+    assert refusal(DataError, gpt2, [], RESID, out) == (
+        "data has nothing in it, so there is nothing to run; give some input"
+    )
+
+
+def test_an_input_without_rows_is_refused(gpt2, out):
+    assert refusal(DataError, gpt2, tokens(), RESID, out, drop={"position": range(7)}) == (
+        "the input leaves no rows: all of its tokens are padding or dropped; keep some"
+    )
+
+
+def test_one_text_is_no_input(gpt2, out):
+    assert refusal(DataError, gpt2, "one", RESID, out) == (
+        "data is one str, not an iterable of inputs; give a list, such as [data]"
+    )
+
+
+def test_texts_need_a_tokenizer(llama, out):
+    assert refusal(OptionError, llama, ["one"], "blocks.0.hook_resid_post", out) == (
+        "data holds texts, and the model has no tokenizer; give tokenizer="
+    )
+
+
+def test_ragged_batches_are_refused(gpt2, out):
+    message = refusal(DataError, gpt2, [tokens(), [[1, 2], [3]]], RESID, out)
+    assert message == (
+        "from sequence 3 on, the input holds a list, which is no tensor of token ids; give "
+        "sequences of one length in a batch, or single sequences"
+    )
+    assert len(Read(out)) == 21
+
+
+def test_token_ids_are_integers(gpt2, out):
+    assert refusal(DataError, gpt2, [torch.rand(2, 3)], RESID, out) == (
+        "from sequence 0 on, the input holds a tensor of float32 (2, 3), which are no token ids; "
+        "give integers"
+    )
+
+
+def test_dicts_without_tokens_are_refused(gpt2, out):
+    assert refusal(DataError, gpt2, [{"ids": tokens()}], RESID, out) == (
+        "data holds dicts of 'ids', none of which is input_ids, tokens or text; rename what holds "
+        "the tokens"
+    )
+
+
+def test_sites_have_the_same_rows(gpt2, out):
+    names = [Site(RESID, slice={"pos": -1}), Site(Z, slice={"pos": 0})]
+    assert refusal(OptionError, gpt2, tokens(), names, out) == (
+        f"'{Z}' selects other positions than '{RESID}', but they are to have the same rows; give "
+        "them one slice along 'pos', or a data set each"
+    )
+
+
+def test_a_sequence_without_the_position_is_refused(gpt2, out):
+    message = refusal(SelectionError, gpt2, tokens(), RESID, out, slice={"pos": 9})
+    assert "in sequence 0" in message
+
+
+def test_names_of_columns_are_not_taken_twice(gpt2, out):
+    assert refusal(OptionError, gpt2, tokens(), {"token": RESID}, out) == (
+        "'token' is the name of two columns; give the site an alias, as in {'resid': ...}, or "
+        "rename what is carried"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"max_tokens": 0},
+            "max_tokens=0 is no number of tokens; give a positive int",
+        ),
+        ({"batch_size": 0}, "batch_size=0 is no number of its kind; give a positive int"),
+        ({"context": 65}, "context=65 is more than the 64 tokens that the model reads"),
+        (
+            {"drop": {"id": [1]}},
+            "drop names 'id'; give the ids of a 'token' or the numbers of a 'position' to leave "
+            "out, such as drop={'position': [0]}",
+        ),
+        ({"drop": {"token": [-1]}}, "drop has [-1] for 'token'; give ints from 0 on"),
+        (
+            {"pack": True},
+            "pack=True joins sequences, but data holds batches; give texts or sequences of token "
+            "ids instead",
+        ),
+        (
+            {"dtype": torch.float64},
+            f"'{RESID}' yields float64, which a data set does not hold; give dtype= "
+            "torch.float32, torch.float16 or torch.bfloat16",
+        ),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(gpt2, out, options, message):
+    assert refusal(OptionError, gpt2, tokens(), RESID, out, **options) == message
+
+
+def test_what_is_carried_is_there(gpt2, out):
+    assert refusal(DataError, gpt2, [{"input_ids": tokens()}], RESID, out, carry=["label"]) == (
+        "carry names 'label', but a batch of 3 sequences has nothing under that name; give one "
+        "value for each sequence"
+    )
+
+
+def test_a_site_that_never_fires_is_named_before_anything_is_written(out):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(1, 4), nn.Linear(1, 4)
+
+        def forward(self, ids):
+            return self.first(ids[..., None].float())
+
+    names = [Site("first", axes="batch pos d"), Site("second", axes="batch pos d")]
+    message = refusal(NeverFiredError, Half(), tokens(), names, out)
+    assert message.startswith("'second' never fired in 1 forward")
+    assert not [*out.glob("_versions/*")]
+
+
+class Poisoned(nn.Module):
+    """Yields something that is no number for one token."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        with torch.no_grad():
+            self.embed.weight[7] = value
+
+    def forward(self, ids):
+        return self.embed(ids)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused_with_its_row(out, value):
+    site = Site("embed", axes="batch pos d")
+    ids = torch.tensor([[1, 2, 3], [4, 7, 5]])
+    assert refusal(DataError, Poisoned(value), [ids[:1], ids[1:]], site, out) == (
+        f"'embed' is {value} in row 4: token 7 of sequence 1, position 1; a cast to float16 makes "
+        "infinite what is beyond 65504, which dtype=torch.bfloat16 holds; finite=False writes it "
+        "as it is"
+    )
+    assert len(Read(out)) == 3
+
+
+def test_rows_that_differ_in_length_are_refused(gpt2, out):
+    pattern = "blocks.0.attn.hook_pattern"
+    message = refusal(DataError, gpt2, [tokens(), tokens(2, 5)], pattern, out)
+    assert message == (
+        f"'{pattern}' has rows of float32 (4, 5) from row 21 on, but those before are float32 "
+        "(4, 7); give input of one length, or select what is alike with slice="
+    )
+    assert len(Read(out)) == 21
+
+
+def test_an_attention_pattern_has_a_row_for_each_query(gpt2, out):
+    ids, pattern = tokens(), "blocks.0.attn.hook_pattern"
+    extract(gpt2, ids, pattern, out)
+    wanted = plainly_hooked(gpt2, ids, pattern)[pattern][0]
+    assert torch.equal(Read(out)[pattern], wanted.movedim(2, 1).flatten(0, 1))
+
+
+def test_forwards_run_to_their_end_where_that_is_asked_for(gpt2, out):
+    ended = []
+    hook = gpt2.unembed.register_forward_hook(lambda *_: ended.append(1))
+    extract(gpt2, tokens(4).split(2), RESID, out, stop=False)
+    hook.remove()
+    assert len(ended) == 2
+    assert torch.equal(Read(out)[RESID], resid(gpt2, tokens(4)).flatten(0, 1))
+
+
+def test_a_module_that_takes_no_mask_is_given_none(mlp, out):
+    given = sequences(9)
+    extract(mlp, given, Site("block", axes="batch pos d"), out)
+    assert len(Read(out)) == sum(map(len, given))
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_arrays_are_token_ids(gpt2, out, as_array):
+    ids = tokens()
+    extract(gpt2, [ids.numpy()] if as_array else [row.numpy() for row in ids], RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
+def test_what_is_not_finite_is_written_where_that_is_asked_for(out):
+    site = Site("embed", axes="batch pos d")
+    ids = torch.tensor([[1, 7]])
+    extract(Poisoned(float("nan")), ids, site, out, finite=False)
+    assert Read(out)["embed"].isnan().any(1).tolist() == [False, True]
+
+
+def test_what_does_not_fit_on_the_disk_is_refused(gpt2, out):
+    message = refusal(DataError, gpt2, tokens(), RESID, out, max_tokens=10**15)
+    assert message.startswith(f"'{out}' has no room: 1000000000000000 rows of 144 bytes are 1")
+    assert not [*out.glob("_versions/*")]
+
+
+def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):
+    extract(gpt2, tokens(), RESID, out)
+    assert capfd.readouterr() == ("", "")

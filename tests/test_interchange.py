@@ -1,0 +1,165 @@
+"""Data sets to and from what other libraries read."""
+
+import json
+
+import pytest
+import torch
+from models import tiny_transformer
+from models import tokens as tokens_of
+from stored import RESID, Z, heads, resid, tokens, write
+
+from actctx import DataError, OptionError
+from actctx.dataset import ActivationDataset
+
+ROWS = 100
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "a.lance", ROWS)
+
+
+@pytest.fixture
+def data(path):
+    return ActivationDataset(path, sites=Z)
+
+
+def test_datasets_reads_what_is_written_for_saelens(data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data.to_saelens(tmp_path / "cached", context=16)
+    cached = datasets.load_from_disk(tmp_path / "cached")
+    assert cached.features[Z].shape == (16, 6)
+    assert cached.features[Z].dtype == "float16"
+    assert cached.features["token_ids"].length == 16
+    assert len(cached) == ROWS // 16
+    batch = cached.with_format("torch")[:]
+    assert torch.equal(batch[Z].flatten(), heads(torch.arange(96)).flatten())
+    assert torch.equal(batch["token_ids"].flatten(), tokens(torch.arange(96)).long())
+
+
+def test_bfloat16_is_written_for_saelens_as_float32_with_a_warning(path, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    with pytest.warns(UserWarning, match="no bfloat16") as caught:
+        ActivationDataset(path, sites=RESID).to_saelens(tmp_path / "cached", context=10)
+    assert str(caught[0].message) == (
+        f"SAELens' files have no bfloat16: {RESID!r} is written as float32, which holds the same "
+        "values and takes twice the space"
+    )
+    cached = datasets.load_from_disk(tmp_path / "cached").with_format("torch")
+    assert torch.equal(cached[:][RESID].reshape(-1, 4), resid(torch.arange(ROWS)).float())
+
+
+def test_sites_are_renamed_for_saelens(data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data.to_saelens(tmp_path / "cached", context=10, rename={Z: "z"})
+    assert datasets.load_from_disk(tmp_path / "cached").column_names == ["z", "token_ids"]
+
+
+def test_a_filter_leaves_its_rows_to_saelens(path, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = ActivationDataset(path, sites=Z, where="position > 0")
+    data.to_saelens(tmp_path / "cached", context=5)
+    cached = datasets.load_from_disk(tmp_path / "cached").with_format("torch")
+    assert torch.equal(cached[:]["token_ids"].flatten(), data[:90]["token"].long())
+
+
+def test_what_saelens_cached_is_read(data, tmp_path):
+    pytest.importorskip("datasets")
+    data.to_saelens(tmp_path / "cached", context=16)
+    back = ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
+    rows = torch.arange(96)
+    assert torch.equal(back[:][Z], heads(rows).flatten(1))
+    assert torch.equal(back.tokens, tokens(rows))
+    assert torch.equal(back[:]["sequence"], rows // 16)
+    assert torch.equal(back[:]["position"], (rows % 16).int())
+    assert back.layout.finished
+
+
+@pytest.mark.filterwarnings("ignore")  # SAELens' own
+def test_saelens_trains_from_what_is_written(tmp_path):
+    sae_lens = pytest.importorskip("sae_lens")
+    datasets = pytest.importorskip("datasets")
+    from actctx.extract import extract
+
+    model, ids = tiny_transformer(), tokens_of(batch=64, pos=8)
+    extract(model, ids, RESID, tmp_path / "a.lance", dtype=torch.float32)
+    data = ActivationDataset(tmp_path / "a.lance", model=model)
+    data.to_saelens(tmp_path / "cached", context=8)
+    width = data.sites[RESID].width
+    sae = sae_lens.StandardTrainingSAEConfig(d_in=width, d_sae=2 * width, l1_coefficient=1e-3)
+    config = sae_lens.LanguageModelSAERunnerConfig(
+        sae=sae,
+        hook_name=RESID,
+        use_cached_activations=True,
+        cached_activations_path=str(tmp_path / "cached"),
+        context_size=8,
+        training_tokens=64 * 300,
+        train_batch_size_tokens=64,
+        store_batch_size_prompts=4,
+        n_batches_in_buffer=8,
+        lr=1e-2,
+        n_eval_batches=0,
+        n_checkpoints=0,
+        device="cpu",
+        logger=sae_lens.LoggingConfig(log_to_wandb=False),
+        output_path=str(tmp_path / "sae"),
+        checkpoint_path=None,
+    )
+    texts = datasets.Dataset.from_dict({"tokens": ids.tolist()})
+    runner = sae_lens.LanguageModelSAETrainingRunner(
+        config, override_dataset=texts, override_model=model
+    )
+    read, read_ids = runner.activations_store.get_raw_llm_batch()
+    assert torch.equal(read_ids, ids[:4].flatten())
+    assert torch.equal(read, model.run_with_cache(ids)[1][RESID][:4].flatten(0, 1))
+
+    trained = runner.run()
+    left = data.read(RESID)
+    error = (trained(left) - left).pow(2).sum()
+    assert error < 0.1 * (left - left.mean(0)).pow(2).sum()
+
+
+def test_safetensors_hold_all_columns_of_numbers(path, tmp_path):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    ActivationDataset(path).to_safetensors(tmp_path / "a.safetensors")
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert tensors.keys() == {RESID, Z, "token", "sequence", "position", "label"}
+    assert torch.equal(tensors[RESID], resid(torch.arange(ROWS)))
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["axes"])[Z] == "token head d_head"
+    assert metadata["model"] == "Tiny"
+
+
+def test_an_existing_path_is_not_written_over(data, tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(DataError) as caught:
+        data.to_saelens(tmp_path, context=16)
+    assert str(caught.value) == (
+        f"there is something at '{tmp_path}' already; give another path, or remove it"
+    )
+
+
+def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
+    pytest.importorskip("datasets")
+    with pytest.raises(OptionError) as caught:
+        data.to_saelens(tmp_path / "cached", context=101)
+    assert str(caught.value) == (
+        "context=101 makes no run of 100 rows; give the context_size of SAELens' config, and no "
+        "more than there are rows"
+    )
+
+
+def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    with pytest.raises(DataError, match="is no directory of SAELens' cached activations"):
+        ActivationDataset.from_saelens(tmp_path, tmp_path / "out.lance")
+    datasets.Dataset.from_dict({"x": [1], "y": [2]}).save_to_disk(tmp_path / "xy")
+    with pytest.raises(DataError) as caught:
+        ActivationDataset.from_saelens(tmp_path / "xy", tmp_path / "out.lance")
+    assert str(caught.value) == (
+        f"'{tmp_path / 'xy'}' holds no activations as SAELens caches them, which are columns of "
+        "the type Array2D; its columns are x, y"
+    )

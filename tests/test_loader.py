@@ -1,0 +1,245 @@
+"""Batches for training: each row once, shuffled, the same for a seed, resumed anywhere."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from stored import RESID, numbers, resid, write
+
+from actctx import OptionError
+from actctx._shuffle import Order
+from actctx.dataset import ActivationDataset
+
+ROWS = 1000
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return ActivationDataset(write(tmp_path_factory.mktemp("data") / "a.lance", ROWS, commits=3))
+
+
+def epoch(loader):
+    return np.concatenate([numbers(batch) for batch in loader])
+
+
+def order_of(rows, **options):
+    alone = {"shuffle": True, "drop_last": False, "rank": 0, "world_size": 1, "seed": 0, "epoch": 0}
+    return Order(rows, **{**alone, **options})
+
+
+@pytest.mark.parametrize("pool", [1, 200, 10_000])
+@pytest.mark.parametrize("batch_size", [7, 64, 4096])
+def test_an_epoch_gives_each_row_once(data, batch_size, pool):
+    given = epoch(data.loader(batch_size, pool=pool))
+    assert sorted(given) == list(range(ROWS))
+
+
+def test_a_batch_holds_what_its_rows_hold(data):
+    for batch in data.loader(64, pool=256):
+        rows = torch.from_numpy(numbers(batch))
+        assert torch.equal(batch[RESID], resid(rows))
+        assert torch.equal(batch["sequence"], rows // 16)
+
+
+def test_batches_are_whole_but_the_last(data):
+    sizes = [len(batch["token"]) for batch in data.loader(64)]
+    assert sizes == [64] * 15 + [40]
+    assert len(data.loader(64)) == 16
+
+
+def test_drop_last_leaves_out_what_fills_no_batch(data):
+    loader = data.loader(64, drop_last=True)
+    assert [len(batch["token"]) for batch in loader] == [64] * 15
+    assert len(loader) == 15
+
+
+def test_without_shuffling_rows_come_in_their_order(data):
+    assert epoch(data.loader(64, shuffle=False, pool=128)).tolist() == list(range(ROWS))
+
+
+def test_a_file_that_fits_into_a_pool_is_shuffled_row_by_row(data):
+    given = epoch(data.loader(64))
+    neighbours = np.abs(np.diff(given)) == 1
+    assert neighbours.mean() < 0.02
+
+
+def test_a_batch_of_a_small_pool_comes_from_everywhere_in_the_file():
+    order = order_of(10**6, batch_size=1024, pool=64)
+    pool = next(order.pools(0))
+    for batch in pool.batches[:4]:
+        tenths = np.bincount(pool.rows[batch] * 10 // 10**6, minlength=10)
+        assert tenths.min() > 50
+
+
+def test_the_same_seed_gives_the_same_order_with_any_number_of_threads(data):
+    orders = [epoch(data.loader(64, seed=3, pool=256, workers=n)).tolist() for n in (0, 1, 4)]
+    assert orders[0] == orders[1] == orders[2]
+
+
+def test_another_seed_gives_another_order(data):
+    assert epoch(data.loader(64, seed=3)).tolist() != epoch(data.loader(64, seed=4)).tolist()
+
+
+def test_another_epoch_gives_another_order(data):
+    loader = data.loader(64, pool=128)
+    first, second = epoch(loader), epoch(loader)
+    assert sorted(second) == list(range(ROWS))
+    assert first.tolist() != second.tolist()
+    assert loader.epoch == 2
+
+
+def test_the_same_rows_do_not_travel_together_in_each_epoch():
+    def blocks(number):
+        rows = next(order_of(10**5, batch_size=64, pool=10, epoch=number).pools(0)).rows
+        return set(rows[np.diff(rows, prepend=-2) > 1] % 32)
+
+    assert blocks(0) != blocks(1)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_ranks_share_the_rows_without_overlap_or_loss(data, world_size, shuffle):
+    shares = [
+        epoch(data.loader(16, shuffle=shuffle, pool=64, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert sorted(np.concatenate(shares)) == list(range(ROWS))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_with_drop_last_all_ranks_have_as_many_batches(data):
+    loaders = [
+        data.loader(111, drop_last=True, rank=rank, world_size=3, pool=222) for rank in range(3)
+    ]
+    counts = [[len(batch["token"]) for batch in loader] for loader in loaders]
+    assert counts == [[111] * 3] * 3
+
+
+def test_the_rank_is_that_of_torchs_distributed_group(data, tmp_path):
+    store = f"file://{tmp_path / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        assert data.loader(16).state_dict()["world_size"] == 1
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("given", [0, 1, 5, 15])
+def test_an_epoch_is_gone_on_with_at_any_batch(data, given):
+    options = {"seed": 5, "pool": 256}
+    unbroken = data.loader(64, **options)
+    expected = [numbers(batch).tolist() for _ in range(2) for batch in unbroken]
+
+    broken = data.loader(64, **options)
+    got = [numbers(batch).tolist() for _, batch in zip(range(given), broken, strict=False)]
+    state = json.loads(json.dumps(broken.state_dict()))
+
+    resumed = data.loader(64, workers=0, **options)
+    resumed.load_state_dict(state)
+    while resumed.epoch < 2:
+        got += [numbers(batch).tolist() for batch in resumed]
+    assert got == expected
+
+
+def test_an_epoch_that_was_left_early_is_followed_by_the_next(data):
+    loader = data.loader(64)
+    next(iter(loader))
+    again = data.loader(64)
+    list(again)
+    assert epoch(loader).tolist() == epoch(again).tolist()
+
+
+def test_a_filter_leaves_its_rows_only(data):
+    kept = ActivationDataset(data.path, where="position > 0 AND label = 1")
+    given = epoch(kept.loader(16, pool=64))
+    assert sorted(given) == [row for row in range(ROWS) if row % 16 > 0 and row // 16 % 3 == 1]
+
+
+def test_batches_move_to_the_device(data):
+    batch = next(iter(data.loader(16, device="meta")))
+    assert batch[RESID].device.type == "meta"
+    assert len(batch["text"]) == 16
+
+
+def test_without_rows_there_are_no_batches(data):
+    loader = ActivationDataset(data.path, where="position < 0").loader(16)
+    assert len(loader) == 0
+    assert not list(loader)
+
+
+def test_threads_end_with_the_iteration(data):
+    before = threading.active_count()
+    for _ in data.loader(16, workers=3, pool=64):
+        break
+    list(data.loader(16, workers=3, pool=64))
+    assert threading.active_count() == before
+
+
+def test_a_script_may_end_in_the_middle_of_an_epoch(data):
+    code = (
+        "from actctx.dataset import ActivationDataset\n"
+        f"batches = iter(ActivationDataset({data.path!r}).loader(16, pool=64))\n"
+        "next(batches)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not run.stderr
+
+
+def test_an_error_of_reading_reaches_the_one_who_iterates(tmp_path):
+    data = ActivationDataset(write(tmp_path / "a.lance", 2000))
+    loader = data.loader(16, pool=64)
+    for file in (tmp_path / "a.lance" / "data").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises((OSError, ValueError)):
+        list(loader)
+
+
+def test_batches_are_ready_before_they_are_asked_for(data):
+    batches = iter(data.loader(64, pool=256))
+    next(batches)
+    time.sleep(0.2)
+    start = time.perf_counter()
+    next(batches)
+    assert time.perf_counter() - start < 0.1
+
+
+def test_a_loader_of_a_large_file_holds_little():
+    order = order_of(10**10, batch_size=4096, pool=8)
+    assert order._blocks.nbytes <= 2**25
+    assert len(next(order.pools(1000)).rows) == 8 * 4096
+
+
+MESSAGES = [
+    ({"batch_size": 0}, "batch_size=0 is too few; give 1 or more"),
+    ({"batch_size": 4, "workers": -1}, "workers=-1 is too few; give 0 or more"),
+    (
+        {"batch_size": 4, "rank": 2, "world_size": 2},
+        "rank=2 is none of 2 ranks; they count from 0",
+    ),
+    (
+        {"batch_size": 4, "rank": 2},
+        "rank=2 and world_size=None belong together; give both or neither",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MESSAGES)
+def test_options_that_make_no_sense_are_refused(data, options, message):
+    with pytest.raises(OptionError) as caught:
+        data.loader(**options)
+    assert str(caught.value) == message
+
+
+def test_the_state_of_a_loader_of_another_order_is_refused(data):
+    state = data.loader(64, seed=1).state_dict()
+    with pytest.raises(OptionError) as caught:
+        data.loader(64, seed=2).load_state_dict(state)
+    assert str(caught.value) == (
+        "the state is of a loader with seed=1, but this one has seed=2, which makes another order; "
+        "make the loader as it was made"
+    )

@@ -1,0 +1,381 @@
+"""An extraction that ends early, in any way, is gone on with at the row where it ended."""
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from models import bridge, huggingface, tokens
+from test_extract import RESID, Read, Z, refusal
+
+from actctx import DataError, Site
+from actctx.extract import extract
+
+lance = pytest.importorskip("lance")
+
+TESTS = str(Path(__file__).parent)
+BATCHES = 60
+# What is killed: a batch a hundredth of a second, a commit every few of them.
+CHILD = f"""
+import sys, time
+sys.path.insert(0, {TESTS!r})
+import torch
+torch.set_num_threads(1)
+from models import bridge, tokens
+from actctx import _writer
+from actctx.extract import extract
+_writer._COMMIT_BYTES = 10_000
+
+def batches():
+    print("begun", flush=True)
+    for seed in range({BATCHES}):
+        time.sleep(0.01)
+        yield tokens(5, 7, seed)
+
+extract(bridge(), batches(), {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
+print("ended", flush=True)
+"""
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "acts.lance"
+
+
+@pytest.fixture
+def commits(monkeypatch):
+    """Commit every few rows."""
+    monkeypatch.setattr("actctx._writer._COMMIT_BYTES", 5000)
+
+
+def batches(count=BATCHES):
+    return [tokens(5, 7, seed) for seed in range(count)]
+
+
+def unbroken(path, count=BATCHES, **options):
+    extract(bridge(), batches(count), [RESID, Z], path, drop={"position": [0]}, **options)
+    return Read(path)
+
+
+def same(first, second):
+    """Whether two data sets have the same rows, to the bit, and say the same about themselves."""
+    return first.table.equals(second.table) and first.layout == second.layout
+
+
+def child(out):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(out)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def killed_at(out, seconds):
+    """Kill an extraction so many seconds after it began, and tell whether it had ended."""
+    process = child(out)
+    assert process.stdout.readline() == "begun\n"
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    return "ended" in process.communicate()[0]
+
+
+def check_kills(tmp_path, seed, kills):
+    out, draw = tmp_path / "acts.lance", random.Random(seed)  # noqa: S311
+    wanted = unbroken(tmp_path / "whole.lance")
+    counts = []
+    for _ in range(kills):
+        if killed_at(out, draw.uniform(0, 0.5)):
+            break
+        if (out / "_versions").is_dir() and [*(out / "_versions").glob("*.manifest")]:
+            read = Read(out)
+            counts.append(len(read))
+            rows = wanted.table.slice(0, len(read))
+            assert read.table.equals(rows.cast(read.table.schema))
+    assert counts == sorted(counts)
+    unbroken(out)
+    assert same(Read(out), wanted)
+    assert not any(name.suffix != ".lance" for name in (out / "data").iterdir())
+    return counts
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_killed_is_whole_and_goes_on_where_it_ended(tmp_path, seed):
+    check_kills(tmp_path, seed, kills=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 130))
+def test_what_was_killed_again_and_again_is_whole(tmp_path, seed):
+    check_kills(tmp_path, seed, kills=6)
+
+
+def test_what_a_killed_writer_left_over_is_deleted(out):
+    unbroken(out, 2)
+    (out / "data" / "0000.lance").write_bytes(b"half")
+    unbroken(out, 4)
+    assert not (out / "data" / "0000.lance").exists()
+
+
+def test_a_data_set_that_was_killed_while_it_was_made_is_made_anew(out):
+    (out / "_transactions").mkdir(parents=True)
+    (out / "data").mkdir()
+    assert len(unbroken(out, 2)) == 60
+
+
+@pytest.mark.usefixtures("commits")
+def test_an_exception_in_the_iterator_reaches_the_caller_and_keeps_what_came(tmp_path):
+    class Broken(Exception):
+        pass
+
+    def breaks():
+        yield from batches(7)
+        raise Broken
+
+    out = tmp_path / "acts.lance"
+    with pytest.raises(Broken):
+        extract(bridge(), breaks(), [RESID, Z], out, drop={"position": [0]})
+    read = Read(out)
+    assert len(read) == 7 * 30
+    assert not read.layout.finished
+    unbroken(out)
+    assert same(Read(out), unbroken(tmp_path / "whole.lance"))
+
+
+@pytest.mark.usefixtures("commits")
+def test_an_exception_in_the_model_reaches_the_caller_and_keeps_what_came(tmp_path):
+    out, model, ran = tmp_path / "acts.lance", bridge(), []
+
+    def break_at_last(*_):
+        ran.append(1)
+        if len(ran) == 8:
+            raise ZeroDivisionError
+
+    hook = model.register_forward_pre_hook(break_at_last)
+    with pytest.raises(ZeroDivisionError):
+        extract(model, batches(), [RESID, Z], out, drop={"position": [0]})
+    hook.remove()
+    assert len(Read(out)) == 7 * 30
+    extract(model, batches(), [RESID, Z], out, drop={"position": [0]})
+    assert same(Read(out), unbroken(tmp_path / "whole.lance"))
+
+
+def test_an_interrupt_keeps_what_came(out):
+    def interrupted():
+        yield from batches(3)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(bridge(), interrupted(), [RESID, Z], out, drop={"position": [0]})
+    assert len(Read(out)) == 90
+
+
+def test_what_is_on_disk_is_not_run_again(out):
+    unbroken(out, 4)
+    model, ran = bridge(), []
+    hook = model.register_forward_pre_hook(lambda *_: ran.append(1))
+    done = extract(model, batches(6), [RESID, Z], out, drop={"position": [0]})
+    hook.remove()
+    assert (done.new_rows, len(ran)) == (60, 2)
+
+
+@pytest.mark.parametrize("first", [1, 29, 30, 31, 100])
+def test_a_larger_number_of_tokens_goes_on_within_a_batch(tmp_path, first):
+    out = tmp_path / "acts.lance"
+    unbroken(out, max_tokens=first)
+    unbroken(out, max_tokens=200)
+    assert same(Read(out), unbroken(tmp_path / "whole.lance", max_tokens=200))
+
+
+def test_a_finished_data_set_is_left_as_it_is(out):
+    unbroken(out, 3)
+    before = lance.dataset(str(out)).count_rows()
+    done = extract(bridge(), batches(3), [RESID, Z], out, drop={"position": [0]})
+    assert (done.rows, done.new_rows) == (before, 0)
+    assert Read(out).layout.finished
+
+
+def test_another_input_is_refused(out):
+    unbroken(out, 3)
+    other = batches(3)
+    other[2][1, 4] = 0
+    was = int(batches(3)[2][1, 4])
+    message = refusal(DataError, bridge(), other, [RESID, Z], out, drop={"position": [0]})
+    assert message == (
+        f"the rows on disk came from another input: row 69 is token {was} of sequence 11 there, "
+        "but token 0 of sequence 11 in the input; give the same input in the same order, or "
+        "another path"
+    )
+
+
+def test_a_shorter_input_is_refused(out):
+    unbroken(out, 3)
+    message = refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
+    assert message == (
+        "the input leaves 60 rows, but 90 are on disk already, so they came from another one; "
+        "give the same input, or another path"
+    )
+
+
+def other_weights():
+    model = bridge()
+    with torch.no_grad():
+        next(model.parameters())[3, 5] += 1
+    return model
+
+
+def test_a_change_of_one_weight_is_refused(out):
+    unbroken(out, 3)
+    message = refusal(
+        DataError, other_weights(), batches(), [RESID, Z], out, drop={"position": [0]}
+    )
+    was = Read(out).layout.model["fingerprint"]
+    assert message.startswith(
+        f"cannot go on with '{out}': its model's fingerprint is '{was}', not '"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "message"),
+    [
+        ({}, [RESID], f"list of sites is ['{RESID}', '{Z}'], not ['{RESID}']"),
+        (
+            {"dtype": torch.float16},
+            [RESID, Z],
+            f"dtype of '{RESID}' is 'float32', not 'float16'",
+        ),
+        (
+            {"slice": {"head": 0}},
+            [Site(RESID, slice={}), Z],
+            f"slice of '{Z}' is '', not 'axis 2 0'",
+        ),
+        (
+            {"slice": {"pos": -1}},
+            [RESID, Z],
+            f"slice of '{RESID}' is '', not 'token -1'",
+        ),
+        (
+            {},
+            {RESID: "blocks.0.hook_resid_post", Z: Z},
+            f"hook of '{RESID}' is 'blocks.1.hook_out', not 'blocks.0.hook_out'",
+        ),
+        (
+            {"drop": {"position": [1]}},
+            [RESID, Z],
+            "drop is {'position': [0]}, not {'position': [1]}",
+        ),
+        ({"batch_size": 3}, [RESID, Z], "batch_size is 8, not 3"),
+    ],
+)
+def test_what_would_make_other_rows_is_refused(out, options, names, message):
+    unbroken(out, 3)
+    options = {"drop": {"position": [0]}, **options}
+    assert refusal(DataError, bridge(), batches(), names, out, **options) == (
+        f"cannot go on with '{out}': its {message}; give the same, or another path"
+    )
+    assert len(Read(out)) == 90
+
+
+def test_a_model_in_another_dtype_is_refused(out):
+    site = {"resid": "blocks.0.hook_resid_post"}
+    extract(huggingface("LlamaForCausalLM"), tokens(), site, out)
+    model = huggingface("LlamaForCausalLM").bfloat16()
+    assert "its model's fingerprint is" in refusal(DataError, model, tokens(), site, out)
+
+
+def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(out):
+    unbroken(out, 3)
+    message = refusal(
+        DataError, bridge(), batches(), [RESID, Z], out, drop={"position": [0]}, resume=False
+    )
+    assert message == f"'{out}' exists; give resume=True to go on with it, or another path"
+
+
+def test_a_file_in_its_place_is_refused(out):
+    out.write_text("mine")
+    assert refusal(DataError, bridge(), batches(), RESID, out) == (
+        f"'{out}' is a file, and no data set of actctx; give another path, or remove it"
+    )
+    assert out.read_text() == "mine"
+
+
+def test_a_directory_of_other_things_is_refused(out):
+    out.mkdir()
+    (out / "notes.txt").touch()
+    assert refusal(DataError, bridge(), batches(), RESID, out) == (
+        f"'{out}' is a directory of other things, and no data set of actctx; give another path, "
+        "or remove it"
+    )
+    assert [each.name for each in out.iterdir()] == ["notes.txt"]
+
+
+def test_a_dataset_of_others_is_refused(out):
+    import pyarrow as pa
+
+    lance.write_dataset(pa.table({"x": [1]}), str(out))
+    message = refusal(DataError, bridge(), batches(), RESID, out)
+    assert message.startswith(f"'{out}' is a Lance dataset, but none of actctx")
+
+
+def test_a_directory_that_does_not_exist_is_named(tmp_path):
+    out = tmp_path / "missing" / "acts.lance"
+    assert refusal(DataError, bridge(), batches(), RESID, out) == (
+        f"cannot write to '{out}': {os.strerror(errno.ENOENT)}"
+    )
+
+
+def test_two_writers_at_once_are_refused(tmp_path):
+    out = tmp_path / "acts.lance"
+    process = child(out)
+    assert process.stdout.readline() == "begun\n"
+    message = refusal(DataError, bridge(), batches(), [RESID, Z], out, drop={"position": [0]})
+    assert message == (
+        f"'{out}' is being written to by another process; wait until it has ended, or give "
+        "another path"
+    )
+    assert process.communicate()[0] == "ended\n"
+    assert process.returncode == 0
+    assert same(Read(out), unbroken(tmp_path / "whole.lance"))
+
+
+FULL = f"""
+import resource, sys
+sys.path.insert(0, {TESTS!r})
+import torch
+torch.set_num_threads(1)
+from models import bridge, tokens
+from actctx import _writer
+from actctx.extract import extract
+_writer._COMMIT_BYTES = 20_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))
+
+def batches():
+    for seed in range(20):
+        yield tokens(5, 7, seed)
+    _writer._COMMIT_BYTES = 10_000_000
+    for seed in range(20, {BATCHES}):
+        yield tokens(5, 7, seed)
+
+extract(bridge(), batches(), {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
+    out = tmp_path / "acts.lance"
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 1, run.stderr
+    rows = len(Read(out))
+    assert rows
+    assert f"DataError: cannot write to '{out}': " in run.stderr
+    assert f"{rows} rows are on disk, and running it again goes on behind them" in run.stderr
+    unbroken(out)
+    assert same(Read(out), unbroken(tmp_path / "whole.lance"))
