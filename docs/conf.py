@@ -38,12 +38,13 @@ nb_execution_mode = "off"
 myst_heading_anchors = 3
 
 autodoc_typehints_format = "short"
-python_maximum_signature_line_length = 60
+python_maximum_signature_line_length = 76
 python_display_short_literal_types = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"actctx {version}"
 html_extra_path = ["_root"]
 html_static_path = ["_static"]
