@@ -40,6 +40,12 @@ def test_every_page_of_the_docs_is_linked_from_the_first():
         assert page.name == "index.md" or f"({page.name})" in first, page.name
 
 
+def test_the_reference_has_every_public_name():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    documented = set(re.findall(r"^\.\. auto\w+:: (\w+)", reference, re.MULTILINE))
+    assert documented == set(actctx.__all__)
+
+
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

@@ -1,0 +1,88 @@
+"""The site: `sphinx-build -W -n -c docs . build/site`, from the root of the repository.
+
+Sphinx starts at the root, so that pages may link to the README and to the benchmarks.
+"""
+
+import re
+from typing import Any
+
+from sphinx.application import Sphinx
+
+import actctx
+from actctx._calls import ModelOf
+from actctx._decorator import _Decorator
+from actctx._names import Names
+from actctx._opening import B
+from actctx._select import Slice
+
+project = "actctx"
+copyright = "actctx contributors"  # noqa: A001  Sphinx' own word
+release = version = actctx.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx_copybutton",
+]
+root_doc = "docs/index"
+include_patterns = ["docs/**", "benchmarks/README.md"]
+exclude_patterns = [".venv", "build", "dist", "**/.ipynb_checkpoints"]
+default_role = "py:obj"  # what stands in `backticks` in a docstring is a link where it can be one
+
+# Nothing is asked of the network: only the package's own names are looked up.
+nitpick_ignore_regex = [("py:.*", r"(?!actctx).*")]
+
+# Pages of Markdown are run by the tests, and notebooks where they are made.
+nb_execution_mode = "off"
+myst_heading_anchors = 3
+
+autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 76
+python_display_short_literal_types = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+html_theme = "furo"
+pygments_dark_style = "github-dark"
+html_title = f"actctx {version}"
+html_extra_path = ["_root"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sphinx = False
+copybutton_exclude = ".linenos, .gp, .go"
+
+LINK = re.compile(r"^- \[([^]]*)\]\(([\w./-]+)\.(?:md|ipynb)\)", re.MULTILINE)
+SHORT = {
+    "Names | type[Schema]": Names | type[actctx.Schema],
+    "Slice": Slice,
+    "Module | Callable | None": ModelOf | None,
+    "Activations | Schema": B,
+    "Callable": _Decorator[Any],
+}
+
+
+def add_contents(_app: Sphinx, page: str, source: list[str]) -> None:
+    """Make the sidebar of the links on the first page, which GitHub shows as they are."""
+    if page != root_doc:
+        return
+    for section in source[0].split("\n## ")[1:]:
+        caption = section.partition("\n")[0]
+        pages = [f"{text} <{target}>".replace("`", "") for text, target in LINK.findall(section)]
+        toctree = ["```{toctree}", ":hidden:", f":caption: {caption}", "", *pages, "```"]
+        source[0] += "\n\n" + "\n".join(toctree)
+
+
+def shorten_annotations(_app: Sphinx, function: Any, _is_bound: bool) -> None:  # noqa: FBT001
+    """Show what is long, or private, in a word."""
+    annotations = getattr(function, "__annotations__", {})
+    for parameter, hint in annotations.items():
+        for name, long in SHORT.items():
+            if hint == long:
+                annotations[parameter] = type(name, (), {"__module__": "builtins"})
+
+
+def setup(app: Sphinx) -> None:
+    """Connect to Sphinx."""
+    app.connect("source-read", add_contents)
+    app.connect("autodoc-before-process-signature", shorten_annotations)
