@@ -1,0 +1,68 @@
+"""The ways to write one activation of many batches to disk, and to read rows of it shuffled."""
+
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks._models import PLAIN, block_path, middle, resid_name
+from benchmarks._ways import EndForward, Table, Way, end_forward
+
+BATCHES = 64
+ROWS = 4096
+"""The rows of a shuffled batch, and as many batches of them are read as there are rows for."""
+
+
+def _stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None) -> None:
+    """Run bare forwards that a plain hook ends behind the layer."""
+    layer = model.get_submodule(block_path(model, middle(model)))
+
+    def end(module: Any, args: Any, output: Any) -> None:
+        if keep is not None:
+            keep(output)
+        end_forward(module, args, output)
+
+    handle = layer.register_forward_hook(end)
+    with torch.no_grad():
+        for batch in tokens.chunk(BATCHES):
+            with suppress(EndForward):
+                model(batch)
+    handle.remove()
+
+
+def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
+    from actctx.dataset import ActivationDataset
+    from actctx.extract import extract
+
+    with tempfile.TemporaryDirectory() as folder:
+        path, name = Path(folder) / "acts.lance", resid_name(middle(model))
+        extract(model, tokens.chunk(BATCHES), name, path, dtype=torch.float16, progress=False)
+        return ActivationDataset(path)[:ROWS][name]
+
+
+def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Keep all of it, and save it at the end, as people do who have no data set."""
+    kept: list[Tensor] = []
+    _stopped(model, tokens, keep=lambda output: kept.append(output.half().flatten(0, 1)))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(torch.cat(kept), Path(folder) / "acts.pt")
+    return torch.cat(kept)[:ROWS]
+
+
+EXTRACT_TABLE = Table(
+    "extract",
+    f"one `resid_post` of a plain model, {BATCHES} batches, to disk in float16",
+    tuple(
+        Way(f"extract-{name}", title, run, "extract-bare", PLAIN)
+        for name, title, run in (
+            ("memory", "a list of clones, `torch.cat`, `torch.save`", _in_memory),
+            ("lance", "**`extract(model, batches, name, path)`**", _extract),
+            ("bare", "bare forwards, stopped after the layer", _stopped),
+        )
+    ),
+    varied={"batches": BATCHES},
+    repeats=1,
+)
