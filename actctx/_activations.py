@@ -241,6 +241,8 @@ class Activations(_Tensors):
         return stack_layers({key: self[key] for key in self._layers(name)})
 
     def _layers(self, name: str) -> list[str]:
+        if not self:
+            raise NotCapturedError(f"there is nothing to stack: {self._why_empty()}")
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:

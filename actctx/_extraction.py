@@ -8,6 +8,7 @@ writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data 
 
 import contextlib
 import itertools
+import math
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,6 +33,8 @@ from actctx._writer import Left, Target, Writer, carried_array
 
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
+_COUNTED_BYTES = 16
+"""What a row takes beside its sites: its token, sequence and position."""
 
 
 class Extraction:
@@ -63,6 +66,8 @@ class Extraction:
         self._chosen: Any = capturing._options.mask
         self._reading = reading
         self._most: int | None = None
+        self._expected: int | None = None
+        self._is_planned = False
         self._against: Target | None = None
         self._finite = finite
         self._sites = capturing._sites
@@ -201,6 +206,7 @@ class Extraction:
 
         """
         self._most, self._against = most, against
+        self._expected = self._count(data)
         if most is not None and target.rows >= most:
             return target.rows
         if target.layout is not None:
@@ -213,6 +219,9 @@ class Extraction:
         reader.start()
         try:
             with self._capturing as acts, self._bar(target.rows, shown=progress) as bar:
+                row = self._row_bytes()
+                if row is not None:
+                    self._check_room(row, target, bar)
                 rows = self._forwards(pipe, acts, target, bar)
         finally:
             pipe.abandon()
@@ -293,7 +302,7 @@ class Extraction:
                         f"cannot go on with '{target.path}': its {was.name!r} holds {was.dtype} "
                         f"{was.shape}, not {now.dtype} {now.shape}; give the same, or another path"
                     )
-        row = sum(site.nbytes for site in sites) + 16
+        row = sum(site.nbytes for site in sites) + _COUNTED_BYTES
         self._check_room(row, target, bar)
         if target.layout is None:
             import pyarrow as pa
@@ -310,15 +319,36 @@ class Extraction:
         disable = None if shown else True  # None: where there is no terminal
         unit = f" {self._layout.rows}s"
         with tqdm(
-            total=self._most, initial=done, unit=unit, unit_scale=True, disable=disable
+            total=self._expected, initial=done, unit=unit, unit_scale=True, disable=disable
         ) as bar:
             yield bar
 
+    def _count(self, data: Iterable[Any]) -> int | None:
+        """Count the rows to come, where all batches are at hand; else as many as were asked for."""
+        if not self._reading.is_at_hand(data):
+            return self._most
+        batches = self._reading.batches(data)
+        rows = sum(len(self._choosing.choose(batch).where) for batch in batches)
+        return rows if self._most is None else min(rows, self._most)
+
+    def _row_bytes(self) -> int | None:
+        """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""
+        default = next((each.dtype for each in self._model.parameters()), torch.float32)
+        total = _COUNTED_BYTES
+        for site in self._sites:
+            sizes = site.selected(site.known_axes)[1][1:] if site.known_axes else (None,)
+            if not site.exact or None in sizes:
+                return None
+            total += math.prod(size or 1 for size in sizes) * (site.dtype or default).itemsize
+        return total
+
     def _check_room(self, row: int, target: Target, bar: Any) -> None:
+        """Say how much there will be, before anything is written, and refuse what does not fit."""
         free = shutil.disk_usage(target.path).free
-        if self._most is None:
+        if self._expected is None or self._is_planned:
             return
-        rows = self._most - target.rows
+        self._is_planned = True
+        rows = self._expected - target.rows
         plan = f"{rows} rows of {row} bytes are {format_bytes(rows * row)}"
         if rows * row > free:
             raise DataError(

@@ -110,6 +110,12 @@ class Reading:
         else:
             yield from self._sorted(self._sequences(items))
 
+    def is_at_hand(self, data: Iterable[Any]) -> bool:
+        """Tell whether an input is a list of batches, or one, which can be gone through twice."""
+        if isinstance(data, Tensor):
+            return data.dim() == 2  # noqa: PLR2004  batch and pos
+        return isinstance(data, list | tuple) and bool(data) and _is_batch(_tokens_in(data[0]))
+
     def _as_they_are(self, items: Iterable[Any]) -> Iterator[Batch]:
         if self.pack:
             raise OptionError(

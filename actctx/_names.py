@@ -199,7 +199,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
 
 
 def _matching(places: Places, pattern: str) -> list[str]:
-    return places.matching(lambda name: matches(name, pattern), hooked="hook_" in pattern)
+    return places.matching(lambda name: matches(name, pattern))
 
 
 def _find_module(places: Places, alias: str | None, site: Site, module: nn.Module) -> Request:

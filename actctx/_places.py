@@ -8,7 +8,13 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from actctx._axes import Axes, hook_axes, running_order, ungrouped
-from actctx._translated import Reading, Translation, translate
+from actctx._translated import (
+    Reading,
+    Translation,
+    is_hugging_face,
+    translate,
+    why_wrapped,
+)
 
 # Where TransformerLens skips a hook point unless a flag of its config is set.
 _FLAGS = {
@@ -104,10 +110,12 @@ class Places:
     @functools.cached_property
     def translation(self) -> Translation:
         """TransformerLens' names, where the model is a plain one of Hugging Face's."""
-        is_plain = not self.hook_points and hasattr(
-            getattr(self._model, "config", None), "model_type"
-        )
-        return translate(self._model) if is_plain else Translation()
+        if self.hook_points:
+            return Translation()
+        wrapped = "" if is_hugging_face(self._model) else why_wrapped(self._model)
+        if not wrapped and hasattr(getattr(self._model, "config", None), "model_type"):
+            return translate(self._model)
+        return Translation(lacks=wrapped)
 
     def _read(self, name: str) -> Place:
         if name not in self._translated:
@@ -161,19 +169,16 @@ class Places:
         """List TransformerLens' names in a plain model of Hugging Face's, as they run."""
         return sorted(self.translation.names.values(), key=_running_order)
 
-    def matching(self, accept: Callable[[str], bool], *, hooked: bool = True) -> list[str]:
+    def matching(self, accept: Callable[[str], bool]) -> list[str]:
         """List what `accept` accepts, each place once, under the first such name of it.
 
-        Args:
-            accept: Tells whether a name is accepted.
-            hooked: Whether it may accept hook names, so that they are looked up where they have
-                to be.
-
+        Of a plain Hugging Face model, modules come first, and TransformerLens' names where it
+        accepts no module.
         """
         accepted = _accepted(self._hooked(), accept)
         if not accepted:
             modules = _accepted(self.listed_modules(), accept)
-            if modules or not hooked:
+            if modules:
                 return [first for first, _ in modules]
             accepted = _accepted(self.translation.names.values(), accept)
         # Sorted at the end, since few of the names of a model are asked for.
@@ -248,8 +253,8 @@ def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
     Args:
         model: A TransformerLens model, whose hook points are listed, or any module, whose
             submodules are.
-        pattern: A glob that the names must match; see `capture`. With `hook_` in it, hook names
-            of a plain Hugging Face model are listed.
+        pattern: A glob that the names must match; see `capture`. Where no module of a plain
+            Hugging Face model does, TransformerLens' hook names are listed that do.
 
     Returns:
         The names, aliases directly behind their canonical name. Hook points come in the order
@@ -262,10 +267,12 @@ def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
 
     """
     places = Places(model)
-    listed = dict.fromkeys(name for names in places.listed() for name in names)
-    if pattern is not None and "hook_" in pattern and not places.hook_points:
-        listed = dict.fromkeys(name for names in places.listed_translated() for name in names)
-    return [name for name in listed if pattern is None or matches(name, pattern)]
+    for listed in (places.listed, places.listed_translated):
+        names = dict.fromkeys(name for names in listed() for name in names)
+        found = [name for name in names if pattern is None or matches(name, pattern)]
+        if found:
+            return found
+    return []
 
 
 def why_it_never_fires(model: nn.Module, place: Place) -> str | None:

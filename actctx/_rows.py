@@ -153,6 +153,11 @@ def find_rows(
             selector.tokens.check(tokens.shape)
             kept = selector.tokens.select(tokens).reshape(-1)
         except SelectionError as error:
+            if not real.any():
+                raise SelectionError(
+                    f"sequence {sequence} has no real token, so there is none to select from "
+                    f"{selector.site!r}; leave it out of the batch, or mend the mask"
+                ) from None
             raise SelectionError(f"in sequence {sequence}, {error}") from None
         rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))
     return torch.cat(rows)

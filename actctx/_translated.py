@@ -130,6 +130,11 @@ class Translation:
         """Say why a hook point of a bridge is not among them, and what to do."""
         if name.endswith("hook_pattern"):
             return self.lacks_pattern
+        if not _INSIDE.isdisjoint(name.split(".")):
+            return (
+                "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
+                "module by its own name (see named_modules()), or from a TransformerBridge"
+            )
         return (
             "a module of Hugging Face computes it inside, if at all, and does not hand it out; "
             "capture it from a TransformerBridge of the model"
@@ -146,7 +151,8 @@ def translate(model: nn.Module) -> Translation:
     adapter = next(filter(None, map(functools.partial(_adapter, model), _relatives(model))), None)
     if adapter is None:
         return Translation(
-            lacks=f"TransformerLens has no adapter for {name}; give the names of its modules"
+            lacks=f"TransformerLens has no adapter for {name}; give the names of its modules "
+            "(see actctx.hook_names(model))"
         )
     attention = getattr(model.config, "_attn_implementation", None)
     found = Translation(
@@ -159,6 +165,24 @@ def translate(model: nn.Module) -> Translation:
             walk.over(adapter.component_mapping, "", root)
     _add_aliases(found, "", TransformerBridge.hook_aliases)
     return found
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Recognise a `PreTrainedModel` without importing it; wrappers pass attributes through."""
+    return hasattr(type(model), "base_model_prefix")
+
+
+def why_wrapped(model: nn.Module) -> str:
+    """Say where the Hugging Face model is that another module holds, if it does."""
+    named = model.named_modules()
+    inside = next((name for name, module in named if is_hugging_face(module)), None)
+    if inside is None:
+        return ""
+    return (
+        f"it is a name in the Hugging Face model that this {type(model).__name__} holds as "
+        f"{inside!r}; capture from that, as in capture(model.get_submodule({inside!r}), ...), "
+        "and run the whole as before"
+    )
 
 
 def _relatives(model: nn.Module) -> list[str]:

@@ -46,7 +46,7 @@ def plot_norms(
     keys = acts._layers(name)
     axes = acts.axes(keys[0])
     picture = _picture(ax)
-    norms = [acts[key].detach().float().norm(dim=-1).cpu() for key in keys]
+    norms = [_joined(acts, key).float().norm(dim=-1).cpu() for key in keys]
     if axes[:2] == ("batch", "pos") and len(axes) == 3:  # noqa: PLR2004  and the features
         grid = torch.stack([norm.mean(0) for norm in norms])
         shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
@@ -88,8 +88,9 @@ def plot_pattern(
             f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
             "head query key'; capture attn.hook_pattern without a slice along these"
         )
-    pattern = acts[name][sequence].detach().float().cpu().numpy()
+    pattern = _joined(acts, name)[sequence].float().cpu().numpy()
     heads = pattern if "head" in axes else pattern[None]
+    _check_texts(tokens or ())
     if tokens is not None and len(tokens) != heads.shape[-1]:
         raise OptionError(
             f"{name!r} has {heads.shape[-1]} keys, but {len(tokens)} tokens were given; give one "
@@ -155,16 +156,34 @@ def layer_similarity(
     square = torch.eye(len(keys))
     sizes = torch.empty(len(keys))
     for one, key in enumerate(keys):
-        rows = _centred(acts[key])
+        rows = _centred(_joined(acts, key))
         sizes[one] = (rows.T @ rows).norm()
         for two in range(one):
-            alike = (_centred(acts[keys[two]]).T @ rows).norm() ** 2
+            alike = (_centred(_joined(acts, keys[two])).T @ rows).norm() ** 2
             square[one, two] = square[two, one] = alike / (sizes[one] * sizes[two])
     return square
 
 
+def _check_texts(tokens: Sequence[str]) -> None:
+    if not all(isinstance(token, str) for token in tokens):
+        raise OptionError(
+            "tokens are to be read, but some are no strings; give those of "
+            "model.to_str_tokens(text), or of tokenizer.convert_ids_to_tokens(ids)"
+        )
+
+
+def _joined(acts: Activations, key: str) -> Shaped[Tensor, "..."]:
+    found = acts[key]
+    if not isinstance(found, Tensor):
+        raise OptionError(
+            f"{key!r} is a list of tensors, since it was captured with join=None; a picture needs "
+            "one tensor, so capture with join='batch'"
+        )
+    return found.detach()
+
+
 def _centred(activation: Shaped[Tensor, "*rows features"]) -> Float[Tensor, "row features"]:
-    rows = activation.detach().flatten(0, -2).float()
+    rows = activation.flatten(0, -2).float()
     return rows - rows.mean(0)
 
 
@@ -209,6 +228,7 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
         'The'(-0.5) ' cat'(2)
 
     """
+    _check_texts(tokens)
     if values.shape != (len(tokens),):
         raise OptionError(
             f"there are {len(tokens)} tokens, but values of the shape {tuple(values.shape)}; give "

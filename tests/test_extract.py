@@ -1,5 +1,6 @@
 """Extracting activations to disk: what a data set holds, and which rows there are."""
 
+import shutil
 import threading
 
 import pytest
@@ -274,7 +275,7 @@ def test_texts_need_a_tokenizer(llama, out):
 
 
 def test_ragged_batches_are_refused(gpt2, out):
-    message = refusal(DataError, gpt2, [tokens(), [[1, 2], [3]]], RESID, out)
+    message = refusal(DataError, gpt2, iter([tokens(), [[1, 2], [3]]]), RESID, out)
     assert message == (
         "from sequence 3 on, the input holds a list, which is no tensor of token ids; give "
         "sequences of one length in a batch, or single sequences"
@@ -440,10 +441,23 @@ def test_what_is_not_finite_is_written_where_that_is_asked_for(out):
     assert Read(out)["embed"].isnan().any(1).tolist() == [False, True]
 
 
-def test_what_does_not_fit_on_the_disk_is_refused(gpt2, out):
-    message = refusal(DataError, gpt2, tokens(), RESID, out, max_tokens=10**15)
+def test_what_does_not_fit_on_the_disk_is_refused_before_any_forward(gpt2, out):
+    ran = []
+    handle = gpt2.embed.register_forward_hook(lambda *args: ran.append(args))
+    message = refusal(DataError, gpt2, iter([tokens()]), RESID, out, max_tokens=10**15)
+    handle.remove()
     assert message.startswith(f"'{out}' has no room: 1000000000000000 rows of 144 bytes are 1")
+    assert not ran
     assert not [*out.glob("_versions/*")]
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_rows_are_counted_beforehand_where_the_batches_are_at_hand(gpt2, as_list, out, monkeypatch):
+    free = shutil.disk_usage(out.parent)._replace(free=21 * 144 - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    data = [{"input_ids": tokens()}] if as_list else tokens()
+    message = refusal(DataError, gpt2, data, RESID, out)
+    assert message.startswith(f"'{out}' has no room: 21 rows of 144 bytes are 3.0 KiB, but 3.0 KiB")
 
 
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):

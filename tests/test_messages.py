@@ -544,3 +544,12 @@ def test_a_decorated_call_without_a_model():
         "where it is: @captures(..., model=model), or model=lambda self, *args, **kwargs: "
         "self.model for a method"
     )
+
+
+def test_a_stack_of_nothing_is_refused(gpt2):
+    with capture(gpt2, RESID) as acts:
+        pass
+    assert _said(acts.stack, "hook_resid_post") == (
+        "there is nothing to stack: no forward of TransformerBridge has run since the block began "
+        "or the buffer was cleared"
+    )

@@ -336,3 +336,15 @@ def test_heads_are_checked_beside_a_mask(gpt2):
 def test_one_token_a_sequence_does_not_join_along_pos(gpt2):
     with pytest.raises(AxisError, match="cannot be joined along 'pos'"):
         capture(gpt2, RESID, mask="attention", slice=-1, join="pos")
+
+
+def test_a_sequence_without_a_real_token_has_none_to_select(llama, ids):
+    site = Site("model.layers.1", axes="batch pos d_model", slice=-1)
+    mask = torch.ones(3, 7)
+    mask[1] = 0
+    with pytest.raises(SelectionError) as caught, capture(llama, site, mask=mask):
+        llama(ids)
+    assert str(caught.value) == (
+        "sequence 1 has no real token, so there is none to select from 'model.layers.1'; leave it "
+        "out of the batch, or mend the mask"
+    )

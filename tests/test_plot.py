@@ -132,3 +132,27 @@ def test_values_that_are_not_one_a_token_are_refused():
     assert str(caught.value) == (
         "there are 2 tokens, but values of the shape (3,); give one number for each token"
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_that_are_no_strings_are_refused(acts):
+    said = (
+        "tokens are to be read, but some are no strings; give those of model.to_str_tokens(text), "
+        "or of tokenizer.convert_ids_to_tokens(ids)"
+    )
+    for draw in (
+        lambda: plot_pattern(acts, PATTERN, tokens=[*range(7)]),
+        lambda: colour_tokens(torch.arange(2), torch.zeros(2)),
+    ):
+        with pytest.raises(OptionError) as caught:
+            draw()
+        assert str(caught.value) == said
+
+
+def test_lists_of_tensors_are_refused():
+    model = bridge()
+    with capture(model, RESID, join=None) as acts:
+        model(tokens())
+    for draw in (plot_norms, plot_similarity):
+        with pytest.raises(OptionError, match="captured with join=None; a picture needs one"):
+            draw(acts)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 import transformers
@@ -20,7 +21,7 @@ from models import (
     plainly_hooked,
     tokens,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from actctx import HookNameError, Schema, Stopped, capture, hook_names, site
 from actctx._translated import Heads
@@ -89,7 +90,8 @@ def test_what_is_missing_is_what_hugging_face_computes_inside(architecture):
     names = set(hook_names(model, "**.hook_*"))
     for name in _of_a_bridge(architecture):
         if name not in names:
-            with pytest.raises(HookNameError, match="computes it inside, if at all"):
+            why = "computes it inside, if at all|has other shapes or outputs than a bridge's"
+            with pytest.raises(HookNameError, match=why):
                 capture(model, name)
 
 
@@ -233,7 +235,7 @@ def test_a_model_without_an_adapter_is_refused():
 
     assert _refused(Own(), "blocks.0.hook_resid_post") == (
         "no hook point matches 'blocks.0.hook_resid_post': TransformerLens has no adapter for "
-        "Own; give the names of its modules"
+        "Own; give the names of its modules (see actctx.hook_names(model))"
     )
 
 
@@ -263,3 +265,47 @@ def test_a_module_of_ones_own_has_no_hook_names():
     assert "no module matches 'blocks.0.hook_resid_post'" in _refused(
         Mlp(), "blocks.0.hook_resid_post"
     )
+
+
+@pytest.mark.parametrize("pattern", ["blocks.*.hook_resid_post", "*resid_post", "blocks.**.*post"])
+def test_patterns_find_names_where_no_module_matches(pattern):
+    model = huggingface("LlamaForCausalLM")
+    resid = [f"blocks.{layer}.hook_resid_post" for layer in (0, 1)]
+    assert set(resid) <= set(hook_names(model, pattern))
+    with capture(model, pattern, stop=True) as acts:
+        model(tokens())
+    assert set(resid) <= set(acts)
+
+
+def test_a_predicate_finds_names_where_it_accepts_no_module():
+    model = huggingface("LlamaForCausalLM")
+    with capture(model, lambda name: name.startswith("blocks.0.attn.hook_")) as acts:
+        model(tokens())
+    assert {"blocks.0.attn.hook_q", "blocks.0.attn.hook_z"} <= set(acts)
+
+
+def test_a_module_that_holds_a_model_is_told_where_it_is():
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = huggingface("LlamaForCausalLM")
+
+    with pytest.raises(HookNameError) as caught:
+        capture(Whole(), "blocks.1.hook_resid_post")
+    assert str(caught.value) == (
+        "no hook point matches 'blocks.1.hook_resid_post': it is a name in the Hugging Face model "
+        "that this Whole holds as 'inner'; capture from that, as in "
+        "capture(model.get_submodule('inner'), ...), and run the whole as before"
+    )
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT
+def test_a_model_within_peft_is_captured_from_inside():
+    whole = peft.get_peft_model(
+        huggingface("LlamaForCausalLM"), peft.LoraConfig(target_modules=["q_proj"])
+    ).eval()
+    with pytest.raises(HookNameError, match=r"holds as 'base_model\.model'; capture from that"):
+        capture(whole, "blocks.1.hook_resid_post")
+    with capture(whole.get_base_model(), "blocks.1.hook_resid_post") as acts:
+        whole(tokens())
+    assert acts.tensor.shape == (3, 7, 32)
