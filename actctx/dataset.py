@@ -23,6 +23,7 @@ from actctx._stored import Batch, StoredRows, dtype_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
+Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
 
 _POOL_BYTES = 2**27
 
