@@ -57,9 +57,11 @@ def _name(layer: int) -> str:
 
 
 def _trace(model: Any, tokens: Tensor, forwards: int) -> None:
+    import nnsight
+
     for _ in range(forwards):
         with torch.no_grad(), model.trace(tokens):
-            kept = [layer.output.save() for layer in model.transformer.h]
+            kept = nnsight.save([layer.output for layer in model.transformer.h])
         kept.clear()
 
 
