@@ -1,5 +1,6 @@
 """All that is compared."""
 
+from benchmarks._data import EXTRACT_TABLE
 from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
 from benchmarks._generate import GENERATE_TABLE
 from benchmarks._plain import PLAIN_TABLE
@@ -16,6 +17,7 @@ TABLES = {
         GENERATE_TABLE,
         GATHER_TABLE,
         SAELENS_TABLE,
+        EXTRACT_TABLE,
         *SWEEP_TABLES,
     )
 }
