@@ -40,7 +40,8 @@ def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         path, name = Path(folder) / "acts.lance", resid_name(middle(model))
         extract(model, tokens.chunk(BATCHES), name, path, dtype=torch.float16, progress=False)
-        return ActivationDataset(path)[:ROWS][name]
+        found: Tensor = ActivationDataset(path)[:ROWS][name]
+        return found
 
 
 def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
