@@ -219,7 +219,7 @@ class Opening(Generic[B]):
 
     def fire(self, site: WatchedSite, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
-        frame = Frame.running()
+        frame = Frame.running()  # nearly always its own, so that no search is needed
         if frame is None or self not in frame.staged:
             frame = frame_of(self)
         if frame is None:
