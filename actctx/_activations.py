@@ -82,17 +82,18 @@ class Activations(_Tensors):
             )
         return column
 
-    def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
-        """Take what one forward left: for each site that fired, a tensor for each firing."""
+    def write(
+        self, forward: Mapping[str, Sequence[Owned]], tokens: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Take what one forward of so many sequences and positions left, firing by firing."""
         self._forwards += 1
-        tokens = (0, 0)
+        self._tokens[tokens] += 1
         for key, firings in forward.items():
             self._order.setdefault(key)
             column = self._columns[key]
             column.write(firings)
-            tokens = max(tokens, firings[0].tokens)
-            self._kept.add(() if column.rooms else firings)
-        self._tokens[tokens] += 1
+            if not column.rooms:
+                self._kept.add(firings)
         self._kept.trim()
 
     def __getitem__(self, name: str) -> Any:

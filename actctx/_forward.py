@@ -109,8 +109,10 @@ class Frame:
         """
         waiting = self.waiting[watcher]
         waiting.discard(key)
+        if waiting:
+            return
         innermost = _FRAME.get()
-        if waiting or innermost is None or not innermost.stop:
+        if innermost is None or not innermost.stop:
             return
         outermost = innermost
         for frame in innermost.chain():

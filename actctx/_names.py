@@ -182,11 +182,13 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
         ]
     if isinstance(site.name, nn.Module):
         return [_find_module(places, alias, site, site.name)]
-    if site.name in places:
-        return [Request(alias or site.name, places[site.name], site, exact=True)]
     pattern = site.name
-    is_pattern = is_glob(pattern) or "." not in pattern
-    matched = _matching(places, pattern) if is_pattern else []
+    # A glob is hardly ever a name, too, for which all modules would have to be listed.
+    matched = _matching(places, pattern) if is_glob(pattern) else []
+    if not matched and pattern in places:
+        return [Request(alias or pattern, places[pattern], site, exact=True)]
+    if not matched and "." not in pattern:
+        matched = _matching(places, pattern)
     if alias is not None and len(matched) > 1:
         raise HookNameError(
             f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "

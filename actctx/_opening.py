@@ -215,7 +215,7 @@ class Opening(Generic[B]):
                 forward[key] = last[:1]
         self._fired.update(forward)
         if forward:
-            self.buffer.write(forward)
+            self.buffer.write(forward, max(self._seen[key].tokens for key in forward))
 
     def fire(self, site: WatchedSite, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
@@ -230,9 +230,11 @@ class Opening(Generic[B]):
             if 0 <= site.firing != number:
                 return
         staged = frame.staged[self]
-        owned = self._own(site, value, frame, len(staged.get(site.key, ())))
-        firings = staged.setdefault(site.key, [])
-        firings.append(owned)
+        firings = staged.get(site.key)
+        if firings is None:
+            firings = staged[site.key] = [self._own(site, value, frame, 0)]
+        else:
+            firings.append(self._own(site, value, frame, len(firings)))
         if site.is_known_at_once:
             frame.satisfy(self, site.key)
         else:
@@ -257,12 +259,10 @@ class Opening(Generic[B]):
             activation = activation.detach()
         if torch.is_inference_mode_enabled():
             with plain_mode():
-                return self._take(site, activation, frame, number)._replace(tokens=seen.tokens)
+                return self._take(site, activation, frame, number)
         if site.takes_all and self._options.capacity is None:  # what `_take` comes to, at once
-            return Owned(
-                activation.clone(memory_format=torch.contiguous_format), tokens=seen.tokens
-            )
-        return self._take(site, activation, frame, number)._replace(tokens=seen.tokens)
+            return Owned(activation.clone(memory_format=torch.contiguous_format))
+        return self._take(site, activation, frame, number)
 
     def _check(self, site: WatchedSite, shape: torch.Size, seen: _Seen) -> None:
         """Check an activation of another shape than the last, and note its axes if it is the first.

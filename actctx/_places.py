@@ -114,7 +114,7 @@ class Places:
             return Translation()
         wrapped = "" if is_hugging_face(self._model) else why_wrapped(self._model)
         if not wrapped and hasattr(getattr(self._model, "config", None), "model_type"):
-            return translate(self._model)
+            return translate(self._model, self.modules)
         return Translation(lacks=wrapped)
 
     def _read(self, name: str) -> Place:
@@ -123,7 +123,7 @@ class Places:
             self._translated[name] = Place(
                 name,
                 tuple(self.translation.names[name]),
-                module,
+                self.modules[module],
                 is_hook_point=False,
                 siblings=self.translation.siblings,
                 reading=reading,
@@ -230,6 +230,9 @@ def matches(name: str, pattern: str) -> bool:
     `*`, `?` and `[0-3]` stay within one component of the name, `**` spans any number of them. A
     pattern without a dot matches the last component, at any depth, as in a `.gitignore`.
     """
+    last = pattern.rpartition(".")[2]
+    if not is_glob(last) and not name.endswith(last):  # true of most, and cheap to tell
+        return False
     if "." not in pattern and pattern != "**":
         return fnmatchcase(name.rpartition(".")[2], pattern)
     return _match_parts(name.split("."), pattern.split("."))

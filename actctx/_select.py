@@ -310,14 +310,12 @@ class Owned(NamedTuple):
         value: The tensor. With `ready`, it may still be being copied.
         ready: On a GPU, what to wait for before `value` is read on the host.
         rows: Where its rows come from, with a mask.
-        tokens: The sequences and positions of the whole activation, where they are known.
 
     """
 
     value: Shaped[Tensor, "..."]
     ready: torch.cuda.Event | None = None
     rows: Rows | None = None
-    tokens: tuple[int, int] = (0, 0)
 
 
 def own(

@@ -10,6 +10,7 @@ its outputs, and the numbers that come back as the weights of the queries are th
 
 import copy
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -94,7 +95,8 @@ class Translation:
     """TransformerLens' names in a Hugging Face model.
 
     Attributes:
-        points: The module of each hook point and how it is read, by its canonical name.
+        points: The name of the module of each hook point, and how it is read, by its canonical
+            name.
         aliases: The canonical name of each alias.
         inside: The hook points that a bridge has beside the points.
         lacks: Why there are no names at all.
@@ -102,7 +104,7 @@ class Translation:
 
     """
 
-    points: dict[str, tuple[nn.Module, Reading]] = field(default_factory=dict)
+    points: dict[str, tuple[str, Reading]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     lacks: str = ""
@@ -141,8 +143,48 @@ class Translation:
         )
 
 
-def translate(model: nn.Module) -> Translation:
-    """Find TransformerLens' names in a Hugging Face model, by the adapter of its architecture."""
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found in a model, for as long as it has the same modules.
+
+    It holds none of them, so that a model is freed as if nobody had asked.
+    """
+
+    attention: str | None
+    modules: dict[str, weakref.ref[nn.Module]]
+    found: Translation
+
+    def holds(self, attention: str | None, modules: Mapping[str, nn.Module]) -> bool:
+        """Tell whether it is still right."""
+        return (
+            self.attention == attention
+            and self.modules.keys() == modules.keys()
+            and all(self.modules[name]() is module for name, module in modules.items())
+        )
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation:
+    """Find TransformerLens' names in a Hugging Face model, by the adapter of its architecture.
+
+    Args:
+        model: The model.
+        modules: All of its modules, by name.
+
+    """
+    attention = getattr(model.config, "_attn_implementation", None)
+    known = _KNOWN.get(model)
+    if known is None or not known.holds(attention, modules):
+        held = {name: weakref.ref(module) for name, module in modules.items()}
+        known = _KNOWN[model] = _Known(attention, held, _translate(model, attention, modules))
+    return known.found
+
+
+def _translate(
+    model: nn.Module, attention: str | None, modules: Mapping[str, nn.Module]
+) -> Translation:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
@@ -154,12 +196,13 @@ def translate(model: nn.Module) -> Translation:
             lacks=f"TransformerLens has no adapter for {name}; give the names of its modules "
             "(see actctx.hook_names(model))"
         )
-    attention = getattr(model.config, "_attn_implementation", None)
     found = Translation(
         lacks_pattern=f"the attention of this {name} is {attention!r}, which computes no pattern; "
         "load the model with attn_implementation='eager', or capture from a TransformerBridge of it"
     )
-    walk = _Walk(found, adapter.cfg.d_head, is_eager=attention == "eager")
+    # Backwards, so that of several names of a module the first stays.
+    named = {module: name for name, module in reversed([*modules.items()])}
+    walk = _Walk(found, named, adapter.cfg.d_head, is_eager=attention == "eager")
     for root in (model, _with_head(model)):
         if not found.points:
             walk.over(adapter.component_mapping, "", root)
@@ -222,6 +265,7 @@ class _Walk:
     """Goes through the components of an adapter, beside the modules that they stand for."""
 
     found: Translation
+    named: Mapping[nn.Module, str]
     d_head: int
     is_eager: bool
     divided: dict[Any, list[Heads]] = field(default_factory=dict)
@@ -252,13 +296,13 @@ class _Walk:
                 if f"{path}.{part}.{io}" in points:
                     points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]
         else:
-            points[f"{path}.hook_in"] = (module, Reading("in"))
-            points[f"{path}.hook_out"] = (module, Reading("out"))
+            points[f"{path}.hook_in"] = (self.named[module], Reading("in"))
+            points[f"{path}.hook_out"] = (self.named[module], Reading("out"))
         if hasattr(component, "hook_pattern"):
             for name in ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in"):
                 self._split_heads(f"{path}.{name}")
             if self.is_eager:
-                points[f"{path}.hook_pattern"] = (module, Reading("out", -1))
+                points[f"{path}.hook_pattern"] = (self.named[module], Reading("out", -1))
         _add_aliases(self.found, f"{path}.", component.hook_aliases)
 
     def _divide(self, component: Any, path: str, module: nn.Module) -> None:

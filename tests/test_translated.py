@@ -1,7 +1,11 @@
 """TransformerLens' hook names on plain Hugging Face models, against bridges of the same weights."""
 
+import copy
+import gc
 import subprocess
 import sys
+import weakref
+from contextlib import contextmanager
 
 import peft
 import pytest
@@ -309,3 +313,39 @@ def test_a_model_within_peft_is_captured_from_inside():
     with capture(whole.get_base_model(), "blocks.1.hook_resid_post") as acts:
         whole(tokens())
     assert acts.tensor.shape == (3, 7, 32)
+
+
+def test_names_follow_what_was_changed_since_they_were_asked_for():
+    model = huggingface("GPT2LMHeadModel", attention="sdpa")
+    assert hook_names(model, "blocks.2.hook_resid_post") == []
+    model.transformer.h.append(copy.deepcopy(model.transformer.h[1]))
+    model.config.num_hidden_layers = 3
+    model.transformer.h[1] = copy.deepcopy(model.transformer.h[0])
+    with capture(model, "blocks.*.hook_resid_post") as acts, plainly_kept(model) as kept:
+        model(tokens(), use_cache=False)
+    assert [*acts] == [f"blocks.{layer}.hook_resid_post" for layer in range(3)]
+    assert all(torch.equal(acts[name], kept[n]) for n, name in enumerate(acts))
+    assert not hook_names(model, PATTERN)
+    model.set_attn_implementation("eager")
+    assert hook_names(model, PATTERN) == [PATTERN]
+
+
+@contextmanager
+def plainly_kept(model):
+    kept = []
+    hooks = [
+        block.register_forward_hook(lambda _module, _args, output: kept.append(output.clone()))
+        for block in model.transformer.h
+    ]
+    yield kept
+    for hook in hooks:
+        hook.remove()
+
+
+def test_a_model_whose_names_were_asked_for_is_freed():
+    model = huggingface("GPT2LMHeadModel", attention="sdpa")
+    assert hook_names(model, "blocks.0.hook_resid_post")
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
