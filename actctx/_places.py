@@ -250,14 +250,17 @@ def _match_parts(parts: list[str], pattern: list[str]) -> bool:
     )
 
 
-def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
+def hook_names(
+    model: nn.Module, pattern: str | Callable[[str], bool] | None = None
+) -> list[str]:
     """List what can be captured from a model, aliases included.
 
     Args:
         model: A TransformerLens model, whose hook points are listed, or any module, whose
             submodules are.
-        pattern: A glob that the names must match; see `capture`. Where no module of a plain
-            Hugging Face model does, TransformerLens' hook names are listed that do.
+        pattern: A glob that the names must match, or a predicate that must accept them; see
+            `capture`. Where no module of a plain Hugging Face model does, TransformerLens' hook
+            names are listed that do.
 
     Returns:
         The names, aliases directly behind their canonical name. Hook points come in the order
@@ -269,10 +272,12 @@ def hook_names(model: nn.Module, pattern: str | None = None) -> list[str]:
         ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post']
 
     """
+    wanted = "**" if pattern is None else pattern
+    accept = wanted if callable(wanted) else functools.partial(matches, pattern=wanted)
     places = Places(model)
     for listed in (places.listed, places.listed_translated):
         names = dict.fromkeys(name for names in listed() for name in names)
-        found = [name for name in names if pattern is None or matches(name, pattern)]
+        found = [*filter(accept, names)]
         if found:
             return found
     return []

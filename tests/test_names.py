@@ -198,3 +198,8 @@ def test_modules_of_a_plain_model_are_listed():
         "model.layers.0.input_layernorm",
         "model.layers.0.post_attention_layernorm",
     ]
+
+
+def test_what_is_listed_may_be_chosen_by_a_predicate():
+    names = hook_names(huggingface("LlamaForCausalLM"), lambda name: name.endswith("0.mlp"))
+    assert names == ["model.layers.0.mlp"]
