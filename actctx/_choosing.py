@@ -69,7 +69,7 @@ class Choosing:
         """
         real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.real is None else batch.real
         positions = real.cumsum(1) - 1
-        kept = real
+        kept = real if batch.kept is None else real & batch.kept
         if len(self.dropped_tokens):
             kept = kept & ~torch.isin(batch.tokens, self.dropped_tokens)
         if len(self.dropped_positions):

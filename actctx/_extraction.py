@@ -85,6 +85,7 @@ class Extraction:
                 "pack": reading.pack,
                 "batch_size": reading.batch_size,
                 "tokenizer": reading.tokenizer,
+                "mask": reading.mask,
                 "drop": dict(drop),
             },
             versions=versions(),

@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ class Batch:
         sequences: The number of each sequence in the input.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence, such as its label, by name.
+        kept: Where a token that is no padding leaves a row; None where all do.
 
     """
 
@@ -46,12 +47,14 @@ class Batch:
     sequences: Int64[Tensor, " batch"]
     given: Mapping[str, Any] = field(default_factory=dict)
     carried: Mapping[str, list[Any]] = field(default_factory=dict)
+    kept: Bool[Tensor, "batch pos"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _Sequence:
     number: int
     tokens: Int64[Tensor, " pos"]
+    kept: Bool[Tensor, " pos"] | None
     carried: Mapping[str, Any]
 
 
@@ -67,6 +70,8 @@ class Reading:
         separator: The token between sequences that are joined.
         carry: The names of what comes along with each sequence.
         parameters: The names of what the model's forward can be given.
+        mask: The name of what tells, in each dict, which tokens leave rows; `"attention"` where
+            all do that are no padding, None where padding of a batch does, too.
         tokenizer: The name of the tokenizer, for the metadata.
         padding: The token id that fills up shorter sequences.
         cut: The number of tokens that were cut off the ends of sequences so far.
@@ -80,6 +85,7 @@ class Reading:
     separator: int | None
     carry: tuple[str, ...]
     parameters: frozenset[str]
+    mask: str | None = "attention"
     tokenizer: str = ""
     padding: int = 0
     cut: int = 0
@@ -128,11 +134,12 @@ class Reading:
             numbers = torch.arange(count, count + len(tokens))
             given, real = dict[str, Any](), None
             if isinstance(item, Mapping):
-                taken = (self.parameters - {"input_ids", "labels"}) - {*self.carry}
+                taken = self.parameters - {"input_ids", "labels", self.mask, *self.carry}
                 given = {name: item[name] for name in item if name in taken}
-                mask = item.get("attention_mask")
-                real = None if mask is None else _as_real(mask, tokens)
-            yield Batch(tokens, real, numbers, given, self._carried(item, len(tokens)))
+                if self.mask is not None and item.get("attention_mask") is not None:
+                    real = _as_mask(item, "attention_mask", tokens)
+            carried = self._carried(item, len(tokens))
+            yield Batch(tokens, real, numbers, given, carried, self._kept(item, tokens))
             count += len(tokens)
 
     def _carried(self, item: Any, batch: int) -> dict[str, list[Any]]:
@@ -148,12 +155,27 @@ class Reading:
             carried[name] = [*values]
         return carried
 
+    def _kept(self, item: Any, tokens: Tensor) -> Shaped[Tensor, "..."] | None:
+        if self.mask is None or self.mask == "attention":
+            return None
+        if not isinstance(item, Mapping) or item.get(self.mask) is None:
+            raise DataError(
+                f"mask names {self.mask!r}, but the input has nothing under that name; give dicts "
+                "that have it, or 'attention' for all tokens that are no padding"
+            )
+        return _as_mask(item, self.mask, tokens)
+
     def _sequences(self, items: Iterable[Any]) -> Iterator[_Sequence]:
         number = 0
         for together in _chunks(items):
-            for tokens, item in zip(self._ids(together, number), together, strict=True):
+            for ids, item in zip(self._ids(together), together, strict=True):
+                tokens = _as_ids(ids, 1, number)
+                kept = self._kept(item, tokens)
+                if isinstance(item, Mapping) and item.get("attention_mask") is not None:
+                    real = _as_mask(item, "attention_mask", tokens)
+                    tokens, kept = tokens[real], None if kept is None else kept[real]
                 carried = {name: self._carried_of(item, name) for name in self.carry}
-                yield _Sequence(number, tokens, carried)
+                yield _Sequence(number, tokens, kept, carried)
                 number += 1
 
     def _carried_of(self, item: Any, name: str) -> Any:
@@ -165,7 +187,7 @@ class Reading:
         value = item[name]
         return value.item() if isinstance(value, Tensor) else value
 
-    def _ids(self, items: Sequence[Any], number: int) -> list[Int64[Tensor, " _"]]:
+    def _ids(self, items: Sequence[Any]) -> list[Any]:
         found = [*map(_tokens_in, items)]
         if isinstance(found[0], str):
             if self.tokenize is None:
@@ -173,13 +195,7 @@ class Reading:
                     "data holds texts, and the model has no tokenizer; give tokenizer="
                 )
             found = self.tokenize(found)
-        ids = []
-        for at, (tokens, item) in enumerate(zip(found, items, strict=True)):
-            row = _as_ids(tokens, 1, number + at)
-            if isinstance(item, Mapping) and "attention_mask" in item:
-                row = row[_as_real(item["attention_mask"], row)]
-            ids.append(row)
-        return ids
+        return found
 
     def _sorted(self, sequences: Iterator[_Sequence]) -> Iterator[Batch]:
         while window := [*itertools.islice(sequences, _WINDOW * self.batch_size)]:
@@ -190,7 +206,8 @@ class Reading:
 
     def _cut(self, sequence: _Sequence) -> _Sequence:
         self.cut += max(0, len(sequence.tokens) - (self.context or len(sequence.tokens)))
-        return _Sequence(sequence.number, sequence.tokens[: self.context].clone(), sequence.carried)
+        kept = None if sequence.kept is None else sequence.kept[: self.context].clone()
+        return replace(sequence, tokens=sequence.tokens[: self.context].clone(), kept=kept)
 
     def _padded(self, sequences: list[_Sequence]) -> Batch:
         ids = [sequence.tokens for sequence in sequences]
@@ -199,15 +216,19 @@ class Reading:
         real = torch.arange(tokens.shape[1]) < lengths[:, None]
         numbers = torch.tensor([sequence.number for sequence in sequences])
         carried = {name: [each.carried[name] for each in sequences] for name in self.carry}
+        masks = [each.kept for each in sequences if each.kept is not None]
+        kept = nn.utils.rnn.pad_sequence(masks, batch_first=True) if masks else None
         if bool(real.all()):
-            return Batch(tokens, None, numbers, carried=carried)
+            return Batch(tokens, None, numbers, carried=carried, kept=kept)
         takes_mask = "attention_mask" in self.parameters
         given = {"attention_mask": real.long()} if takes_mask else {}
-        return Batch(tokens, real, numbers, given, carried)
+        return Batch(tokens, real, numbers, given, carried, kept)
 
     def _packed(self, sequences: Iterator[_Sequence]) -> Iterator[Batch]:
         if self.carry:
             raise OptionError("carry= goes with whole sequences, which pack=True joins; give one")
+        if self.mask != "attention":
+            raise OptionError("mask= goes with whole sequences, which pack=True joins; give one")
         if self.context is None:
             raise OptionError("pack=True needs context=, since the model has no limit of its own")
         number, size = 0, self.batch_size * self.context
@@ -240,6 +261,7 @@ def reading_of(
     context: int | None,
     pack: bool,
     carry: tuple[str, ...],
+    mask: str | None = "attention",
 ) -> Reading:
     """Settle how an input is read for a model; see `actctx.extract.extract`.
 
@@ -250,6 +272,11 @@ def reading_of(
     for name, given in (("batch_size", batch_size), ("context", context)):
         if given is not None and (type(given) is not int or given < 1):
             raise OptionError(f"{name}={given!r} is no number of its kind; give a positive int")
+    if mask is not None and not isinstance(mask, str):
+        raise OptionError(
+            f"mask={mask!r} is no mask of a data set; give 'attention', the name of what holds one "
+            "in each dict of data, or None"
+        )
     limit = _context_of(model)
     if context is not None and limit is not None and context > limit:
         raise OptionError(f"context={context} is more than the {limit} tokens that the model reads")
@@ -267,6 +294,7 @@ def reading_of(
         separator=getattr(using, "eos_token_id", None),
         carry=carry,
         parameters=_parameters_of(model),
+        mask=mask,
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=0 if padding is None else padding,
     )
@@ -345,14 +373,14 @@ def _as_ids(tokens: Any, rank: int, number: int) -> Shaped[Tensor, "..."]:
     return ids.long().cpu()
 
 
-def _as_real(mask: Any, tokens: Tensor) -> Shaped[Tensor, "..."]:
-    real = torch.as_tensor(mask).bool().cpu()
-    if real.shape != tokens.shape:
+def _as_mask(item: Mapping[str, Any], name: str, tokens: Tensor) -> Shaped[Tensor, "..."]:
+    mask = torch.as_tensor(item[name]).bool().cpu()
+    if mask.shape != tokens.shape:
         raise DataError(
-            f"an attention_mask has the shape {tuple(real.shape)}, but its tokens have "
+            f"{name!r} has the shape {tuple(mask.shape)}, but its tokens have "
             f"{tuple(tokens.shape)}; give one entry for each token"
         )
-    return real
+    return mask
 
 
 def _found(value: object) -> str:

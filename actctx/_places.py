@@ -250,9 +250,7 @@ def _match_parts(parts: list[str], pattern: list[str]) -> bool:
     )
 
 
-def hook_names(
-    model: nn.Module, pattern: str | Callable[[str], bool] | None = None
-) -> list[str]:
+def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = None) -> list[str]:
     """List what can be captured from a model, aliases included.
 
     Args:

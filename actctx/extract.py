@@ -53,6 +53,7 @@ def extract(
     *,
     slice: Slice = None,  # noqa: A002  as in `capture`
     dtype: torch.dtype | None = None,
+    mask: str | None = "attention",
     max_tokens: int | None = None,
     tokenizer: Any = None,
     batch_size: int = 8,
@@ -87,6 +88,9 @@ def extract(
         slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
             the tokens that are no padding and that `drop` leaves, and is one for all sites.
         dtype: The dtype to keep, as in `capture`: float32, float16 or bfloat16.
+        mask: Which tokens leave rows: with `"attention"` all that are no padding; with the name
+            of an entry that each dict of `data` has, such as `"loss_mask"`, those of them where it
+            is not 0; with None all, padding too, of batches that come as such.
         max_tokens: The number of rows to stop at, exactly.
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most.
@@ -138,6 +142,7 @@ def extract(
         context=context,
         pack=pack,
         carry=tuple(carry),
+        mask=mask,
     )
     extraction = Extraction(model, capturing, reading, drop=dropping(drop), finite=finite)
     target = Target(Path(out))

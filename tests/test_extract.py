@@ -99,6 +99,37 @@ def test_padding_leaves_no_rows(gpt2, out):
     assert read["sequence"] == [0] * 5 + [1] * 7 + [2] * 4
 
 
+def test_a_mask_by_name_chooses_among_real_tokens(gpt2, out):
+    ids = tokens(2)
+    real = torch.tensor([[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    wanted = torch.tensor([[0, 0, 1, 1, 1, 1, 0], [1, 0, 0, 0, 0, 0, 2]])
+    batch = {"input_ids": ids, "attention_mask": real, "loss_mask": wanted}
+    extract(gpt2, [batch], RESID, out, mask="loss_mask")
+    read = Read(out)
+    kept = wanted.bool() & real.bool()
+    assert torch.equal(read[RESID], resid(gpt2, ids, attention_mask=real)[kept])
+    assert read["position"] == [2, 3, 4, 0, 6]
+    assert read.layout.input["mask"] == "loss_mask"
+
+
+def test_a_mask_goes_along_with_single_sequences(gpt2, out):
+    rows = [
+        {"input_ids": tokens(1)[0, :size].tolist(), "kept": [0] * (size - 2) + [1, 1]}
+        for size in (3, 7, 5)
+    ]
+    extract(gpt2, rows, RESID, out, mask="kept", batch_size=2)
+    read = Read(out)
+    found = sorted(zip(read["sequence"], read["position"], strict=True))
+    assert found == [(0, 1), (0, 2), (1, 5), (1, 6), (2, 3), (2, 4)]
+
+
+def test_without_a_mask_padding_leaves_rows_too(gpt2, out):
+    ids = tokens(2)
+    mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
+    extract(gpt2, [{"input_ids": ids, "attention_mask": mask}], RESID, out, mask=None)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids, attention_mask=mask).flatten(0, 1))
+
+
 def test_the_last_position_is_that_of_a_real_token(gpt2, out):
     ids = tokens(2)
     mask = torch.tensor([[1, 1, 1, 0, 0, 0, 0], [1, 1, 1, 1, 1, 1, 1]])
@@ -346,6 +377,14 @@ def test_names_of_columns_are_not_taken_twice(gpt2, out):
 )
 def test_options_that_make_no_sense_are_refused(gpt2, out, options, message):
     assert refusal(OptionError, gpt2, tokens(), RESID, out, **options) == message
+
+
+def test_a_mask_that_is_named_is_there(gpt2, out):
+    message = refusal(DataError, gpt2, [{"input_ids": tokens()}], RESID, out, mask="loss_mask")
+    assert message == (
+        "mask names 'loss_mask', but the input has nothing under that name; give dicts that have "
+        "it, or 'attention' for all tokens that are no padding"
+    )
 
 
 def test_what_is_carried_is_there(gpt2, out):
