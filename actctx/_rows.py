@@ -64,7 +64,10 @@ class Chosen:
     def choose(self, where: Int64[Tensor, "token 2"], shape: tuple[int, int]) -> None:
         """Keep these rows, in the order of `find_rows`, of activations of this shape."""
         self._shape = shape
-        self._rows = Rows(where, shape[0], is_all=len(where) == shape[0] * shape[1])
+        places = where[:, 0] * shape[1] + where[:, 1]
+        # As many may still be in another order, or some of them several times.
+        is_all = torch.equal(places, torch.arange(shape[0] * shape[1]))
+        self._rows = Rows(where, shape[0], is_all=is_all)
 
     def rows(self, site: str, shape: tuple[int, int]) -> Rows:
         """Return the rows for an activation of so many sequences and positions.

@@ -88,6 +88,23 @@ def test_other_axes_are_selected_from(gpt2, out):
     assert torch.equal(Read(out)[Z], wanted[:, 1:3, [3, 1]].flatten(0, 1))
 
 
+@pytest.mark.parametrize("pos", [slice(None, None, -1), [6, 5, 4, 3, 2, 1, 0]])
+def test_rows_are_in_the_order_of_the_slice(gpt2, out, pos):
+    ids = tokens(2)
+    extract(gpt2, ids, RESID, out, slice={"pos": pos})
+    read = Read(out)
+    assert read["token"] == ids.flip(1).flatten().tolist()
+    assert torch.equal(read[RESID], resid(gpt2, ids).flip(1).flatten(0, 1))
+
+
+def test_a_position_is_taken_several_times(gpt2, out):
+    ids, mask = tokens(2, 3), torch.tensor([[1, 1, 0], [1, 1, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    extract(gpt2, [batch], RESID, out, slice={"pos": [0, 0, 0]})
+    wanted = resid(gpt2, ids, attention_mask=mask)[:, [0, 0, 0]]
+    assert torch.equal(Read(out)[RESID], wanted.flatten(0, 1))
+
+
 def test_padding_leaves_no_rows(gpt2, out):
     ids = tokens(3)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0, 0]])
