@@ -86,6 +86,7 @@ class Target:
         self.layout: Layout | None = None
         self.rows = 0
         self.schema: pa.Schema = None
+        self.writer: Writer | None = None
         if (path / "_versions").is_dir() and any((path / "_versions").glob("*.manifest")):
             self._open()
 
@@ -159,8 +160,12 @@ class Target:
         dataset.update_schema_metadata({"actctx": self.layout.as_metadata()})
 
     def release(self) -> None:
-        """Let others write."""
-        self._lock.release()
+        """Let others write, once the writer has ended, however that goes."""
+        try:
+            if self.writer is not None:
+                self.writer.close()
+        finally:
+            self._lock.release()
 
 
 def look_at(path: Path) -> tuple[int, Layout]:
@@ -217,6 +222,7 @@ class Writer:
         self.rows = target.rows
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
+        target.writer = self
         self._thread.start()
 
     def put(self, left: Left) -> bool:
@@ -229,9 +235,20 @@ class Writer:
         return self._pipe.put(left)
 
     def close(self) -> None:
-        """Write the rest, and wait until it is on disk."""
-        self._pipe.close()
-        self._thread.join()
+        """Write the rest, and wait until it is on disk.
+
+        An interrupt is raised behind that: the lock must not be let go of while a thread writes,
+        or whoever writes next writes the same rows.
+        """
+        interrupt: BaseException | None = None
+        while self._thread.is_alive():
+            try:
+                self._pipe.close()
+                self._thread.join()
+            except BaseException as error:  # noqa: BLE001  raised again below
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
 
     def _run(self) -> None:
         try:

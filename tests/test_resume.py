@@ -176,6 +176,50 @@ def test_an_interrupt_keeps_what_came(out):
     assert len(Read(out)) == 90
 
 
+INTERRUPTED = f"""
+import sys, time
+sys.path.insert(0, {TESTS!r})
+import torch
+torch.set_num_threads(1)
+from models import bridge, tokens
+from actctx import _writer
+from actctx.extract import extract
+
+append, model = _writer.Target.append, bridge()
+
+def slow(self, batches):
+    print("committing", flush=True)
+    time.sleep(1)
+    append(self, batches)
+
+def run():
+    batches = [tokens(5, 7, seed) for seed in range(6)]
+    return extract(model, batches, {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
+
+_writer.Target.append = slow
+try:
+    run()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+_writer.Target.append = append
+run()
+"""
+
+
+def test_after_an_interrupt_of_a_commit_the_same_process_goes_on(tmp_path):
+    out = tmp_path / "acts.lance"
+    process = subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, str(out)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "committing\n"
+    for _ in range(2):
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+    assert process.communicate()[0] == "interrupted\n"
+    assert process.returncode == 0
+    assert same(Read(out), unbroken(tmp_path / "whole.lance", 6))
+
+
 def test_what_is_on_disk_is_not_run_again(out):
     unbroken(out, 4)
     model, ran = bridge(), []
