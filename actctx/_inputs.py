@@ -341,6 +341,11 @@ def _tokens_in(item: Any) -> Any:
         return item[name]
     # As a DataLoader hands over what a TensorDataset holds.
     if isinstance(item, list | tuple) and item and isinstance(item[0], Tensor):
+        if len(item) > 1:
+            raise DataError(
+                f"data holds a {type(item).__name__} of {len(item)} tensors, of which it is not "
+                "known what they are; give dicts, such as {'input_ids': ..., 'attention_mask': ...}"
+            )
         return item[0]
     return item
 
@@ -370,7 +375,7 @@ def _as_ids(tokens: Any, rank: int, number: int) -> Shaped[Tensor, "..."]:
             f"from sequence {number} on, the input holds token ids of the shape "
             f"{tuple(ids.shape)}; give only {kind}"
         )
-    return ids.long().cpu()
+    return ids.long().cpu().clone()  # batches wait to be run, and a caller may fill his tensor anew
 
 
 def _as_mask(item: Mapping[str, Any], name: str, tokens: Tensor) -> Shaped[Tensor, "..."]:

@@ -519,3 +519,23 @@ def test_rows_are_counted_beforehand_where_the_batches_are_at_hand(gpt2, as_list
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):
     extract(gpt2, tokens(), RESID, out)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_tensor_that_the_caller_fills_anew_is_read_as_it_was(gpt2, out):
+    batches = [tokens(2, 7, seed) for seed in range(6)]
+
+    def refilled():
+        given = torch.empty_like(batches[0])
+        for batch in batches:
+            yield given.copy_(batch)
+
+    extract(gpt2, refilled(), RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, torch.cat(batches)).flatten(0, 1))
+
+
+def test_tensors_that_are_not_named_are_refused(gpt2, out):
+    pairs = DataLoader(TensorDataset(tokens(4), torch.ones(4, 7)), batch_size=2)
+    assert refusal(DataError, gpt2, pairs, RESID, out) == (
+        "data holds a list of 2 tensors, of which it is not known what they are; give dicts, such "
+        "as {'input_ids': ..., 'attention_mask': ...}"
+    )
