@@ -138,6 +138,7 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
     labels = [WAYS[each["way"]].label for each in results]
     peaks = [(each["peak_bytes"] or 0) / MIB for each in results]
     medians = [_median(each["seconds"]) for each in results]
+    lack = ["does not fit" if each.get("does_not_fit") else "not measured" for each in results]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.44 * len(labels) + 1), sharey=True)
     for axes, sizes, title, unit in (
         (left, peaks, "extra peak memory", "{:,.0f} MiB"),
@@ -145,7 +146,7 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
     ):
         colours = [LOOKS[each][0] if each.startswith("capture") else INK for each in labels]
         bars = axes.barh(range(len(labels)), sizes, color=colours, height=0.7)
-        values = [unit.format(size) if size else "not measured" for size in sizes]
+        values = [unit.format(size) if size else why for size, why in zip(sizes, lack, strict=True)]
         for text, colour in zip(axes.bar_label(bars, values, padding=5), colours, strict=True):
             text.set(color=colour, fontweight="bold")
         axes.set_title(title, color=INK, loc="left", fontweight="bold")
