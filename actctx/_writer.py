@@ -221,6 +221,7 @@ class Writer:
         self._pipe: Pipe[Left] = Pipe(_WAITING)
         self.rows = target.rows
         self.error: BaseException | None = None
+        self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
         target.writer = self
         self._thread.start()
@@ -241,10 +242,10 @@ class Writer:
         or whoever writes next writes the same rows.
         """
         interrupt: BaseException | None = None
-        while self._thread.is_alive():
+        while self._thread.ident is not None and not self._ended.is_set():
             try:
                 self._pipe.close()
-                self._thread.join()
+                self._ended.wait()  # not join, which takes the thread for ended once it is interrupted
             except BaseException as error:  # noqa: BLE001  raised again below
                 interrupt = error
         if interrupt is not None:
@@ -263,6 +264,7 @@ class Writer:
             self.error = self.error or error
         finally:
             self._pipe.abandon()
+            self._ended.set()
 
     def _batches(self) -> Iterator["pa.RecordBatch"]:
         """Turn what comes into batches, up to an error, so that what came before is committed."""

@@ -203,6 +203,7 @@ except KeyboardInterrupt:
     print("interrupted", flush=True)
 _writer.Target.append = append
 run()
+time.sleep(1)  # for what would still be written
 """
 
 
