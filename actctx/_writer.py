@@ -245,7 +245,7 @@ class Writer:
         while self._thread.ident is not None and not self._ended.is_set():
             try:
                 self._pipe.close()
-                self._ended.wait()  # not join, which takes the thread for ended once it is interrupted
+                self._ended.wait()  # a join that was interrupted takes it for ended
             except BaseException as error:  # noqa: BLE001  raised again below
                 interrupt = error
         if interrupt is not None:
