@@ -85,7 +85,7 @@ class Reading:
     separator: int | None
     carry: tuple[str, ...]
     parameters: frozenset[str]
-    mask: str | None = "attention"
+    mask: str | None
     tokenizer: str = ""
     padding: int = 0
     cut: int = 0
@@ -134,7 +134,7 @@ class Reading:
             numbers = torch.arange(count, count + len(tokens))
             given, real = dict[str, Any](), None
             if isinstance(item, Mapping):
-                taken = self.parameters - {"input_ids", "labels", self.mask, *self.carry}
+                taken = self.parameters - {"input_ids", "labels", *self.carry}
                 given = {name: item[name] for name in item if name in taken}
                 if self.mask is not None and item.get("attention_mask") is not None:
                     real = _as_mask(item, "attention_mask", tokens)
@@ -261,7 +261,7 @@ def reading_of(
     context: int | None,
     pack: bool,
     carry: tuple[str, ...],
-    mask: str | None = "attention",
+    mask: str | None,
 ) -> Reading:
     """Settle how an input is read for a model; see `actctx.extract.extract`.
 
@@ -375,7 +375,8 @@ def _as_ids(tokens: Any, rank: int, number: int) -> Shaped[Tensor, "..."]:
             f"from sequence {number} on, the input holds token ids of the shape "
             f"{tuple(ids.shape)}; give only {kind}"
         )
-    return ids.long().cpu().clone()  # batches wait to be run, and a caller may fill his tensor anew
+    # Batches wait to be run, and a caller may fill his tensor anew.
+    return ids.to("cpu", torch.long, copy=True)
 
 
 def _as_mask(item: Mapping[str, Any], name: str, tokens: Tensor) -> Shaped[Tensor, "..."]:

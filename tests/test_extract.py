@@ -129,6 +129,14 @@ def test_a_mask_by_name_chooses_among_real_tokens(gpt2, out):
     assert read.layout.input["mask"] == "loss_mask"
 
 
+def test_the_attention_mask_by_name_still_reaches_the_model(gpt2, out):
+    ids = tokens(2)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    extract(gpt2, [batch], RESID, out, mask="attention_mask")
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids, attention_mask=mask)[mask.bool()])
+
+
 def test_a_mask_goes_along_with_single_sequences(gpt2, out):
     rows = [
         {"input_ids": tokens(1)[0, :size].tolist(), "kept": [0] * (size - 2) + [1, 1]}
