@@ -27,11 +27,13 @@ from actctx._options import (
     Force,
     Hooks,
     Into,
+    MaskName,
     MaxTokens,
     Model,
     Out,
     Pack,
     Pattern,
+    Pool,
     Prompt,
     Slice,
     Text,
@@ -170,17 +172,20 @@ def _extract(
     pack: Pack = False,
     drop: Drop = None,
     carry: Carry = None,
+    mask: MaskName = "attention",
+    pool: Pool = None,
     device: Device = "cpu",
 ) -> None:
     """Run a corpus through MODEL and write what every HOOK leaves to a data set on disk.
 
-    A row is a token; with `--slice pos=-1` a row is a sequence. However it ends, what was written
-    stays, and the same command goes on behind it.
+    A row is a token; with `--slice pos=-1` or `--pool` a row is a sequence. However it ends, what
+    was written stays, and the same command goes on behind it.
     """
     with errors_as_messages(model):
+        corpus = read_corpus(data)  # before the model, which takes longer to load
         done = extract(
             load(model, device=device),
-            read_corpus(data),
+            corpus,
             hook,
             out,
             slice=parse_slices(slice or []) or None,
@@ -191,6 +196,8 @@ def _extract(
             pack=pack,
             drop=parse_drop(drop or []),
             carry=carry or [],
+            mask=mask,
+            pool=None if pool is None else pool.value,
         )
         if done.cut:
             _note(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int, Int64
+from jaxtyping import Int, Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
@@ -31,18 +31,35 @@ class Work(NamedTuple):
         token: The token id of each row.
         sequence: The number of its sequence in the input.
         position: Its position in the sequence, padding not counted.
+        pooled: The row that each token goes into, where rows are pooled; `where` is of tokens then,
+            and the others are of the last token of each row.
 
     """
 
     batch: Batch
-    where: Int64[Tensor, "row 2"]
+    where: Int64[Tensor, "token 2"]
     token: Int[Tensor, " row"]
     sequence: Int64[Tensor, " row"]
     position: Int[Tensor, " row"]
+    pooled: Int64[Tensor, " token"] | None = None
 
-    def rows(self, start: int, stop: int | None) -> "Work":
+    @property
+    def within(self) -> Int64[Tensor, " row"]:
+        """The sequence of the batch that each row comes from."""
+        sequences = self.where[:, 0]
+        return sequences if self.pooled is None else torch.unique_consecutive(sequences)
+
+    def rows(self, start: int, stop: int) -> "Work":
         """Return it with some of its rows only."""
-        return Work(self.batch, *(each[start:stop] for each in self[1:]))
+        some = self._replace(
+            token=self.token[start:stop],
+            sequence=self.sequence[start:stop],
+            position=self.position[start:stop],
+        )
+        if self.pooled is None:
+            return some._replace(where=self.where[start:stop])
+        kept = (self.pooled >= start) & (self.pooled < stop)
+        return some._replace(where=self.where[kept], pooled=self.pooled[kept] - start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +70,17 @@ class Choosing:
         tokens: What is selected along the tokens of each sequence that are left.
         dropped_tokens: The token ids that are left out.
         dropped_positions: The positions that are left out.
+        pools: Whether what is left of a sequence is one row.
 
     """
 
     tokens: Selector
     dropped_tokens: Int64[Tensor, " _"]
     dropped_positions: Int64[Tensor, " _"]
+    pools: bool
 
     def choose(self, batch: Batch) -> Work:
-        """Find the rows of a batch, sequence by sequence.
+        """Find the rows of a batch, sequence by sequence; one with no tokens left has none.
 
         Raises:
             SelectionError: A sequence does not have the token that is to be selected.
@@ -76,12 +95,44 @@ class Choosing:
             kept = kept & ~torch.isin(positions, self.dropped_positions)
         if self.tokens.steps:
             selector = RowSelector(self.tokens.site, 1, self.tokens)
-            where = find_rows(selector, kept, (kept.shape[0], kept.shape[1]))
+            (some,) = kept.any(1).nonzero(as_tuple=True)
+            left, numbers = kept[some], batch.sequences[some].tolist()
+            shape = (left.shape[0], left.shape[1])
+            where = find_rows(selector, left, shape, numbers) if len(some) else kept.nonzero()
+            where[:, 0] = some[where[:, 0]]
         else:
             where = kept.nonzero()
         row, place = where.unbind(1)
         token, position = batch.tokens[row, place].int(), positions[row, place].int()
-        return Work(batch, where, token, batch.sequences[row], position)
+        work = Work(batch, where, token, batch.sequences[row], position)
+        return _pooled(work) if self.pools else work
+
+
+def _pooled(work: Work) -> Work:
+    """Join the rows of each sequence."""
+    _, pooled, counts = torch.unique_consecutive(
+        work.where[:, 0], return_inverse=True, return_counts=True
+    )
+    last = counts.cumsum(0) - 1
+    return work._replace(
+        token=work.token[last],
+        sequence=work.sequence[last],
+        position=work.position[last],
+        pooled=pooled,
+    )
+
+
+def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, how: str) -> Tensor:
+    """Join the rows of each sequence, in float32: their `"mean"`, or along each axis their `"max"`.
+
+    Returns:
+        Rows of the same dtype, `row ...`.
+
+    """
+    assert work.pooled is not None  # noqa: S101  as rows are pooled
+    parts = torch.split(activations.float(), work.pooled.bincount().tolist())
+    joined = [part.amax(0) if how == "max" else part.mean(0) for part in parts]
+    return torch.stack(joined).to(activations.dtype)
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:
@@ -123,7 +174,7 @@ def remaining(
     known = _Known(stored)
     count = 0
     for work in works:
-        here = len(work.where) if most is None else min(len(work.where), most - count)
+        here = len(work.token) if most is None else min(len(work.token), most - count)
         there = min(max(0, skip - count), here)
         if there:
             known.check(work.rows(0, there), count)
@@ -149,7 +200,7 @@ def held_against(works: Iterable[Work], stored: "Iterator[Stored]", rows: int) -
     known = _Known(stored)
     count = 0
     for work in works:
-        here = min(len(work.where), rows - count)
+        here = min(len(work.token), rows - count)
         known.check(work.rows(0, here), count)
         count += here
         yield work

@@ -79,7 +79,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             yield from file
     except UnicodeDecodeError:
         raise OptionError(

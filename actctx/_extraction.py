@@ -6,7 +6,6 @@ the rows of `_WAITING` forwards that wait to be written, and what Lance holds of
 writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
 """
 
-import contextlib
 import itertools
 import math
 import shutil
@@ -20,12 +19,14 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._capture import Capture
-from actctx._choosing import Choosing, Work, held_against, remaining
+from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
+from actctx._column import wait_for
 from actctx._errors import DataError, OptionError
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
 from actctx._pipe import Pipe
+from actctx._progress import progress_bar
 from actctx._select import Owned, Positions, Selector
 from actctx._table import dtype_name, format_bytes
 from actctx._watched import WatchedSite
@@ -45,6 +46,7 @@ class Extraction:
         capturing: What is captured, with rows that are `Chosen`.
         reading: How the input is read.
         drop: The tokens and positions that leave no rows.
+        pool: How the rows of a sequence are joined; None where they are not.
         finite: Whether values that are no numbers, or infinite, are refused.
 
     Raises:
@@ -59,6 +61,7 @@ class Extraction:
         reading: Reading,
         *,
         drop: Mapping[str, list[int]],
+        pool: str | None,
         finite: bool,
     ) -> None:
         self._model = model
@@ -70,22 +73,29 @@ class Extraction:
         self._is_planned = False
         self._against: Target | None = None
         self._finite = finite
+        self._pool = pool
+        self.cut = 0
         self._sites = capturing._sites
         self._check_names()
         self._slices = {site.key: _shown(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
-        dropped = [torch.tensor(drop.get(name, []), dtype=torch.long) for name in COUNTED[::2]]
-        self._choosing = Choosing(tokens, *dropped)
+        self._choosing = Choosing(
+            tokens=tokens,
+            dropped_tokens=torch.tensor(drop.get("token", []), dtype=torch.long),
+            dropped_positions=torch.tensor(drop.get("position", []), dtype=torch.long),
+            pools=pool is not None,
+        )
         self._layout = Layout(
             model=describe_model(model),
             sites=(),
-            rows="sequence" if is_sequence else "token",
+            rows="sequence" if is_sequence or pool else "token",
             input={
                 "context": reading.context,
                 "pack": reading.pack,
                 "batch_size": reading.batch_size,
                 "tokenizer": reading.tokenizer,
                 "mask": reading.mask,
+                "pool": pool,
                 "drop": dict(drop),
             },
             versions=versions(),
@@ -219,7 +229,12 @@ class Extraction:
         )
         reader.start()
         try:
-            with self._capturing as acts, self._bar(target.rows, shown=progress) as bar:
+            unit = f" {self._layout.rows}s"
+            counts = {"total": self._expected, "initial": target.rows, "unit": unit}
+            with (
+                self._capturing as acts,
+                progress_bar(shown=progress, **counts, unit_scale=True) as bar,
+            ):
                 row = self._row_bytes()
                 if row is not None:
                     self._check_room(row, target, bar)
@@ -249,7 +264,7 @@ class Extraction:
         writer: Writer | None = None
         try:
             for work in works:
-                if not len(work.where):
+                if not len(work.token):
                     continue
                 left = self._forward(work, acts, device)
                 if writer is None:
@@ -259,7 +274,7 @@ class Extraction:
                 if not writer.put(left):
                     break
                 del left
-                _show(bar, len(work.where))
+                _show(bar, len(work.token))
         finally:
             if writer is not None:
                 writer.close()
@@ -280,6 +295,9 @@ class Extraction:
         }
         self._model(batch.tokens.to(device), **given)
         left = {name: acts.single(name).firings[0][0] for name in acts}
+        if self._pool is not None:
+            left = {name: _pooled(owned, work, self._pool) for name, owned in left.items()}
+        self.cut += batch.cut
         if acts.forwards != 1:
             raise DataError(
                 f"the model ran {acts.forwards} forwards for one batch, whose rows would be mixed; "
@@ -313,23 +331,12 @@ class Extraction:
             target.create(replace(self._layout, sites=sites), pa.schema(kinds))
         bar.row = row
 
-    @contextlib.contextmanager
-    def _bar(self, done: int, *, shown: bool) -> Iterator[Any]:
-        from tqdm.auto import tqdm
-
-        disable = None if shown else True  # None: where there is no terminal
-        unit = f" {self._layout.rows}s"
-        with tqdm(
-            total=self._expected, initial=done, unit=unit, unit_scale=True, disable=disable
-        ) as bar:
-            yield bar
-
     def _count(self, data: Iterable[Any]) -> int | None:
         """Count the rows to come, where all batches are at hand; else as many as were asked for."""
         if not self._reading.is_at_hand(data):
             return self._most
         batches = self._reading.batches(data)
-        rows = sum(len(self._choosing.choose(batch).where) for batch in batches)
+        rows = sum(len(self._choosing.choose(batch).token) for batch in batches)
         return rows if self._most is None else min(rows, self._most)
 
     def _row_bytes(self) -> int | None:
@@ -370,6 +377,10 @@ class Extraction:
             dtype=dtype_name(owned.value.dtype),
             slice=self._slices[site.key],
         )
+
+
+def _pooled(owned: Owned, work: Work, how: str) -> Owned:
+    return Owned(pool_rows(wait_for(owned), work, how))
 
 
 def _alike(first: Selector, second: Selector) -> bool:

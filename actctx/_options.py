@@ -26,6 +26,11 @@ class Dtype(StrEnum):
     float32 = "float32"
 
 
+class Pooling(StrEnum):
+    mean = "mean"
+    max = "max"
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -133,6 +138,17 @@ Carry = Annotated[
     typer.Option(
         metavar="NAME", help="Keep this of each object, such as a label. Can be given again."
     ),
+]
+MaskName = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Keep the tokens for which this entry of each object is not 0, such as `loss_mask`.",
+    ),
+]
+Pool = Annotated[
+    Pooling | None,
+    typer.Option(help="A row is a sequence, and holds the mean, or the maximum, of its tokens."),
 ]
 DataSet = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="What `actctx extract` wrote.")]
 

@@ -1,5 +1,6 @@
 """Padding: the rows of an activation that hold real tokens."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,12 +86,15 @@ class Chosen:
         return self._rows
 
 
-def split_rows(selector: Selector, axes: Axes | None) -> tuple[Selector, RowSelector]:
+def split_rows(
+    selector: Selector, axes: Axes | None, *, chosen: bool = False
+) -> tuple[Selector, RowSelector]:
     """Divide a slice into what selects real tokens and what selects along other axes.
 
     Args:
         selector: The slice of a site.
         axes: The axes of the site's activations, or None where they are not known.
+        chosen: Whether it is for `Chosen` rows, those of a data set, and not for a mask.
 
     Raises:
         AxisError: The site has no positions, or its axes are not known.
@@ -101,29 +105,36 @@ def split_rows(selector: Selector, axes: Axes | None) -> tuple[Selector, RowSele
     pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
     if axes is None or pos is None or axes[0] != "batch":
         known = f"its axes are {' '.join(axes)!r}" if axes else "its axes are not known"
+        keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
+        otherwise = "leave it out" if chosen else "capture it without mask="
         raise AxisError(
-            f"mask= keeps real tokens, but {site!r} has no 'batch' and 'pos' axes to find them "
-            f"by: {known}; name them with Site(axes='batch pos ...'), or capture it without mask="
+            f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: {known}; name "
+            f"them with Site(axes='batch pos ...'), or {otherwise}"
         )
     dim = axes.index(pos)
     tokens = [step for step in selector.steps if step.dim % len(axes) == dim]
     rest = [step for step in selector.steps if step.dim % len(axes) != dim]
     if any(step.dim % len(axes) == 0 for step in rest):
+        keeper, left = ("a data set", "data") if chosen else ("mask=", "the mask")
         raise OptionError(
-            f"the slice of {site!r} selects along 'batch', which mask= does not allow; leave the "
-            "sequences out of the mask"
+            f"the slice of {site!r} selects along 'batch', which {keeper} does not allow; leave "
+            f"the sequences out of {left}"
         )
     if any(isinstance(step.pick, Positions) and step.pick.length is not None for step in tokens):
-        raise OptionError(
-            f"the slice of {site!r} is a mask along {pos!r}, and there is mask= as well; give one"
-        )
+        instead = "and there is mask= as well; give one"
+        if chosen:
+            instead = "as long as one batch; give positions, or mask= the name of an entry of data"
+        raise OptionError(f"the slice of {site!r} is a mask along {pos!r}, {instead}")
     dropped = sum(isinstance(step.pick, int) and step.dim % len(axes) < dim for step in rest)
     along = Selector(site, tuple(Step(0, step.pick, "the real tokens") for step in tokens), None)
     return Selector(site, tuple(rest), axes), RowSelector(site, dim - dropped, along)
 
 
 def find_rows(
-    selector: RowSelector, mask: Bool[Tensor, "batch pos"], shape: tuple[int, int]
+    selector: RowSelector,
+    mask: Bool[Tensor, "batch pos"],
+    shape: tuple[int, int],
+    numbers: Sequence[int] | None = None,
 ) -> Int64[Tensor, "token 2"]:
     """Find the rows to keep: pairs of sequence and position, sequence by sequence.
 
@@ -134,6 +145,7 @@ def find_rows(
         selector: Which real tokens to keep.
         mask: Where the real tokens are.
         shape: The number of sequences and of positions of the activation.
+        numbers: What errors call the sequences; by default as they are counted here.
 
     Raises:
         SelectionError: The mask is of another shape, or a sequence has no such token.
@@ -156,12 +168,13 @@ def find_rows(
             selector.tokens.check(tokens.shape)
             kept = selector.tokens.select(tokens).reshape(-1)
         except SelectionError as error:
+            number = sequence if numbers is None else numbers[sequence]
             if not real.any():
                 raise SelectionError(
-                    f"sequence {sequence} has no real token, so there is none to select from "
+                    f"sequence {number} has no real token, so there is none to select from "
                     f"{selector.site!r}; leave it out of the batch, or mend the mask"
                 ) from None
-            raise SelectionError(f"in sequence {sequence}, {error}") from None
+            raise SelectionError(f"in sequence {number}, {error}") from None
         rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))
     return torch.cat(rows)
 

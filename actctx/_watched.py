@@ -163,7 +163,7 @@ def watch_site(
     selector = parse_slice(request.key, taken, axes, sizes)
     rows = None
     if options.mask is not None:
-        selector, rows = split_rows(selector, axes)
+        selector, rows = split_rows(selector, axes, chosen=isinstance(options.mask, Chosen))
     site = WatchedSite(
         key=request.key,
         place=place,

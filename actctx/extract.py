@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,9 +16,9 @@ from actctx._capture import Capture
 from actctx._choosing import dropping
 from actctx._errors import OptionError
 from actctx._extraction import Extraction
-from actctx._inputs import reading_of
 from actctx._layout import import_lance
 from actctx._names import Names
+from actctx._reading import reading_of
 from actctx._rows import Chosen
 from actctx._select import Slice
 from actctx._watched import Options
@@ -33,7 +33,8 @@ class Extracted:
         path: Where the data set is.
         rows: The rows that it has.
         new_rows: The rows that were written now.
-        cut: The tokens that were cut off the ends of sequences, to fit into the context.
+        cut: The tokens that were cut off the ends of the sequences that ran now, to fit into the
+            context.
         seconds: The time it took.
 
     """
@@ -54,13 +55,14 @@ def extract(
     slice: Slice = None,  # noqa: A002  as in `capture`
     dtype: torch.dtype | None = None,
     mask: str | None = "attention",
+    pool: Literal["mean", "max"] | None = None,
     max_tokens: int | None = None,
     tokenizer: Any = None,
     batch_size: int = 8,
     context: int | None = None,
     pack: bool = False,
     drop: Mapping[str, Iterable[int]] | None = None,
-    carry: Iterable[str] = (),
+    carry: str | Iterable[str] = (),
     finite: bool = True,
     resume: bool = True,
     add: bool = False,
@@ -71,7 +73,7 @@ def extract(
 
     A row is a token: what the sites left of it, the `token` itself, the number of its `sequence`
     in the input, and its `position` there. Padding leaves none. Where the slice takes one
-    position of each sequence, as `{"pos": -1}` does, a row is a sequence.
+    position of each sequence, as `{"pos": -1}` does, a row is a sequence, as it is with `pool`.
 
     Rows are committed while the extraction runs. However it ends, what was committed stays, and
     calling it again with the same arguments goes on behind it. The finished data set is the same,
@@ -91,6 +93,9 @@ def extract(
         mask: Which tokens leave rows: with `"attention"` all that are no padding; with the name
             of an entry that each dict of `data` has, such as `"loss_mask"`, those of them where it
             is not 0; with None all, padding too, of batches that come as such.
+        pool: Whether a row is a sequence, and holds the mean, or along each axis the maximum, of
+            what its tokens left: those that `mask`, `drop` and the slice leave, in float32. Its
+            `token` and `position` are those of the last of them.
         max_tokens: The number of rows to stop at, exactly.
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most.
@@ -102,7 +107,7 @@ def extract(
         drop: The tokens that leave no rows: `{"position": [0]}`, by their place in the sequence,
             or `{"token": [50256]}`, by their ids.
         carry: The names of what comes along with the sequences in dicts, such as labels and ids:
-            a column each.
+            a column each, of numbers or strings.
         finite: Whether NaN and infinite values are refused.
         resume: Whether to go on with a data set that is there; otherwise it is refused.
         add: Whether the sites are added to the rows of the data set that is there, which are not
@@ -129,6 +134,8 @@ def extract(
     """
     import_lance()
     begun = time.monotonic()
+    if pool not in {None, "mean", "max"}:
+        raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise OptionError(f"max_tokens={max_tokens!r} is no number of tokens; give a positive int")
     options = Options(stop=stop, join="batch", grad=False, mask=Chosen(), capacity=None)
@@ -141,10 +148,12 @@ def extract(
         batch_size=batch_size,
         context=context,
         pack=pack,
-        carry=tuple(carry),
+        carry=(carry,) if isinstance(carry, str) else tuple(carry),
         mask=mask,
     )
-    extraction = Extraction(model, capturing, reading, drop=dropping(drop), finite=finite)
+    extraction = Extraction(
+        model, capturing, reading, drop=dropping(drop), pool=pool, finite=finite
+    )
     target = Target(Path(out))
     try:
         before = target.rows
@@ -154,6 +163,6 @@ def extract(
             extraction.check(target, resume=resume)
             rows = extraction.run(data, target, most=max_tokens, progress=progress)
         seconds = time.monotonic() - begun
-        return Extracted(target.path, rows, rows - before, reading.cut, seconds)
+        return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
     finally:
         target.release()

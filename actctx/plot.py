@@ -66,7 +66,12 @@ def plot_norms(
 
 
 def plot_pattern(
-    acts: Activations, name: str, *, sequence: int = 0, tokens: Sequence[str] | None = None
+    acts: Activations,
+    name: str,
+    *,
+    sequence: int = 0,
+    tokens: Sequence[str] | None = None,
+    heads: Sequence[int] | None = None,
 ) -> "Figure":
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
@@ -75,11 +80,13 @@ def plot_pattern(
         name: The site, such as `"blocks.3.attn.hook_pattern"`.
         sequence: Which one of the batch.
         tokens: What to write at the keys and queries, one for each.
+        heads: The numbers of the heads, where a slice selected some.
 
     Raises:
         NotCapturedError: Nothing was captured under this name.
         AxisError: It is no attention pattern.
-        OptionError: There are not as many tokens as keys.
+        OptionError: There are not as many tokens as keys, or numbers as heads, or there is no such
+            sequence.
 
     """
     axes = acts.axes(name)
@@ -88,21 +95,28 @@ def plot_pattern(
             f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
             "head query key'; capture attn.hook_pattern without a slice along these"
         )
-    pattern = _joined(acts, name)[sequence].float().cpu().numpy()
-    heads = pattern if "head" in axes else pattern[None]
-    _check_texts(tokens or ())
-    if tokens is not None and len(tokens) != heads.shape[-1]:
+    found = _joined(acts, name)
+    if not -len(found) <= sequence < len(found):
         raise OptionError(
-            f"{name!r} has {heads.shape[-1]} keys, but {len(tokens)} tokens were given; give one "
-            "for each"
+            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
         )
-    figure = _figure(rows=-(-len(heads) // 4), columns=min(len(heads), 4))
-    for number, head in enumerate(heads):
-        picture = figure.axes[number]
+    pattern = found[sequence].float().cpu().numpy()
+    pattern = pattern if "head" in axes else pattern[None]
+    _check_texts(tokens or ())
+    numbers = range(len(pattern)) if heads is None else heads
+    count, _, keys = pattern.shape
+    for what, given, wanted in (("keys", tokens, keys), ("heads", numbers, count)):
+        if given is not None and len(given) != wanted:
+            raise OptionError(
+                f"{name!r} has {wanted} {what}, but names for {len(given)} were given; give one "
+                "for each"
+            )
+    figure = _figure(rows=-(-count // 4), columns=min(count, 4))
+    for picture, head, number in zip(figure.axes, pattern, numbers, strict=False):
         picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         picture.set_title(f"head {number}", fontsize="small")
         _name_positions(picture, tokens)
-    for picture in figure.axes[len(heads) :]:
+    for picture in figure.axes[count:]:
         picture.set_axis_off()
     figure.suptitle(name)
     return figure

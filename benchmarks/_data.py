@@ -1,6 +1,7 @@
 """The ways to write one activation of many batches to disk."""
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from torch import Tensor, nn
 from benchmarks._models import PLAIN, block_path, middle, resid_name
 from benchmarks._ways import EndForward, Table, Way, end_forward
 
-BATCHES = 64
+BATCHES = 16
 ROWS = 4096
 """The first rows, which are compared."""
 
 
-def _stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None) -> None:
+def stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None, batches: int = BATCHES) -> None:
     """Run bare forwards that a plain hook ends behind the layer."""
     layer = model.get_submodule(block_path(model, middle(model)))
 
@@ -27,27 +28,32 @@ def _stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None) -> None:
 
     handle = layer.register_forward_hook(end)
     with torch.no_grad():
-        for batch in tokens.chunk(BATCHES):
+        for batch in tokens.chunk(batches):
             with suppress(EndForward):
                 model(batch)
     handle.remove()
 
 
-def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
+def extract_rows(model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Extract, and read the first rows back."""
     from actctx.dataset import ActivationDataset
     from actctx.extract import extract
 
     with tempfile.TemporaryDirectory() as folder:
         path, name = Path(folder) / "acts.lance", resid_name(middle(model))
-        extract(model, tokens.chunk(BATCHES), name, path, dtype=torch.float16, progress=False)
+        extract(model, batches, name, path, dtype=dtype, progress=False)
         found: Tensor = ActivationDataset(path)[:ROWS][name]
         return found
+
+
+def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
+    return extract_rows(model, tokens.chunk(BATCHES), torch.float16)
 
 
 def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
     """Keep all of it, and save it at the end, as people do who have no data set."""
     kept: list[Tensor] = []
-    _stopped(model, tokens, keep=lambda output: kept.append(output.half().flatten(0, 1)))
+    stopped(model, tokens, keep=lambda output: kept.append(output.half().flatten(0, 1)))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(torch.cat(kept), Path(folder) / "acts.pt")
     return torch.cat(kept)[:ROWS]
@@ -61,7 +67,7 @@ EXTRACT_TABLE = Table(
         for name, title, run in (
             ("memory", "a list of clones, `torch.cat`, `torch.save`", _in_memory),
             ("lance", "**`extract(model, batches, name, path)`**", _extract),
-            ("bare", "bare forwards, stopped after the layer", _stopped),
+            ("bare", "bare forwards, stopped after the layer", stopped),
         )
     ),
     varied={"batches": BATCHES},

@@ -22,7 +22,8 @@ def _neurons(model: Any) -> str:
     return f"blocks.{middle(model)}.mlp.hook_post"
 
 
-def _resid(model: Any) -> str:
+def resid(model: Any) -> str:
+    """Name the residual stream behind the layer that is asked for."""
     return resid_name(middle(model))
 
 
@@ -70,7 +71,9 @@ def _cache(batches: int) -> Run:
     return run
 
 
-def _nothing(batches: int, name_of: Name) -> Run:
+def nothing(batches: int, name_of: Name) -> Run:
+    """Run bare forwards that end at a hook."""
+
     def run(model: Any, tokens: Tensor) -> None:
         with hooked(model, name_of(model), end_forward):
             for batch in tokens.chunk(batches):
@@ -92,7 +95,7 @@ def _store(batches: int) -> Run:
             model=model,
             dataset=Dataset.from_dict({"tokens": tokens.tolist()}),
             streaming=False,
-            hook_name=_resid(model),
+            hook_name=resid(model),
             hook_head_index=None,
             context_size=tokens.shape[1],
             d_in=model.cfg.d_model,
@@ -125,7 +128,7 @@ def gather_table(batches: int, **options: Any) -> Table:
             roomy,
             "",
         ),
-        ("bare", "bare forwards, stopped at the hook", _nothing(batches, _neurons), ""),
+        ("bare", "bare forwards, stopped at the hook", nothing(batches, _neurons), ""),
     )
     return Table(
         title=f"the neurons of a layer of a bridge, {batches} batches",
@@ -148,8 +151,8 @@ SAELENS_TABLE = Table(
         Way(f"saelens-{name}", title, run, "saelens-bare", HOOKED)
         for name, title, run in (
             ("store", "SAELens: `ActivationsStore`, `torch.cat`", _store(STORED)),
-            ("capture", "**`capture(model, name, stop=True)`**", _capture(STORED, _resid)),
-            ("bare", "bare forwards, stopped at the hook", _nothing(STORED, _resid)),
+            ("capture", "**`capture(model, name, stop=True)`**", _capture(STORED, resid)),
+            ("bare", "bare forwards, stopped at the hook", nothing(STORED, resid)),
         )
     ),
     varied={"batches": STORED},

@@ -50,7 +50,7 @@ def of_model(setup: Setup) -> Setup:
 
 
 def build(setup: Setup, kind: str = BRIDGE) -> Any:
-    """Build or load a model: one with the same weights for each kind but `HOOKED`."""
+    """Build or load a model: one with the same weights for each kind."""
     torch.manual_seed(setup.seed)
     if kind == HOOKED:
         return _build_hooked(setup)
@@ -99,6 +99,7 @@ def _build_gpt2(setup: Setup, attention: str) -> Any:
 
 def _build_hooked(setup: Setup) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import convert_gpt2_weights
 
     if setup.model:
         return HookedTransformer.from_pretrained_no_processing(setup.model, device=setup.device)
@@ -114,7 +115,10 @@ def _build_hooked(setup: Setup) -> Any:
         device=setup.device,
         default_prepend_bos=False,
     )
-    return HookedTransformer(config).eval()
+    model = HookedTransformer(config).eval()
+    weights = convert_gpt2_weights(_build_gpt2(setup, "eager"), config)
+    model.load_state_dict(weights, strict=False)  # what it lacks are causal masks
+    return model
 
 
 def make_tokens(setup: Setup) -> Tensor:

@@ -74,16 +74,16 @@ def _ways() -> tuple[Way, ...]:
         (
             "cache-nograd",
             BRIDGE,
-            "the same under `torch.no_grad()`",
+            "`run_with_cache(tokens)`, no_grad",
             no_grad(everything),
             "run_with_cache, no_grad",
         ),
         (
             "filter-stop-nograd",
             BRIDGE,
-            f"`{STOPPED}`, the same",
+            f"`{STOPPED}`, no_grad",
             stopped,
-            "the same, filtered and stopped",
+            "run_with_cache, filtered, stopped",
         ),
         (
             "bridge",

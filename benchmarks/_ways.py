@@ -163,6 +163,7 @@ def no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:
     return without
 
 
+FILTERED = "run_with_cache(tokens, names_filter=name)"
 STOPPED = "run_with_cache(tokens, names_filter=name, stop_at_layer=layer + 1)"
 everything = run_with_cache()
 _filtered = run_with_cache(only=True)
@@ -177,11 +178,15 @@ BRIDGE_TABLE = Table(
         Way(name, title, run, LIMIT)
         for name, title, run in (
             ("cache", "`run_with_cache(tokens)`", everything),
-            ("cache-nograd", "the same under `torch.no_grad()`", no_grad(everything)),
-            ("filter", "`run_with_cache(tokens, names_filter=name)`", _filtered),
-            ("filter-nograd", "the same under `torch.no_grad()`", no_grad(_filtered)),
+            ("cache-nograd", "`run_with_cache(tokens)`, no_grad", no_grad(everything)),
+            ("filter", f"`{FILTERED}`", _filtered),
+            (
+                "filter-nograd",
+                "`run_with_cache(tokens, names_filter=name)`, no_grad",
+                no_grad(_filtered),
+            ),
             ("filter-stop", f"`{STOPPED}`", filtered_stopped),
-            ("filter-stop-nograd", "the same under `torch.no_grad()`", no_grad(filtered_stopped)),
+            ("filter-stop-nograd", f"`{STOPPED}`, no_grad", no_grad(filtered_stopped)),
             ("recipe", "the hook recipe", _recipe),
             ("capture", "**`capture(model, name)`**", capturing(stop=False)),
             ("capture-stop", "**`capture(model, name, stop=True)`**", capturing(stop=True)),

@@ -65,6 +65,30 @@ def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
     assert read.layout.input["drop"] == {"token": [3]}
 
 
+def test_rows_are_pooled(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--pool", "mean")
+    assert sorted(Read(out)["sequence"]) == [0, 1, 2, 3]
+
+
+def test_a_mask_is_named(tiny, tmp_path, out):  # noqa: F811
+    path = tmp_path / "tokens.jsonl"
+    path.write_text(json.dumps({"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}))
+    run(tiny, RESID, "--data", path, "--out", out, "--mask", "loss_mask")
+    assert Read(out)["token"] == [2, 3]
+
+
+def test_a_byte_order_mark_is_no_text(tiny, tmp_path, text, out):  # noqa: F811
+    path = tmp_path / "marked.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
+    run(tiny, RESID, "--data", path, "--out", out)
+    assert len(Read(out)) == 13
+
+
+def test_the_corpus_is_looked_at_before_the_model_is_loaded(tmp_path, out):
+    message = refused("no/such-model", RESID, "--data", tmp_path / "nothing.txt", "--out", out)
+    assert message.startswith("error: cannot read --data")
+
+
 def test_texts_are_packed(tiny, text, out):  # noqa: F811
     run(tiny, RESID, "--data", text, "--out", out, "--pack", "--context", 8)
     assert set(Read(out)["position"]) == {*range(8)}

@@ -539,11 +539,3 @@ def test_a_tensor_that_the_caller_fills_anew_is_read_as_it_was(gpt2, out):
 
     extract(gpt2, refilled(), RESID, out)
     assert torch.equal(Read(out)[RESID], resid(gpt2, torch.cat(batches)).flatten(0, 1))
-
-
-def test_tensors_that_are_not_named_are_refused(gpt2, out):
-    pairs = DataLoader(TensorDataset(tokens(4), torch.ones(4, 7)), batch_size=2)
-    assert refusal(DataError, gpt2, pairs, RESID, out) == (
-        "data holds a list of 2 tensors, of which it is not known what they are; give dicts, such "
-        "as {'input_ids': ..., 'attention_mask': ...}"
-    )

@@ -106,3 +106,18 @@ def test_the_magic_explains_itself(kernel):
     assert "--slice" in run(
         kernel, "print(get_ipython().find_cell_magic('capture_activations').__doc__)"
     )
+
+
+def test_an_extraction_shows_how_far_it_has_come(kernel, tmp_path):
+    pytest.importorskip("lance")
+    shown = run(
+        kernel,
+        f"""
+from actctx import Site
+from actctx.extract import extract
+words = nn.Sequential(nn.Embedding(9, 4))
+extract(words, [torch.ones(2, 5, dtype=int)] * 3, Site("0", axes="batch pos d"), "{tmp_path}/a")
+""",
+    )
+    assert "30.0/30.0 [00:0" in shown
+    assert "IProgress" not in shown

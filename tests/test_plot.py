@@ -87,8 +87,24 @@ def test_tokens_that_are_not_as_many_as_keys_are_refused(acts):
     with pytest.raises(OptionError) as caught:
         plot_pattern(acts, PATTERN, tokens=["a"])
     assert str(caught.value) == (
-        "'blocks.1.attn.hook_pattern' has 7 keys, but 1 tokens were given; give one for each"
+        "'blocks.1.attn.hook_pattern' has 7 keys, but names for 1 were given; give one for each"
     )
+
+
+def test_heads_that_a_slice_selected_are_numbered():
+    model = bridge()
+    with capture(model, PATTERN, slice={"head": [3, 1]}) as acts:
+        model(tokens())
+    figure = plot_pattern(acts, PATTERN, heads=[3, 1])
+    assert [ax.get_title() for ax in figure.axes] == ["head 3", "head 1"]
+    with pytest.raises(OptionError, match="has 2 heads, but names for 4 were given"):
+        plot_pattern(acts, PATTERN, heads=range(4))
+
+
+def test_a_sequence_that_is_not_there_is_refused(acts):
+    with pytest.raises(OptionError) as caught:
+        plot_pattern(acts, PATTERN, sequence=3)
+    assert str(caught.value) == f"sequence=3 is none of the 3 of '{PATTERN}'; give one of them"
 
 
 def test_layers_that_were_not_captured_are_refused(acts):

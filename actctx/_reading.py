@@ -1,0 +1,182 @@
+"""What a model reads: its tokenizer, its context, its vocabulary, the arguments of its forward."""
+
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+
+from actctx._errors import OptionError
+from actctx._inputs import Reading
+from actctx._items import TOKENS
+
+_USUAL = frozenset(
+    {
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+    }
+)
+"""What is given to a forward that takes anything and does not say what."""
+
+_NOT_GIVEN = {*TOKENS, "labels"}
+"""The tokens, which are given first, and what only a loss needs."""
+
+_MASKS = ("attention_mask", "one_zero_attention_mask")
+"""What models call an attention mask, which is 1 where tokens are no padding."""
+
+_NOT_IN_COLUMNS = "./`"
+
+
+def reading_of(
+    model: Any,
+    *,
+    tokenizer: Any,
+    batch_size: int,
+    context: int | None,
+    pack: bool,
+    carry: tuple[str, ...],
+    mask: str | None,
+) -> Reading:
+    """Settle how an input is read for a model; see `actctx.extract.extract`.
+
+    Raises:
+        OptionError: An option is no positive number, or the context is too long for the model, or
+            the model leaves other activations each time.
+
+    """
+    for name, given in (("batch_size", batch_size), ("context", context)):
+        if given is not None and (type(given) is not int or given < 1):
+            raise OptionError(f"{name}={given!r} is no number of its kind; give a positive int")
+    if mask is not None and not isinstance(mask, str):
+        raise OptionError(
+            f"mask={mask!r} is no mask of a data set; give 'attention', the name of what holds one "
+            "in each dict of data, or None"
+        )
+    for name in carry:
+        if not isinstance(name, str) or not name or set(name) & set(_NOT_IN_COLUMNS):
+            raise OptionError(
+                f"carry names {name!r}, which no column can be called; rename it to a string "
+                f"without {' '.join(_NOT_IN_COLUMNS)}"
+            )
+    limit = _limit_of(model)
+    if context is not None and limit is not None and context > limit:
+        raise OptionError(f"context={context} is more than the {limit} tokens that the model reads")
+    _check_is_settled(model)
+    own = getattr(model, "tokenizer", None)
+    using = own if tokenizer is None else tokenizer
+    tokenize = None if using is None else functools.partial(_tokenize, using)
+    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
+        tokenize = functools.partial(_to_tokens, model)
+    padding = getattr(using, "pad_token_id", None)
+    takes = taken_by(model)
+    return Reading(
+        tokenize=tokenize,
+        batch_size=batch_size,
+        context=context or limit,
+        cuts=context is not None,
+        pack=pack,
+        separator=getattr(using, "eos_token_id", None),
+        carry=carry,
+        takes=takes,
+        takes_mask=next((name for name in _MASKS if name in takes), None),
+        mask=mask,
+        vocabulary=_vocabulary_of(model),
+        tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
+        padding=0 if padding is None else padding,
+    )
+
+
+def taken_by(model: Any) -> frozenset[str]:
+    """Name what a forward can be given beside the tokens, which are its first argument."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    by_name = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    by_place = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    names = {each.name for each in (*by_place[1:], *by_name)} - _NOT_GIVEN
+    if any(each.kind is each.VAR_KEYWORD for each in parameters):
+        within = _within(model)
+        if within is not None:
+            names |= taken_by(within)
+        elif not names & set(_MASKS):
+            names |= _USUAL
+    return frozenset(names | {"attention_mask"} if names & set(_MASKS) else names)
+
+
+def _within(model: Any) -> nn.Module | None:
+    """Find the model that a wrapper passes its arguments on to."""
+    if hasattr(model, "get_base_model"):  # PEFT
+        found: nn.Module = model.get_base_model()
+        return found
+    for name in ("original_model", "_orig_mod", "module"):
+        within = getattr(model, name, None)
+        if isinstance(within, nn.Module):
+            return within
+    return None
+
+
+def _limit_of(model: Any) -> int | None:
+    lens, hugging = getattr(model, "cfg", None), getattr(model, "config", None)
+    sizes = [getattr(lens, "n_ctx", None), getattr(hugging, "max_position_embeddings", None)]
+    if isinstance(model, nn.Module):
+        sizes = [*_numbered_behind_padding(model)[:1], *sizes]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _numbered_behind_padding(model: nn.Module) -> list[int]:
+    """Tell the positions of models like RoBERTa, whose numbers begin behind that of padding."""
+    return [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+    ]
+
+
+def _vocabulary_of(model: Any) -> int | None:
+    inner = model
+    while (within := _within(inner)) is not None:
+        inner = within
+    # It is not always as long as the config's vocabulary: some models were given more tokens.
+    try:
+        size = inner.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        size = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _check_is_settled(model: nn.Module) -> None:
+    """Refuse a model that leaves other activations each time, or learns from what it is given.
+
+    Raises:
+        OptionError: A module of it is in training mode, and drops at random or keeps statistics.
+
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        dropping = [
+            value
+            for attribute, value in vars(module).items()
+            if ("drop" in attribute or isinstance(module, nn.modules.dropout._DropoutNd))
+            and isinstance(value, float)
+            and value > 0
+        ]
+        if dropping or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            what = f"drops at random (p={dropping[0]})" if dropping else "learns its statistics"
+            raise OptionError(
+                f"the model is in training mode, in which {name or 'it'!r} {what}, so that each "
+                "run leaves other activations; call model.eval() first"
+            )
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
+    ids: list[Any] = tokenizer(texts, verbose=False)["input_ids"]
+    return ids
+
+
+def _to_tokens(model: Any, texts: list[str]) -> list[Any]:
+    """Turn texts into tokens as TransformerLens does, with a BOS token where the model has one."""
+    return [model.to_tokens(text, truncate=False)[0].cpu() for text in texts]

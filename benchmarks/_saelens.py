@@ -1,0 +1,109 @@
+"""The ways to write one activation of a number of tokens to disk, beside SAELens' own."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from benchmarks._data import ROWS, extract_rows, stopped
+from benchmarks._gather import nothing, resid
+from benchmarks._models import HOOKED, PLAIN, Setup, middle
+from benchmarks._ways import Table, Way
+
+BATCHES = 8
+BUFFERS = 4
+"""What SAELens keeps before it writes is that part of the whole, so that it collects no more."""
+
+
+def _runner(model: Any, tokens: Tensor) -> Tensor:
+    """Have SAELens' runner write the activations of a tokenized data set."""
+    from datasets import Dataset
+    from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
+
+    batch, (rows, context) = len(tokens) // BATCHES, tokens.shape
+    nbytes = tokens.numel() * model.cfg.d_model * 4
+    with tempfile.TemporaryDirectory() as folder:
+        config = CacheActivationsRunnerConfig(
+            dataset_path="tokens",
+            model_name="gpt2",
+            model_batch_size=batch,
+            hook_name=resid(model),
+            d_in=model.cfg.d_model,
+            training_tokens=rows * context,
+            context_size=context,
+            new_cached_activations_path=str(Path(folder) / "acts"),
+            shuffle=False,
+            device=str(tokens.device),
+            buffer_size_gb=(nbytes / BUFFERS + 1) / 1e9,
+            prepend_bos=False,
+            streaming=False,
+            model_kwargs={"stop_at_layer": middle(model) + 1},
+        )
+        data = Dataset.from_dict({"tokens": tokens.tolist()})
+        # It loads models by their names; this one is there already.
+        with patch("sae_lens.cache_activations_runner.load_model", return_value=model):
+            written = CacheActivationsRunner(config, override_dataset=data).run()
+        if len(written) != rows:
+            raise RuntimeError(f"SAELens collected {len(written)} sequences of {rows}")
+        first = written.with_format("torch")[: ROWS // context + 1][resid(model)]
+        return torch.as_tensor(first).flatten(0, 1)[:ROWS]
+
+
+def _extract(model: Any, tokens: Tensor) -> Tensor:
+    return extract_rows(model, tokens.chunk(BATCHES), torch.float32)
+
+
+def _bare_plain(model: Any, tokens: Tensor) -> None:
+    stopped(model, tokens, batches=BATCHES)
+
+
+SAELENS_EXTRACT_TABLE = Table(
+    "saelens-extract",
+    f"one `resid_post` of {BATCHES} batches to disk, beside SAELens' runner",
+    (
+        Way(
+            "saelens-runner",
+            "SAELens: `CacheActivationsRunner`",
+            _runner,
+            "saelens-hooked",
+            HOOKED,
+            near="saelens-plain-extract",
+        ),
+        Way(
+            "saelens-extract",
+            "**`extract(model, batches, name, path)`**, the same model",
+            _extract,
+            "saelens-hooked",
+            HOOKED,
+            near="saelens-plain-extract",
+        ),
+        Way(
+            "saelens-plain-extract",
+            "**`extract`**, the plain model",
+            _extract,
+            "saelens-hooked",
+            PLAIN,
+        ),
+        Way(
+            "saelens-hooked",
+            "bare forwards of the `HookedTransformer`, stopped at the hook",
+            nothing(BATCHES, resid),
+            "saelens-hooked",
+            HOOKED,
+        ),
+        Way(
+            "saelens-plain",
+            "bare forwards of the plain model, stopped after the layer",
+            _bare_plain,
+            "saelens-hooked",
+            PLAIN,
+        ),
+    ),
+    setup=Setup(batch=4, tokens=1024),
+    varied={"batches": BATCHES},
+    repeats=1,
+    needs="sae_lens",
+)

@@ -1,0 +1,521 @@
+"""What `extract` reads: which tokens a model is given of an input, and what beside them."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import bridge, huggingface, tokens
+from test_extract import RESID, Read, refusal, resid, sequences
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from actctx import ActctxError, DataError, OptionError, SelectionError, Site
+from actctx.extract import extract
+
+BLOCK = Site("block", axes="batch pos d")
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "acts.lance"
+
+
+@pytest.fixture(params=["plain", "bridge", "compiled"])
+def bert(request):
+    if request.param == "bridge":
+        return bridge("BertForMaskedLM")
+    model = huggingface("BertForMaskedLM")
+    return torch.compile(model, backend="eager") if request.param == "compiled" else model
+
+
+class Given(nn.Module):
+    """Keeps what its forward is given beside the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Embedding(50, 8)
+        self.given = []
+
+    def forward(self, ids, attention_mask=None, token_type_ids=None, label=None):
+        self.given.append((attention_mask, token_type_ids, label))
+        return self.block(ids)
+
+
+# Which tokens.
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (DataLoader(TensorDataset(tokens(4), torch.ones(4, 7)), batch_size=2), "list"),
+        ([[tokens(1)[0], tokens(1)[0]], [tokens(1)[0], tokens(1)[0]]], "list"),
+        ([(tokens(2), tokens(2))], "tuple"),
+        ([(tokens(2).numpy(), tokens(2).numpy())], "tuple"),
+    ],
+)
+def test_tensors_that_do_not_say_what_they_are_are_refused(gpt2, out, data, kind):
+    assert refusal(DataError, gpt2, data, RESID, out) == (
+        f"data holds a {kind} of 2 tensors, which do not say what they are; give dicts of "
+        "input_ids and what else there is, such as attention_mask"
+    )
+
+
+@pytest.mark.parametrize("kind", [np.int64, torch.tensor])
+def test_a_list_of_scalars_is_a_sequence(mlp, out, kind):
+    given = [[kind(3), kind(4)], [kind(5)]]
+    extract(mlp, given, BLOCK, out)
+    assert Read(out)["token"] == [3, 4, 5]
+
+
+def test_batches_that_are_read_into_one_tensor_are_told_apart(gpt2, out):
+    batch = {"input_ids": tokens(2), "attention_mask": torch.ones(2, 7, dtype=torch.bool)}
+    wanted = [tokens(2, seed=seed) for seed in range(6)]
+
+    def refill():
+        for ids in wanted:
+            batch["input_ids"].copy_(ids)
+            yield batch
+            batch["attention_mask"].zero_()
+            batch["attention_mask"][:] = True
+
+    extract(gpt2, refill(), RESID, out)
+    read = Read(out)
+    assert read["token"] == torch.cat(wanted).flatten().tolist()
+    assert torch.equal(read[RESID], torch.cat([resid(gpt2, ids).flatten(0, 1) for ids in wanted]))
+
+
+def test_what_forwards_are_given_is_not_read_over(out):
+    model, types = Given(), torch.zeros(1, 3, dtype=torch.long)
+
+    def refill():
+        for number in range(6):
+            types.fill_(number)
+            yield {"input_ids": tokens(1, 3), "token_type_ids": types}
+
+    extract(model, refill(), BLOCK, out)
+    assert [int(types[0, 0]) for _, types, _ in model.given] == [*range(6)]
+
+
+def test_sequences_that_are_read_into_one_tensor_are_told_apart(mlp, out):
+    buffer = torch.zeros(3, dtype=torch.long)
+
+    def refill():
+        for number in range(5):
+            buffer.fill_(number)
+            yield buffer
+
+    extract(mlp, refill(), BLOCK, out)
+    assert Read(out)["token"] == [number for number in range(5) for _ in range(3)]
+
+
+@pytest.mark.parametrize("name", ["tokens", "input_ids"])
+def test_the_tokens_are_given_once(out, name):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Embedding(50, 8)
+
+        def forward(self, tokens):
+            return self.block(tokens)
+
+    extract(Plain(), [{name: tokens(2), "tokens": tokens(2)}], BLOCK, out)
+    assert Read(out)["token"] == tokens(2).flatten().tolist()
+
+
+def test_a_column_that_is_named_as_the_tokens_of_a_forward_is_not_given(mlp, out):
+    extract(mlp, [{"input_ids": tokens(2), "ids": tokens(2, seed=1)}], BLOCK, out)
+    assert Read(out)["token"] == tokens(2).flatten().tolist()
+
+
+# What else.
+
+
+def typed(model, ids, **given):
+    with torch.no_grad():
+        model = getattr(model, "original_model", model)
+        return model(ids, output_hidden_states=True, **given).hidden_states[1]
+
+
+SECOND = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
+
+
+FIRST = "blocks.0.hook_resid_post"
+
+
+def test_batches_give_a_forward_all_that_it_takes(bert, out):
+    ids = tokens(2)
+    extract(bert, [{"input_ids": ids, "token_type_ids": SECOND}], FIRST, out)
+    other = typed(bert, ids).flatten(0, 1)
+    wanted = typed(bert, ids, token_type_ids=SECOND).flatten(0, 1)
+    read = Read(out)[FIRST]
+    torch.testing.assert_close(read, wanted, atol=1e-5, rtol=0)
+    assert not torch.allclose(read, other, atol=1e-5)
+
+
+def test_sequences_give_a_forward_what_has_an_entry_for_each_token(bert, out):
+    ids = tokens(2)
+    rows = [
+        {"input_ids": ids[0].tolist(), "token_type_ids": SECOND[0].tolist()},
+        {"input_ids": ids[1, :5].tolist(), "token_type_ids": SECOND[1, :5].tolist()},
+    ]
+    extract(bert, rows, FIRST, out)
+    wanted = [
+        typed(bert, ids[:1], token_type_ids=SECOND[:1])[0],
+        typed(bert, ids[1:, :5], token_type_ids=SECOND[1:, :5])[0],
+    ]
+    torch.testing.assert_close(Read(out)[FIRST], torch.cat(wanted), atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_wrapper_gives_the_model_within_what_that_takes(out):
+    peft = pytest.importorskip("peft")
+    model = huggingface("BertForMaskedLM")
+    given = peft.LoraConfig(target_modules=["query"])
+    wrapped = peft.PeftModel(model, given).eval()
+    name = next(name for name, _ in wrapped.named_modules() if name.endswith("layer.0"))
+    ids = tokens(2)
+    extract(
+        wrapped,
+        [{"input_ids": ids, "token_type_ids": SECOND, "words": "no"}],
+        Site(name, axes="batch pos d"),
+        out,
+    )
+    wanted = typed(model, ids, token_type_ids=SECOND).flatten(0, 1)
+    torch.testing.assert_close(Read(out)[name], wanted, atol=1e-5, rtol=0)
+
+
+def test_what_has_no_entry_for_each_token_is_refused(out):
+    rows = [{"input_ids": [1, 2, 3], "token_type_ids": [0, 1]}]
+    assert refusal(DataError, Given(), rows, BLOCK, out) == (
+        "sequence 0 of the input has a tensor of int64 (2,) under 'token_type_ids', which the "
+        "model's forward takes, but 3 tokens; give one entry for each token, or batches, or leave "
+        "it out"
+    )
+
+
+def test_what_only_some_sequences_have_is_refused(out):
+    rows = [{"input_ids": [1, 2, 3]}, {"input_ids": [1, 2], "token_type_ids": [0, 1]}]
+    assert refusal(DataError, Given(), rows, BLOCK, out) == (
+        "sequence 1 of the input has 'token_type_ids', which the model's forward takes, but "
+        "sequence 0 does not; give it to all or none"
+    )
+
+
+def test_what_a_forward_takes_is_not_joined(out):
+    rows = [{"input_ids": [1, 2], "token_type_ids": [0, 1]}]
+    assert refusal(OptionError, Given(), rows, BLOCK, out, pack=True, context=2) == (
+        "pack=True joins sequences, but they come with 'token_type_ids', which the model's forward "
+        "takes; leave it out, or give pack=False"
+    )
+
+
+def test_the_mask_that_is_named_is_given_to_the_model_too(gpt2, out):
+    ids, mask = tokens(2), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    batch = {"input_ids": ids, "attention_mask": mask}
+    extract(gpt2, [batch], RESID, out, mask="attention_mask")
+    wanted = resid(gpt2, ids, attention_mask=mask)[mask.bool()]
+    assert torch.equal(Read(out)[RESID], wanted)
+
+
+@pytest.mark.parametrize("form", [torch.Tensor.tolist, torch.Tensor.numpy])
+def test_a_batch_is_a_dict_of_lists_or_arrays(gpt2, out, form):
+    ids, mask = tokens(2), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
+    batch = {"input_ids": form(ids), "attention_mask": form(mask), "n": form(torch.arange(2))}
+    extract(gpt2, [batch], RESID, out, carry=["n"])
+    read = Read(out)
+    assert torch.equal(read[RESID], resid(gpt2, ids, attention_mask=mask)[mask.bool()])
+    assert read["n"] == [0] * 5 + [1] * 7
+
+
+def test_batches_of_a_hugging_face_dataset_are_an_input(gpt2, out):
+    datasets = pytest.importorskip("datasets")
+    rows = [{"input_ids": ids.tolist(), "attention_mask": [1] * 7} for ids in tokens(6)]
+    extract(gpt2, datasets.Dataset.from_list(rows).iter(4), RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, tokens(6)).flatten(0, 1))
+
+
+# What comes along.
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, "is None; give a value of the same type as the others, such as -1"),
+        (2**63, "is 9223372036854775808, which takes more than 64 bits; give it as a string"),
+        (
+            torch.arange(2),
+            "is a tensor of int64 (2,); give one value for each sequence, a number or a string",
+        ),
+        ([1], "is a list; give one value for each sequence, a number or a string"),
+    ],
+)
+def test_what_makes_no_column_is_not_carried(mlp, out, value, message):
+    rows = [{"input_ids": [1, 2], "id": 7}, {"input_ids": [1, 2], "id": value}]
+    assert refusal(DataError, mlp, rows, BLOCK, out, carry=["id"]) == (
+        f"carry names 'id', which in sequence 1 of the input {message}"
+    )
+
+
+def test_a_string_is_not_carried_letter_by_letter(mlp, out):
+    batch = {"input_ids": tokens(3), "id": "abc"}
+    assert refusal(DataError, mlp, [batch], BLOCK, out, carry=["id"]) == (
+        "carry names 'id', but a batch of 3 sequences has a str under that name; give one value "
+        "for each sequence"
+    )
+
+
+# What is no input.
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_cannot_be_gone_through_is_no_input(mlp, out):
+    assert refusal(DataError, mlp, 5, BLOCK, out) == (
+        "data is one int, not an iterable of inputs; give a list, such as [data]"
+    )
+
+
+@pytest.mark.parametrize("batch", [{"text": None}, None])
+def test_a_text_that_is_not_there_is_refused(gpt2, out, batch):
+    assert refusal(DataError, gpt2, [batch], RESID, out) == (
+        "from sequence 0 on, the input holds nothing, which is no tensor of token ids; give "
+        "sequences of one length in a batch, or single sequences"
+    )
+
+
+def test_a_ragged_mask_is_refused(gpt2, out):
+    batch = {"input_ids": tokens(2), "attention_mask": [[1] * 7, [1] * 6]}
+    assert refusal(DataError, gpt2, [batch], RESID, out) == (
+        "'attention_mask' holds a list, which is no tensor; give one entry, 0 or 1, for each token"
+    )
+
+
+# Packing.
+
+
+class Words:
+    """A tokenizer whose words are numbers."""
+
+    eos_token_id, pad_token_id, name_or_path = 9, 0, "words"
+
+    def __init__(self, *, first="", last=""):
+        self.first, self.last = first, last
+
+    def __call__(self, texts, **_):
+        return {"input_ids": [[*map(int, (self.first + t + self.last).split())] for t in texts]}
+
+
+@pytest.mark.parametrize(
+    ("words", "stream"),
+    [
+        (Words(), [1, 2, 9, 3, 4, 9, 5]),
+        (Words(first="9 "), [9, 1, 2, 9, 3, 4, 9, 5]),
+        (Words(last=" 9"), [1, 2, 9, 3, 4, 9, 5, 9]),
+    ],
+)
+def test_one_token_parts_texts(mlp, out, words, stream):
+    texts = ["1 2", "3 4", "", "5"] if not words.first + words.last else ["1 2", "3 4", "5"]
+    extract(mlp, texts, BLOCK, out, tokenizer=words, pack=True, context=4)
+    assert Read(out)["token"] == stream
+
+
+def test_token_ids_are_joined_as_they_are(mlp, out):
+    extract(mlp, sequences(), BLOCK, out, tokenizer=Words(), pack=True, context=16)
+    assert Read(out)["token"] == torch.cat(sequences()).tolist()
+
+
+# Which rows.
+
+
+@pytest.mark.parametrize(
+    ("how", "join"), [("mean", lambda rows: rows.mean(0)), ("max", lambda rows: rows.amax(0))]
+)
+def test_rows_of_a_sequence_are_pooled(gpt2, out, how, join):
+    ids = tokens(3)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [1, 1, 1, 1, 0, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": mask, "label": ["a", "b", "c"]}
+    options = {"pool": how, "drop": {"position": [0]}, "carry": "label"}
+    done = extract(gpt2, [batch, batch], [RESID, "blocks.0.attn.hook_z"], out, **options)
+    whole = resid(gpt2, ids, attention_mask=mask)
+    wanted = [join(whole[0, 3:]), join(whole[1, 1:]), join(whole[2, 1:4])]
+    read = Read(out)
+    assert done.rows == len(read) == 6
+    torch.testing.assert_close(read[RESID], torch.stack(wanted * 2), atol=1e-6, rtol=1e-5)
+    assert read["blocks.0.attn.hook_z"].shape == (6, 4, 8)
+    assert read["position"] == [4, 6, 3] * 2
+    assert read["token"] == [int(ids[0, 6]), int(ids[1, 6]), int(ids[2, 3])] * 2
+    assert read["sequence"] == [*range(6)]
+    assert read["label"] == ["a", "b", "c"] * 2
+    assert read.layout.rows == "sequence"
+    assert read.layout.input["pool"] == how
+
+
+def test_pooled_rows_are_counted_and_gone_on_with(gpt2, out):
+    texts = sequences()
+    extract(gpt2, texts, RESID, out, pool="mean", max_tokens=11)
+    extract(gpt2, texts, RESID, out, pool="mean")
+    whole = out.with_name("whole.lance")
+    extract(gpt2, texts, RESID, whole, pool="mean")
+    assert len(Read(out)) == 40
+    assert torch.equal(Read(out)[RESID], Read(whole)[RESID])
+    assert Read(out)["sequence"] == Read(whole)["sequence"]
+
+
+def test_a_pooled_row_is_that_of_float32_rounded_once(gpt2, out):
+    ids = tokens(1)
+    extract(gpt2, ids, RESID, out, pool="mean", dtype=torch.float16)
+    wanted = resid(gpt2, ids)[0].half().float().mean(0).half()
+    torch.testing.assert_close(Read(out)[RESID][0], wanted, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_ways_to_pool_are_these(gpt2, out):
+    assert refusal(OptionError, gpt2, tokens(), RESID, out, pool="sum") == (
+        "pool='sum' is no way to pool; give 'mean', 'max' or None"
+    )
+
+
+@pytest.mark.parametrize("pos", [-1, 0])
+def test_a_sequence_with_no_token_left_leaves_no_row(gpt2, out, pos):
+    ids = tokens(3)
+    ids[1] = 7
+    extract(gpt2, ids, RESID, out, slice={"pos": pos}, drop={"token": [7]})
+    assert Read(out)["sequence"] == [0, 2]
+
+
+def test_errors_number_sequences_as_the_input_does(gpt2, out):
+    texts = [[1, 2, 3, 4], [1, 2], [1, 2, 3, 4, 5]]
+    message = refusal(SelectionError, gpt2, texts, RESID, out, slice={"pos": 3})
+    assert message.startswith("in sequence 1, ")
+
+
+@pytest.mark.parametrize(
+    ("site", "options", "message"),
+    [
+        (
+            "block",
+            {},
+            "a data set has rows of tokens, but 'block' has no 'batch' and 'pos' axes to find them "
+            "by: its axes are not known; name them with Site(axes='batch pos ...'), or leave it "
+            "out",
+        ),
+        (
+            BLOCK,
+            {"slice": {"batch": 0}},
+            "the slice of 'block' selects along 'batch', which a data set does not allow; leave "
+            "the sequences out of data",
+        ),
+        (
+            BLOCK,
+            {"slice": {"pos": torch.tensor([True, False, True])}},
+            "the slice of 'block' is a mask along 'pos', as long as one batch; give positions, or "
+            "mask= the name of an entry of data",
+        ),
+    ],
+)
+def test_slices_that_make_no_rows_are_refused(mlp, out, site, options, message):
+    with pytest.raises(ActctxError) as refused:
+        extract(mlp, tokens(), site, out, **options)
+    assert str(refused.value) == message
+
+
+def test_cut_tokens_are_counted_where_they_ran(gpt2, out):
+    texts = [[1] * 70, [2] * 80]
+    assert extract(gpt2, texts, RESID, out, batch_size=1, max_tokens=64).cut == 6
+    assert extract(gpt2, texts, RESID, out, batch_size=1).cut == 16
+
+
+# What is no input of this model.
+
+
+@pytest.mark.parametrize(("worst", "ids"), [(50, [3, 50]), (-100, [-100, 3])])
+@pytest.mark.parametrize("build", [huggingface, bridge])
+def test_ids_that_the_model_does_not_know_are_refused(out, build, worst, ids):
+    model = build("GPT2LMHeadModel")
+    assert refusal(DataError, model, [[1], ids], "blocks.0.hook_resid_post", out) == (
+        f"from sequence 1 on, the input holds the token id {worst}, but the model knows those from "
+        "0 to 49; give the ids of its own tokenizer"
+    )
+
+
+@pytest.mark.parametrize("data", [[1, 2, 3], torch.arange(3), np.arange(3)])
+def test_one_sequence_is_no_input(mlp, out, data):
+    assert refusal(DataError, mlp, data, BLOCK, out) == (
+        "data holds single numbers, as one sequence of token ids does; give a list of sequences, "
+        "such as [data]"
+    )
+
+
+@pytest.mark.parametrize("batch", [["one", "two"], {"text": ["one", "two"]}])
+def test_batches_of_texts_are_refused(gpt2, out, batch):
+    assert refusal(DataError, gpt2, [batch], RESID, out) == (
+        "from sequence 0 on, the input holds a list of texts; give single texts, such as "
+        "itertools.chain.from_iterable(data), which are put into batches"
+    )
+
+
+def test_a_mask_that_nothing_reads_is_refused(gpt2, out):
+    batch = {"input_ids": tokens(2), "attn_mask": torch.ones(2, 7)}
+    assert refusal(DataError, gpt2, [batch], RESID, out) == (
+        "data holds 'attn_mask', which nothing reads, and no 'attention_mask'; call it "
+        "'attention_mask' where it tells padding, give mask='attn_mask' where it tells which "
+        "tokens leave rows, or leave it out"
+    )
+
+
+def test_a_mask_is_of_0_and_1(gpt2, out):
+    batch = {"input_ids": tokens(2), "attention_mask": torch.full((2, 7), -1.0)}
+    assert refusal(DataError, gpt2, [batch], RESID, out) == (
+        "'attention_mask' holds other values than 0 and 1; give 1 for each token that is no padding"
+    )
+
+
+def test_a_context_cuts_no_batches(gpt2, out):
+    assert refusal(OptionError, gpt2, tokens(), RESID, out, context=4) == (
+        "context= cuts sequences, but data holds batches; give texts or sequences of token ids "
+        "instead"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.b", "a/b", "", 3])
+@pytest.mark.usefixtures("unchecked")
+def test_names_that_no_column_has_are_not_carried(mlp, out, name):
+    assert refusal(OptionError, mlp, tokens(), BLOCK, out, carry=[name]) == (
+        f"carry names {name!r}, which no column can be called; rename it to a string without . / `"
+    )
+
+
+class Dropping(nn.Module):
+    def __init__(self, *, functional):
+        super().__init__()
+        self.block = nn.Embedding(50, 8)
+        if functional:
+            self.attention_dropout = 0.25
+        else:
+            self.drop = nn.Dropout(0.25)
+
+    def forward(self, ids):
+        return self.block(ids)
+
+
+@pytest.mark.parametrize("functional", [True, False])
+def test_a_model_that_drops_at_random_is_refused(out, functional):
+    model = Dropping(functional=functional)
+    assert refusal(OptionError, model, [tokens()], BLOCK, out) == (
+        f"the model is in training mode, in which {'it' if functional else 'drop'!r} drops at "
+        "random (p=0.25), so that each run leaves other activations; call model.eval() first"
+    )
+    assert extract(model.eval(), [tokens()], BLOCK, out).rows == 21
+
+
+def test_positions_of_roberta_begin_behind_its_padding(out):
+    config = transformers.RobertaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=50,
+        max_position_embeddings=20,
+    )
+    model = transformers.RobertaModel(config).eval()
+    done = extract(model, [[5] * 30], Site("encoder.layer.0", axes="batch pos d"), out)
+    assert (done.rows, done.cut) == (18, 12)
