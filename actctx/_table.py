@@ -71,13 +71,13 @@ def as_text(title: str, rows: list[Row]) -> str:
 
 def as_html(title: str, rows: list[Row]) -> str:
     """Draw the table in HTML, without colours of its own, so that every theme can show it."""
-    style = 'style="text-align:left;padding:0.2em 0.8em"'
+    style = 'style="text-align:left;padding:0.2em 0.6em;white-space:nowrap"'
     head = "".join(f"<th {style}>{escape(cell)}</th>" for cell in _HEADER)
     body = "".join(
         "<tr>" + "".join(f"<td {style}>{escape(cell)}</td>" for cell in line) + "</tr>"
         for line in _lines(rows)
     )
     return (
-        f"<div><div>{escape(title)}</div>"
+        f'<div style="font-size:0.85em;overflow-x:auto"><div>{escape(title)}</div>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )

@@ -216,7 +216,7 @@ class ColouredTokens:
     def _repr_html_(self) -> str:
         most = max(map(abs, self.values), default=0) or 1
         spans = (
-            f'<span title="{value:.4g}" style="white-space:pre;background:'
+            f'<span title="{value:.4g}" style="white-space:pre-wrap;background:'
             f'rgba({"230,120,0" if value > 0 else "0,114,200"},{abs(value) / most:.2f})">'
             f"{escape(token)}</span>"
             for token, value in zip(self.tokens, self.values, strict=True)
