@@ -225,10 +225,8 @@ class Opening(Generic[B]):
         if frame is None:
             self._fire_outside(site, value)
             return
-        if site.firing is not None:
-            number = frame.count(self, site.key)
-            if 0 <= site.firing != number:
-                return
+        if site.firing is not None and 0 <= site.firing != frame.count(self, site.key):
+            return
         staged = frame.staged[self]
         firings = staged.get(site.key)
         if firings is None:
@@ -252,6 +250,8 @@ class Opening(Generic[B]):
         activation: Tensor = value if plain else tensor_of(site.shown, value, site.output)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
+        if site.rows is not None:
+            activation = site.unflattened(activation, self._options.mask)
         seen = self._seen[site.key]
         if activation.shape != seen.shape or not seen.column.firings:
             self._check(site, activation.shape, seen)

@@ -56,15 +56,19 @@ class Chosen:
     """The rows to keep of the forward that is about to run, chosen for all sites beforehand.
 
     It stands in the place of a mask, which would have to be the same for all forwards.
+
+    Attributes:
+        shape: The sequences and positions of the forward.
+
     """
 
     def __init__(self) -> None:
         self._rows = Rows(torch.empty(0, 2, dtype=torch.long), 0)
-        self._shape = (0, 0)
+        self.shape = (0, 0)
 
     def choose(self, where: Int64[Tensor, "token 2"], shape: tuple[int, int]) -> None:
         """Keep these rows, in the order of `find_rows`, of activations of this shape."""
-        self._shape = shape
+        self.shape = shape
         places = where[:, 0] * shape[1] + where[:, 1]
         # As many may still be in another order, or some of them several times.
         is_all = torch.equal(places, torch.arange(shape[0] * shape[1]))
@@ -77,10 +81,10 @@ class Chosen:
             SelectionError: The forward was given another number of them.
 
         """
-        if shape != self._shape:
+        if shape != self.shape:
             raise SelectionError(
                 f"{site!r} has {shape[0]} sequences of {shape[1]} positions, but the input has "
-                f"{self._shape[0]} of {self._shape[1]}, so there is no row for each of its tokens; "
+                f"{self.shape[0]} of {self.shape[1]}, so there is no row for each of its tokens; "
                 "leave this site out"
             )
         return self._rows

@@ -1,11 +1,12 @@
 """The sites of a capture: places, and what becomes of their activations."""
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from actctx._axes import Axes
@@ -80,6 +81,15 @@ class WatchedSite:
         axes = self.known_axes or ()
         pos = next((axis for axis in ("pos", "query") if axis in axes), None)
         return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
+
+    def unflattened(self, activation: Shaped[Tensor, "..."], mask: object) -> Shaped[Tensor, "..."]:
+        """Give sequences back to an activation of all tokens, as of the MLP of a plain OPT."""
+        known = self.known_axes or ()
+        if isinstance(mask, Chosen) and known[:2] == ("batch", "pos"):
+            shape = mask.shape
+            if activation.dim() == len(known) - 1 and len(activation) == math.prod(shape):
+                return activation.reshape(*shape, *activation.shape[1:])
+        return activation
 
     def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
         """Name the axes of what is captured from an activation, and the sizes that are fixed."""

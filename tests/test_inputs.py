@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import bridge, huggingface, tokens
+from models import bridge, huggingface, plainly_hooked, tokens
 from test_extract import RESID, Read, refusal, resid, sequences
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -422,6 +422,14 @@ def test_cut_tokens_are_counted_where_they_ran(gpt2, out):
     texts = [[1] * 70, [2] * 80]
     assert extract(gpt2, texts, RESID, out, batch_size=1, max_tokens=64).cut == 6
     assert extract(gpt2, texts, RESID, out, batch_size=1).cut == 16
+
+
+def test_tokens_that_a_model_flattens_are_rows_as_well(out):
+    ids, name = tokens(4), "blocks.0.mlp.hook_post"
+    extract(huggingface("OPTForCausalLM"), ids, name, out, slice={"pos": [0, 3]})
+    hook = bridge("OPTForCausalLM").hook_dict[name].name
+    wanted = plainly_hooked(bridge("OPTForCausalLM"), ids, hook)[hook][0]
+    torch.testing.assert_close(Read(out)[name], wanted[:, [0, 3]].flatten(0, 1))
 
 
 # What is no input of this model.
