@@ -3,6 +3,7 @@
 from benchmarks._data import EXTRACT_TABLE
 from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
 from benchmarks._generate import GENERATE_TABLE
+from benchmarks._load import LOAD_TABLE
 from benchmarks._plain import PLAIN_TABLE
 from benchmarks._sweeps import SWEEP_TABLES
 from benchmarks._ways import BRIDGE_TABLE
@@ -18,6 +19,7 @@ TABLES = {
         GATHER_TABLE,
         SAELENS_TABLE,
         EXTRACT_TABLE,
+        LOAD_TABLE,
         *SWEEP_TABLES,
     )
 }
