@@ -256,7 +256,7 @@ class ActivationDataset(Dataset[Batch]):
         """Make a data set of activations that SAELens cached.
 
         A `sequence` is a run of SAELens' context. The directory says nothing about the model, so
-        `check` refuses each. A few megabytes of rows are in memory at a time.
+        `check` refuses each. Some 4096 rows are in memory at a time.
 
         Args:
             path: The directory, SAELens' `new_cached_activations_path`.
