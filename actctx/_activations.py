@@ -308,6 +308,7 @@ class Activations(_Tensors):
         Raises:
             NotCapturedError: Nothing was captured.
             OptionError: The activations are lists (`join=None`), which a file cannot hold.
+            DataError: It cannot be written there.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         """

@@ -15,7 +15,7 @@ ActctxError
 ├── JoinError (ValueError)              activations of several forwards do not join
 ├── CapacityError (ValueError)          more activations came than `capacity=` made room for
 ├── TypedError (TypeError)              a tensor is not what its annotation or the config says
-├── DataError (ValueError)              a data set is not what it has to be, or its input is not
+├── DataError (ValueError)              a data set, its input or a file is not what it has to be
 └── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
@@ -87,7 +87,7 @@ class TypedError(ActctxError, TypeError):
 
 
 class DataError(ActctxError, ValueError):
-    """A data set is not what was asked for, or cannot be written; or its input is no input."""
+    """A data set is not what was asked for, its input is no input, or a file cannot be written."""
 
 
 class LoadError(ActctxError, OSError):

@@ -1,16 +1,20 @@
-"""A safetensors file, which is there whole or not at all."""
+"""What is written to disk whole or not at all: beside its place, and renamed at the end."""
 
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
+from actctx._errors import DataError
 
 
 def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
@@ -28,12 +32,85 @@ def write_safetensors(
     path: str | PathLike[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors; an existing file is replaced once all is written."""
+    """Write tensors; an existing file is replaced once all is written.
+
+    Raises:
+        DataError: It cannot be written there.
+
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    partial = Path(f"{path}.partial")
-    try:
+    check_place(path)
+    with written_beside(Path(path)) as partial, _said_of(Path(path), (OSError, SafetensorError)):
         save_file(dict(tensors), partial, metadata=dict(metadata))
-        partial.replace(path)
+
+
+def check_place(path: str | PathLike[str]) -> None:
+    """Make sure that there can be a file at a path, as far as can be told before writing it.
+
+    Raises:
+        DataError: It is a directory, or in none.
+
+    """
+    place = Path(path)
+    with _said_of(place):
+        is_directory, is_in_one = place.is_dir(), place.parent.is_dir()
+    if is_directory:
+        raise DataError(f"cannot write to '{place}': it is a directory; give the path of a file")
+    if not is_in_one:
+        raise DataError(
+            f"cannot write to '{place}': there is no directory '{place.parent}'; make it, or give "
+            "another path"
+        )
+
+
+def refuse_existing(path: Path) -> None:
+    """Make sure that there is nothing at a path.
+
+    Raises:
+        DataError: There is, or it cannot be told.
+
+    """
+    with _said_of(path):
+        exists = path.exists()
+    if exists:
+        raise DataError(f"there is something at '{path}' already; give another path, or remove it")
+
+
+@contextmanager
+def written_beside(path: Path, *, directory: bool = False) -> Iterator[Path]:
+    """Give an empty file or directory to write to, which takes the place of a path at the end.
+
+    It has a name that nothing else has, and is deleted where the block fails.
+
+    Raises:
+        DataError: Nothing can be written there.
+
+    """
+    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial")
+    try:
+        with _said_of(path):
+            if directory:
+                partial.mkdir(parents=True)
+            else:
+                partial.touch(exist_ok=False)
+        yield partial
+        with _said_of(path):
+            partial.replace(path)
     finally:
-        partial.unlink(missing_ok=True)
+        if directory:
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def _said_of(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+    """Say of errors what could not be written."""
+    try:
+        yield
+    except errors as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"cannot write to '{path}': {reason}; give another path") from error

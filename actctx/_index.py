@@ -37,6 +37,10 @@ def rows_of(index: Index, rows: int) -> Int64[np.ndarray, "row"]:
         OptionError: The index is nothing that selects rows.
 
     """
+    if isinstance(index, str):
+        raise OptionError(
+            f"cannot select rows by {index!r}; data.read({index!r}) reads a column of all rows"
+        )
     if isinstance(index, slice):
         return np.arange(rows)[index]
     if is_int(index):

@@ -8,9 +8,9 @@ any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
 """
 
 import json
-import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,16 @@ from torch import Tensor
 
 from actctx._axes import hook_axes
 from actctx._errors import DataError, OptionError
+from actctx._file import refuse_existing, written_beside
 from actctx._fingerprint import versions
 from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
 from actctx._stored import StoredRows
-from actctx._table import counted, dtype_name
+from actctx._table import counted, dtype_name, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+_TOKENS = "token_ids"
 _FILE = "data-00000-of-00001.arrow"
 _UNFORMATTED: dict[str, Any] = {
     "_format_columns": None,
@@ -44,38 +46,69 @@ def write_saelens(
     rows: StoredRows, path: str | PathLike[str], *, context: int, rename: Mapping[str, str]
 ) -> None:
     """Write rows as SAELens caches them; see `ActivationDataset.to_saelens`."""
-    from datasets import Array2D, DatasetInfo, Features, Sequence, Value
-    from datasets.arrow_writer import ArrowWriter
-
-    runs = len(rows) // context if context > 0 else 0
+    datasets = _import_datasets()
+    runs = len(rows) // context
     if not runs:
         raise OptionError(
-            f"context={context} makes no run of {counted(len(rows), 'row')}; give the context_size "
-            "of SAELens' config, and no more than there are rows"
+            f"context={context} makes no run of {counted(len(rows), 'row')}; give the "
+            "context_size of SAELens' config, and no more than there are rows"
         )
-    _refuse_existing(Path(path))
+    names = _renamed(rows.sites, rename)
+    refuse_existing(Path(path))
     dtypes = {}
     for name, site in rows.sites.items():
         dtypes[name] = _writable(site)
     columns = {
-        rename.get(name, name): Array2D(shape=(context, site.width), dtype=dtype_name(dtypes[name]))
+        names[name]: datasets.Array2D(shape=(context, site.width), dtype=dtype_name(dtypes[name]))
         for name, site in rows.sites.items()
     }
-    features = Features({**columns, "token_ids": Sequence(Value("int32"), length=context)})
-    partial = Path(f"{fspath(path)}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with ArrowWriter(path=str(partial / _FILE), features=features) as writer:
+    columns[_TOKENS] = datasets.Sequence(datasets.Value("int32"), length=context)
+    features = datasets.Features(columns)
+    with written_beside(Path(path), directory=True) as partial:
+        with datasets.arrow_writer.ArrowWriter(
+            path=str(partial / _FILE), features=features
+        ) as writer:
             for table in _runs(rows, runs, context, dtypes, features.arrow_schema):
                 writer.write_table(table)
             writer.finalize()
-        DatasetInfo(features=features).write_to_directory(str(partial))
+        datasets.DatasetInfo(features=features).write_to_directory(str(partial))
         state = {"_data_files": [{"filename": _FILE}], "_fingerprint": "actctx", **_UNFORMATTED}
         (partial / "state.json").write_text(json.dumps(state, indent=2))
-        partial.rename(path)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+        import datasets.arrow_writer
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"SAELens' directories need {error.name}, which is not installed; install it with: "
+            "pip install datasets"
+        ) from None
+    return datasets
+
+
+def _renamed(sites: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
+    """Tell the name of each site's column.
+
+    Raises:
+        OptionError: A name is of no site, or two columns would have one name.
+
+    """
+    known = [*sites]
+    for name in rename:
+        if name not in known:
+            raise OptionError(
+                f"rename names {name!r}, which is no site that is read; the sites are "
+                f"{shortened([repr(each) for each in known])}"
+            )
+    names = {name: rename.get(name, name) for name in known}
+    for name, count in Counter([_TOKENS, *names.values()]).items():
+        if count > 1:
+            raise OptionError(
+                f"rename gives {count} columns the name {name!r}; give each another name"
+            )
+    return names
 
 
 def _writable(site: StoredSite) -> torch.dtype:
@@ -126,24 +159,26 @@ def _as_arrays(values: Shaped[Tensor, "row ..."], kind: Any, context: int) -> "p
 def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     """Write a data set of SAELens' rows; see `ActivationDataset.from_saelens`."""
     import pyarrow as pa
-    from datasets import Array2D, Dataset, load_from_disk
 
-    lance = import_lance()
+    lance, datasets = import_lance(), _import_datasets()
     try:
-        cached = load_from_disk(fspath(path))
+        cached = datasets.load_from_disk(fspath(path))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DataError(
             f"'{path}' is no directory of SAELens' cached activations: {error}; give its "
             "new_cached_activations_path"
         ) from None
-    features = cached.features if isinstance(cached, Dataset) else {}
-    arrays = {name: kind for name, kind in features.items() if isinstance(kind, Array2D)}
+    features = cached.features if isinstance(cached, datasets.Dataset) else {}
+    arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
     if not arrays:
         raise DataError(
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
             f"Array2D; its columns are {', '.join(features)}"
         )
-    _refuse_existing(Path(out))
+    address = fspath(out)
+    is_local = "://" not in address
+    if is_local:
+        refuse_existing(Path(address))
     layout = Layout(
         model={"name": "", "class": "", "fingerprint": ""},
         sites=tuple(_site_of(name, kind) for name, kind in arrays.items()),
@@ -155,7 +190,11 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     schema = layout.schema(pa.schema([]))
     batches = _batches(cached.with_format("arrow"), layout, schema)
     reader = pa.RecordBatchReader.from_batches(schema, batches)
-    lance.write_dataset(reader, fspath(out), mode="create")
+    if is_local:
+        with written_beside(Path(address), directory=True) as partial:
+            lance.write_dataset(reader, str(partial), mode="create")
+    else:  # an object store, where what has no manifest is no data set
+        lance.write_dataset(reader, address, mode="create")
 
 
 def _site_of(name: str, kind: Any) -> StoredSite:
@@ -197,11 +236,6 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
 def _tokens(table: "pa.Table", context: int) -> "pa.Array":
     import pyarrow as pa
 
-    if "token_ids" not in table.column_names:
+    if _TOKENS not in table.column_names:
         return pa.array(np.full(table.num_rows * context, -1, dtype=np.int32))
-    return table["token_ids"].combine_chunks().flatten().cast(pa.int32())
-
-
-def _refuse_existing(path: Path) -> None:
-    if path.exists():
-        raise DataError(f"there is something at '{path}' already; give another path, or remove it")
+    return table[_TOKENS].combine_chunks().flatten().cast(pa.int32())

@@ -62,7 +62,8 @@ class StoredSite:
         axes: The axes of a row, such as `("head", "d_head")`.
         shape: Their sizes, in elements.
         dtype: The dtype, as in `float16`.
-        slice: What was selected along the axes, as the user wrote it.
+        slice: What was selected along the axes of an activation, as in `token -1, axis 2 [0, 3]`;
+            selections that are equal are written alike.
 
     """
 

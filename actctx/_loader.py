@@ -1,5 +1,6 @@
 """Batches of a data set for training: read ahead in threads, in the order of an epoch."""
 
+import reprlib
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,6 +16,7 @@ from jaxtyping import Int64
 from torch import Tensor
 
 from actctx._errors import OptionError
+from actctx._index import is_int
 from actctx._shuffle import Order, Pool
 from actctx._stored import Batch, StoredRows
 
@@ -52,7 +54,7 @@ class Loader:
     Each iteration is an epoch. What was read ahead is dropped when an iteration ends early, and
     the next one begins the next epoch. Attributes:
 
-    - `epoch`: The number of the epoch that the next batch is of.
+    - `epoch`: The number of the epoch, from 0; it is the next one once an iteration has ended.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Loader:
 
     @property
     def epoch(self) -> int:
-        """The number of the epoch that the next batch is of."""
+        """The number of the epoch, from 0; it is the next one once an iteration has ended."""
         return self._order.epoch
 
     def __len__(self) -> int:
@@ -84,9 +86,9 @@ class Loader:
         with ExitStack() as stack:
             batches = self._batches(order, first, stack)
             for number, batch in enumerate(batches, first + 1):
-                at_end = number == len(order)
-                self._move_to(order.epoch + at_end, 0 if at_end else number)
+                self._move_to(order.epoch, number)
                 yield self._moved(batch)
+        self._move_to(order.epoch + 1, 0)
 
     def _move_to(self, epoch: int, batch: int) -> None:
         self._order = replace(self._order, epoch=epoch)
@@ -104,18 +106,30 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another loader was, with the batch behind the last that it gave.
 
+        The next iteration gives what was left of the epoch, and nothing where that was the last
+        batch.
+
         Args:
-            state: What its `state_dict()` returned. Device and workers may differ, and each rank
-                may be given the state of any.
+            state: What its `state_dict()` returned. Device and workers may differ. All ranks may
+                be given the state of one, if it is of a time when each had given as many batches,
+                or all that it has of the epoch.
 
         Raises:
-            OptionError: The other loader gave another order.
+            OptionError: It is no such state, or the other loader gave another order.
 
         """
+        if not (
+            isinstance(state, Mapping)
+            and state.keys() >= self.state_dict().keys()
+            and all(is_int(state[name]) for name in ("epoch", "batch"))
+        ):
+            raise OptionError(
+                f"{reprlib.repr(state)} is no state of a loader; give what state_dict() returned"
+            )
         for name, here in self._identity().items():
-            if state.get(name) != here:
+            if state[name] != here:
                 raise OptionError(
-                    f"the state is of a loader with {name}={state.get(name)!r}, but this one has "
+                    f"the state is of a loader with {name}={state[name]!r}, but this one has "
                     f"{name}={here!r}, which makes another order; make the loader as it was made"
                 )
         self._move_to(state["epoch"], state["batch"])

@@ -73,7 +73,9 @@ class Order:
         return math.ceil((end - first) / self.batch_size)
 
     def pools(self, batch: int) -> Iterator[Pool]:
-        """Give what is left from a batch on."""
+        """Give what is left from a batch on: nothing, where the epoch has no more."""
+        if batch >= len(self):
+            return
         for number in range(batch // self.pool, -(-len(self) // self.pool)):
             pool = self._pool(number)
             yield Pool(pool.rows, pool.batches[max(batch - number * self.pool, 0) :])

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
 from actctx._layout import StoredSite, as_tensor, import_lance
 
@@ -18,6 +20,8 @@ Batch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
+_SAMPLED = 256  # rows, to tell what strings take
+_OBJECT_BYTES = 64  # of a string beside its characters, and of any other object
 
 
 @dataclass
@@ -42,10 +46,22 @@ class StoredRows:
 
     @property
     def lance(self) -> Any:
-        """The Lance dataset, opened anew in each process, since threads do not survive a fork."""
-        if self._opened is None or self._opened[0] != os.getpid():
+        """The Lance dataset, opened when it is first needed, in each process anew.
+
+        Raises:
+            OptionError: The process was forked from one that had opened it.
+
+        """
+        if self._opened is None:
             self._opened = (os.getpid(), open_lance(self.path, self.version))
-        return self._opened[1]
+        opened_in, lance = self._opened
+        if opened_in != os.getpid():
+            raise OptionError(
+                f"{self.path!r} cannot be read in a process that was forked, since Lance's threads "
+                "do not survive a fork; start workers another way: DataLoader(..., "
+                "multiprocessing_context='spawn')"
+            )
+        return lance
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
@@ -60,26 +76,43 @@ class StoredRows:
         numbers = sum(dtype.itemsize for dtype in self.others.values() if dtype is not None)
         return numbers + sum(site.nbytes for site in self.sites.values())
 
-    def find(self, where: str) -> None:
+    @cached_property
+    def memory(self) -> int:
+        """The bytes that a row takes in memory; what holds no numbers is estimated by a sample.
+
+        The sample is the same in every process, as is the estimate, so that what depends on it
+        is as well.
+        """
+        names = [name for name, dtype in self.others.items() if dtype is None]
+        if not names or not len(self):
+            return self.nbytes
+        rows = np.random.default_rng(0).integers(len(self), size=_SAMPLED)
+        if self.matching is not None:
+            rows = self.matching[rows]
+        table = self.lance.take(np.unique(rows), columns=names)
+        held = sum(_held(value) for name in names for value in table[name].to_pylist())
+        return self.nbytes + held // len(table)
+
+    def find(self, where: str, sites: Mapping[str, StoredSite]) -> None:
         """Keep the rows that a condition holds of.
 
+        Args:
+            where: The condition.
+            sites: The sites that it may name, which are all that there are.
+
         Raises:
-            OptionError: Lance does not understand it.
+            OptionError: It is no condition that Lance understands.
 
         """
-        scanned = self.lance.scanner(columns=["_rowoffset"], filter=self._with_columns(where))
+        condition = as_lance_reads(where, sites, self.others)
         try:
+            scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
         except (ValueError, OSError) as error:
             raise OptionError(
-                f"where={where!r} is no condition on rows: {_reason(error)}"
+                f"where={where!r} is no condition on rows: {as_users_write(_reason(error), sites)}"
             ) from None
         self.matching = np.sort(found.astype(np.int64))
-
-    def _with_columns(self, where: str) -> str:
-        for site in self.sites.values():
-            where = where.replace(f"`{site.name}`", f"`{site.column}`")
-        return where
 
     def empty(self, rows: int) -> Batch:
         """Make room for rows."""
@@ -106,7 +139,7 @@ class StoredRows:
     @property
     def at_once(self) -> int:
         """The number of rows that are read fastest."""
-        return max(64, min(_READ_BYTES // max(self.nbytes, 1), 65536))
+        return max(64, min(_READ_BYTES // max(self.memory, 1), 65536))
 
     def read_into(
         self, batch: Batch, place: slice | Int64[np.ndarray, "row"], rows: Int64[np.ndarray, "row"]
@@ -115,7 +148,7 @@ class StoredRows:
         if self.matching is not None:
             rows = self.matching[rows]
         once, back = np.unique(rows, return_inverse=True)
-        columns = [*self.others, *(site.column for site in self.sites.values())]
+        columns = [*self.others, *{site.column: None for site in self.sites.values()}]
         table = self.lance.take(once, columns=columns)
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
@@ -170,6 +203,16 @@ def _numbers(column: Any) -> Tensor:
 
 
 def _objects(column: Any) -> np.ndarray:
-    values = np.empty(len(column), dtype=object)
-    values[:] = column.to_pylist()
-    return values
+    # One by one, since NumPy would make an axis of lists.
+    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
+
+
+def _held(value: object) -> int:
+    """Estimate the bytes that an object takes, with every version of Python alike."""
+    if isinstance(value, str):
+        return _OBJECT_BYTES + len(value) * (1 if value.isascii() else 4)
+    if isinstance(value, list):
+        return _OBJECT_BYTES + sum(map(_held, value))
+    if isinstance(value, dict):
+        return _OBJECT_BYTES + sum(_held(key) + _held(each) for key, each in value.items())
+    return _OBJECT_BYTES

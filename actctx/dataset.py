@@ -1,6 +1,6 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
-import difflib
+import operator
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -11,8 +11,9 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from actctx._errors import DataError, NotCapturedError, OptionError
-from actctx._file import describe, write_safetensors
+from actctx._condition import find_site
+from actctx._errors import DataError, OptionError
+from actctx._file import check_place, describe, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of
 from actctx._interchange import read_saelens, write_saelens
@@ -20,7 +21,7 @@ from actctx._layout import Layout, StoredSite
 from actctx._loader import Loader
 from actctx._shuffle import Order
 from actctx._stored import Batch, StoredRows, dtype_of
-from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
+from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
 Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
@@ -38,15 +39,17 @@ class ActivationDataset(Dataset[Batch]):
     where it holds no numbers. Tensors are on the CPU, contiguous, and owned by whoever asked.
 
     It is a map-style dataset of torch, but `data.loader(...)` reads much faster than a
-    `DataLoader` does; a `DataLoader` with workers should spawn them, since Lance advises against
-    forks. A data set that is still being written can be read: it has the rows that were
-    committed when it was opened. It can be pickled, and read by several threads at once.
+    `DataLoader` does; the workers of a `DataLoader` have to be spawned, since Lance's threads do
+    not survive a fork. A data set that is still being written can be read: it has the rows that
+    were committed when it was opened. It can be pickled, and read by several threads at once.
 
     Args:
         path: Where `extract` wrote it: a directory, or the address of an object store.
-        sites: The names of the sites to read; by default all. The others cost nothing.
-        where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. What matches is
-            found once, and takes 8 bytes of memory a row that does.
+        sites: The names of the sites to read, or of their hooks; by default all. The others cost
+            nothing. Each is read under the name that it is asked for by.
+        where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. It may name any
+            site, in backticks where the name has dots, and its elements, counted from 1. What
+            matches is found once, and takes 8 bytes of memory a row that does.
         model: A model that the activations must be of; see `check`.
 
     Attributes:
@@ -56,7 +59,7 @@ class ActivationDataset(Dataset[Batch]):
 
     Raises:
         DataError: There is no data set at the path, it is of a later version, or of another model.
-        NotCapturedError: It has no such site.
+        NotCapturedError: It has no such site, or several of the hook.
         OptionError: Lance does not understand the condition, or is not installed.
 
     """
@@ -76,21 +79,25 @@ class ActivationDataset(Dataset[Batch]):
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
-        chosen = {name: _site(stored, name) for name in _names(sites, stored)}
+        chosen = {name: find_site(stored, name) for name in _names(sites, stored)}
         self.sites: Mapping[str, StoredSite] = chosen
         columns = {site.column for site in self.layout.sites}
         others = {each.name: dtype_of(each.type) for each in lance.schema}
         others = {name: dtype for name, dtype in others.items() if name not in columns}
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
-            self._rows.find(where)
+            self._rows.find(where, stored)
         self._length = len(self._rows)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: Index) -> Batch:
-        """Read a row, or several.
+        """Read a row, or several, into memory.
+
+        All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
+        strings and the like take. Beside it a few megabytes are needed. For more rows than memory
+        holds there is `loader`.
 
         Raises:
             SelectionError: There is no such row, or a mask is of another length.
@@ -109,19 +116,20 @@ class ActivationDataset(Dataset[Batch]):
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
-        """The token of each row, read whole."""
+        """The token of each row, read whole: 4 bytes a row."""
         tokens: Tensor = self.read("token")
         return tokens
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the rows would take in memory."""
+        """The bytes that the activations and numbers of all rows would take in memory."""
         return len(self) * self._rows.nbytes
 
     def read(self, name: str) -> Any:
-        """Read one site, or another column, of all rows.
+        """Read one site, or another column, of all rows into memory.
 
-        Beside what is returned it takes a few megabytes of memory.
+        All of it is in memory at once: of a site, `len(data) * data.sites[name].nbytes` bytes.
+        Beside what is returned a few megabytes are needed.
 
         Returns:
             A tensor with a row for each of the data set's; or a list where it holds no numbers.
@@ -165,30 +173,22 @@ class ActivationDataset(Dataset[Batch]):
                 asked for.
             device: The device that batches move to.
             pool: The rows that are shuffled among each other; up to three times as many are in
-                memory. By default as many as 128 MiB hold.
+                memory. By default as many as 128 MiB hold; what strings take is estimated, by a
+                sample of 256 rows that is the same each time.
             rank: Which of the shares to give; by default that of torch's distributed group.
             world_size: How many shares there are.
 
         Raises:
-            OptionError: A number makes no sense.
+            OptionError: A number makes no sense, or is none.
 
         """
+        batch_size = _count("batch_size", batch_size, 1)
+        workers = _count("workers", workers, 0)
+        seed = _count("seed", seed, 0)
         if pool is None:
-            pool = max(batch_size, _POOL_BYTES // self._rows.nbytes)
+            pool = max(batch_size, _POOL_BYTES // self._rows.memory)
+        pool = _count("pool", pool, 1)
         rank, world_size = _group(rank, world_size)
-        for option, value, least in (
-            ("batch_size", batch_size, 1),
-            ("workers", workers, 0),
-            ("seed", seed, 0),
-            ("pool", pool, 1),
-            ("world_size", world_size, 1),
-        ):
-            if value < least:
-                raise OptionError(f"{option}={value} is too few; give {least} or more")
-        if not 0 <= rank < world_size:
-            raise OptionError(
-                f"rank={rank} is none of {counted(world_size, 'rank')}; they count from 0"
-            )
         order = Order(
             rows=len(self),
             batch_size=batch_size,
@@ -206,10 +206,17 @@ class ActivationDataset(Dataset[Batch]):
         """Make sure that the activations are of this model.
 
         Raises:
-            DataError: They are of a model with other weights, or weights of other names.
+            DataError: They are of a model with other weights, or weights of other names; or it is
+                not known which, as of what `from_saelens` made.
 
         """
         here, there = describe_model(model), self.layout.model
+        if not there["fingerprint"]:
+            raise DataError(
+                f"{self.path!r} does not say which model its activations are of, as nothing does "
+                f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
+                "out model= and check()"
+            )
         if here["fingerprint"] != there["fingerprint"]:
             raise DataError(
                 f"{self.path!r} holds activations of {_described(there)}, but this model is "
@@ -224,7 +231,8 @@ class ActivationDataset(Dataset[Batch]):
 
         The rows are cut into runs of `context`, in their order; what fills no run at the end is
         left out. Each site is a column under its name, its heads flattened as SAELens flattens
-        them. bfloat16, which these files do not have, becomes float32, with a warning.
+        them. bfloat16, which these files do not have, becomes float32, with a warning. A few
+        megabytes of rows are in memory at a time.
 
         Args:
             path: The directory to write, SAELens' `cached_activations_path`; there whole or not
@@ -233,10 +241,12 @@ class ActivationDataset(Dataset[Batch]):
             rename: SAELens' `hook_name` for sites that have another name here, by their name.
 
         Raises:
-            DataError: There is something at the path already.
-            OptionError: There are fewer rows than `context`.
+            DataError: There is something at the path already, or it cannot be written to.
+            OptionError: `context` is no number of rows, or there are fewer; `rename` names no site
+                that is read, or two columns would have one name.
 
         """
+        context = _count("context", context, 1)
         write_saelens(self._rows, path, context=context, rename=rename or {})
 
     @classmethod
@@ -246,14 +256,15 @@ class ActivationDataset(Dataset[Batch]):
         """Make a data set of activations that SAELens cached.
 
         A `sequence` is a run of SAELens' context. The directory says nothing about the model, so
-        `check` refuses each.
+        `check` refuses each. Some 4096 rows are in memory at a time.
 
         Args:
             path: The directory, SAELens' `new_cached_activations_path`.
-            out: Where to write the data set.
+            out: Where to write the data set; there whole or not at all.
 
         Raises:
-            DataError: It is no such directory, or there is something at `out` already.
+            DataError: It is no such directory, or there is something at `out` already, or nothing
+                can be written there.
 
         """
         read_saelens(path, out)
@@ -268,7 +279,11 @@ class ActivationDataset(Dataset[Batch]):
         Args:
             path: Where to write; an existing file is replaced once all is written.
 
+        Raises:
+            DataError: It cannot be written there.
+
         """
+        check_place(path)  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
         axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
@@ -284,7 +299,7 @@ class ActivationDataset(Dataset[Batch]):
         if name in rows.others:
             kept = {name: rows.others[name]}
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
-        site = _site({**self.sites}, name, rows.others)
+        site = find_site(self.sites, name, rows.others)
         return StoredRows(rows.path, rows.version, {name: site}, {}, rows.matching)
 
     def __repr__(self) -> str:
@@ -320,23 +335,6 @@ def _names(sites: str | Iterable[str] | None, stored: Iterable[str]) -> list[str
     return [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
 
 
-def _site(stored: Mapping[str, StoredSite], name: str, others: Iterable[str] = ()) -> StoredSite:
-    """Find a site.
-
-    Raises:
-        NotCapturedError: It is not there.
-
-    """
-    if name in stored:
-        return stored[name]
-    there = [*stored, *others]
-    closest = difflib.get_close_matches(name, there, n=3)
-    hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
-    raise NotCapturedError(
-        f"the data set has no {name!r}; {hint}it holds {shortened([repr(each) for each in there])}"
-    )
-
-
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
     return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
@@ -346,7 +344,7 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
     """Fill in which process of a distributed group this is.
 
     Raises:
-        OptionError: Only one of the two is given.
+        OptionError: Only one of the two is given, or there is no such rank.
 
     """
     if (rank is None) != (world_size is None):
@@ -354,8 +352,29 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
             f"rank={rank} and world_size={world_size} belong together; give both or neither"
         )
     if rank is not None and world_size is not None:
-        return rank, world_size
+        ranks = _count("world_size", world_size, 1)
+        number = operator.index(rank) if is_int(rank) else -1
+        if not 0 <= number < ranks:
+            raise OptionError(
+                f"rank={rank!r} is none of {counted(ranks, 'rank')}; they count from 0"
+            )
+        return number, ranks
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+def _count(option: str, value: int, least: int) -> int:
+    """Make sure that an option is a whole number, such as Python's or NumPy's.
+
+    Raises:
+        OptionError: It is none, or too small.
+
+    """
+    if not is_int(value):
+        raise OptionError(f"{option}={value!r} is no whole number; give {least} or more")
+    number = operator.index(value)
+    if number < least:
+        raise OptionError(f"{option}={number} is too few; give {least} or more")
+    return number

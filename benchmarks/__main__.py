@@ -133,8 +133,9 @@ def _measure(
     repeats: int | None = None,
 ) -> list[str]:
     """Measure a table, memory first, and return what is wrong with it."""
-    if table.needs and find_spec(table.needs) is None:
-        print(f"{table.name} is left out: it needs {table.needs}, which is not installed\n")
+    missing = [library for library in table.needs if find_spec(library) is None]
+    if missing:
+        print(f"{table.name} is left out: not installed: {', '.join(missing)}\n")
         return []
     processes = setup.threads if quick and setup.device == "cpu" else 1
     results = measure_memory(setup, [way.name for way in ways], processes=processes)

@@ -72,5 +72,5 @@ EXTRACT_TABLE = Table(
     ),
     varied={"batches": BATCHES},
     repeats=1,
-    needs="lance",
+    needs=("lance",),
 )

@@ -157,5 +157,5 @@ SAELENS_TABLE = Table(
     ),
     varied={"batches": STORED},
     repeats=1,
-    needs="sae_lens",
+    needs=("sae_lens",),
 )

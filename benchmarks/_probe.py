@@ -7,6 +7,7 @@ import hashlib
 import json
 import random
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +49,7 @@ def measure_memory(setup: Setup, way: Way, meter: Meter) -> dict[str, Any]:
     so that processes can compare what they got, and `difference` how far it is from that of
     another implementation of attention.
     """
+    _prepare(setup, [way])
     model, tokens = build(setup, way.model), make_tokens(setup)
     way.run(model, tokens[:1, :8])  # what is imported and built once
     captured, peak = meter.peak_of(partial(way.run, model, tokens))
@@ -58,6 +60,12 @@ def measure_memory(setup: Setup, way: Way, meter: Meter) -> dict[str, Any]:
         "sha256": _sha256(activations) if activations else None,
         "difference": _difference(setup, activations, WAYS[way.near]) if way.near else None,
     }
+
+
+def _prepare(setup: Setup, ways: Iterable[Way]) -> None:
+    for way in ways:
+        if way.prepare:
+            way.prepare(setup)
 
 
 def _listed(captured: Captured) -> list[Tensor]:
@@ -84,6 +92,7 @@ def measure_time(
     """
     limits = {way.limit: WAYS[way.limit] for way in ways}
     both = {way.name: way for way in [*ways, *limits.values()]}
+    _prepare(setup, both.values())
     kinds = dict.fromkeys(way.model for way in both.values())
     models, tokens = {kind: build(setup, kind) for kind in kinds}, make_tokens(setup)
     for way in both.values():

@@ -105,5 +105,5 @@ SAELENS_EXTRACT_TABLE = Table(
     setup=Setup(batch=4, tokens=1024),
     varied={"batches": BATCHES},
     repeats=1,
-    needs="sae_lens",
+    needs=("sae_lens", "lance"),
 )

@@ -3,6 +3,7 @@
 from benchmarks._data import EXTRACT_TABLE
 from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
 from benchmarks._generate import GENERATE_TABLE
+from benchmarks._load import LOAD_TABLE
 from benchmarks._plain import PLAIN_TABLE
 from benchmarks._saelens import SAELENS_EXTRACT_TABLE
 from benchmarks._sweeps import SWEEP_TABLES
@@ -20,6 +21,7 @@ TABLES = {
         SAELENS_TABLE,
         EXTRACT_TABLE,
         SAELENS_EXTRACT_TABLE,
+        LOAD_TABLE,
         *SWEEP_TABLES,
     )
 }

@@ -38,6 +38,7 @@ TIME = {
     "capture-stop": Bound("time, bridge: capture(stop=True) / limit", MOST_TIME),
     "plain-capture-stop": Bound("time, plain model: the same", MOST_TIME),
 }
+LOAD = Bound("rate: data.loader / datasets", 3, least=True)
 PLAIN = "plain-capture-stop"
 LENS = ("plain-cache", "plain-cache-nograd", "plain-filter-stop-nograd")
 SITES: tuple[tuple[str, str, Bound], ...] = (
@@ -62,6 +63,9 @@ def targets(results: list[Result]) -> list[str]:
     for way, bound in TIME.items():
         ratio = time_ratio(found[way]) if way in found else None
         verdicts += [bound.verdict(ratio.median)] if ratio else []
+    if {"load-loader", "load-datasets"} <= found.keys():
+        rate = _times_less([found["load-datasets"]], found["load-loader"], _time)
+        verdicts.append(LOAD.verdict(rate))
     return verdicts + (_against_the_lens(found) if PLAIN in found and LENS[-1] in found else [])
 
 

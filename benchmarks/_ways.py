@@ -32,6 +32,7 @@ class Way:
             own is near to. Ways that have the limit and the attention in common yield the same.
         label: What plots call it; it is drawn if it has one.
         alone: Whether it leaves a process slower than it was, so that it is timed in its own.
+        prepare: Makes what it needs beside the model and the tokens, before anything is measured.
 
     """
 
@@ -43,6 +44,7 @@ class Way:
     near: str = ""
     label: str = ""
     alone: bool = False
+    prepare: Callable[[Setup], object] | None = None
 
 
 USUAL = Setup()
@@ -62,7 +64,7 @@ class Table:
         repeats: The passes over all ways in each.
         sweep: The tables that it is one point of, if it is.
         x: Where it is among them.
-        needs: The library that it is left out without.
+        needs: The libraries that it is left out without.
 
     """
 
@@ -75,7 +77,7 @@ class Table:
     repeats: int = 5
     sweep: str = ""
     x: int = 0
-    needs: str = ""
+    needs: tuple[str, ...] = ()
 
 
 def run_with_cache(*, only: bool = False, stop: bool = False) -> Callable[[Any, Tensor], Tensor]:

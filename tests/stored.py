@@ -11,6 +11,7 @@ pa = pytest.importorskip("pyarrow")
 
 RESID = "blocks.1.hook_resid_post"
 Z = "blocks.0.attn.hook_z"
+HOOKS = ("blocks.1.hook_out", "blocks.0.attn.o.hook_in")
 LENGTH = 16  # tokens of a sequence
 
 
@@ -28,13 +29,14 @@ def tokens(rows):
     return (rows % 97).int()
 
 
-def write(path, rows, *, finished=True, model=None, commits=1):
-    """Write a data set of two sites and two carried columns."""
-    sites = (
-        StoredSite(RESID, column_name(RESID), "blocks.1.hook_out", ("d_model",), (4,), "bfloat16"),
-        StoredSite(
-            Z, column_name(Z), "blocks.0.attn.o.hook_in", ("head", "d_head"), (2, 3), "float16"
-        ),
+def write(
+    path, rows, *, finished=True, model=None, commits=1, names=(RESID, Z), hooks=HOOKS, width=0
+):
+    """Write a data set of two sites and two carried columns, of them a text of some width."""
+    kinds = ((("d_model",), (4,), "bfloat16"), (("head", "d_head"), (2, 3), "float16"))
+    sites = tuple(
+        StoredSite(name, column_name(name), hook, *kind)
+        for name, hook, kind in zip(names, hooks, kinds, strict=True)
     )
     layout = Layout(
         model=model or {"name": "tiny", "class": "Tiny", "fingerprint": "0"},
@@ -53,7 +55,7 @@ def write(path, rows, *, finished=True, model=None, commits=1):
             pa.array((at // LENGTH).numpy()),
             pa.array((at % LENGTH).int().numpy()),
             pa.array((at // LENGTH % 3).numpy()),
-            pa.array([f"row {row}" for row in at.tolist()]),
+            pa.array([f"row {row}".ljust(width) for row in at.tolist()]),
             as_array(resid(at)),
             as_array(heads(at)),
         ]

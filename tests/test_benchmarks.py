@@ -61,9 +61,11 @@ def test_targets_say_by_how_much_they_are_missed():
     ]
 
 
-@pytest.mark.parametrize("name", ["generate", "work", "asked-2", "batches-4"])
+@pytest.mark.parametrize("name", ["generate", "work", "asked-2", "batches-4", "load"])
 def test_all_ways_of_a_table_yield_the_same(name):
     table, cpu = TABLES[name], meter_of("cpu")
+    for library in table.needs:
+        pytest.importorskip(library)
     setup = replace(TINY, **table.varied)
     results = [Result(way.name, **measure_memory(setup, way, cpu)) for way in table.ways]
     assert find_disagreement(results) is None

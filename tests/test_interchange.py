@@ -1,6 +1,7 @@
 """Data sets to and from what other libraries read."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import tokens as tokens_of
 from stored import RESID, Z, heads, resid, tokens, write
 
 from actctx import DataError, OptionError
+from actctx._fingerprint import fingerprint
 from actctx.dataset import ActivationDataset
 
 ROWS = 100
@@ -55,6 +57,48 @@ def test_sites_are_renamed_for_saelens(data, tmp_path):
     assert datasets.load_from_disk(tmp_path / "cached").column_names == ["z", "token_ids"]
 
 
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            {"hook_z": "z"},
+            f"rename names 'hook_z', which is no site that is read; the sites are {RESID!r}, {Z!r}",
+        ),
+        ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each another name"),
+        ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each another name"),
+        (
+            {Z: "token_ids"},
+            "rename gives 2 columns the name 'token_ids'; give each another name",
+        ),
+    ],
+)
+def test_names_for_saelens_that_make_no_sense_are_refused(path, tmp_path, rename, message):
+    pytest.importorskip("datasets")
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(path).to_saelens(tmp_path / "cached", context=10, rename=rename)
+    assert str(caught.value) == message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_slash_at_the_end_of_a_path_is_no_part_of_it(data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data.to_saelens(f"{tmp_path}/new/cached/", context=10)
+    assert len(datasets.load_from_disk(tmp_path / "new" / "cached")) == ROWS // 10
+    ActivationDataset.from_saelens(f"{tmp_path}/new/cached/", f"{tmp_path}/new/back.lance/")
+    assert {each.name for each in (tmp_path / "new").iterdir()} == {"cached", "back.lance"}
+
+
+def test_what_saelens_cannot_be_given_whole_leaves_nothing(tmp_path):
+    pytest.importorskip("datasets")
+    (tmp_path / "out" / "cached.partial").mkdir(parents=True)  # of somebody else
+    data = ActivationDataset(write(tmp_path / "a.lance", ROWS), sites=Z)
+    for file in (tmp_path / "a.lance" / "data").iterdir():
+        file.write_bytes(b"")
+    with pytest.raises((OSError, ValueError)):
+        data.to_saelens(tmp_path / "out" / "cached", context=10)
+    assert [each.name for each in (tmp_path / "out").iterdir()] == ["cached.partial"]
+
+
 def test_a_filter_leaves_its_rows_to_saelens(path, tmp_path):
     datasets = pytest.importorskip("datasets")
     data = ActivationDataset(path, sites=Z, where="position > 0")
@@ -73,6 +117,37 @@ def test_what_saelens_cached_is_read(data, tmp_path):
     assert torch.equal(back[:]["sequence"], rows // 16)
     assert torch.equal(back[:]["position"], (rows % 16).int())
     assert back.layout.finished
+
+
+def test_a_model_is_not_held_against_what_saelens_cached(data, tmp_path, mlp):
+    pytest.importorskip("datasets")
+    data.to_saelens(tmp_path / "cached", context=16)
+    back = ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
+    with pytest.raises(DataError) as caught:
+        back.check(mlp)
+    assert str(caught.value) == (
+        f"'{tmp_path / 'back.lance'}' does not say which model its activations are of, as nothing "
+        "does that from_saelens made, so they cannot be held against a Mlp with the fingerprint "
+        f"{fingerprint(mlp)}; leave out model= and check()"
+    )
+
+
+def test_what_cannot_be_read_whole_from_saelens_leaves_nothing(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    runs, context = 600, 8
+    features = datasets.Features(
+        {
+            RESID: datasets.Array2D(shape=(context, 2), dtype="float32"),
+            "token_ids": datasets.Sequence(datasets.Value("int64"), length=context),
+        }
+    )
+    ids = [[0] * context for _ in range(runs)]
+    ids[-1][0] = 2**40  # is no int32, as is found behind the first of the batches
+    rows = {RESID: [[[0.0, 1.0]] * context] * runs, "token_ids": ids}
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "cached")
+    with pytest.raises((OSError, ValueError)):
+        ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
+    assert [each.name for each in tmp_path.iterdir()] == ["cached"]
 
 
 @pytest.mark.filterwarnings("ignore")  # SAELens' own
@@ -133,13 +208,47 @@ def test_safetensors_hold_all_columns_of_numbers(path, tmp_path):
     assert metadata["model"] == "Tiny"
 
 
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (".", "it is a directory; give the path of a file"),
+        (
+            "no/such/a.safetensors",
+            "there is no directory '{folder}/no/such'; make it, or give another path",
+        ),
+        ("x" * 300, "File name too long; give another path"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_said(path, tmp_path, place, reason):
+    with pytest.raises(DataError) as caught:
+        ActivationDataset(path).to_safetensors(tmp_path / place)
+    said = reason.replace("{folder}", str(tmp_path))
+    assert str(caught.value) == f"cannot write to '{tmp_path / place}': {said}"
+    assert not list(tmp_path.iterdir())
+
+
+def test_safetensors_replace_a_file_once_they_are_written(path, tmp_path):
+    (tmp_path / "a.safetensors").write_text("mine")
+    (tmp_path / "a.safetensors.partial").write_text("precious")
+    ActivationDataset(path, sites=Z).to_safetensors(tmp_path / "a.safetensors")
+    assert (tmp_path / "a.safetensors").stat().st_size > 100
+    assert (tmp_path / "a.safetensors.partial").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_an_existing_path_is_not_written_over(data, tmp_path):
     pytest.importorskip("datasets")
-    with pytest.raises(DataError) as caught:
-        data.to_saelens(tmp_path, context=16)
-    assert str(caught.value) == (
-        f"there is something at '{tmp_path}' already; give another path, or remove it"
-    )
+    data.to_saelens(tmp_path / "cached", context=16)
+    for move in (
+        lambda: data.to_saelens(tmp_path, context=16),
+        lambda: ActivationDataset.from_saelens(tmp_path / "cached", tmp_path),
+    ):
+        with pytest.raises(DataError) as caught:
+            move()
+        assert str(caught.value) == (
+            f"there is something at '{tmp_path}' already; give another path, or remove it"
+        )
+    assert [each.name for each in tmp_path.iterdir()] == ["cached"]
 
 
 def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
@@ -150,6 +259,20 @@ def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
         "context=101 makes no run of 100 rows; give the context_size of SAELens' config, and no "
         "more than there are rows"
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        ("16", "context='16' is no whole number; give 1 or more"),
+        (0, "context=0 is too few; give 1 or more"),
+    ],
+)
+def test_a_context_that_is_no_number_of_rows_is_refused(data, tmp_path, context, message):
+    with pytest.raises(OptionError) as caught:
+        data.to_saelens(tmp_path / "cached", context=context)
+    assert str(caught.value) == message
 
 
 def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
@@ -163,3 +286,17 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
         f"'{tmp_path / 'xy'}' holds no activations as SAELens caches them, which are columns of "
         "the type Array2D; its columns are x, y"
     )
+
+
+def test_datasets_is_asked_for_where_it_is_not_installed(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for move in (
+        lambda: data.to_saelens(tmp_path / "cached", context=16),
+        lambda: ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance"),
+    ):
+        with pytest.raises(OptionError) as caught:
+            move()
+        assert str(caught.value) == (
+            "SAELens' directories need datasets, which is not installed; install it with: pip "
+            "install datasets"
+        )

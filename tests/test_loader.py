@@ -1,6 +1,7 @@
 """Batches for training: each row once, shuffled, the same for a seed, resumed anywhere."""
 
 import json
+import pickle
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from stored import RESID, numbers, resid, write
 
 from actctx import OptionError
 from actctx._shuffle import Order
+from actctx._stored import StoredRows
 from actctx.dataset import ActivationDataset
 
 ROWS = 1000
@@ -101,13 +103,12 @@ def test_the_same_rows_do_not_travel_together_in_each_epoch():
     assert blocks(0) != blocks(1)
 
 
+@pytest.mark.parametrize("workers", [0, 3])
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("world_size", [2, 3, 7])
-def test_ranks_share_the_rows_without_overlap_or_loss(data, world_size, shuffle):
-    shares = [
-        epoch(data.loader(16, shuffle=shuffle, pool=64, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
+def test_ranks_share_the_rows_without_overlap_or_loss(data, world_size, shuffle, workers):
+    options = {"shuffle": shuffle, "workers": workers, "pool": 64, "world_size": world_size}
+    shares = [epoch(data.loader(16, rank=rank, **options)) for rank in range(world_size)]
     assert sorted(np.concatenate(shares)) == list(range(ROWS))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -120,16 +121,21 @@ def test_with_drop_last_all_ranks_have_as_many_batches(data):
     assert counts == [[111] * 3] * 3
 
 
-def test_the_rank_is_that_of_torchs_distributed_group(data, tmp_path):
-    store = f"file://{tmp_path / 'store'}"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
-    try:
-        assert data.loader(16).state_dict()["world_size"] == 1
-    finally:
-        torch.distributed.destroy_process_group()
+def test_the_ranks_of_torchs_distributed_group_share_the_rows(data):
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    shares = []
+    for rank in range(3):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=3)
+        try:
+            shares.append(epoch(data.loader(16, pool=64)))
+        finally:
+            torch.distributed.destroy_process_group()
+    assert sorted(np.concatenate(shares)) == list(range(ROWS))
+    assert [*map(len, shares)] == [333, 333, 334]
 
 
-@pytest.mark.parametrize("given", [0, 1, 5, 15])
+@pytest.mark.parametrize("given", [0, 1, 5, 15, 16])
 def test_an_epoch_is_gone_on_with_at_any_batch(data, given):
     options = {"seed": 5, "pool": 256}
     unbroken = data.loader(64, **options)
@@ -144,6 +150,47 @@ def test_an_epoch_is_gone_on_with_at_any_batch(data, given):
     while resumed.epoch < 2:
         got += [numbers(batch).tolist() for batch in resumed]
     assert got == expected
+
+
+def test_a_state_of_the_last_batch_leaves_nothing_of_the_epoch(data):
+    loader = data.loader(64)
+    for _ in loader:
+        state = loader.state_dict()
+    assert (state["epoch"], state["batch"]) == (0, 16)
+    resumed = data.loader(64)
+    resumed.load_state_dict(state)
+    assert list(resumed) == []
+    assert resumed.epoch == 1
+    assert epoch(resumed).tolist() == epoch(loader).tolist()
+
+
+@pytest.mark.parametrize("saved_at", [0, 2])
+@pytest.mark.parametrize("given", [0, 2, 3])
+def test_all_ranks_go_on_with_the_state_of_one(data, given, saved_at):
+    def loader(rank):
+        return data.loader(111, pool=222, rank=rank, world_size=3)
+
+    assert [len(loader(rank)) for rank in range(3)] == [3, 3, 4]
+    states, rows = [], []
+    for rank in range(3):
+        broken = loader(rank)
+        for _, batch in zip(range(given), broken, strict=False):
+            rows.append(numbers(batch))
+        states.append(broken.state_dict())
+    for rank in range(3):
+        resumed = loader(rank)
+        resumed.load_state_dict(states[saved_at])
+        rows += [numbers(batch) for batch in resumed]
+        assert resumed.epoch == 1
+    assert sorted(np.concatenate(rows)) == list(range(ROWS))
+
+
+def test_a_loader_can_be_pickled(data):
+    loader = data.loader(64, pool=256)
+    next(iter(loader))
+    copy = pickle.loads(pickle.dumps(loader))  # noqa: S301  it is our own
+    copy.load_state_dict(loader.state_dict())
+    assert len(epoch(copy)) == ROWS - 64
 
 
 def test_an_epoch_that_was_left_early_is_followed_by_the_next(data):
@@ -199,13 +246,46 @@ def test_an_error_of_reading_reaches_the_one_who_iterates(tmp_path):
         list(loader)
 
 
-def test_batches_are_ready_before_they_are_asked_for(data):
-    batches = iter(data.loader(64, pool=256))
+@pytest.fixture
+def reads(monkeypatch):
+    """The numbers of rows of the reads, as they end."""
+    seen, read = [], StoredRows.read_into
+
+    def reading(self, batch, place, rows):
+        read(self, batch, place, rows)
+        seen.append(len(rows))
+
+    monkeypatch.setattr(StoredRows, "read_into", reading)
+    return seen
+
+
+def test_pools_are_read_before_they_are_asked_for(data, reads):
+    batches = iter(data.loader(64, pool=64))
     next(batches)
-    time.sleep(0.2)
-    start = time.perf_counter()
-    next(batches)
-    assert time.perf_counter() - start < 0.1
+    end = time.monotonic() + 10
+    while sum(reads) < 4 * 64 and time.monotonic() < end:
+        time.sleep(0.01)  # as one who trains on the batch
+    assert sum(reads) >= 4 * 64
+    time.sleep(0.1)
+    assert sum(reads) <= 8 * 64
+
+
+def test_without_threads_nothing_is_read_before_it_is_asked_for(data, reads):
+    batches = iter(data.loader(64, pool=64, workers=0))
+    for given in range(1, 4):
+        next(batches)
+        time.sleep(0.05)
+        assert sum(reads) == 64 * given
+
+
+def test_strings_are_counted_where_memory_is(tmp_path):
+    data = ActivationDataset(write(tmp_path / "a.lance", 500, width=10_000))
+    pool = data.loader(1).state_dict()["pool"]
+    assert 0.9 * 2**27 < pool * (10_000 + 100) < 1.1 * 2**27
+    held = sum(map(sys.getsizeof, data.read("text"))) + data.nbytes
+    assert 0.9 < data._rows.memory * 500 / held < 1.1
+    some = ActivationDataset(data.path, where="text > 'row 3'")
+    assert 0.9 < some._rows.memory / data._rows.memory < 1.1
 
 
 def test_a_loader_of_a_large_file_holds_little():
@@ -217,6 +297,14 @@ def test_a_loader_of_a_large_file_holds_little():
 MESSAGES = [
     ({"batch_size": 0}, "batch_size=0 is too few; give 1 or more"),
     ({"batch_size": 4, "workers": -1}, "workers=-1 is too few; give 0 or more"),
+    ({"batch_size": 4, "seed": None}, "seed=None is no whole number; give 0 or more"),
+    ({"batch_size": 4, "seed": 0.5}, "seed=0.5 is no whole number; give 0 or more"),
+    ({"batch_size": True}, "batch_size=True is no whole number; give 1 or more"),
+    ({"batch_size": 4, "pool": 1e6}, "pool=1000000.0 is no whole number; give 1 or more"),
+    (
+        {"batch_size": 4, "rank": 0.5, "world_size": 2},
+        "rank=0.5 is none of 2 ranks; they count from 0",
+    ),
     (
         {"batch_size": 4, "rank": 2, "world_size": 2},
         "rank=2 is none of 2 ranks; they count from 0",
@@ -228,6 +316,7 @@ MESSAGES = [
 ]
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("options", "message"), MESSAGES)
 def test_options_that_make_no_sense_are_refused(data, options, message):
     with pytest.raises(OptionError) as caught:
@@ -243,3 +332,27 @@ def test_the_state_of_a_loader_of_another_order_is_refused(data):
         "the state is of a loader with seed=1, but this one has seed=2, which makes another order; "
         "make the loader as it was made"
     )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("state", "shown"),
+    [
+        (None, "None"),
+        ({}, "{}"),
+        ({"epoch": 1, "batch": 2}, "{'batch': 2, 'epoch': 1}"),
+        ([("epoch", 1)], "[('epoch', 1)]"),
+    ],
+)
+def test_what_is_no_state_is_refused(data, state, shown):
+    with pytest.raises(OptionError) as caught:
+        data.loader(64).load_state_dict(state)
+    assert str(caught.value) == (
+        f"{shown} is no state of a loader; give what state_dict() returned"
+    )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_may_be_of_numpy(data):
+    loader = data.loader(np.int64(64), seed=np.int32(3), rank=np.int64(1), world_size=np.int64(2))
+    assert json.loads(json.dumps(loader.state_dict()))["seed"] == 3

@@ -60,6 +60,7 @@ ROOMS = (
     "_adding",
     "extract",
     "_shuffle",
+    "_condition",
     "_stored",
     "_index",
     "_loader",

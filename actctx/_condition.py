@@ -1,0 +1,84 @@
+"""The names of a data set's columns: as users write them, and as Lance does, in conditions too."""
+
+import difflib
+import re
+from collections.abc import Collection, Mapping
+
+from actctx._errors import NotCapturedError, OptionError
+from actctx._layout import StoredSite
+from actctx._table import shortened
+
+# The parts of a condition that are no names, but strings, and the names in backticks.
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
+
+
+def find_site(
+    sites: Mapping[str, StoredSite], name: str, others: Collection[str] = ()
+) -> StoredSite:
+    """Find a site by the name that it is read under, or else by that of its hook.
+
+    Args:
+        sites: The sites to look among, by name.
+        name: The name.
+        others: What else could have been meant, for the message.
+
+    Raises:
+        NotCapturedError: It is not there, or there are several of the hook.
+
+    """
+    if name in sites:
+        return sites[name]
+    alike = [key for key, site in sites.items() if site.hook == name]
+    if len(alike) == 1:
+        return sites[alike[0]]
+    if alike:
+        raise NotCapturedError(
+            f"the data set has {name!r} several times, so read one of {', '.join(map(repr, alike))}"
+        )
+    aliased = {key: site.hook for key, site in sites.items() if "." not in key and key != site.hook}
+    closest = difflib.get_close_matches(str(name), [*sites, *others, *aliased.values()], n=3)
+    hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
+    there = [
+        f"{key!r} (of {aliased[key]!r})" if key in aliased else repr(key)
+        for key in (*sites, *others)
+    ]
+    raise NotCapturedError(f"the data set has no {name!r}; {hint}it holds {shortened(there)}")
+
+
+def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
+    """Put the names of columns in place of those of sites, which stand in backticks.
+
+    Raises:
+        OptionError: It is no string, or a name in it means nothing, or lacks its backticks.
+
+    """
+    if not isinstance(where, str):
+        raise OptionError(
+            f"where={where!r} is no condition; give a string, as in SQL, such as 'position > 0'"
+        )
+
+    def column(part: re.Match[str]) -> str:
+        if part[1] is None or part[1] in others:
+            return part[0]
+        try:
+            return f"`{find_site(sites, part[1], others).column}`"
+        except NotCapturedError as error:
+            raise OptionError(f"where={where!r} is no condition on rows: {error}") from None
+
+    bare = _QUOTED.sub(" ", where)
+    for name in sorted(sites, key=len, reverse=True):
+        if name != sites[name].column and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
+            raise OptionError(
+                f"where={where!r} names {name!r} without backticks, which names with dots need; "
+                f"write `{name}`"
+            )
+    return _QUOTED.sub(column, where)
+
+
+def as_users_write(text: str, sites: Mapping[str, StoredSite]) -> str:
+    """Put the names of sites in place of those of columns, in what Lance says."""
+    for site in sorted(sites.values(), key=lambda site: len(site.column), reverse=True):
+        if site.name != site.column:
+            text = text.replace(f'"{site.column}"', f"`{site.name}`")
+            text = text.replace(site.column, site.name)
+    return text
