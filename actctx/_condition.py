@@ -28,7 +28,7 @@ def find_site(
     """
     if name in sites:
         return sites[name]
-    alike = [key for key, site in sites.items() if site.hook == name]
+    alike = [key for key, site in sites.items() if name in (site.hook, *site.names)]
     if len(alike) == 1:
         return sites[alike[0]]
     if alike:

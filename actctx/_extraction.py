@@ -372,6 +372,7 @@ class Extraction:
             name=site.key,
             column=column_name(site.key),
             hook=site.place.name,
+            names=site.place.names,
             axes=acts.axes(site.key)[1:],
             shape=tuple(owned.value.shape[1:]),
             dtype=dtype_name(owned.value.dtype),

@@ -64,6 +64,7 @@ class StoredSite:
         dtype: The dtype, as in `float16`.
         slice: What was selected along the axes of an activation, as in `token -1, axis 2 [0, 3]`;
             selections that are equal are written alike.
+        names: All names that the place answers to in the model.
 
     """
 
@@ -74,6 +75,7 @@ class StoredSite:
     shape: tuple[int, ...]
     dtype: str
     slice: str = "None"
+    names: tuple[str, ...] = ()
 
     @property
     def width(self) -> int:
@@ -137,7 +139,12 @@ class Layout:
                 "know; upgrade actctx to read it"
             )
         sites = tuple(
-            StoredSite(**{**site, "axes": tuple(site["axes"]), "shape": tuple(site["shape"])})
+            StoredSite(
+                **{
+                    name: tuple(value) if isinstance(value, list) else value
+                    for name, value in site.items()
+                }
+            )
             for site in found.pop("sites")
         )
         return cls(**{**found, "sites": sites, "carried": tuple(found["carried"])})

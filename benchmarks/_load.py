@@ -119,7 +119,7 @@ def _by_mapping(path: Path) -> Iterator[Tensor]:
     from safetensors.torch import load_file
 
     stored = load_file(path)
-    for rows in torch.randperm(len(stored["token"])).split(BATCH):
+    for rows in torch.split(torch.randperm(len(stored["token"])), BATCH):
         yield stored[NAME][rows]
 
 

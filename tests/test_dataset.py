@@ -183,11 +183,12 @@ def test_what_has_an_alias_is_listed_with_its_hook(aliased):
     )
 
 
-def test_extracted_aliases_are_read_by_the_name_of_their_hook(tmp_path):
+def test_extracted_aliases_are_read_by_all_names_of_their_hook(tmp_path):
     model, ids = tiny_transformer(), tokens_of(batch=2)
     extract(model, ids, {"resid": RESID}, tmp_path / "a.lance")
     data = ActivationDataset(tmp_path / "a.lance")
-    assert torch.equal(data.read(data.sites["resid"].hook), data.read("resid"))
+    for name in (RESID, data.sites["resid"].hook):
+        assert torch.equal(data.read(name), data.read("resid"))
 
 
 def test_filtered_rows_are_counted_anew(path):
