@@ -7,7 +7,6 @@ writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data 
 """
 
 import contextlib
-import itertools
 import math
 import shutil
 import threading
@@ -21,15 +20,17 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, remaining
-from actctx._errors import DataError, OptionError
+from actctx._errors import DataError, NeverFiredError, OptionError
+from actctx._facts import Facts
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
 from actctx._pipe import Pipe
 from actctx._select import Owned, Positions, Selector
-from actctx._table import dtype_name, format_bytes
-from actctx._watched import WatchedSite
-from actctx._writer import Left, Target, Writer, carried_array
+from actctx._table import dtype_name, format_bytes, shortened
+from actctx._target import Target
+from actctx._watched import WatchedSite, why_silent
+from actctx._writer import Left, Writer, carried_array
 
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
@@ -46,6 +47,9 @@ class Extraction:
         reading: How the input is read.
         drop: The tokens and positions that leave no rows.
         finite: Whether values that are no numbers, or infinite, are refused.
+
+    Attributes:
+        facts: What a data set must have in common with it.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -72,7 +76,7 @@ class Extraction:
         self._finite = finite
         self._sites = capturing._sites
         self._check_names()
-        self._slices = {site.key: _shown(site) for site in self._sites}
+        slices = {site.key: _shown(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         dropped = [torch.tensor(drop.get(name, []), dtype=torch.long) for name in COUNTED[::2]]
         self._choosing = Choosing(tokens, *dropped)
@@ -91,6 +95,7 @@ class Extraction:
             versions=versions(),
             carried=reading.carry,
         )
+        self.facts = Facts(self._layout, self._sites, slices)
 
     def _check_names(self) -> None:
         taken = [*COUNTED, *self._reading.carry]
@@ -118,69 +123,6 @@ class Extraction:
         ]
         return first.rows.tokens, first.rows.is_one_a_sequence
 
-    def check(self, target: Target, *, resume: bool) -> None:
-        """Hold what is known before any forward against the data set that is there.
-
-        Raises:
-            DataError: It is another, or it is not to be gone on with.
-
-        """
-        layout = target.layout
-        if layout is None:
-            return
-        if not resume:
-            raise DataError(
-                f"'{target.path}' exists; give resume=True to go on with it, or another path"
-            )
-        same = "give the same, or another path"
-        for name, was, now in self._facts(layout):
-            if was != now:
-                raise DataError(
-                    f"cannot go on with '{target.path}': its {name} is {was!r}, not {now!r}; {same}"
-                )
-
-    def check_rows(self, target: Target) -> None:
-        """Hold what decides which rows there are against a data set that sites are added to.
-
-        Raises:
-            DataError: Its rows came from another model, or were chosen otherwise.
-
-        """
-        assert target.layout is not None  # noqa: S101  as it has rows
-        for name, was, now in self._facts_of_rows(target.layout):
-            if was != now:
-                raise DataError(
-                    f"cannot add to '{target.path}': its {name} is {was!r}, not {now!r}; give the "
-                    "same, or another path"
-                )
-
-    @property
-    def names(self) -> list[str]:
-        """The names that the sites are read under."""
-        return [site.key for site in self._sites]
-
-    def _facts(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
-        yield from itertools.islice(self._facts_of_rows(layout), len(layout.model))
-        stored = {site.name: site for site in layout.sites}
-        wanted = {site.key: site for site in self._sites}
-        asked = [key for key, site in wanted.items() if site.exact or key in stored]
-        yield "list of sites", [*stored], asked
-        for name, site in stored.items():
-            now = wanted[name]
-            yield f"hook of {name!r}", site.hook, now.place.name
-            yield f"slice of {name!r}", site.slice, self._slices[name]
-            if now.dtype is not None:
-                yield f"dtype of {name!r}", site.dtype, dtype_name(now.dtype)
-        yield from self._facts_of_rows(layout)
-
-    def _facts_of_rows(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
-        for name, was in layout.model.items():
-            yield f"model's {name}", was, self._layout.model[name]
-        yield "kind of row", layout.rows, self._layout.rows
-        yield "list of carried columns", [*layout.carried], [*self._layout.carried]
-        for name, was in layout.input.items():
-            yield name, was, self._layout.input[name]
-
     def run(
         self,
         data: Iterable[Any],
@@ -206,13 +148,13 @@ class Extraction:
             DataError: See `extract`.
 
         """
+        if most is not None and target.rows > most:
+            raise DataError(
+                f"'{target.path}' has {target.rows} rows, more than max_tokens={most}; give "
+                f"max_tokens={target.rows} or more, or another path"
+            )
         self._most, self._against = most, against
         self._expected = self._count(data)
-        if most is not None and target.rows >= most:
-            return target.rows
-        if target.layout is not None:
-            target.tidy()
-            target.note_finished(finished=False)
         pipe: Pipe[Work] = Pipe(_READ_AHEAD)
         reader = threading.Thread(
             target=self._read, args=(data, target, pipe), name="actctx reader", daemon=True
@@ -269,7 +211,7 @@ class Extraction:
             raise DataError(
                 "the input leaves no rows: all of its tokens are padding or dropped; keep some"
             )
-        return target.rows if writer is None else writer.rows
+        return target.rows
 
     def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
         batch = work.batch
@@ -280,7 +222,7 @@ class Extraction:
         }
         self._model(batch.tokens.to(device), **given)
         left = {name: acts.single(name).firings[0][0] for name in acts}
-        if acts.forwards != 1:
+        if acts.forwards > 1:
             raise DataError(
                 f"the model ran {acts.forwards} forwards for one batch, whose rows would be mixed; "
                 "give the module that runs once"
@@ -289,20 +231,14 @@ class Extraction:
 
     def _begin(self, left: Left, acts: Activations, target: Target, bar: Any) -> None:
         """Settle what a row holds, once a forward has told it, before anything is written."""
-        if self._capturing._opening is not None:
-            self._capturing._opening.finish()  # says which site never fired, and why
+        self._check_fired(left)
         sites = tuple(
             self._stored(site, left.activations[site.key], acts)
             for site in self._sites
             if site.key in left.activations
         )
         if target.layout is not None:
-            for was, now in zip(target.layout.sites, sites, strict=False):
-                if was != now:
-                    raise DataError(
-                        f"cannot go on with '{target.path}': its {was.name!r} holds {was.dtype} "
-                        f"{was.shape}, not {now.dtype} {now.shape}; give the same, or another path"
-                    )
+            self.facts.check_sites(target, sites)
         row = sum(site.nbytes for site in sites) + _COUNTED_BYTES
         self._check_room(row, target, bar)
         if target.layout is None:
@@ -311,7 +247,19 @@ class Extraction:
             names = self._reading.carry
             kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
             target.create(replace(self._layout, sites=sites), pa.schema(kinds))
+        else:
+            target.tidy()
+            target.note_finished(finished=False)
         bar.row = row
+
+    def _check_fired(self, left: Left) -> None:
+        """Say which site never fired, and why."""
+        if self._capturing._opening is not None:
+            self._capturing._opening.finish()
+        if not left.activations:
+            names = shortened([site.shown for site in self._sites])
+            reason = why_silent(self._capturing._model, self._sites[0])
+            raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
     @contextlib.contextmanager
     def _bar(self, done: int, *, shown: bool) -> Iterator[Any]:
@@ -346,7 +294,7 @@ class Extraction:
     def _check_room(self, row: int, target: Target, bar: Any) -> None:
         """Say how much there will be, before anything is written, and refuse what does not fit."""
         free = shutil.disk_usage(target.path).free
-        if self._expected is None or self._is_planned:
+        if self._expected is None or self._expected <= target.rows or self._is_planned:
             return
         self._is_planned = True
         rows = self._expected - target.rows
@@ -368,7 +316,7 @@ class Extraction:
             axes=acts.axes(site.key)[1:],
             shape=tuple(owned.value.shape[1:]),
             dtype=dtype_name(owned.value.dtype),
-            slice=self._slices[site.key],
+            slice=self.facts.slices[site.key],
         )
 
 
