@@ -53,7 +53,7 @@ from actctx._sequences import (
     tokenize,
 )
 from actctx._table import dtype_name, format_bytes, shortened
-from actctx._writer import look_at
+from actctx._target import look_at
 from actctx.extract import extract
 
 try:

@@ -6,11 +6,10 @@ the rows of `_WAITING` forwards that wait to be written, and what Lance holds of
 writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
 """
 
-import itertools
 import math
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -21,16 +20,18 @@ from actctx._activations import Activations
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
-from actctx._errors import DataError, OptionError
+from actctx._errors import DataError, NeverFiredError, OptionError
+from actctx._facts import Facts
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
 from actctx._pipe import Pipe
 from actctx._progress import progress_bar
 from actctx._select import Owned, Positions, Selector
-from actctx._table import dtype_name, format_bytes
-from actctx._watched import WatchedSite
-from actctx._writer import Left, Target, Writer, carried_array
+from actctx._table import dtype_name, format_bytes, shortened
+from actctx._target import Target
+from actctx._watched import WatchedSite, why_silent
+from actctx._writer import Left, Writer, carried_array
 
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
@@ -48,6 +49,9 @@ class Extraction:
         drop: The tokens and positions that leave no rows.
         pool: How the rows of a sequence are joined; None where they are not.
         finite: Whether values that are no numbers, or infinite, are refused.
+
+    Attributes:
+        facts: What a data set must have in common with it.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -77,7 +81,7 @@ class Extraction:
         self.cut = 0
         self._sites = capturing._sites
         self._check_names()
-        self._slices = {site.key: _shown(site) for site in self._sites}
+        slices = {site.key: _shown(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
             tokens=tokens,
@@ -101,6 +105,7 @@ class Extraction:
             versions=versions(),
             carried=reading.carry,
         )
+        self.facts = Facts(self._layout, self._sites, slices)
 
     def _check_names(self) -> None:
         taken = [*COUNTED, *self._reading.carry]
@@ -128,69 +133,6 @@ class Extraction:
         ]
         return first.rows.tokens, first.rows.is_one_a_sequence
 
-    def check(self, target: Target, *, resume: bool) -> None:
-        """Hold what is known before any forward against the data set that is there.
-
-        Raises:
-            DataError: It is another, or it is not to be gone on with.
-
-        """
-        layout = target.layout
-        if layout is None:
-            return
-        if not resume:
-            raise DataError(
-                f"'{target.path}' exists; give resume=True to go on with it, or another path"
-            )
-        same = "give the same, or another path"
-        for name, was, now in self._facts(layout):
-            if was != now:
-                raise DataError(
-                    f"cannot go on with '{target.path}': its {name} is {was!r}, not {now!r}; {same}"
-                )
-
-    def check_rows(self, target: Target) -> None:
-        """Hold what decides which rows there are against a data set that sites are added to.
-
-        Raises:
-            DataError: Its rows came from another model, or were chosen otherwise.
-
-        """
-        assert target.layout is not None  # noqa: S101  as it has rows
-        for name, was, now in self._facts_of_rows(target.layout):
-            if was != now:
-                raise DataError(
-                    f"cannot add to '{target.path}': its {name} is {was!r}, not {now!r}; give the "
-                    "same, or another path"
-                )
-
-    @property
-    def names(self) -> list[str]:
-        """The names that the sites are read under."""
-        return [site.key for site in self._sites]
-
-    def _facts(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
-        yield from itertools.islice(self._facts_of_rows(layout), len(layout.model))
-        stored = {site.name: site for site in layout.sites}
-        wanted = {site.key: site for site in self._sites}
-        asked = [key for key, site in wanted.items() if site.exact or key in stored]
-        yield "list of sites", [*stored], asked
-        for name, site in stored.items():
-            now = wanted[name]
-            yield f"hook of {name!r}", site.hook, now.place.name
-            yield f"slice of {name!r}", site.slice, self._slices[name]
-            if now.dtype is not None:
-                yield f"dtype of {name!r}", site.dtype, dtype_name(now.dtype)
-        yield from self._facts_of_rows(layout)
-
-    def _facts_of_rows(self, layout: Layout) -> Iterator[tuple[str, Any, Any]]:
-        for name, was in layout.model.items():
-            yield f"model's {name}", was, self._layout.model[name]
-        yield "kind of row", layout.rows, self._layout.rows
-        yield "list of carried columns", [*layout.carried], [*self._layout.carried]
-        for name, was in layout.input.items():
-            yield name, was, self._layout.input[name]
-
     def run(
         self,
         data: Iterable[Any],
@@ -216,13 +158,13 @@ class Extraction:
             DataError: See `extract`.
 
         """
+        if most is not None and target.rows > most:
+            raise DataError(
+                f"'{target.path}' has {target.rows} rows, more than max_tokens={most}; give "
+                f"max_tokens={target.rows} or more, or another path"
+            )
         self._most, self._against = most, against
         self._expected = self._count(data)
-        if most is not None and target.rows >= most:
-            return target.rows
-        if target.layout is not None:
-            target.tidy()
-            target.note_finished(finished=False)
         pipe: Pipe[Work] = Pipe(_READ_AHEAD)
         reader = threading.Thread(
             target=self._read, args=(data, target, pipe), name="actctx reader", daemon=True
@@ -284,7 +226,7 @@ class Extraction:
             raise DataError(
                 "the input leaves no rows: all of its tokens are padding or dropped; keep some"
             )
-        return target.rows if writer is None else writer.rows
+        return target.rows
 
     def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
         batch = work.batch
@@ -298,7 +240,7 @@ class Extraction:
         if self._pool is not None:
             left = {name: _pooled(owned, work, self._pool) for name, owned in left.items()}
         self.cut += batch.cut
-        if acts.forwards != 1:
+        if acts.forwards > 1:
             raise DataError(
                 f"the model ran {acts.forwards} forwards for one batch, whose rows would be mixed; "
                 "give the module that runs once"
@@ -307,20 +249,14 @@ class Extraction:
 
     def _begin(self, left: Left, acts: Activations, target: Target, bar: Any) -> None:
         """Settle what a row holds, once a forward has told it, before anything is written."""
-        if self._capturing._opening is not None:
-            self._capturing._opening.finish()  # says which site never fired, and why
+        self._check_fired(left)
         sites = tuple(
             self._stored(site, left.activations[site.key], acts)
             for site in self._sites
             if site.key in left.activations
         )
         if target.layout is not None:
-            for was, now in zip(target.layout.sites, sites, strict=False):
-                if was != now:
-                    raise DataError(
-                        f"cannot go on with '{target.path}': its {was.name!r} holds {was.dtype} "
-                        f"{was.shape}, not {now.dtype} {now.shape}; give the same, or another path"
-                    )
+            self.facts.check_sites(target, sites)
         row = sum(site.nbytes for site in sites) + _COUNTED_BYTES
         self._check_room(row, target, bar)
         if target.layout is None:
@@ -329,7 +265,19 @@ class Extraction:
             names = self._reading.carry
             kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
             target.create(replace(self._layout, sites=sites), pa.schema(kinds))
+        else:
+            target.tidy()
+            target.note_finished(finished=False)
         bar.row = row
+
+    def _check_fired(self, left: Left) -> None:
+        """Say which site never fired, and why."""
+        if self._capturing._opening is not None:
+            self._capturing._opening.finish()
+        if not left.activations:
+            names = shortened([site.shown for site in self._sites])
+            reason = why_silent(self._capturing._model, self._sites[0])
+            raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
     def _count(self, data: Iterable[Any]) -> int | None:
         """Count the rows to come, where all batches are at hand; else as many as were asked for."""
@@ -353,7 +301,7 @@ class Extraction:
     def _check_room(self, row: int, target: Target, bar: Any) -> None:
         """Say how much there will be, before anything is written, and refuse what does not fit."""
         free = shutil.disk_usage(target.path).free
-        if self._expected is None or self._is_planned:
+        if self._expected is None or self._expected <= target.rows or self._is_planned:
             return
         self._is_planned = True
         rows = self._expected - target.rows
@@ -376,7 +324,7 @@ class Extraction:
             axes=acts.axes(site.key)[1:],
             shape=tuple(owned.value.shape[1:]),
             dtype=dtype_name(owned.value.dtype),
-            slice=self._slices[site.key],
+            slice=self.facts.slices[site.key],
         )
 
 

@@ -5,6 +5,9 @@ For every parameter: its name, shape and dtype, the sum of its bits as integers,
 elements in their places. Integers sum up alike on every device and in every order, and as fast as
 memory is read. A change of any one element changes it, and so does another dtype. It tells models
 apart that differ by accident; somebody who wants two models to look alike can manage it.
+
+Buffers are left out: some, such as rotary frequencies, are made anew by each device, a little
+different. A model that was compiled, or in parts, has the fingerprint that it had before.
 """
 
 import hashlib
@@ -14,12 +17,17 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from actctx._places import uncompiled
+
 _SAMPLED = 16
+_COMPILED = "_orig_mod."
+"""What `torch.compile` puts before the names of a module that it wraps."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
     """Tell what a data set says of the model: its name, its class, its fingerprint."""
+    model = uncompiled(model)
     configs = [getattr(model, name, None) for name in ("cfg", "config")]
     names = [
         getattr(config, name, None)
@@ -34,7 +42,7 @@ def fingerprint(model: nn.Module) -> str:
     """Digest the weights of a model; see the note above."""
     digest = hashlib.sha256()
     for name, weights in model.named_parameters():
-        facts = f"{name} {tuple(weights.shape)} {weights.dtype}"
+        facts = f"{name.replace(_COMPILED, '')} {tuple(weights.shape)} {weights.dtype}"
         digest.update(f"{facts} {_bits(weights.detach())}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -53,8 +61,9 @@ def _bits(weights: Shaped[Tensor, "..."]) -> list[int]:
 def _sum(words: Shaped[Tensor, " _"]) -> Shaped[Tensor, " 1"]:
     """Sum up integers, in wider ones where they divide evenly; an overflow wraps around."""
     per_long = 8 // words.element_size()
-    if len(words) % per_long == 0 and words.storage_offset() % per_long == 0:
-        words = words.view(torch.int64)
+    if len(words) % per_long == 0:
+        aligned = words.storage_offset() % per_long == 0
+        words = (words if aligned else words.clone()).view(torch.int64)
     return words.sum(dtype=torch.int64).reshape(1)
 
 

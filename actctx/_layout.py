@@ -121,6 +121,8 @@ class Layout:
     def of(cls, schema: "pa.Schema", path: object) -> "Layout":
         """Read what the schema of a data set says.
 
+        Sites whose columns are not there yet are left out; see the note on adding.
+
         Raises:
             DataError: It was not written by `extract`, or by a later version of it.
 
@@ -146,6 +148,7 @@ class Layout:
                 }
             )
             for site in found.pop("sites")
+            if site["column"] in schema.names
         )
         return cls(**{**found, "sites": sites, "carried": tuple(found["carried"])})
 
@@ -167,6 +170,11 @@ class Layout:
             ),
         ]
         return pa.schema(fields, metadata={KEY: self.as_metadata()})
+
+    def unlisted(self, schema: "pa.Schema") -> list[str]:
+        """Name the columns that somebody else added."""
+        known = {*COUNTED, *self.carried, *(site.column for site in self.sites)}
+        return [name for name in schema.names if name not in known]
 
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""

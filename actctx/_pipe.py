@@ -50,16 +50,29 @@ class Pipe(Generic[T]):
             self._items.clear()
             self._changed.notify_all()
 
-    def __iter__(self) -> Iterator[T]:
-        """Take out what comes; the error, if there was one, is raised behind it."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._items or self._is_closed or self._is_abandoned)
-                if not self._items:
-                    break
-                item = self._items.popleft()
+    def take(self, timeout: float | None = None) -> T | None:
+        """Take out the next item, once there is one.
+
+        Args:
+            timeout: How many seconds to wait, at most; by default as long as it takes.
+
+        Returns:
+            None where none came in time, or none will.
+
+        """
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._items or self._is_closed or self._is_abandoned, timeout
+            )
+            if self._items:
                 self._changed.notify_all()
-            yield item
-            del item  # its memory goes with whoever took it
+                return self._items.popleft()
         if self._error is not None:
             raise self._error
+        return None
+
+    def __iter__(self) -> Iterator[T]:
+        """Take out what comes; the error, if there was one, is raised behind it."""
+        while (item := self.take()) is not None:
+            yield item
+            del item  # its memory goes with whoever took it

@@ -21,8 +21,8 @@ from actctx._names import Names
 from actctx._reading import reading_of
 from actctx._rows import Chosen
 from actctx._select import Slice
+from actctx._target import Target
 from actctx._watched import Options
-from actctx._writer import Target
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,8 @@ def extract(
 
     Rows are committed while the extraction runs. However it ends, what was committed stays, and
     calling it again with the same arguments goes on behind it. The finished data set is the same,
-    row for row, as one that was written without a break.
+    row for row, as one that was written without a break. One that is finished grows in the same
+    way, where the input has become longer, or `max_tokens` larger.
 
     Args:
         model: A TransformerLens model of any generation, or any module.
@@ -96,7 +97,8 @@ def extract(
         pool: Whether a row is a sequence, and holds the mean, or along each axis the maximum, of
             what its tokens left: those that `mask`, `drop` and the slice leave, in float32. Its
             `token` and `position` are those of the last of them.
-        max_tokens: The number of rows to stop at, exactly.
+        max_tokens: The number of rows to stop at, exactly, those counted that are on disk; with
+            `add` it is left out.
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most.
         context: The tokens in a sequence, at most; by default what the model can read. What is
@@ -112,7 +114,7 @@ def extract(
         resume: Whether to go on with a data set that is there; otherwise it is refused.
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
-            new lies beside it, in `acts.lance.adding`, and is gone on with.
+            new lies beside it, in `acts.lance.adding`, and is gone on with, as `resume` says.
         stop: Whether to end each forward as soon as all sites have fired.
         progress: Whether a progress bar is shown, on a terminal.
 
@@ -122,7 +124,7 @@ def extract(
     Raises:
         DataError: The input is no input, or another than the data set came from, as is the model
             or an option; there is something else at the path, or it cannot be written to, or
-            another process does; a value is not finite.
+            another process does; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option makes no sense.
         ActctxError: As `capture`.
 
@@ -158,9 +160,11 @@ def extract(
     try:
         before = target.rows
         if add:
-            rows = add_sites(extraction, data, target, progress=progress)
+            rows = add_sites(
+                extraction, data, target, most=max_tokens, resume=resume, progress=progress
+            )
         else:
-            extraction.check(target, resume=resume)
+            extraction.facts.check(target, resume=resume)
             rows = extraction.run(data, target, most=max_tokens, progress=progress)
         seconds = time.monotonic() - begun
         return Extracted(target.path, rows, rows - before, extraction.cut, seconds)

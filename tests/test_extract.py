@@ -9,7 +9,7 @@ from models import plainly_hooked, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from actctx import DataError, NeverFiredError, OptionError, SelectionError, Site
+from actctx import DataError, HookNameError, NeverFiredError, OptionError, SelectionError, Site
 from actctx._layout import Layout, as_tensor
 from actctx.extract import extract
 
@@ -306,6 +306,19 @@ def refusal(error, *arguments, **options):
     return str(refused.value)
 
 
+def test_no_sites_are_refused(gpt2, out):
+    message = refusal(HookNameError, gpt2, tokens(), [], out)
+    assert message.startswith("no hook point was asked for: the names are empty")
+
+
+def test_what_is_refused_leaves_nothing_at_its_path(gpt2, out):
+    refusal(DataError, gpt2, [], RESID, out)
+    assert not out.exists()
+    out.mkdir()
+    refusal(DataError, gpt2, [], RESID, out)
+    assert not [*out.iterdir()]
+
+
 def test_an_empty_input_is_refused(gpt2, out):
     assert refusal(DataError, gpt2, [], RESID, out) == (
         "data has nothing in it, so there is nothing to run; give some input"
@@ -419,19 +432,45 @@ def test_what_is_carried_is_there(gpt2, out):
     )
 
 
-def test_a_site_that_never_fires_is_named_before_anything_is_written(out):
-    class Half(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(1, 4), nn.Linear(1, 4)
+class Half(nn.Module):
+    """Has parts that its forward does not call."""
 
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (nn.Linear(1, 4) for _ in range(3))
+
+    def forward(self, ids):
+        return self.first(ids[..., None].float())
+
+
+@pytest.mark.parametrize("names", [["first", "second"], ["second"]])
+def test_a_site_that_never_fires_is_named_before_anything_is_written(out, names):
+    sites = [Site(name, axes="batch pos d") for name in names]
+    assert refusal(NeverFiredError, Half(), tokens(), sites, out) == (
+        "'second' never fired in 1 forward: the forwards did not call this module, or only its "
+        ".forward, which skips hooks"
+    )
+    assert not out.exists()
+
+
+def test_a_pattern_of_which_nothing_fires_is_refused(out):
+    message = refusal(NeverFiredError, Half(), tokens(), Site("[st]*d", axes="batch pos d"), out)
+    assert message.startswith("'second', 'third' never fired in 1 forward: the forwards did not ")
+    assert not out.exists()
+
+
+def test_a_site_that_fires_no_more_is_refused_with_its_row(out):
+    class Once(Half):
         def forward(self, ids):
-            return self.first(ids[..., None].float())
+            return super().forward(ids) if ids[0, 0] else ids
 
-    names = [Site("first", axes="batch pos d"), Site("second", axes="batch pos d")]
-    message = refusal(NeverFiredError, Half(), tokens(), names, out)
-    assert message.startswith("'second' never fired in 1 forward")
-    assert not [*out.glob("_versions/*")]
+    ids = torch.tensor([[[1, 2]], [[0, 3]]])
+    site = Site("first", axes="batch pos d")
+    assert refusal(DataError, Once(), [*ids], site, out) == (
+        "'first' did not fire in the forward behind row 2, so its rows would be missing; leave it "
+        "out"
+    )
+    assert len(Read(out)) == 2
 
 
 class Poisoned(nn.Module):
@@ -457,6 +496,16 @@ def test_what_is_not_finite_is_refused_with_its_row(out, value):
         "as it is"
     )
     assert len(Read(out)) == 3
+
+
+def test_a_row_of_one_number_is_held_against_what_is_finite(out):
+    site = Site("embed", axes="batch pos d", slice={"d": 0})
+    ids = torch.tensor([[1, 2, 3], [4, 7, 5]])
+    model = Poisoned(float("nan"))
+    message = refusal(DataError, model, [ids], site, out)
+    assert message.startswith("'embed' is nan in row 4: token 7 of sequence 1, position 1; ")
+    extract(model, [ids], site, out, finite=False)
+    assert Read(out)["embed"].shape == (6,)
 
 
 def test_rows_that_differ_in_length_are_refused(gpt2, out):

@@ -98,6 +98,15 @@ def test_a_layout_comes_back_from_its_schema(tmp_path):
     ]
 
 
+def test_a_site_whose_column_is_missing_is_not_there():
+    z, resid = stored(), stored(torch.bfloat16, (32,), "blocks.0.hook_resid_post")
+    schema = layout(z, resid).schema(pa.schema([pa.field("label", pa.int64())]))
+    schema = schema.remove(schema.get_field_index(z.column)).append(pa.field("mine", pa.int8()))
+    found = Layout.of(schema, "acts.lance")
+    assert found == layout(resid)
+    assert found.unlisted(schema) == ["mine"]
+
+
 def test_another_lance_dataset_is_refused():
     with pytest.raises(DataError) as refused:
         Layout.of(pa.schema([("x", pa.int32())]), "other.lance")

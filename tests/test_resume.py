@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from models import bridge, huggingface, tokens
 from test_extract import RESID, Read, Z, refusal
 
 from actctx import DataError, Site
+from actctx._fingerprint import describe_model
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -246,6 +248,59 @@ def test_a_finished_data_set_is_left_as_it_is(out):
     assert Read(out).layout.finished
 
 
+def test_a_finished_data_set_that_does_not_grow_gets_no_new_version(out):
+    unbroken(out, 3)
+    before = lance.dataset(str(out)).version
+    unbroken(out, 3)
+    refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
+    assert lance.dataset(str(out)).version == before
+    assert Read(out).layout.finished
+
+
+def test_a_finished_data_set_grows_with_its_input(tmp_path):
+    out = tmp_path / "acts.lance"
+    unbroken(out, 2)
+    unbroken(out, 3, max_tokens=70)
+    assert Read(out).layout.finished
+    unbroken(out, 5)
+    assert same(Read(out), unbroken(tmp_path / "whole.lance", 5))
+
+
+def killed_before_the_note(out, monkeypatch):
+    """Reach the number of tokens, but not the note of it."""
+
+    def dies(*_, finished):
+        if finished:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actctx._target.Target.note_finished", dies)
+        with pytest.raises(KeyboardInterrupt):
+            unbroken(out, 3, max_tokens=70)
+    assert (len(Read(out)), Read(out).layout.finished) == (70, False)
+
+
+def test_what_has_all_its_tokens_is_finished_later(out, monkeypatch):
+    killed_before_the_note(out, monkeypatch)
+    unbroken(out, 3, max_tokens=70)
+    assert Read(out).layout.finished
+
+
+def test_what_has_all_its_tokens_refuses_another_input(out, monkeypatch):
+    killed_before_the_note(out, monkeypatch)
+    options = {"drop": {"position": [0]}, "max_tokens": 70}
+    message = refusal(DataError, bridge(), batches(6)[3:], [RESID, Z], out, **options)
+    assert message.startswith("the rows on disk came from another input: row 0 is token ")
+
+
+def test_fewer_tokens_than_there_are_rows_are_refused(out):
+    unbroken(out, 3)
+    options = {"drop": {"position": [0]}, "max_tokens": 70}
+    assert refusal(DataError, bridge(), batches(3), [RESID, Z], out, **options) == (
+        f"'{out}' has 90 rows, more than max_tokens=70; give max_tokens=90 or more, or another path"
+    )
+
+
 def test_another_input_is_refused(out):
     unbroken(out, 3)
     other = batches(3)
@@ -284,6 +339,61 @@ def test_a_change_of_one_weight_is_refused(out):
     assert message.startswith(
         f"cannot go on with '{out}': its model's fingerprint is '{was}', not '"
     )
+
+
+class Named:
+    """A tokenizer, of which only the name is looked at."""
+
+    def __init__(self, name):
+        self.name_or_path = name
+
+
+def test_the_same_weights_and_tokens_from_another_path_go_on(out):
+    for count, path in ((3, "gpt2"), (4, "/models/gpt2")):
+        model = huggingface("LlamaForCausalLM")
+        model.config._name_or_path = path
+        site = {"resid": "blocks.0.hook_resid_post"}
+        done = extract(model, batches(count), site, out, tokenizer=Named(path))
+    assert done.rows == 4 * 35
+    assert Read(out).layout.model["name"] == "gpt2"
+    assert Read(out).layout.input["tokenizer"] == "gpt2"
+
+
+def test_a_compiled_model_goes_on_where_it_was_not_compiled(out):
+    site = {"resid": "blocks.0.hook_resid_post"}
+    extract(huggingface("LlamaForCausalLM"), batches(3), site, out)
+    compiled = torch.compile(huggingface("LlamaForCausalLM"), backend="eager")
+    done = extract(compiled, batches(4), site, out)
+    assert done.new_rows == 35
+
+
+def test_parts_that_are_compiled_leave_the_fingerprint(mlp):
+    before = describe_model(mlp)
+    mlp.block = torch.compile(mlp.block, backend="eager")
+    assert describe_model(mlp) == before
+    assert describe_model(torch.compile(mlp, backend="eager")) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("offset", [1, 2, 3, 4])
+def test_where_weights_lie_leaves_the_fingerprint(dtype, offset):
+    model = torch.nn.Linear(4, 2).to(dtype)
+    moved = torch.nn.Linear(4, 2)
+    for name, weights in model.named_parameters():
+        lies = torch.empty(weights.numel() + offset, dtype=dtype)
+        lies[offset:] = weights.detach().flatten()
+        setattr(moved, name, torch.nn.Parameter(lies[offset:].view_as(weights)))
+    assert describe_model(moved) == describe_model(model)
+
+
+def test_other_axes_are_refused(out, mlp):
+    extract(mlp, batches(2), Site("block", axes="batch pos d"), out)
+    site = Site("block", axes="batch pos neuron")
+    assert refusal(DataError, mlp, batches(3), site, out) == (
+        f"cannot go on with '{out}': its list of axes of 'block' is ['d'], not ['neuron']; give "
+        "the same, or another path"
+    )
+    assert Read(out).layout.finished
 
 
 @pytest.mark.parametrize(
@@ -360,12 +470,76 @@ def test_a_directory_of_other_things_is_refused(out):
     assert [each.name for each in out.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", "._acts.lance"])
+def test_what_file_managers_leave_does_not_matter(out, name):
+    out.mkdir()
+    (out / name).touch()
+    assert len(unbroken(out, 2)) == 60
+
+
+def test_other_files_in_a_data_set_do_not_matter(out):
+    unbroken(out, 2)
+    (out / "notes.txt").touch()
+    assert len(unbroken(out, 3)) == 90
+    assert (out / "notes.txt").exists()
+
+
+def test_tags_and_branches_of_a_data_set_stay(out):
+    unbroken(out, 2)
+    first = lance.dataset(str(out))
+    first.tags.create("first", first.version)
+    assert len(unbroken(out, 3)) == 90
+    assert lance.dataset(str(out), version="first").count_rows() == 60
+
+
 def test_a_dataset_of_others_is_refused(out):
     import pyarrow as pa
 
     lance.write_dataset(pa.table({"x": [1]}), str(out))
+    there = {each.name for each in out.iterdir()}
     message = refusal(DataError, bridge(), batches(), RESID, out)
     assert message.startswith(f"'{out}' is a Lance dataset, but none of actctx")
+    assert {each.name for each in out.iterdir()} == there
+
+
+def test_who_opened_a_data_set_can_read_it_while_it_grows(out):
+    unbroken(out, 2)
+    opened = lance.dataset(str(out))
+    unbroken(out, 3)
+    unbroken(out, 4)
+    assert lance.dataset(str(out), version=opened.version).to_table().num_rows == 60
+
+
+def test_versions_that_were_replaced_long_ago_are_deleted(out, monkeypatch):
+    unbroken(out, 2)
+    first = lance.dataset(str(out)).version
+    time.sleep(1.1)  # what is about as old as what is kept is kept, too
+    unbroken(out, 3)
+    second = lance.dataset(str(out)).version
+    time.sleep(1.1)
+    monkeypatch.setattr("actctx._target._KEPT", timedelta(seconds=1))
+    unbroken(out, 4)
+    kept = [version["version"] for version in lance.dataset(str(out)).versions()]
+    assert first not in kept
+    assert second in kept
+
+
+def test_rows_are_committed_while_the_input_stalls(out, monkeypatch):
+    monkeypatch.setattr("actctx._writer._COMMIT_SECONDS", 0.2)
+    found = []
+
+    def stalls():
+        yield from batches(3)
+        end = time.monotonic() + 30
+        while time.monotonic() < end and found[-1:] != [90]:
+            time.sleep(0.05)
+            if [*out.glob("_versions/*.manifest")]:
+                found.append(lance.dataset(str(out)).count_rows())
+        yield from batches(4)[3:]
+
+    extract(bridge(), stalls(), [RESID, Z], out, drop={"position": [0]})
+    assert found[-1] == 90
+    assert len(Read(out)) == 120
 
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path):

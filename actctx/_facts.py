@@ -1,0 +1,157 @@
+"""What an extraction has to have in common with a data set that it goes on with, or adds to.
+
+# NOTE [What is not compared]
+The names of the model and of the tokenizer are noted, but the same weights and the same texts come
+from many paths: the fingerprint and the tokens on disk tell whether they are others.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from actctx._errors import DataError
+from actctx._layout import Layout, StoredSite, column_name
+from actctx._table import dtype_name
+from actctx._target import Target
+from actctx._watched import WatchedSite
+
+_NAMES = {"name", "tokenizer"}
+
+Fact: TypeAlias = tuple[str, Any, Any]
+"""What it is called, what it was, and what it is now."""
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is known of an extraction before any forward.
+
+    Attributes:
+        layout: What its data set says about itself, but for the sites.
+        sites: What is captured.
+        slices: What is selected from each site, by name.
+
+    """
+
+    layout: Layout
+    sites: Sequence[WatchedSite]
+    slices: Mapping[str, str]
+
+    def names(self, there: Iterable[str]) -> list[str]:
+        """Name the sites, where some are on disk: a pattern's count as far as they are there."""
+        return [site.key for site in self.sites if site.exact or site.key in there]
+
+    def check(self, target: Target, *, resume: bool, otherwise: str = "another path") -> None:
+        """Hold what is known before any forward against the data set that is there.
+
+        Args:
+            target: Where the data set is.
+            resume: Whether it may be gone on with.
+            otherwise: What else can be done.
+
+        Raises:
+            DataError: It is another, or it is not to be gone on with.
+
+        """
+        layout = target.layout
+        if layout is None:
+            return
+        if not resume:
+            raise DataError(
+                f"'{target.path}' exists; give resume=True to go on with it, or {otherwise}"
+            )
+        stored = [site.name for site in layout.sites]
+        facts = [
+            *self._of_model(layout),
+            ("list of sites", stored, self.names(stored)),
+            *self._of_sites(layout),
+            *self._of_rows(layout),
+        ]
+        _compare(f"cannot go on with '{target.path}'", facts, otherwise)
+        if more := layout.unlisted(target.schema):
+            raise DataError(
+                f"cannot go on with '{target.path}': it has a column {more[0]!r} that extract() "
+                "did not write, so new rows would have nothing in it; drop it, with "
+                f"lance.dataset(path).drop_columns([{more[0]!r}]), or give {otherwise}"
+            )
+
+    def check_rows(self, target: Target) -> None:
+        """Hold what decides which rows there are against a data set that sites are added to.
+
+        Raises:
+            DataError: Its rows came from another model, or were chosen otherwise; or a column has
+                the name that a site's would have.
+
+        """
+        layout = target.layout
+        assert layout is not None  # noqa: S101  as it has rows
+        facts = [*self._of_model(layout), *self._of_rows(layout)]
+        _compare(f"cannot add to '{target.path}'", facts)
+        more = layout.unlisted(target.schema)
+        taken = next((site.key for site in self.sites if column_name(site.key) in more), None)
+        if taken is not None:
+            raise DataError(
+                f"cannot add {taken!r} to '{target.path}': it has a column "
+                f"{column_name(taken)!r} that extract() did not write; drop it, with "
+                f"lance.dataset(path).drop_columns([{column_name(taken)!r}]), or give the site an "
+                "alias, as in {'resid': ...}"
+            )
+
+    def check_added(self, target: Target) -> None:
+        """Hold sites against those of the data set that they were added to.
+
+        Raises:
+            DataError: Those that were added are others.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it has rows
+        _compare(f"cannot add to '{target.path}'", self._of_sites(target.layout))
+
+    def check_sites(self, target: Target, sites: Iterable[StoredSite]) -> None:
+        """Hold what a forward has told of the sites against the data set that is there.
+
+        Raises:
+            DataError: A row of theirs is another.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it is gone on with
+        told = {site.name: site for site in sites}
+        facts = []
+        for was in target.layout.sites:
+            now = told.get(was.name, was)
+            facts += [
+                (f"dtype of {was.name!r}", was.dtype, now.dtype),
+                (f"shape of {was.name!r}", was.shape, now.shape),
+                (f"list of axes of {was.name!r}", [*was.axes], [*now.axes]),
+            ]
+        _compare(f"cannot go on with '{target.path}'", facts)
+
+    def _of_model(self, layout: Layout) -> Iterator[Fact]:
+        for name, was in layout.model.items():
+            if name not in _NAMES:
+                yield f"model's {name}", was, self.layout.model.get(name)
+
+    def _of_sites(self, layout: Layout) -> Iterator[Fact]:
+        stored = {site.name: site for site in layout.sites}
+        for now in self.sites:
+            if now.key not in stored:
+                continue
+            was = stored[now.key]
+            yield f"hook of {was.name!r}", was.hook, now.place.name
+            yield f"slice of {was.name!r}", was.slice, self.slices[was.name]
+            if now.dtype is not None:
+                yield f"dtype of {was.name!r}", was.dtype, dtype_name(now.dtype)
+
+    def _of_rows(self, layout: Layout) -> Iterator[Fact]:
+        yield "kind of row", layout.rows, self.layout.rows
+        yield "list of carried columns", [*layout.carried], [*self.layout.carried]
+        for name, was in layout.input.items():
+            if name not in _NAMES:
+                yield name, was, self.layout.input.get(name)
+
+
+def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
+    for name, was, now in facts:
+        if was != now:
+            raise DataError(
+                f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
+            )
