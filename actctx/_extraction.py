@@ -52,6 +52,7 @@ class Extraction:
 
     Attributes:
         facts: What a data set must have in common with it.
+        cut: The tokens that were cut off the ends of the sequences that ran so far.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.

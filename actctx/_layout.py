@@ -141,12 +141,7 @@ class Layout:
                 "know; upgrade actctx to read it"
             )
         sites = tuple(
-            StoredSite(
-                **{
-                    name: tuple(value) if isinstance(value, list) else value
-                    for name, value in site.items()
-                }
-            )
+            StoredSite(**{name: _hashable(value) for name, value in site.items()})
             for site in found.pop("sites")
             if site["column"] in schema.names
         )
@@ -179,6 +174,10 @@ class Layout:
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""
         return replace(self, finished=finished)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def column_name(name: str) -> str:

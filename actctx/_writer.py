@@ -198,9 +198,10 @@ def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, befo
     values = values.reshape(len(values), -1)  # a row may be one number, without an axis
     at = int((~torch.isfinite(values)).any(1).nonzero()[0])
     found = values[at][~torch.isfinite(values[at])][0]
+    remedy = "finite=False writes it as it is"
+    if values.dtype == torch.float16 and bool(found.isinf()):
+        remedy = f"float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; {remedy}"
     raise DataError(
         f"{name!r} is {float(found)} in row {before + at}: token {int(work.token[at])} of sequence "
-        f"{int(work.sequence[at])}, position {int(work.position[at])}; a cast to float16 makes "
-        "infinite what is beyond 65504, which dtype=torch.bfloat16 holds; finite=False writes it "
-        "as it is"
+        f"{int(work.sequence[at])}, position {int(work.position[at])}; {remedy}"
     )

@@ -491,11 +491,18 @@ def test_what_is_not_finite_is_refused_with_its_row(out, value):
     site = Site("embed", axes="batch pos d")
     ids = torch.tensor([[1, 2, 3], [4, 7, 5]])
     assert refusal(DataError, Poisoned(value), [ids[:1], ids[1:]], site, out) == (
-        f"'embed' is {value} in row 4: token 7 of sequence 1, position 1; a cast to float16 makes "
-        "infinite what is beyond 65504, which dtype=torch.bfloat16 holds; finite=False writes it "
+        f"'embed' is {value} in row 4: token 7 of sequence 1, position 1; finite=False writes it "
         "as it is"
     )
     assert len(Read(out)) == 3
+
+
+@pytest.mark.parametrize(("value", "ends"), [(1e6, True), (float("nan"), False)])
+def test_what_float16_cannot_hold_is_refused_with_what_can(out, value, ends):
+    site = Site("embed", axes="batch pos d")
+    ids = torch.tensor([[4, 7, 5]])
+    message = refusal(DataError, Poisoned(value), [ids], site, out, dtype=torch.float16)
+    assert ("float16 ends at 65504, beyond which dtype=torch.bfloat16 goes" in message) == ends
 
 
 def test_a_row_of_one_number_is_held_against_what_is_finite(out):
