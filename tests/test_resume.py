@@ -510,9 +510,10 @@ def test_who_opened_a_data_set_can_read_it_while_it_grows(out):
     assert lance.dataset(str(out), version=opened.version).to_table().num_rows == 60
 
 
-def test_versions_that_were_replaced_long_ago_are_deleted(out, monkeypatch):
+def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, monkeypatch):
     unbroken(out, 2)
     first = lance.dataset(str(out)).version
+    lance.dataset(str(out)).tags.create("begun", 1)
     time.sleep(1.1)  # what is about as old as what is kept is kept, too
     unbroken(out, 3)
     second = lance.dataset(str(out)).version
@@ -522,6 +523,7 @@ def test_versions_that_were_replaced_long_ago_are_deleted(out, monkeypatch):
     kept = [version["version"] for version in lance.dataset(str(out)).versions()]
     assert first not in kept
     assert second in kept
+    assert lance.dataset(str(out), version="begun").count_rows() == 0
 
 
 def test_rows_are_committed_while_the_input_stalls(out, monkeypatch):
