@@ -10,7 +10,7 @@ from torch import Tensor
 
 from benchmarks._data import ROWS, extract_rows, stopped
 from benchmarks._gather import nothing, resid
-from benchmarks._models import HOOKED, PLAIN, Setup, middle
+from benchmarks._models import HOOKED, PLAIN, Setup
 from benchmarks._ways import Table, Way
 
 BATCHES = 8
@@ -23,8 +23,9 @@ def _runner(model: Any, tokens: Tensor) -> Tensor:
     from datasets import Dataset
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
-    batch, (rows, context) = len(tokens) // BATCHES, tokens.shape
-    nbytes = tokens.numel() * model.cfg.d_model * 4
+    rows, context = tokens.shape
+    batch = max(1, rows // BATCHES)
+    buffer = max(1, rows // batch // BUFFERS) * batch * context * model.cfg.d_model * 4
     with tempfile.TemporaryDirectory() as folder:
         config = CacheActivationsRunnerConfig(
             dataset_path="tokens",
@@ -37,10 +38,9 @@ def _runner(model: Any, tokens: Tensor) -> Tensor:
             new_cached_activations_path=str(Path(folder) / "acts"),
             shuffle=False,
             device=str(tokens.device),
-            buffer_size_gb=(nbytes / BUFFERS + 1) / 1e9,
+            buffer_size_gb=(buffer + 1) / 1e9,
             prepend_bos=False,
             streaming=False,
-            model_kwargs={"stop_at_layer": middle(model) + 1},
         )
         data = Dataset.from_dict({"tokens": tokens.tolist()})
         # It loads models by their names; this one is there already.
