@@ -55,6 +55,7 @@ copybutton_exclude = ".linenos, .gp, .go"
 LINK = re.compile(r"^- \[([^]]*)\]\(([\w./-]+)\.(?:md|ipynb)\)", re.MULTILINE)
 SHORT = {
     "Names | type[Schema]": Names | type[actctx.Schema],
+    "Names": Names,
     "Slice": Slice,
     "Module | Callable | None": ModelOf | None,
     "Activations | Schema": B,
