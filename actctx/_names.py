@@ -1,6 +1,7 @@
 """From the names that a user writes to places in a model."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -241,6 +242,15 @@ def _same_options(first: Site, second: Site) -> bool:
         return first.slice is second.slice
 
 
+def _layers_beside(name: str, listed: list[str]) -> set[int]:
+    """Number the layers that do have what a name asks for of another."""
+    asked = re.match(r"([^\d-]*)-?\d+(\..*)", name)
+    if asked is None:
+        return set()
+    pattern = re.compile(rf"{re.escape(asked[1])}(\d+){re.escape(asked[2])}")
+    return {int(found[1]) for each in listed if (found := pattern.fullmatch(each))}
+
+
 def _unknown_names(unknown: list[str], places: Places) -> str:
     listed = [name for names in places.listed() for name in names]
     hooked = [name for name in unknown if "hook_" in name and not places.hook_points]
@@ -258,6 +268,9 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
     has_hooks = places.hook_points or (hooked and places.translation.points)
     kind = "hook point" if has_hooks else "module"
     hint = f"; closest: {', '.join(map(repr, closest))}" if closest else ""
+    layers = _layers_beside(unknown[0], listed)
+    if layers:
+        hint += f"; it has layers {min(layers)} to {max(layers)}"
     if any(is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"
     if kind == "module" and any("hook_" in name for name in unknown):

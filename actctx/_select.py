@@ -244,9 +244,10 @@ def _dim(site: str, axis: str, axes: Axes | None, sizes: Mapping[str, int]) -> i
     alike = "head" in sizes and sizes["head"] == sizes.get("kv_head")
     if axis == "head" and "kv_head" in axes and alike:
         return axes.index("kv_head")
+    grouped = "'kv_head', which several heads share" if axis == "head" and "kv_head" in axes else ""
     raise AxisError(
-        f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; select along one of "
-        "these, or by position with a tuple"
+        f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; select along "
+        f"{grouped or 'one of these, or by position with a tuple'}"
     )
 
 

@@ -52,6 +52,7 @@ def plot_norms(
         shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
         picture.figure.colorbar(shown, ax=picture, label="mean norm")
         picture.set(xlabel="position", ylabel="layer")
+        _count_in_whole_numbers(picture)
     else:
         ends = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = torch.stack(
@@ -141,6 +142,7 @@ def plot_similarity(
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer", title=name)
+    _count_in_whole_numbers(picture)
     return picture
 
 
@@ -268,6 +270,13 @@ def _figure(*, rows: int, columns: int) -> "Figure":
     figure: Figure = plt.figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns)
     return figure
+
+
+def _count_in_whole_numbers(picture: "Picture") -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    picture.xaxis.set_major_locator(MaxNLocator(integer=True))
+    picture.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _name_positions(picture: "Picture", tokens: Sequence[str] | None) -> None:

@@ -5,7 +5,7 @@ import torch
 from models import Mlp, bridge, huggingface
 from torch import nn
 
-from actctx import HookNameError, OptionError, Site, capture, hook_names
+from actctx import AxisError, HookNameError, OptionError, Site, capture, hook_names
 from actctx._places import matches
 
 RESID = "blocks.1.hook_resid_post"
@@ -203,3 +203,21 @@ def test_modules_of_a_plain_model_are_listed():
 def test_what_is_listed_may_be_chosen_by_a_predicate():
     names = hook_names(huggingface("LlamaForCausalLM"), lambda name: name.endswith("0.mlp"))
     assert names == ["model.layers.0.mlp"]
+
+
+@pytest.mark.parametrize("name", ["blocks.9.hook_resid_post", "blocks.-1.hook_resid_post"])
+def test_a_layer_that_is_not_there_is_told_of_those_that_are(gpt2, llama, name):
+    for model in (gpt2, llama):
+        with pytest.raises(HookNameError, match="; it has layers 0 to 1 "):
+            capture(model, name)
+
+
+def test_a_name_without_a_layer_is_told_of_none(gpt2):
+    with pytest.raises(HookNameError) as refused:
+        capture(gpt2, "blocks.0.hook_resid_pst")
+    assert "layers" not in str(refused.value)
+
+
+def test_heads_of_grouped_queries_are_named(llama):
+    with pytest.raises(AxisError, match="select along 'kv_head', which several heads share"):
+        capture(llama, "blocks.0.attn.hook_k", slice={"head": 0})

@@ -67,6 +67,12 @@ def test_a_pattern_has_a_picture_for_each_head(acts):
     assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("abcdefg")
 
 
+@pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
+def test_layers_and_positions_are_counted_in_whole_numbers(acts, draw):
+    picture = draw(acts)
+    assert all(float(tick).is_integer() for tick in (*picture.get_xticks(), *picture.get_yticks()))
+
+
 def test_a_pattern_of_one_head_is_one_picture():
     model = bridge()
     with capture(model, PATTERN, slice={"head": 1}) as acts:
