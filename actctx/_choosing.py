@@ -123,16 +123,16 @@ def _pooled(work: Work) -> Work:
 
 
 def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, how: str) -> Tensor:
-    """Join the rows of each sequence, in float32: their `"mean"`, or along each axis their `"max"`.
+    """Join the rows of each sequence: their `"mean"`, or along each axis their `"max"`.
 
     Returns:
-        Rows of the same dtype, `row ...`.
+        Rows in float32, `row ...`.
 
     """
     assert work.pooled is not None  # noqa: S101  as rows are pooled
     parts = torch.split(activations.float(), work.pooled.bincount().tolist())
     joined = [part.amax(0) if how == "max" else part.mean(0) for part in parts]
-    return torch.stack(joined).to(activations.dtype)
+    return torch.stack(joined)
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:
@@ -143,16 +143,24 @@ def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:
 
     """
     found: dict[str, list[int]] = {}
+    if drop is not None and not isinstance(drop, Mapping):
+        raise OptionError(
+            f"drop={drop!r} does not say what the numbers are; give a dict, such as "
+            "drop={'position': [0]}"
+        )
     for name, dropped in (drop or {}).items():
         if name not in {"token", "position"}:
             raise OptionError(
                 f"drop names {name!r}; give the ids of a 'token' or the numbers of a 'position' "
                 "to leave out, such as drop={'position': [0]}"
             )
-        numbers = [dropped] if isinstance(dropped, int) else [*dropped]
+        given = dropped.tolist() if hasattr(dropped, "tolist") else dropped
+        numbers = [*given] if isinstance(given, Iterable) else [given]
+        numbers = [each.item() if hasattr(each, "item") else each for each in numbers]
         if not all(type(number) is int and number >= 0 for number in numbers):
             raise OptionError(f"drop has {numbers!r} for {name!r}; give ints from 0 on")
-        found[name] = sorted(numbers)
+        if numbers:
+            found[name] = sorted({*numbers})
     return found
 
 

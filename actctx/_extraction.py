@@ -2,25 +2,28 @@
 
 # NOTE [Memory]
 Beside the model and a forward there are, at most: a few batches of token ids that were read ahead,
+a window of single sequences that are sorted together,
 the rows of `_WAITING` forwards that wait to be written, and what Lance holds of the file that it is
 writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
 """
 
 import math
 import shutil
+import sys
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
-from actctx._errors import DataError, NeverFiredError, OptionError
+from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._facts import Facts
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
@@ -35,6 +38,8 @@ from actctx._writer import Left, Writer, carried_array
 
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
+_RESERVED = {"_rowid", "_rowaddr", "_rowoffset"}
+"""Names that Lance has columns of its own under."""
 _COUNTED_BYTES = 16
 """What a row takes beside its sites: its token, sequence and position."""
 
@@ -82,12 +87,13 @@ class Extraction:
         self.cut = 0
         self._sites = capturing._sites
         self._check_names()
+        self._check_decoders()
         slices = {site.key: _shown(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
             tokens=tokens,
-            dropped_tokens=torch.tensor(drop.get("token", []), dtype=torch.long),
-            dropped_positions=torch.tensor(drop.get("position", []), dtype=torch.long),
+            dropped_tokens=_longs(drop.get("token", [])),
+            dropped_positions=_longs(drop.get("position", [])),
             pools=pool is not None,
         )
         self._layout = Layout(
@@ -111,10 +117,22 @@ class Extraction:
     def _check_names(self) -> None:
         taken = [*COUNTED, *self._reading.carry]
         for name in (*self._reading.carry, *(site.key for site in self._sites)):
-            if taken.count(name) > (name in self._reading.carry):
+            if taken.count(name) > (name in self._reading.carry) or name in _RESERVED:
                 raise OptionError(
-                    f"{name!r} is the name of two columns; give the site an alias, as in "
+                    f"{name!r} is the name of another column; give the site an alias, as in "
                     "{'resid': ...}, or rename what is carried"
+                )
+
+    def _check_decoders(self) -> None:
+        """Refuse sites of a decoder beside an encoder, whose tokens are not those of the rows."""
+        inner = getattr(self._model, "original_model", self._model)
+        if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+            return
+        for site in self._sites:
+            if any(part.startswith("decoder") for part in site.place.name.split(".")):
+                raise OptionError(
+                    f"{site.shown} is of the decoder, but a row is a token of what the encoder is "
+                    "given; capture it by capture(), or extract from the decoder by itself"
                 )
 
     def _tokens_of_all(self) -> tuple[Selector, bool]:
@@ -132,6 +150,8 @@ class Extraction:
             for site in self._sites
             if site.rows is not None
         ]
+        if self._pool is not None:  # what is pooled is cast afterwards
+            self._capturing._sites = [replace(site, dtype=None) for site in self._sites]
         return first.rows.tokens, first.rows.is_one_a_sequence
 
     def run(
@@ -225,7 +245,8 @@ class Extraction:
             raise writer.error
         if target.layout is None:
             raise DataError(
-                "the input leaves no rows: all of its tokens are padding or dropped; keep some"
+                "the input leaves no rows: it has no sequences, or all of its tokens are padding "
+                "or dropped; keep some"
             )
         return target.rows
 
@@ -237,9 +258,13 @@ class Extraction:
             for name, value in batch.given.items()
         }
         self._model(batch.tokens.to(device), **given)
-        left = {name: acts.single(name).firings[0][0] for name in acts}
+        left = self._left(acts)
         if self._pool is not None:
-            left = {name: _pooled(owned, work, self._pool) for name, owned in left.items()}
+            left = {
+                site.key: _pooled(left[site.key], work, self._pool, site.dtype)
+                for site in self._sites
+                if site.key in left
+            }
         self.cut += batch.cut
         if acts.forwards > 1:
             raise DataError(
@@ -247,6 +272,15 @@ class Extraction:
                 "give the module that runs once"
             )
         return Left(work, left)
+
+    def _left(self, acts: Activations) -> dict[str, Owned]:
+        try:
+            return {name: acts.single(name).firings[0][0] for name in acts}
+        except SeveralFiringsError as error:
+            raise SeveralFiringsError(
+                f"{error.args[0].partition(';')[0]}; a row has one of them: give Site(..., "
+                "firing=0) for the first"
+            ) from None
 
     def _begin(self, left: Left, acts: Activations, target: Target, bar: Any) -> None:
         """Settle what a row holds, once a forward has told it, before anything is written."""
@@ -313,7 +347,7 @@ class Extraction:
                 "smaller dtype, fewer sites or tokens, or another disk"
             )
         if not bar.disable:
-            bar.write(f"{plan}, {format_bytes(free)} are free")
+            bar.write(f"{plan}, {format_bytes(free)} are free", file=sys.stderr)
 
     def _stored(self, site: WatchedSite, owned: Owned, acts: Activations) -> StoredSite:
         check_dtype(site.key, owned.value.dtype)
@@ -329,8 +363,13 @@ class Extraction:
         )
 
 
-def _pooled(owned: Owned, work: Work, how: str) -> Owned:
-    return Owned(pool_rows(wait_for(owned), work, how))
+def _pooled(owned: Owned, work: Work, how: str, dtype: torch.dtype | None) -> Owned:
+    whole = wait_for(owned)
+    return Owned(pool_rows(whole, work, how).to(dtype or whole.dtype))
+
+
+def _longs(numbers: list[int]) -> Int64[Tensor, " _"]:
+    return torch.tensor(numbers, dtype=torch.long, device="cpu")
 
 
 def _alike(first: Selector, second: Selector) -> bool:

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from actctx._errors import DataError, OptionError
-from actctx._items import Item, Items, as_tensor, is_batch, is_number, tokens_in
+from actctx._items import MASKS, Item, Items, as_tensor, is_batch, is_number, tokens_in
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
@@ -98,9 +98,16 @@ class Reading:
         if isinstance(data, Tensor) and data.dim() == 2:  # noqa: PLR2004  batch and pos
             data = torch.split(data, self.batch_size)
         if isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
+            remedy = "give a list, such as [data]"
+            if hasattr(data, "num_rows"):  # splits of a Hugging Face dataset
+                remedy = "give one split, such as data['train']"
             raise DataError(
-                f"data is one {type(data).__name__}, not an iterable of inputs; give a list, such "
-                "as [data]"
+                f"data is one {type(data).__name__}, not an iterable of inputs; {remedy}"
+            )
+        if hasattr(data, "iterrows"):
+            raise DataError(
+                "data is a table, of which going through it gives the names of its columns; give "
+                "its rows, data.to_dict('records')"
             )
         items = iter(data)
         head = [*itertools.islice(items, 1)]
@@ -148,8 +155,7 @@ class Reading:
     def _renamed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Give the attention mask under the name that the model has for it."""
         return {
-            str(self.takes_mask) if name == "attention_mask" else name: value
-            for name, value in given.items()
+            str(self.takes_mask) if name in MASKS else name: value for name, value in given.items()
         }
 
     def _sequences(self, items: Iterable[Any]) -> Iterator[Item]:
@@ -157,6 +163,8 @@ class Reading:
         while chunk := [*itertools.islice(read, _AT_ONCE)]:
             for item in self._tokenized(chunk):
                 sequence = item.of_single_tokens()
+                if not self.pack:  # a window of them is held
+                    sequence = sequence.first(self.context)
                 first = first or sequence
                 if sequence.given.keys() != first.given.keys():
                     self._refuse_some(sequence, first)
@@ -182,10 +190,19 @@ class Reading:
 
     def _sorted(self, sequences: Iterator[Item]) -> Iterator[Batch]:
         while window := [*itertools.islice(sequences, _WINDOW * self.batch_size)]:
-            kept = [sequence.first(self.context) for sequence in window if len(sequence.tokens)]
-            kept.sort(key=lambda sequence: len(sequence.tokens), reverse=True)
-            for start in range(0, len(kept), self.batch_size):
-                yield self._padded(kept[start : start + self.batch_size])
+            kept = [sequence for sequence in window if len(sequence.tokens)]
+            kept.sort(key=_length, reverse=True)
+            for together in self._together(kept):
+                for start in range(0, len(together), self.batch_size):
+                    yield self._padded(together[start : start + self.batch_size])
+
+    def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
+        """Divide sequences of which a forward that takes no mask would attend to the padding."""
+        if self.takes_mask is not None:
+            yield sequences
+            return
+        for _, alike in itertools.groupby(sequences, _length):
+            yield [*alike]
 
     def _padded(self, sequences: list[Item]) -> Batch:
         ids = [as_tensor(sequence.tokens) for sequence in sequences]
@@ -256,6 +273,10 @@ class Reading:
                 yield torch.tensor([self.separator])
             yield tokens
             last = int(tokens[-1])
+
+
+def _length(sequence: Item) -> int:
+    return len(sequence.tokens)
 
 
 def _pad(parts: list[Tensor], padding: int = 0) -> Tensor:

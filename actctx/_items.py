@@ -17,6 +17,9 @@ from actctx._errors import DataError
 TOKENS = ("input_ids", "tokens", "text")
 """What a dict may hold its tokens, or its text, under."""
 
+MASKS = ("attention_mask", "one_zero_attention_mask")
+"""What a mask is called, by models and in dicts, which is 1 where tokens are no padding."""
+
 _MOST = 2**63
 
 
@@ -184,8 +187,10 @@ class Items:
             item = {}
         self._check_masks_are_named(item)
         real = kept = None
-        if self.mask is not None and item.get("attention_mask") is not None:
-            real = _as_mask(item, "attention_mask", is_binary=True)
+        is_batch = not isinstance(tokens, str) and tokens.dim() > 1
+        named = next((name for name in MASKS if item.get(name) is not None), None)
+        if named is not None and (self.mask is not None or not is_batch):
+            real = _as_mask(item, named, is_binary=True)
         if self.mask is not None and self.mask != "attention":
             kept = _kept(item, self.mask)
         given = {
@@ -193,13 +198,14 @@ class Items:
             for name, value in item.items()
             if name in self.takes and value is not None
         }
-        if isinstance(tokens, str) or tokens.dim() == 1:
-            given.pop("attention_mask", None)  # it is made where sequences are put together
+        if not is_batch:
+            for name in MASKS:  # one is made where sequences are put together
+                given.pop(name, None)
         return Item(tokens, number, real, kept, given, {}, isinstance(tokens, str))
 
     def _check_masks_are_named(self, item: Mapping[str, Any]) -> None:
         """Refuse a mask that nothing reads, whose padding would leave rows."""
-        if self.mask is None or "attention_mask" in item:
+        if self.mask is None or any(name in item for name in MASKS):
             return
         read = {*self.takes, *self.carry, self.mask, "special_tokens_mask"}
         for name in item:

@@ -8,7 +8,7 @@ from torch import nn
 
 from actctx._errors import OptionError
 from actctx._inputs import Reading
-from actctx._items import TOKENS
+from actctx._items import MASKS, TOKENS
 
 _USUAL = frozenset(
     {
@@ -23,9 +23,6 @@ _USUAL = frozenset(
 
 _NOT_GIVEN = {*TOKENS, "labels"}
 """The tokens, which are given first, and what only a loss needs."""
-
-_MASKS = ("attention_mask", "one_zero_attention_mask")
-"""What models call an attention mask, which is 1 where tokens are no padding."""
 
 _NOT_IN_COLUMNS = "./`"
 
@@ -50,6 +47,11 @@ def reading_of(
     for name, given in (("batch_size", batch_size), ("context", context)):
         if given is not None and (type(given) is not int or given < 1):
             raise OptionError(f"{name}={given!r} is no number of its kind; give a positive int")
+    if tokenizer is not None and not callable(tokenizer):
+        raise OptionError(
+            f"tokenizer={tokenizer!r} is not called with texts; give one that is, such as "
+            "AutoTokenizer.from_pretrained(...)"
+        )
     if mask is not None and not isinstance(mask, str):
         raise OptionError(
             f"mask={mask!r} is no mask of a data set; give 'attention', the name of what holds one "
@@ -70,8 +72,12 @@ def reading_of(
     tokenize = None if using is None else functools.partial(_tokenize, using)
     if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
         tokenize = functools.partial(_to_tokens, model)
-    padding = getattr(using, "pad_token_id", None)
-    takes = taken_by(model)
+    padding: int | None = getattr(using, "pad_token_id", None)
+    taken = taken_by(model)
+    takes = taken | {*MASKS} if taken & {*MASKS} else taken
+    vocabulary = _vocabulary_of(model)
+    if padding is None or not 0 <= padding < (vocabulary or padding + 1):
+        padding = 0  # the mask tells that it is padding
     return Reading(
         tokenize=tokenize,
         batch_size=batch_size,
@@ -81,11 +87,11 @@ def reading_of(
         separator=getattr(using, "eos_token_id", None),
         carry=carry,
         takes=takes,
-        takes_mask=next((name for name in _MASKS if name in takes), None),
+        takes_mask=next((name for name in MASKS if name in taken), None),
         mask=mask,
-        vocabulary=_vocabulary_of(model),
+        vocabulary=vocabulary,
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
-        padding=0 if padding is None else padding,
+        padding=padding,
     )
 
 
@@ -99,9 +105,9 @@ def taken_by(model: Any) -> frozenset[str]:
         within = _within(model)
         if within is not None:
             names |= taken_by(within)
-        elif not names & set(_MASKS):
+        elif not names & {*MASKS}:
             names |= _USUAL
-    return frozenset(names | {"attention_mask"} if names & set(_MASKS) else names)
+    return frozenset(names)
 
 
 def _within(model: Any) -> nn.Module | None:

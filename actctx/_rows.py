@@ -71,7 +71,7 @@ class Chosen:
         self.shape = shape
         places = where[:, 0] * shape[1] + where[:, 1]
         # As many may still be in another order, or some of them several times.
-        is_all = torch.equal(places, torch.arange(shape[0] * shape[1]))
+        is_all = torch.equal(places, torch.arange(shape[0] * shape[1], device="cpu"))
         self._rows = Rows(where, shape[0], is_all=is_all)
 
     def rows(self, site: str, shape: tuple[int, int]) -> Rows:

@@ -8,7 +8,7 @@ from actctx._select import Owned
 
 @runtime_checkable
 class Sink(Protocol):
-    """Where captured tensors go. `Activations` is one; a writer to disk is another."""
+    """Where captured tensors go, as into `Activations`."""
 
     def write(self, forward: Mapping[str, Sequence[Owned]]) -> None:
         """Take what one forward left: for each site that fired, a tensor for each firing."""

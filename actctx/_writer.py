@@ -183,13 +183,21 @@ def carried_array(name: str, work: Work, kind: Any = None) -> Any:
 
     values = work.batch.carried[name]
     try:
-        return pa.array(values, type=kind)
+        found = pa.array(values)
+        if kind is not None and pa.types.is_integer(found.type) and pa.types.is_floating(kind):
+            found = found.cast(kind)  # of ints that a float holds exactly
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
-        expected = "" if kind is None else f" {kind}"
         raise DataError(
-            f"carry names {name!r}, whose values do not make a column{expected}: {error}; give "
-            "ints, floats, bools or strings, of one type throughout"
+            f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
+            "bools or strings, of one type throughout"
         ) from None
+    if kind is not None and found.type != kind:
+        raise DataError(
+            f"carry names {name!r}, whose values were {kind} so far, but are {found.type} in "
+            f"sequence {int(work.batch.sequences[0])} of the input or behind it; give values of "
+            "one type throughout"
+        )
+    return found
 
 
 def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, before: int) -> None:

@@ -2,7 +2,9 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -78,7 +80,7 @@ def extract(
     Rows are committed while the extraction runs. However it ends, what was committed stays, and
     calling it again with the same arguments goes on behind it. The finished data set is the same,
     row for row, as one that was written without a break. One that is finished grows in the same
-    way, where the input has become longer, or `max_tokens` larger.
+    way, where there are more batches behind those it had, or `max_tokens` is larger.
 
     Args:
         model: A TransformerLens model of any generation, or any module.
@@ -115,7 +117,8 @@ def extract(
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
             new lies beside it, in `acts.lance.adding`, and is gone on with, as `resume` says.
-        stop: Whether to end each forward as soon as all sites have fired.
+        stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
+            several times in a forward, a row has the first firing then, if it is the last site.
         progress: Whether a progress bar is shown, on a terminal.
 
     Returns:
@@ -138,6 +141,8 @@ def extract(
     begun = time.monotonic()
     if pool not in {None, "mean", "max"}:
         raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
+    if isinstance(max_tokens, Integral) and not isinstance(max_tokens, bool):
+        max_tokens = int(max_tokens)
     if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
         raise OptionError(f"max_tokens={max_tokens!r} is no number of tokens; give a positive int")
     options = Options(stop=stop, join="batch", grad=False, mask=Chosen(), capacity=None)
@@ -150,7 +155,7 @@ def extract(
         batch_size=batch_size,
         context=context,
         pack=pack,
-        carry=(carry,) if isinstance(carry, str) else tuple(carry),
+        carry=_names_of(carry),
         mask=mask,
     )
     extraction = Extraction(
@@ -170,3 +175,11 @@ def extract(
         return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
     finally:
         target.release()
+
+
+def _names_of(carry: str | Iterable[str]) -> tuple[str, ...]:
+    if isinstance(carry, str):
+        return (carry,)
+    if not isinstance(carry, Iterable):
+        raise OptionError(f"carry={carry!r} names nothing; give a list of names, such as ['label']")
+    return tuple(sorted(carry) if isinstance(carry, AbstractSet) else carry)

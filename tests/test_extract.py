@@ -327,7 +327,8 @@ def test_an_empty_input_is_refused(gpt2, out):
 
 def test_an_input_without_rows_is_refused(gpt2, out):
     assert refusal(DataError, gpt2, tokens(), RESID, out, drop={"position": range(7)}) == (
-        "the input leaves no rows: all of its tokens are padding or dropped; keep some"
+        "the input leaves no rows: it has no sequences, or all of its tokens are padding or "
+        "dropped; keep some"
     )
 
 
@@ -381,7 +382,7 @@ def test_a_sequence_without_the_position_is_refused(gpt2, out):
 
 def test_names_of_columns_are_not_taken_twice(gpt2, out):
     assert refusal(OptionError, gpt2, tokens(), {"token": RESID}, out) == (
-        "'token' is the name of two columns; give the site an alias, as in {'resid': ...}, or "
+        "'token' is the name of another column; give the site an alias, as in {'resid': ...}, or "
         "rename what is carried"
     )
 

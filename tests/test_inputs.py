@@ -4,12 +4,19 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import bridge, huggingface, plainly_hooked, tokens
+from models import HAS_T5, Mlp, bridge, huggingface, plainly_hooked, tokens
 from test_extract import RESID, Read, refusal, resid, sequences
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from actctx import ActctxError, DataError, OptionError, SelectionError, Site
+from actctx import (
+    ActctxError,
+    DataError,
+    OptionError,
+    SelectionError,
+    SeveralFiringsError,
+    Site,
+)
 from actctx.extract import extract
 
 BLOCK = Site("block", axes="batch pos d")
@@ -323,6 +330,107 @@ def test_token_ids_are_joined_as_they_are(mlp, out):
     assert Read(out)["token"] == torch.cat(sequences()).tolist()
 
 
+@pytest.mark.parametrize(
+    ("first", "then", "wanted"),
+    [([1, 2], [0.5, 2.5], None), ([0.5, 2.5], [1, 2], [0.5, 2.5, 1, 2])],
+)
+def test_numbers_that_are_carried_stay_what_they_are(mlp, out, first, then, wanted):
+    batches = [{"input_ids": tokens(2, 1), "n": numbers} for numbers in (first, then)]
+    if wanted is None:
+        assert refusal(DataError, mlp, batches, BLOCK, out, carry=["n"]) == (
+            "carry names 'n', whose values were int64 so far, but are double in sequence 2 of the "
+            "input or behind it; give values of one type throughout"
+        )
+    else:
+        extract(mlp, batches, BLOCK, out, carry={"n"})
+        assert Read(out)["n"] == wanted
+
+
+class Attending(nn.Module):
+    """Mixes all positions, and takes a mask under a name, or none."""
+
+    def __init__(self, name=None):
+        super().__init__()
+        self.name = name
+        self.block = nn.Embedding(50, 8)
+
+    def mixed(self, ids, mask):
+        weights = torch.ones_like(ids) if mask is None else mask
+        found = self.block(ids) * weights[..., None]
+        return found.sum(1, keepdim=True).expand(-1, ids.shape[1], -1)
+
+
+class Blind(Attending):
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Identity()
+
+    def forward(self, ids):
+        return self.out(self.mixed(ids, None))
+
+
+class Masked(Blind):
+    def forward(self, ids, one_zero_attention_mask=None):
+        return self.out(self.mixed(ids, one_zero_attention_mask))
+
+
+MIXED = Site("out", axes="batch pos d")
+
+
+@pytest.mark.parametrize("model", [Blind(), Masked()])
+def test_no_sequence_sees_the_padding_of_another(out, model):
+    extract(model, [[1, 2, 3], [4, 5], [6, 7, 8]], MIXED, out)
+    read = Read(out)
+    for number, ids in enumerate(([1, 2, 3], [4, 5], [6, 7, 8])):
+        rows = torch.tensor(read["sequence"]) == number
+        with torch.no_grad():
+            wanted = model(torch.tensor([ids]))[0]
+        torch.testing.assert_close(read["out"][rows], wanted)
+
+
+@pytest.mark.parametrize("mask", ["attention", None])
+def test_padding_of_single_sequences_is_left_out_whatever_the_mask(out, mask):
+    row = {"input_ids": [1, 2, 0, 0], "attention_mask": [1, 1, 0, 0]}
+    model = Masked()
+    extract(model, [row], MIXED, out, mask=mask)
+    with torch.no_grad():
+        assert torch.equal(Read(out)["out"], model(torch.tensor([[1, 2]]))[0])
+
+
+def test_a_mask_of_transformer_lens_leaves_padding_out(out):
+    batch = {"input_ids": tokens(2, 3), "one_zero_attention_mask": [[1, 1, 0], [1, 1, 1]]}
+    extract(Masked(), [batch], MIXED, out)
+    assert Read(out)["position"] == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.skipif(not HAS_T5, reason="its bridge does not run")
+@pytest.mark.parametrize("build", [huggingface, bridge])
+def test_tokens_of_an_encoder_are_no_rows_of_its_decoder(out, build):
+    model = build("T5ForConditionalGeneration")
+    decoder = next(name for name, _ in model.named_modules() if name.startswith("decoder"))
+    message = refusal(OptionError, model, tokens(2), Site(decoder, axes="batch pos d"), out)
+    assert message.endswith(
+        "is of the decoder, but a row is a token of what the encoder is given; capture it by "
+        "capture(), or extract from the decoder by itself"
+    )
+
+
+def test_a_site_that_fires_several_times_is_asked_for_its_firing(out):
+    model = Mlp(twice=True)
+    sites = [BLOCK, Site("head", axes="batch pos d")]
+    message = refusal(SeveralFiringsError, model, tokens(2), sites, out)
+    assert message.endswith("a row has one of them: give Site(..., firing=0) for the first")
+    sites[0] = Site("block", axes="batch pos d", firing=0)
+    assert extract(model, tokens(2), sites, out).rows == 14
+
+
+def test_padding_that_the_model_does_not_know_is_filled_with_what_it_does(gpt2, out):
+    words = Words()
+    words.pad_token_id = 50
+    extract(gpt2, ["1 2 3", "4"], RESID, out, tokenizer=words)
+    assert Read(out)["token"] == [1, 2, 3, 4]
+
+
 # Which rows.
 
 
@@ -360,11 +468,17 @@ def test_pooled_rows_are_counted_and_gone_on_with(gpt2, out):
     assert Read(out)["sequence"] == Read(whole)["sequence"]
 
 
-def test_a_pooled_row_is_that_of_float32_rounded_once(gpt2, out):
-    ids = tokens(1)
-    extract(gpt2, ids, RESID, out, pool="mean", dtype=torch.float16)
-    wanted = resid(gpt2, ids)[0].half().float().mean(0).half()
-    torch.testing.assert_close(Read(out)[RESID][0], wanted, atol=1e-3, rtol=1e-3)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pooled_row_is_that_of_float32_rounded_once(gpt2, out, dtype):
+    ids = tokens(3)
+    extract(gpt2, ids, RESID, out, pool="mean", dtype=dtype)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).mean(1).to(dtype))
+
+
+def test_pooled_rows_of_another_dtype_are_not_gone_on_with(gpt2, out):
+    extract(gpt2, tokens(3), RESID, out, pool="mean", max_tokens=2)
+    message = refusal(DataError, gpt2, tokens(3), RESID, out, pool="mean", dtype=torch.float16)
+    assert f"its dtype of '{RESID}' is 'float32', not 'float16'" in message
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -432,6 +546,35 @@ def test_tokens_that_a_model_flattens_are_rows_as_well(out):
     torch.testing.assert_close(Read(out)[name], wanted[:, [0, 3]].flatten(0, 1))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"tokenizer": "gpt2"},
+            "tokenizer='gpt2' is not called with texts; give one that is, such as "
+            "AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            {"drop": [0]},
+            "drop=[0] does not say what the numbers are; give a dict, such as "
+            "drop={'position': [0]}",
+        ),
+        ({"drop": {"position": None}}, "drop has [None] for 'position'; give ints from 0 on"),
+        ({"carry": 5}, "carry=5 names nothing; give a list of names, such as ['label']"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_options_of_another_kind_are_refused(gpt2, out, options, message):
+    assert refusal(OptionError, gpt2, tokens(), RESID, out, **options) == message
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_of_numpy_are_numbers(gpt2, out):
+    options = {"max_tokens": np.int64(4), "drop": {"position": np.array([0]), "token": []}}
+    assert extract(gpt2, tokens(), RESID, out, **options).rows == 4
+    assert Read(out).layout.input["drop"] == {"position": [0]}
+
+
 # What is no input of this model.
 
 
@@ -451,6 +594,17 @@ def test_one_sequence_is_no_input(mlp, out, data):
         "data holds single numbers, as one sequence of token ids does; give a list of sequences, "
         "such as [data]"
     )
+
+
+def test_splits_and_tables_are_no_input(gpt2, out):
+    datasets, pandas = pytest.importorskip("datasets"), pytest.importorskip("pandas")
+    rows = [{"input_ids": [1, 2]}]
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(rows))
+    message = refusal(DataError, gpt2, splits, RESID, out)
+    assert message.endswith("give one split, such as data['train']")
+    message = refusal(DataError, gpt2, pandas.DataFrame(rows), RESID, out)
+    assert message.endswith("give its rows, data.to_dict('records')")
+    extract(gpt2, pandas.DataFrame(rows).to_dict("records"), RESID, out)
 
 
 @pytest.mark.parametrize("batch", [["one", "two"], {"text": ["one", "two"]}])
