@@ -127,7 +127,7 @@ def test_what_a_killed_writer_left_over_is_deleted(out):
 
 def test_a_data_set_that_was_killed_while_it_was_made_is_made_anew(out):
     (out / "_transactions").mkdir(parents=True)
-    (out / "data").mkdir()
+    (out / "writing.lock").touch()
     assert len(unbroken(out, 2)) == 60
 
 
@@ -468,6 +468,42 @@ def test_a_directory_of_other_things_is_refused(out):
         "or remove it"
     )
     assert [each.name for each in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_data_set_within_a_directory_of_other_things_stays_whole(out, lock):
+    inner = out / "data" / "mine.lance"
+    inner.parent.mkdir(parents=True)
+    if lock:
+        (out / "writing.lock").touch()
+    unbroken(inner, 2)
+    before = {each.name for each in inner.rglob("*")}
+    for _ in range(2):
+        assert refusal(DataError, bridge(), batches(), RESID, out) == (
+            f"'{out}' is a directory of other things, and no data set of actctx; give another "
+            "path, or remove it"
+        )
+    assert {each.name for each in inner.rglob("*")} == before
+    assert len(Read(inner)) == 60
+
+
+@pytest.mark.parametrize("name", ["_versions", "_transactions", "_indices"])
+def test_a_directory_without_the_lock_was_not_begun(out, name):
+    (out / name).mkdir(parents=True)
+    message = refusal(DataError, bridge(), batches(), RESID, out)
+    assert message.startswith(f"'{out}' is a directory of other things")
+    assert [each.name for each in out.iterdir()] == [name]
+
+
+def test_what_could_not_be_made_is_made_later(out, monkeypatch):
+    def fails(*_, **__):
+        (out / "_versions").mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lance.write_dataset", fails)
+        refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
+    assert len(unbroken(out, 2)) == 60
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", "._acts.lance"])
