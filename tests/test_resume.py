@@ -397,6 +397,29 @@ def test_other_axes_are_refused(out, mlp):
 
 
 @pytest.mark.parametrize(
+    ("was", "now", "messages"),
+    [
+        ({"io": "in"}, {"io": "out"}, ("in", "out")),
+        ({"firing": 0}, {"firing": 1}, ("out, firing 0", "out, firing 1")),
+        ({}, {"output": 0}, ("out", "out 0")),
+    ],
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, messages, add):
+    first, second = ({"x": Site("block", axes="batch pos d", **each)} for each in (was, now))
+    where, rest = out, "another path"
+    extract(mlp, batches(2), first, out)
+    if add:
+        where, rest = out.with_name("acts.lance.adding"), "delete that directory"
+        out.rename(where)
+        extract(mlp, batches(2), Site("head", axes="batch pos d"), out)
+    assert refusal(DataError, mlp, batches(2), second, out, add=add) == (
+        f"cannot go on with '{where}': its tensor of 'x' (io, output, firing) is {messages[0]!r}, "
+        f"not {messages[1]!r}; give the same, or {rest}"
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "names", "message"),
     [
         ({}, [RESID], f"list of sites is ['{RESID}', '{Z}'], not ['{RESID}']"),
