@@ -9,7 +9,7 @@ beside is renamed, `acts.lance.adding.done`: what is half deleted is not taken f
 Whatever ended in between, the same call goes on: with the data set beside it, or with its deletion.
 """
 
-import shutil
+import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from actctx._errors import DataError, OptionError
 from actctx._extraction import Extraction
 from actctx._facts import Facts
-from actctx._target import Target, found_at
+from actctx._target import Target, delete, found_at
 
 
 def add_sites(
@@ -76,7 +76,8 @@ def add_sites(
     finally:
         staged.release()
         if not staged.rows:
-            shutil.rmtree(staged.path, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                delete(staged.path)
     _clear(whole)
     return whole.rows
 
@@ -100,19 +101,20 @@ def _clear(whole: Target) -> bool:
         raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
     was_added = done.exists()
     if was_added:
-        shutil.rmtree(done)
+        delete(done)
     if not adding.exists():
         return was_added
     staged = Target(adding)
     staged.release()
     if staged.layout is None or not staged.rows:
-        shutil.rmtree(adding, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            delete(adding)
         return was_added
     assert whole.layout is not None  # noqa: S101  as it has rows
     is_done = staged.layout.finished and {*staged.layout.sites} <= {*whole.layout.sites}
     if is_done:
         adding.rename(done)
-        shutil.rmtree(done)
+        delete(done)
     return was_added or is_done
 
 

@@ -24,7 +24,7 @@ from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
-from actctx._facts import Facts
+from actctx._facts import Facts, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
@@ -360,6 +360,7 @@ class Extraction:
             shape=tuple(owned.value.shape[1:]),
             dtype=dtype_name(owned.value.dtype),
             slice=self.facts.slices[site.key],
+            taken=taken_of(site),
         )
 
 

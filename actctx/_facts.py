@@ -137,6 +137,7 @@ class Facts:
                 continue
             was = stored[now.key]
             yield f"hook of {was.name!r}", was.hook, now.place.name
+            yield f"tensor of {was.name!r} (io, output, firing)", was.taken, taken_of(now)
             yield f"slice of {was.name!r}", was.slice, self.slices[was.name]
             if now.dtype is not None:
                 yield f"dtype of {was.name!r}", was.dtype, dtype_name(now.dtype)
@@ -147,6 +148,12 @@ class Facts:
         for name, was in layout.input.items():
             if name not in _NAMES:
                 yield name, was, self.layout.input.get(name)
+
+
+def taken_of(site: WatchedSite) -> str:
+    """Write which tensor of its place a site takes; see `StoredSite`."""
+    output = "" if site.output is None else f" {site.output!r}"
+    return f"{site.io}{output}" + ("" if site.firing is None else f", firing {site.firing}")
 
 
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:

@@ -65,6 +65,8 @@ class StoredSite:
         slice: What was selected along the axes of an activation, as in `token -1, axis 2 [0, 3]`;
             selections that are equal are written alike.
         names: All names that the place answers to in the model.
+        taken: Which tensor of the place: `out` or `in`, the output, the firing, as in
+            `out 1, firing 0`.
 
     """
 
@@ -76,6 +78,7 @@ class StoredSite:
     dtype: str
     slice: str = "None"
     names: tuple[str, ...] = ()
+    taken: str = "out"
 
     @property
     def width(self) -> int:

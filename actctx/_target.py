@@ -2,7 +2,8 @@
 
 # NOTE [The lock]
 It is one of the system's, on a file that stays in the data set's directory: the system lets go of
-it however a process ends.
+it however a process ends. It is made before all else: a directory without one, and without a
+manifest, was not begun here, and nothing in it is touched.
 
 # NOTE [Old versions]
 Whoever opened the data set reads the version of then, whose manifest a later one replaces. So the
@@ -11,6 +12,7 @@ more is written, but for those that somebody tagged.
 """
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -30,8 +32,8 @@ _KEPT = timedelta(hours=1)
 """How long a version can be read after it was replaced, at least."""
 
 _LOCK = "writing.lock"
-_OWN = {"_versions", "_transactions", "_deletions", "_indices", "data", _LOCK}
-"""What a directory holds in which a data set was begun."""
+_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK}
+"""What a directory holds in which a data set was begun: no `data` before there is a manifest."""
 
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave in directories, beside files whose names begin with `._`."""
@@ -66,7 +68,7 @@ class Target:
         try:
             self._is_new = not path.exists()
             path.mkdir(exist_ok=True)
-            self._is_locked_first = not (path / _LOCK).exists()
+            self._before = _names(path)
             self._lock = FileLock(path / _LOCK, timeout=0)
             self._lock.acquire()
         except Timeout:
@@ -175,7 +177,7 @@ class Target:
                 self.closing()
         finally:
             with contextlib.suppress(OSError):  # somebody else may have come, or put something in
-                if self.layout is None and self._is_locked_first:
+                if self.layout is None and _names(self.path) - self._before == {_LOCK}:
                     (self.path / _LOCK).unlink()
             self._lock.release()
             with contextlib.suppress(OSError):
@@ -206,11 +208,31 @@ def found_at(path: Path) -> str:
             return "is a file" if path.exists() else ""
         if _has_manifest(path):
             return ""
-        others = {each.name for each in path.iterdir()} - _OWN - _OF_THE_SYSTEM
+        names = _names(path)
     except OSError as error:
         raise unwritable(path, error) from None
-    is_other = any(not name.startswith("._") for name in others)
-    return "is a directory of other things" if is_other else ""
+    is_begun = _LOCK in names and names <= _OWN
+    return "is a directory of other things" if names and not is_begun else ""
+
+
+def delete(path: Path) -> None:
+    """Delete a data set, in an order by which what is half deleted is still known as one.
+
+    Without a manifest a directory with `data` is taken for one of other things, and so is one
+    without the lock.
+    """
+    if (path / "data").exists():
+        shutil.rmtree(path / "data")
+    for each in path.iterdir():
+        if each.is_dir():
+            shutil.rmtree(each)
+    shutil.rmtree(path)
+
+
+def _names(path: Path) -> set[str]:
+    """Name what a directory holds, but for what file managers leave."""
+    names = {each.name for each in path.iterdir()} - _OF_THE_SYSTEM
+    return {name for name in names if not name.startswith("._")}
 
 
 def _has_manifest(path: Path) -> bool:

@@ -65,7 +65,7 @@ def test_adding_that_broke_goes_on(out, tmp_path):
         "lance.LanceDataset.add_columns",
         "lance.LanceDataset.update_schema_metadata",
         "pathlib.Path.rename",
-        "actctx._adding.shutil.rmtree",
+        "actctx._target.shutil.rmtree",
     ],
 )
 def test_adding_that_ended_between_its_steps_goes_on(out, tmp_path, monkeypatch, where):
@@ -142,7 +142,9 @@ def test_what_was_killed_has_the_sites_or_not_and_goes_on(out, tmp_path, step, w
 
 def test_what_was_killed_while_it_was_deleted_is_done(out, tmp_path):
     extract(bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True)
-    (tmp_path / "acts.lance.adding.done" / "data").mkdir(parents=True)
+    done = tmp_path / "acts.lance.adding.done"
+    (done / "_transactions").mkdir(parents=True)
+    (done / "writing.lock").touch()
     extract(bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True)
     check(out, tmp_path)
 

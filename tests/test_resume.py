@@ -127,7 +127,7 @@ def test_what_a_killed_writer_left_over_is_deleted(out):
 
 def test_a_data_set_that_was_killed_while_it_was_made_is_made_anew(out):
     (out / "_transactions").mkdir(parents=True)
-    (out / "data").mkdir()
+    (out / "writing.lock").touch()
     assert len(unbroken(out, 2)) == 60
 
 
@@ -397,6 +397,29 @@ def test_other_axes_are_refused(out, mlp):
 
 
 @pytest.mark.parametrize(
+    ("was", "now", "messages"),
+    [
+        ({"io": "in"}, {"io": "out"}, ("in", "out")),
+        ({"firing": 0}, {"firing": 1}, ("out, firing 0", "out, firing 1")),
+        ({}, {"output": 0}, ("out", "out 0")),
+    ],
+)
+@pytest.mark.parametrize("add", [False, True])
+def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, messages, add):
+    first, second = ({"x": Site("block", axes="batch pos d", **each)} for each in (was, now))
+    where, rest = out, "another path"
+    extract(mlp, batches(2), first, out)
+    if add:
+        where, rest = out.with_name("acts.lance.adding"), "delete that directory"
+        out.rename(where)
+        extract(mlp, batches(2), Site("head", axes="batch pos d"), out)
+    assert refusal(DataError, mlp, batches(2), second, out, add=add) == (
+        f"cannot go on with '{where}': its tensor of 'x' (io, output, firing) is {messages[0]!r}, "
+        f"not {messages[1]!r}; give the same, or {rest}"
+    )
+
+
+@pytest.mark.parametrize(
     ("options", "names", "message"),
     [
         ({}, [RESID], f"list of sites is ['{RESID}', '{Z}'], not ['{RESID}']"),
@@ -468,6 +491,42 @@ def test_a_directory_of_other_things_is_refused(out):
         "or remove it"
     )
     assert [each.name for each in out.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("lock", [False, True])
+def test_a_data_set_within_a_directory_of_other_things_stays_whole(out, lock):
+    inner = out / "data" / "mine.lance"
+    inner.parent.mkdir(parents=True)
+    if lock:
+        (out / "writing.lock").touch()
+    unbroken(inner, 2)
+    before = {each.name for each in inner.rglob("*")}
+    for _ in range(2):
+        assert refusal(DataError, bridge(), batches(), RESID, out) == (
+            f"'{out}' is a directory of other things, and no data set of actctx; give another "
+            "path, or remove it"
+        )
+    assert {each.name for each in inner.rglob("*")} == before
+    assert len(Read(inner)) == 60
+
+
+@pytest.mark.parametrize("name", ["_versions", "_transactions", "_indices"])
+def test_a_directory_without_the_lock_was_not_begun(out, name):
+    (out / name).mkdir(parents=True)
+    message = refusal(DataError, bridge(), batches(), RESID, out)
+    assert message.startswith(f"'{out}' is a directory of other things")
+    assert [each.name for each in out.iterdir()] == [name]
+
+
+def test_what_could_not_be_made_is_made_later(out, monkeypatch):
+    def fails(*_, **__):
+        (out / "_versions").mkdir()
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lance.write_dataset", fails)
+        refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
+    assert len(unbroken(out, 2)) == 60
 
 
 @pytest.mark.parametrize("name", [".DS_Store", "Thumbs.db", "desktop.ini", "._acts.lance"])
