@@ -405,7 +405,7 @@ def test_other_axes_are_refused(out, mlp):
     ],
 )
 @pytest.mark.parametrize("add", [False, True])
-def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, messages, add):
+def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, messages, add):  # noqa: PLR0917
     first, second = ({"x": Site("block", axes="batch pos d", **each)} for each in (was, now))
     where, rest = out, "another path"
     extract(mlp, batches(2), first, out)
