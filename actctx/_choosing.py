@@ -219,6 +219,16 @@ class Stored(NamedTuple):
 
     token: Int[Tensor, " row"]
     sequence: Int64[Tensor, " row"]
+    position: Int[Tensor, " row"]
+
+    def rows(self, start: int, stop: int | None = None) -> "Stored":
+        """Return some of them."""
+        return Stored(*(each[start:stop] for each in self))
+
+    def shown(self, row: int) -> str:
+        """Say where a row comes from."""
+        token, sequence, position = (int(each[row]) for each in self)
+        return f"token {token} of sequence {sequence}, position {position}"
 
 
 class _Known:
@@ -226,25 +236,23 @@ class _Known:
 
     def __init__(self, stored: Iterator[Stored]) -> None:
         self._stored = stored
-        self._here: Any = Stored(torch.empty(0, dtype=torch.int32), torch.empty(0).long())
+        none = torch.empty(0, dtype=torch.int32)
+        self._here: Any = Stored(none, none.long(), none)
 
     def check(self, work: Work, before: int) -> None:
-        token, sequence = work.token, work.sequence
-        while len(token):
+        rows = Stored(work.token, work.sequence, work.position)
+        while len(rows.token):
             if not len(self._here.token):
                 self._here = next(self._stored)
-            most = min(len(token), len(self._here.token))
-            other = (token[:most] != self._here.token[:most]) | (
-                sequence[:most] != self._here.sequence[:most]
-            )
+            most = min(len(rows.token), len(self._here.token))
+            now, was = rows.rows(0, most), self._here.rows(0, most)
+            other = torch.stack([a != b for a, b in zip(now, was, strict=True)]).any(0)
             if bool(other.any()):
                 at = int(other.nonzero()[0])
                 raise DataError(
-                    f"the rows on disk came from another input: row {before + at} is token "
-                    f"{int(self._here.token[at])} of sequence {int(self._here.sequence[at])} "
-                    f"there, but token {int(token[at])} of sequence {int(sequence[at])} in the "
-                    "input; give the same input in the same order, or another path"
+                    f"the rows on disk came from another input: row {before + at} is "
+                    f"{was.shown(at)} there, but {now.shown(at)} in the input; give the same input "
+                    "in the same order, or another path"
                 )
             before += most
-            token, sequence = token[most:], sequence[most:]
-            self._here = Stored(self._here.token[most:], self._here.sequence[most:])
+            rows, self._here = rows.rows(most), self._here.rows(most)

@@ -84,7 +84,12 @@ class Facts:
         """
         layout = target.layout
         assert layout is not None  # noqa: S101  as it has rows
-        facts = [*self._of_model(layout), *self._of_rows(layout)]
+        was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
+        facts = [
+            *self._of_model(layout),
+            *self._of_rows(layout),
+            ("slice along the tokens", _of_tokens(was), _of_tokens(now)),
+        ]
         _compare(f"cannot add to '{target.path}'", facts)
         more = layout.unlisted(target.schema)
         taken = next((site.key for site in self.sites if column_name(site.key) in more), None)
@@ -154,6 +159,11 @@ def taken_of(site: WatchedSite) -> str:
     """Write which tensor of its place a site takes; see `StoredSite`."""
     output = "" if site.output is None else f" {site.output!r}"
     return f"{site.io}{output}" + ("" if site.firing is None else f", firing {site.firing}")
+
+
+def _of_tokens(shown: str) -> str:
+    """Return what a slice selects along the tokens; see `StoredSite`."""
+    return shown.split(", axis ")[0] if shown.startswith("token ") else ""
 
 
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:

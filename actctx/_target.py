@@ -107,13 +107,12 @@ class Target:
         )
 
     def stored(self) -> Iterator[Stored]:
-        """Read the tokens that are on disk, chunk by chunk."""
+        """Read where the rows on disk come from, chunk by chunk."""
         scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=["token", "sequence"], scan_in_order=True
+            columns=[*Stored._fields], scan_in_order=True
         )
         for batch in scanner.to_batches():
-            token, sequence = (torch.from_numpy(each.to_numpy().copy()) for each in batch.columns)
-            yield Stored(token, sequence)
+            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows.

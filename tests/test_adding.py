@@ -317,3 +317,28 @@ def test_rows_that_are_chosen_otherwise_are_not_added(out):
         f"cannot add to '{out}': its drop is {{'position': [0]}}, not {{}}; give the same, or "
         "another path"
     )
+
+
+def test_rows_of_other_positions_are_not_added(tmp_path):
+    path, same = tmp_path / "one.lance", [torch.full((2, 5), 7)]
+    extract(bridge(), same, RESID, path, slice={"pos": [0]})
+    options = {"slice": {"pos": [4]}, "add": True}
+    assert refusal(DataError, bridge(), same, Z, path, **options) == (
+        f"cannot add to '{path}': its slice along the tokens is 'token [0]', not 'token [4]'; give "
+        "the same, or another path"
+    )
+    extract(bridge(), same, Z, path, slice={"pos": [0], "head": 0}, add=True)
+    assert len(Read(path)[Z]) == 2
+
+
+def test_equal_tokens_at_other_positions_are_another_input(tmp_path):
+    path = tmp_path / "acts.lance"
+    batch = {"input_ids": torch.full((1, 4), 7), "loss": torch.tensor([[1, 1, 0, 0]])}
+    extract(bridge(), [batch], RESID, path, mask="loss")
+    other = {**batch, "loss": torch.tensor([[1, 0, 0, 1]])}
+    message = refusal(DataError, bridge(), [other], Z, path, mask="loss", add=True)
+    assert message == (
+        "the rows on disk came from another input: row 1 is token 7 of sequence 0, position 1 "
+        "there, but token 7 of sequence 0, position 3 in the input; give the same input in the "
+        "same order, or another path"
+    )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import bridge, huggingface, tokens
+from models import Mlp, bridge, huggingface, tokens
 from test_extract import RESID, Read, Z, refusal
 
 from actctx import DataError, Site
@@ -308,9 +308,9 @@ def test_another_input_is_refused(out):
     was = int(batches(3)[2][1, 4])
     message = refusal(DataError, bridge(), other, [RESID, Z], out, drop={"position": [0]})
     assert message == (
-        f"the rows on disk came from another input: row 69 is token {was} of sequence 11 there, "
-        "but token 0 of sequence 11 in the input; give the same input in the same order, or "
-        "another path"
+        f"the rows on disk came from another input: row 69 is token {was} of sequence 11, "
+        "position 4 there, but token 0 of sequence 11, position 4 in the input; give the same "
+        "input in the same order, or another path"
     )
 
 
@@ -400,15 +400,16 @@ def test_other_axes_are_refused(out, mlp):
 
 
 @pytest.mark.parametrize(
-    ("was", "now", "messages"),
+    ("was", "now", "shown"),
     [
-        ({"io": "in"}, {"io": "out"}, ("in", "out")),
-        ({"firing": 0}, {"firing": 1}, ("out, firing 0", "out, firing 1")),
-        ({}, {"output": 0}, ("out", "out 0")),
+        ({"io": "in"}, {"io": "out"}, "'in', not 'out'"),
+        ({"firing": 0}, {"firing": 1}, "'out, firing 0', not 'out, firing 1'"),
+        ({}, {"output": 0}, "'out', not 'out 0'"),
     ],
 )
 @pytest.mark.parametrize("add", [False, True])
-def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, messages, add):  # noqa: PLR0917
+def test_another_tensor_of_the_same_place_is_refused(out, was, now, shown, add):
+    mlp = Mlp()
     first, second = ({"x": Site("block", axes="batch pos d", **each)} for each in (was, now))
     where, rest = out, "another path"
     extract(mlp, batches(2), first, out)
@@ -417,8 +418,8 @@ def test_another_tensor_of_the_same_place_is_refused(out, mlp, was, now, message
         out.rename(where)
         extract(mlp, batches(2), Site("head", axes="batch pos d"), out)
     assert refusal(DataError, mlp, batches(2), second, out, add=add) == (
-        f"cannot go on with '{where}': its tensor of 'x' (io, output, firing) is {messages[0]!r}, "
-        f"not {messages[1]!r}; give the same, or {rest}"
+        f"cannot go on with '{where}': its tensor of 'x' (io, output, firing) is {shown}; "
+        f"give the same, or {rest}"
     )
 
 
