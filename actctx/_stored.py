@@ -14,10 +14,11 @@ from torch import Tensor
 
 from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
-from actctx._layout import StoredSite, as_tensor, import_lance
+from actctx._layout import Layout, StoredSite, as_tensor, import_lance
+from actctx._table import dtype_name
 
 Batch: TypeAlias = dict[str, Any]
-"""A tensor for each column, or a list where it holds no numbers."""
+"""A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
 _SAMPLED = 256  # rows, to tell what strings take
@@ -32,7 +33,7 @@ class StoredRows:
         path: Where the data set is.
         version: Which of its versions is read, whatever is appended later.
         sites: The sites to read, by name.
-        others: The other columns to read, and their dtypes; None for what holds no numbers.
+        others: The other columns to read, and their dtypes; None for what is read into a list.
         matching: The rows that are there, where they are not all.
 
     """
@@ -78,7 +79,7 @@ class StoredRows:
 
     @cached_property
     def memory(self) -> int:
-        """The bytes that a row takes in memory; what holds no numbers is estimated by a sample.
+        """The bytes that a row takes in memory; what lists hold is estimated by a sample.
 
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
@@ -152,11 +153,22 @@ class StoredRows:
         table = self.lance.take(once, columns=columns)
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
-            values = _numbers(table[name]) if dtype is not None else _objects(table[name])
+            values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
             batch[name][place] = values if repeated is None else values[repeated]
         for name, site in self.sites.items():
             tensor = as_tensor(table[site.column], site)
             batch[name][place] = tensor if repeated is None else tensor[repeated]
+
+    def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
+        if table[name].null_count and not dtype.is_floating_point:
+            raise DataError(
+                f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
+                "fill them, with -1 for one, or drop the column"
+            )
+        values = table[name].to_numpy()
+        if dtype == torch.int64:  # also of what has fewer bits, and no sign
+            return torch.from_numpy(values.astype(np.int64))
+        return torch.from_numpy(values.copy())
 
 
 def open_lance(path: str, version: int | None) -> Any:
@@ -188,18 +200,44 @@ def _reason(error: Exception) -> str:
     return str(error).split(", /")[0]
 
 
-def dtype_of(kind: Any) -> torch.dtype | None:
-    """Tell the dtype of a column's tensors, or None for a column that holds no numbers."""
+def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
+    """Tell the dtypes of the columns that are no sites; None for what is read into a list.
+
+    Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
+    integers and booleans with nulls, which only somebody else's columns have: these are looked at.
+    """
+    sites = {site.column for site in layout.sites}
+    fields = {each.name: each for each in lance.schema if each.name not in sites}
+    found = {name: _dtype_of(each.type) for name, each in fields.items()}
+    exact = {
+        name
+        for name in layout.unlisted(lance.schema)
+        if fields[name].nullable and (dtype := found[name]) and not dtype.is_floating_point
+    }
+    return {**found, **dict.fromkeys(_with_nulls(lance, exact))}
+
+
+def _dtype_of(kind: Any) -> torch.dtype | None:
     import pyarrow as pa
 
     types = pa.types
+    if types.is_uint64(kind):
+        return None
+    if types.is_uint16(kind) or types.is_uint32(kind):  # for which torch has no operations
+        return torch.int64
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         return None
     return torch.from_numpy(np.empty(0, dtype=kind.to_pandas_dtype())).dtype
 
 
-def _numbers(column: Any) -> Tensor:
-    return torch.from_numpy(column.to_numpy().copy())
+def _with_nulls(lance: Any, names: set[str]) -> set[str]:
+    """Find out which columns have nulls; each is read until the first."""
+    found = set()
+    for name in names:
+        batches = lance.scanner(columns=[name]).to_batches()
+        if any(batch.column(0).null_count for batch in batches):
+            found.add(name)
+    return found
 
 
 def _objects(column: Any) -> np.ndarray:

@@ -20,7 +20,7 @@ from actctx._interchange import read_saelens, write_saelens
 from actctx._layout import Layout, StoredSite
 from actctx._loader import Loader
 from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtype_of
+from actctx._stored import Batch, StoredRows, dtypes_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -37,6 +37,10 @@ class ActivationDataset(Dataset[Batch]):
     `position`, and what else came with the input, such as labels. A slice, a list or tensor of
     positions, or a boolean mask gives the same for several rows: one tensor a column, or a list
     where it holds no numbers. Tensors are on the CPU, contiguous, and owned by whoever asked.
+
+    Columns that somebody else added are read as well: uint16 and uint32 as int64; uint64 as a list
+    of ints; and where integers or booleans have nulls, a list with None. To tell whether they have
+    any, such columns are read through once, when the data set is opened.
 
     It is a map-style dataset of torch, but `data.loader(...)` reads much faster than a
     `DataLoader` does; the workers of a `DataLoader` have to be spawned, since Lance's threads do
@@ -81,9 +85,7 @@ class ActivationDataset(Dataset[Batch]):
         stored = {site.name: site for site in self.layout.sites}
         chosen = {name: find_site(stored, name) for name in _names(sites, stored)}
         self.sites: Mapping[str, StoredSite] = chosen
-        columns = {site.column for site in self.layout.sites}
-        others = {each.name: dtype_of(each.type) for each in lance.schema}
-        others = {name: dtype for name, dtype in others.items() if name not in columns}
+        others = dtypes_of(lance, self.layout)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
             self._rows.find(where, stored)
@@ -132,7 +134,8 @@ class ActivationDataset(Dataset[Batch]):
         Beside what is returned a few megabytes are needed.
 
         Returns:
-            A tensor with a row for each of the data set's; or a list where it holds no numbers.
+            A tensor with a row for each of the data set's; or a list where it holds no numbers, or
+            integers or booleans with nulls.
 
         Raises:
             NotCapturedError: It has no such site or column.
