@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
+from actctx._file import reason_of
 from actctx._layout import Layout, StoredSite, as_tensor, import_lance
 from actctx._table import dtype_name
 
@@ -90,7 +91,7 @@ class StoredRows:
         rows = np.random.default_rng(0).integers(len(self), size=_SAMPLED)
         if self.matching is not None:
             rows = self.matching[rows]
-        table = self.lance.take(np.unique(rows), columns=names)
+        table = self._take(np.unique(rows), names)
         held = sum(_held(value) for name in names for value in table[name].to_pylist())
         return self.nbytes + held // len(table)
 
@@ -110,9 +111,8 @@ class StoredRows:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
         except (ValueError, OSError) as error:
-            raise OptionError(
-                f"where={where!r} is no condition on rows: {as_users_write(_reason(error), sites)}"
-            ) from None
+            reason = as_users_write(reason_of(error), sites)
+            raise OptionError(f"where={where!r} is no condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 
     def empty(self, rows: int) -> Batch:
@@ -150,7 +150,7 @@ class StoredRows:
             rows = self.matching[rows]
         once, back = np.unique(rows, return_inverse=True)
         columns = [*self.others, *{site.column: None for site in self.sites.values()}]
-        table = self.lance.take(once, columns=columns)
+        table = self._take(once, columns)
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
             values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
@@ -158,6 +158,16 @@ class StoredRows:
         for name, site in self.sites.items():
             tensor = as_tensor(table[site.column], site)
             batch[name][place] = tensor if repeated is None else tensor[repeated]
+
+    def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
+        lance = self.lance
+        try:
+            return lance.take(rows, columns=columns)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
+                "another process may have replaced its files, or write it anew"
+            ) from error
 
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
@@ -188,16 +198,11 @@ def open_lance(path: str, version: int | None) -> Any:
     try:
         return lance.dataset(path, version=version)
     except (ValueError, OSError) as error:
-        raise DataError(_no_data(path, _reason(error))) from None
+        raise DataError(_no_data(path, reason_of(error))) from None
 
 
 def _no_data(path: str, found: str) -> str:
     return f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
-
-
-def _reason(error: Exception) -> str:
-    """Take what an error of Lance says, without the place in Lance's source behind it."""
-    return str(error).split(", /")[0]
 
 
 def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
