@@ -135,7 +135,7 @@ def _runs(
     some = max(1, rows.at_once // context)
     for first in range(0, runs, some):
         count = min(some, runs - first)
-        batch = rows.read(np.arange(first * context, (first + count) * context))
+        batch = rows.read(range(first * context, (first + count) * context))
         columns = [
             _as_arrays(batch[name].to(dtype), field.type, context)
             for (name, dtype), field in zip(dtypes.items(), schema, strict=False)

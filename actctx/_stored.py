@@ -1,7 +1,7 @@
 """The rows of a data set on disk, read into tensors."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -125,13 +125,14 @@ class StoredRows:
             batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         return batch
 
-    def read(self, rows: Int64[np.ndarray, "row"]) -> Batch:
-        """Read rows in any order, also several times, with little more memory than they take."""
+    def read(self, rows: range | Int64[np.ndarray, "row"]) -> Batch:
+        """Read rows in any order, also several times, with little more memory than they take.
+
+        That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
+        """
         batch = self.empty(len(rows))
-        ascending = np.argsort(rows, kind="stable")
-        for start in range(0, len(rows), self.at_once):
-            some = ascending[start : start + self.at_once]
-            self.read_into(batch, some, rows[some])
+        for place, some in _ascending(rows, self.at_once):
+            self.read_into(batch, place, some)
         return {
             name: values if isinstance(values, Tensor) else values.tolist()
             for name, values in batch.items()
@@ -179,6 +180,26 @@ class StoredRows:
         if dtype == torch.int64:  # also of what has fewer bits, and no sign
             return torch.from_numpy(values.astype(np.int64))
         return torch.from_numpy(values.copy())
+
+
+def _ascending(
+    rows: range | Int64[np.ndarray, "row"], at_once: int
+) -> Iterator[tuple[slice | Int64[np.ndarray, "row"], Int64[np.ndarray, "row"]]]:
+    """Give some rows at a time, in ascending order, and their places."""
+    if not isinstance(rows, range):
+        order = np.argsort(rows, kind="stable")
+        for start in range(0, len(rows), at_once):
+            place = order[start : start + at_once]
+            yield place, rows[place]
+        return
+    for start in range(0, len(rows), at_once):
+        end = min(start + at_once, len(rows))
+        some = rows[start:end]
+        numbers = np.arange(some.start, some.stop, some.step)
+        if some.step > 0:
+            yield slice(start, end), numbers
+        else:
+            yield np.arange(start, end)[::-1].copy(), numbers[::-1]
 
 
 def open_lance(path: str, version: int | None) -> Any:

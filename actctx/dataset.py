@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int32
 from torch import Tensor, nn
@@ -98,8 +97,8 @@ class ActivationDataset(Dataset[Batch]):
         """Read a row, or several, into memory.
 
         All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
-        strings and the like take. Beside it a few megabytes are needed. For more rows than memory
-        holds there is `loader`.
+        strings and the like take. Beside it a few megabytes are needed, and for a list, tensor or
+        mask some 16 bytes a row. For more rows than memory holds there is `loader`.
 
         Raises:
             SelectionError: There is no such row, or a mask is of another length.
@@ -141,7 +140,7 @@ class ActivationDataset(Dataset[Batch]):
             NotCapturedError: It has no such site or column.
 
         """
-        return self._only(name).read(np.arange(len(self)))[name]
+        return self._only(name).read(range(len(self)))[name]
 
     def loader(
         self,
