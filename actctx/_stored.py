@@ -206,7 +206,7 @@ def open_lance(path: str, version: int | None) -> Any:
     """Open a Lance dataset.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or its manifest is damaged.
 
     """
     lance = import_lance()
@@ -217,9 +217,31 @@ def open_lance(path: str, version: int | None) -> Any:
             found = "the directory holds none" if local.is_dir() else "it is a file"
         raise DataError(_no_data(path, found))
     try:
-        return lance.dataset(path, version=version)
-    except (ValueError, OSError) as error:
-        raise DataError(_no_data(path, reason_of(error))) from None
+        opened = lance.dataset(path, version=version)
+        _ = opened.schema  # which is read from the manifest as well
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise DataError(_no_data(path, reason_of(error))) from None
+        if type(error).__name__ != "PanicException":  # Lance's, of some damage
+            raise
+        raise DataError(_no_data(path, f"its manifest is damaged ({error})")) from None
+    return opened
+
+
+def layout_of(schema: Any, path: str) -> Layout:
+    """Read what the schema of a data set says.
+
+    Raises:
+        DataError: It was not written by `extract`, or by a later version of it, or is damaged.
+
+    """
+    try:
+        return Layout.of(schema, path)
+    except DataError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"its metadata 'actctx' is damaged ({error})"
+        raise DataError(_no_data(path, reason)) from error
 
 
 def _no_data(path: str, found: str) -> str:

@@ -16,10 +16,10 @@ from actctx._file import check_place, describe, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of
 from actctx._interchange import read_saelens, write_saelens
-from actctx._layout import Layout, StoredSite
+from actctx._layout import StoredSite
 from actctx._loader import Loader
 from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtypes_of
+from actctx._stored import Batch, StoredRows, dtypes_of, layout_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -61,7 +61,8 @@ class ActivationDataset(Dataset[Batch]):
         sites: The sites that are read, by name: `hook`, `axes`, `shape` and `dtype` of each.
 
     Raises:
-        DataError: There is no data set at the path, it is of a later version, or of another model.
+        DataError: There is no data set at the path, or it is damaged, of a later version, or of
+            another model.
         NotCapturedError: It has no such site, or several of the hook.
         OptionError: Lance does not understand the condition, or is not installed.
 
@@ -78,7 +79,7 @@ class ActivationDataset(Dataset[Batch]):
         self.path = fspath(path)
         self.where = where
         lance = StoredRows(self.path).lance
-        self.layout = Layout.of(lance.schema, self.path)
+        self.layout = layout_of(lance.schema, self.path)
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
