@@ -14,7 +14,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._errors import DataError
+from actctx._errors import ActctxError, DataError
 
 
 def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
@@ -42,7 +42,7 @@ def write_safetensors(
     from safetensors.torch import save_file
 
     check_place(path)
-    with written_beside(Path(path)) as partial, _said_of(Path(path), (OSError, SafetensorError)):
+    with written_beside(Path(path), errors=(OSError, SafetensorError)) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
 
 
@@ -79,13 +79,16 @@ def refuse_existing(path: Path) -> None:
 
 
 @contextmanager
-def written_beside(path: Path, *, directory: bool = False) -> Iterator[Path]:
+def written_beside(
+    path: Path, *, directory: bool = False, errors: tuple[type[Exception], ...] = (OSError,)
+) -> Iterator[Path]:
     """Give an empty file or directory to write to, which takes the place of a path at the end.
 
-    It has a name that nothing else has, and is deleted where the block fails.
+    It has a name that nothing else has, and is deleted where the block fails. The block's own
+    errors of these kinds are taken for those of writing; what it reads must raise others.
 
     Raises:
-        DataError: Nothing can be written there.
+        DataError: Nothing can be written there, or not all of it.
 
     """
     partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial")
@@ -95,7 +98,8 @@ def written_beside(path: Path, *, directory: bool = False) -> Iterator[Path]:
                 partial.mkdir(parents=True)
             else:
                 partial.touch(exist_ok=False)
-        yield partial
+        with _said_of(path, errors, "make room there, or give another path"):
+            yield partial
         with _said_of(path):
             partial.replace(path)
     finally:
@@ -107,10 +111,21 @@ def written_beside(path: Path, *, directory: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def _said_of(path: Path, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[None]:
+def _said_of(
+    path: Path,
+    errors: tuple[type[Exception], ...] = (OSError,),
+    remedy: str = "give another path",
+) -> Iterator[None]:
     """Say of errors what could not be written."""
     try:
         yield
+    except ActctxError:  # of which some are errors of the system's kind
+        raise
     except errors as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DataError(f"cannot write to '{path}': {reason}; give another path") from error
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise DataError(f"cannot write to '{path}': {reason}; {remedy}") from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Take what an error of Lance says, without the place in Lance's source behind it."""
+    return str(error).split(", /")[0].removeprefix("LanceError(IO): ")

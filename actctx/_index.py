@@ -29,8 +29,8 @@ def is_int(index: object) -> TypeGuard[SupportsIndex]:
     return True
 
 
-def rows_of(index: Index, rows: int) -> Int64[np.ndarray, "row"]:
-    """Give the numbers of the rows that an index selects of so many.
+def rows_of(index: Index, rows: int) -> range | Int64[np.ndarray, "row"]:
+    """Give the numbers of the rows that an index selects of so many; those of a slice are a range.
 
     Raises:
         SelectionError: There is no such row, or a mask is of another length.
@@ -42,7 +42,7 @@ def rows_of(index: Index, rows: int) -> Int64[np.ndarray, "row"]:
             f"cannot select rows by {index!r}; data.read({index!r}) reads a column of all rows"
         )
     if isinstance(index, slice):
-        return np.arange(rows)[index]
+        return range(*index.indices(rows))
     if is_int(index):
         return _checked(np.array([operator.index(index)]), rows)
     return _checked(_several(index, rows), rows)

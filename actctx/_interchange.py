@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actctx._axes import hook_axes
 from actctx._errors import DataError, OptionError
-from actctx._file import refuse_existing, written_beside
+from actctx._file import reason_of, refuse_existing, written_beside
 from actctx._fingerprint import versions
 from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
 from actctx._stored import StoredRows
@@ -135,7 +135,7 @@ def _runs(
     some = max(1, rows.at_once // context)
     for first in range(0, runs, some):
         count = min(some, runs - first)
-        batch = rows.read(np.arange(first * context, (first + count) * context))
+        batch = rows.read(range(first * context, (first + count) * context))
         columns = [
             _as_arrays(batch[name].to(dtype), field.type, context)
             for (name, dtype), field in zip(dtypes.items(), schema, strict=False)
@@ -160,7 +160,8 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     """Write a data set of SAELens' rows; see `ActivationDataset.from_saelens`."""
     import pyarrow as pa
 
-    lance, datasets = import_lance(), _import_datasets()
+    import_lance()
+    datasets = _import_datasets()
     try:
         cached = datasets.load_from_disk(fspath(path))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
@@ -189,12 +190,52 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     )
     schema = layout.schema(pa.schema([]))
     batches = _batches(cached.with_format("arrow"), layout, schema)
-    reader = pa.RecordBatchReader.from_batches(schema, batches)
     if is_local:
         with written_beside(Path(address), directory=True) as partial:
-            lance.write_dataset(reader, str(partial), mode="create")
-    else:  # an object store, where what has no manifest is no data set
-        lance.write_dataset(reader, address, mode="create")
+            _write(batches, schema, str(partial), path)
+        return
+    try:  # an object store, where what has no manifest is no data set
+        _write(batches, schema, address, path)
+    except DataError:
+        raise
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"cannot write to '{address}': {reason_of(error)}; give another address"
+        ) from error
+
+
+def _write(
+    batches: Iterator["pa.RecordBatch"],
+    schema: "pa.Schema",
+    address: str,
+    source: str | PathLike[str],
+) -> None:
+    """Write a Lance dataset.
+
+    Raises:
+        DataError: The source of the batches cannot be read, which Lance would say as its own.
+
+    """
+    import pyarrow as pa
+
+    failed: list[Exception] = []
+
+    def noted() -> Iterator["pa.RecordBatch"]:
+        try:
+            yield from batches
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    reader = pa.RecordBatchReader.from_batches(schema, noted())
+    try:
+        import_lance().write_dataset(reader, address, mode="create")
+    except (ValueError, OSError):
+        if not failed:
+            raise
+        raise DataError(
+            f"'{source}' cannot be read whole: {failed[0]}; let SAELens cache it anew"
+        ) from failed[0]
 
 
 def _site_of(name: str, kind: Any) -> StoredSite:

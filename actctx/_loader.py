@@ -1,5 +1,6 @@
 """Batches of a data set for training: read ahead in threads, in the order of an epoch."""
 
+import operator
 import reprlib
 import sys
 from collections import deque
@@ -115,7 +116,8 @@ class Loader:
                 or all that it has of the epoch.
 
         Raises:
-            OptionError: It is no such state, or the other loader gave another order.
+            OptionError: It is no such state, or of no such batch, or the other loader gave another
+                order.
 
         """
         if not (
@@ -132,7 +134,13 @@ class Loader:
                     f"the state is of a loader with {name}={state[name]!r}, but this one has "
                     f"{name}={here!r}, which makes another order; make the loader as it was made"
                 )
-        self._move_to(state["epoch"], state["batch"])
+        for name in ("epoch", "batch"):
+            if state[name] < 0:
+                raise OptionError(
+                    f"the state is of {name}={state[name]}, but they count from 0; give what "
+                    "state_dict() returned"
+                )
+        self._move_to(operator.index(state["epoch"]), operator.index(state["batch"]))
         self._resumes = True
 
     def _identity(self) -> dict[str, Any]:

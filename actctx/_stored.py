@@ -1,7 +1,7 @@
 """The rows of a data set on disk, read into tensors."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
-from actctx._layout import StoredSite, as_tensor, import_lance
+from actctx._file import reason_of
+from actctx._layout import Layout, StoredSite, as_tensor, import_lance
+from actctx._table import dtype_name
 
 Batch: TypeAlias = dict[str, Any]
-"""A tensor for each column, or a list where it holds no numbers."""
+"""A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
 _SAMPLED = 256  # rows, to tell what strings take
@@ -32,7 +34,7 @@ class StoredRows:
         path: Where the data set is.
         version: Which of its versions is read, whatever is appended later.
         sites: The sites to read, by name.
-        others: The other columns to read, and their dtypes; None for what holds no numbers.
+        others: The other columns to read, and their dtypes; None for what is read into a list.
         matching: The rows that are there, where they are not all.
 
     """
@@ -78,7 +80,7 @@ class StoredRows:
 
     @cached_property
     def memory(self) -> int:
-        """The bytes that a row takes in memory; what holds no numbers is estimated by a sample.
+        """The bytes that a row takes in memory; what lists hold is estimated by a sample.
 
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
@@ -89,7 +91,7 @@ class StoredRows:
         rows = np.random.default_rng(0).integers(len(self), size=_SAMPLED)
         if self.matching is not None:
             rows = self.matching[rows]
-        table = self.lance.take(np.unique(rows), columns=names)
+        table = self._take(np.unique(rows), names)
         held = sum(_held(value) for name in names for value in table[name].to_pylist())
         return self.nbytes + held // len(table)
 
@@ -109,9 +111,8 @@ class StoredRows:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
         except (ValueError, OSError) as error:
-            raise OptionError(
-                f"where={where!r} is no condition on rows: {as_users_write(_reason(error), sites)}"
-            ) from None
+            reason = as_users_write(reason_of(error), sites)
+            raise OptionError(f"where={where!r} is no condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 
     def empty(self, rows: int) -> Batch:
@@ -124,13 +125,14 @@ class StoredRows:
             batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         return batch
 
-    def read(self, rows: Int64[np.ndarray, "row"]) -> Batch:
-        """Read rows in any order, also several times, with little more memory than they take."""
+    def read(self, rows: range | Int64[np.ndarray, "row"]) -> Batch:
+        """Read rows in any order, also several times, with little more memory than they take.
+
+        That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
+        """
         batch = self.empty(len(rows))
-        ascending = np.argsort(rows, kind="stable")
-        for start in range(0, len(rows), self.at_once):
-            some = ascending[start : start + self.at_once]
-            self.read_into(batch, some, rows[some])
+        for place, some in _ascending(rows, self.at_once):
+            self.read_into(batch, place, some)
         return {
             name: values if isinstance(values, Tensor) else values.tolist()
             for name, values in batch.items()
@@ -149,21 +151,62 @@ class StoredRows:
             rows = self.matching[rows]
         once, back = np.unique(rows, return_inverse=True)
         columns = [*self.others, *{site.column: None for site in self.sites.values()}]
-        table = self.lance.take(once, columns=columns)
+        table = self._take(once, columns)
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
-            values = _numbers(table[name]) if dtype is not None else _objects(table[name])
+            values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
             batch[name][place] = values if repeated is None else values[repeated]
         for name, site in self.sites.items():
             tensor = as_tensor(table[site.column], site)
             batch[name][place] = tensor if repeated is None else tensor[repeated]
+
+    def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
+        lance = self.lance
+        try:
+            return lance.take(rows, columns=columns)
+        except (ValueError, OSError) as error:
+            raise DataError(
+                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
+                "another process may have replaced its files, or write it anew"
+            ) from error
+
+    def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
+        if table[name].null_count and not dtype.is_floating_point:
+            raise DataError(
+                f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
+                "fill them, with -1 for one, or drop the column"
+            )
+        values = table[name].to_numpy()
+        if dtype == torch.int64:  # also of what has fewer bits, and no sign
+            return torch.from_numpy(values.astype(np.int64))
+        return torch.from_numpy(values.copy())
+
+
+def _ascending(
+    rows: range | Int64[np.ndarray, "row"], at_once: int
+) -> Iterator[tuple[slice | Int64[np.ndarray, "row"], Int64[np.ndarray, "row"]]]:
+    """Give some rows at a time, in ascending order, and their places."""
+    if not isinstance(rows, range):
+        order = np.argsort(rows, kind="stable")
+        for start in range(0, len(rows), at_once):
+            place = order[start : start + at_once]
+            yield place, rows[place]
+        return
+    for start in range(0, len(rows), at_once):
+        end = min(start + at_once, len(rows))
+        some = rows[start:end]
+        numbers = np.arange(some.start, some.stop, some.step)
+        if some.step > 0:
+            yield slice(start, end), numbers
+        else:
+            yield np.arange(start, end)[::-1].copy(), numbers[::-1]
 
 
 def open_lance(path: str, version: int | None) -> Any:
     """Open a Lance dataset.
 
     Raises:
-        DataError: There is none.
+        DataError: There is none, or its manifest is damaged.
 
     """
     lance = import_lance()
@@ -174,32 +217,75 @@ def open_lance(path: str, version: int | None) -> Any:
             found = "the directory holds none" if local.is_dir() else "it is a file"
         raise DataError(_no_data(path, found))
     try:
-        return lance.dataset(path, version=version)
-    except (ValueError, OSError) as error:
-        raise DataError(_no_data(path, _reason(error))) from None
+        opened = lance.dataset(path, version=version)
+        _ = opened.schema  # which is read from the manifest as well
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise DataError(_no_data(path, reason_of(error))) from None
+        if type(error).__name__ != "PanicException":  # Lance's, of some damage
+            raise
+        raise DataError(_no_data(path, f"its manifest is damaged ({error})")) from None
+    return opened
+
+
+def layout_of(schema: Any, path: str) -> Layout:
+    """Read what the schema of a data set says.
+
+    Raises:
+        DataError: It was not written by `extract`, or by a later version of it, or is damaged.
+
+    """
+    try:
+        return Layout.of(schema, path)
+    except DataError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        reason = f"its metadata 'actctx' is damaged ({error})"
+        raise DataError(_no_data(path, reason)) from error
 
 
 def _no_data(path: str, found: str) -> str:
     return f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
 
 
-def _reason(error: Exception) -> str:
-    """Take what an error of Lance says, without the place in Lance's source behind it."""
-    return str(error).split(", /")[0]
+def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
+    """Tell the dtypes of the columns that are no sites; None for what is read into a list.
+
+    Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
+    integers and booleans with nulls, which only somebody else's columns have: these are looked at.
+    """
+    sites = {site.column for site in layout.sites}
+    fields = {each.name: each for each in lance.schema if each.name not in sites}
+    found = {name: _dtype_of(each.type) for name, each in fields.items()}
+    exact = {
+        name
+        for name in layout.unlisted(lance.schema)
+        if fields[name].nullable and (dtype := found[name]) and not dtype.is_floating_point
+    }
+    return {**found, **dict.fromkeys(_with_nulls(lance, exact))}
 
 
-def dtype_of(kind: Any) -> torch.dtype | None:
-    """Tell the dtype of a column's tensors, or None for a column that holds no numbers."""
+def _dtype_of(kind: Any) -> torch.dtype | None:
     import pyarrow as pa
 
     types = pa.types
+    if types.is_uint64(kind):
+        return None
+    if types.is_uint16(kind) or types.is_uint32(kind):  # for which torch has no operations
+        return torch.int64
     if not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
         return None
     return torch.from_numpy(np.empty(0, dtype=kind.to_pandas_dtype())).dtype
 
 
-def _numbers(column: Any) -> Tensor:
-    return torch.from_numpy(column.to_numpy().copy())
+def _with_nulls(lance: Any, names: set[str]) -> set[str]:
+    """Find out which columns have nulls; each is read until the first."""
+    found = set()
+    for name in names:
+        batches = lance.scanner(columns=[name]).to_batches()
+        if any(batch.column(0).null_count for batch in batches):
+            found.add(name)
+    return found
 
 
 def _objects(column: Any) -> np.ndarray:

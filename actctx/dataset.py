@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int32
 from torch import Tensor, nn
@@ -17,10 +16,10 @@ from actctx._file import check_place, describe, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of
 from actctx._interchange import read_saelens, write_saelens
-from actctx._layout import Layout, StoredSite
+from actctx._layout import StoredSite
 from actctx._loader import Loader
 from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtype_of
+from actctx._stored import Batch, StoredRows, dtypes_of, layout_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -37,6 +36,10 @@ class ActivationDataset(Dataset[Batch]):
     `position`, and what else came with the input, such as labels. A slice, a list or tensor of
     positions, or a boolean mask gives the same for several rows: one tensor a column, or a list
     where it holds no numbers. Tensors are on the CPU, contiguous, and owned by whoever asked.
+
+    Columns that somebody else added are read as well: uint16 and uint32 as int64; uint64 as a list
+    of ints; and where integers or booleans have nulls, a list with None. To tell whether they have
+    any, such columns are read through once, when the data set is opened.
 
     It is a map-style dataset of torch, but `data.loader(...)` reads much faster than a
     `DataLoader` does; the workers of a `DataLoader` have to be spawned, since Lance's threads do
@@ -58,7 +61,8 @@ class ActivationDataset(Dataset[Batch]):
         sites: The sites that are read, by name: `hook`, `axes`, `shape` and `dtype` of each.
 
     Raises:
-        DataError: There is no data set at the path, it is of a later version, or of another model.
+        DataError: There is no data set at the path, or it is damaged, of a later version, or of
+            another model.
         NotCapturedError: It has no such site, or several of the hook.
         OptionError: Lance does not understand the condition, or is not installed.
 
@@ -75,15 +79,13 @@ class ActivationDataset(Dataset[Batch]):
         self.path = fspath(path)
         self.where = where
         lance = StoredRows(self.path).lance
-        self.layout = Layout.of(lance.schema, self.path)
+        self.layout = layout_of(lance.schema, self.path)
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
         chosen = {name: find_site(stored, name) for name in _names(sites, stored)}
         self.sites: Mapping[str, StoredSite] = chosen
-        columns = {site.column for site in self.layout.sites}
-        others = {each.name: dtype_of(each.type) for each in lance.schema}
-        others = {name: dtype for name, dtype in others.items() if name not in columns}
+        others = dtypes_of(lance, self.layout)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
             self._rows.find(where, stored)
@@ -96,8 +98,8 @@ class ActivationDataset(Dataset[Batch]):
         """Read a row, or several, into memory.
 
         All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
-        strings and the like take. Beside it a few megabytes are needed. For more rows than memory
-        holds there is `loader`.
+        strings and the like take. Beside it a few megabytes are needed, and for a list, tensor or
+        mask some 16 bytes a row. For more rows than memory holds there is `loader`.
 
         Raises:
             SelectionError: There is no such row, or a mask is of another length.
@@ -132,13 +134,14 @@ class ActivationDataset(Dataset[Batch]):
         Beside what is returned a few megabytes are needed.
 
         Returns:
-            A tensor with a row for each of the data set's; or a list where it holds no numbers.
+            A tensor with a row for each of the data set's; or a list where it holds no numbers, or
+            integers or booleans with nulls.
 
         Raises:
             NotCapturedError: It has no such site or column.
 
         """
-        return self._only(name).read(np.arange(len(self)))[name]
+        return self._only(name).read(range(len(self)))[name]
 
     def loader(
         self,

@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,24 @@ def test_reading_a_site_takes_little_more_memory_than_it_has(tmp_path):
     assert more * unit < 2**20 * 96
 
 
+def test_ranges_of_rows_are_not_written_out_to_be_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("actctx._stored._READ_BYTES", 2**14)
+    rows = 2**17
+    data = ActivationDataset(write(tmp_path / "a.lance", rows), sites=[])
+    expected = tokens(torch.arange(rows))
+    for read, found in (
+        (lambda: data[:10]["token"], expected[:10]),
+        (lambda: data[5000::-7]["token"], expected[:5001].flip(0)[::7]),
+        (lambda: data.tokens, expected),
+    ):
+        read()
+        tracemalloc.start()  # which sees NumPy's memory, and not torch's
+        assert torch.equal(read(), found)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < rows * 4
+
+
 def test_the_model_that_it_came_from_is_accepted(tmp_path, mlp):
     path = write(tmp_path / "a.lance", 4, model=describe_model(mlp))
     ActivationDataset(path, model=mlp).check(mlp)
@@ -379,53 +398,3 @@ def test_what_cannot_be_read_is_said(data, read, error, message):
     with pytest.raises(error) as caught:
         read(data)
     assert str(caught.value) == message
-
-
-def test_a_condition_that_lance_does_not_understand_is_refused(data):
-    with pytest.raises(OptionError) as caught:
-        ActivationDataset(data.path, where="positon > 0")
-    message = str(caught.value)
-    assert message.startswith("where='positon > 0' is no condition on rows: ")
-    assert "No field named positon" in message
-    assert "/rust/" not in message
-
-
-CONDITIONS = [
-    (
-        f"{Z}[1] > 5",
-        f"where='{Z}[1] > 5' names {Z!r} without backticks, which names with dots need; write "
-        f"`{Z}`",
-    ),
-    (
-        "`blocks/0/attn/hook_z`[1] > 5",
-        "where='`blocks/0/attn/hook_z`[1] > 5' is no condition on rows: the data set has no "
-        f"'blocks/0/attn/hook_z'; closest: {Z!r}; it holds {RESID!r}, {Z!r}, 'token', "
-        "'sequence', 'position', 'label', 'text'",
-    ),
-]
-
-
-@pytest.mark.parametrize(("where", "message"), CONDITIONS)
-def test_a_condition_that_names_a_site_in_another_way_is_refused(data, where, message):
-    with pytest.raises(OptionError) as caught:
-        ActivationDataset(data.path, sites=RESID, where=where)
-    assert str(caught.value) == message
-
-
-def test_what_lance_says_of_a_condition_has_the_names_of_sites(data):
-    for where in ("nothing_alike > 0", f"`{Z}` = 'x'"):
-        with pytest.raises(OptionError) as caught:
-            ActivationDataset(data.path, sites=RESID, where=where)
-        assert "blocks/0" not in str(caught.value)
-        assert f"`{Z}`" in str(caught.value)
-
-
-@pytest.mark.usefixtures("unchecked")
-def test_a_condition_is_a_string(data):
-    with pytest.raises(OptionError) as caught:
-        ActivationDataset(data.path, where=5)
-    assert str(caught.value) == (
-        "where=5 is no condition; give a string, as in SQL, such as 'position > 0'"
-    )
-    with pytest.raises(OptionError, match=r"^where=<function .* is no condition"):
-        ActivationDataset(data.path, where=lambda row: row)

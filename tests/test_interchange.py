@@ -1,6 +1,7 @@
 """Data sets to and from what other libraries read."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -94,9 +95,53 @@ def test_what_saelens_cannot_be_given_whole_leaves_nothing(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", ROWS), sites=Z)
     for file in (tmp_path / "a.lance" / "data").iterdir():
         file.write_bytes(b"")
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it anew$"):
         data.to_saelens(tmp_path / "out" / "cached", context=10)
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["cached.partial"]
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+
+from actctx import DataError
+from actctx.dataset import ActivationDataset
+
+folder = Path(sys.argv[1])
+data = ActivationDataset(folder / "a.lance", sites=sys.argv[2])
+data.to_saelens(folder / "cached", context=16)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+_, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, most))
+for write in (
+    lambda: data.to_saelens(folder / "full", context=16),
+    lambda: ActivationDataset.from_saelens(folder / "cached", folder / "full"),
+    lambda: data.to_safetensors(folder / "full"),
+):
+    try:
+        write()
+    except DataError as error:
+        print(str(error).replace(str(folder), ""))
+"""
+
+
+def test_a_disk_that_is_full_is_said(tmp_path):
+    pytest.importorskip("datasets")
+    pytest.importorskip("resource", reason="only Unix limits the size of files")
+    write(tmp_path / "a.lance", 2**14)
+    run = [sys.executable, "-c", FULL, str(tmp_path), Z]
+    said = subprocess.run(run, capture_output=True, text=True, check=True).stdout.splitlines()
+    for line, reason in zip(
+        said,
+        (
+            "File too large",
+            "File too large (os error 27)",
+            "Error while serializing: I/O error: File too large (os error 27)",
+        ),
+        strict=True,
+    ):
+        assert line == f"cannot write to '/full': {reason}; make room there, or give another path"
+    assert {each.name for each in tmp_path.iterdir()} == {"a.lance", "cached"}
 
 
 def test_a_filter_leaves_its_rows_to_saelens(path, tmp_path):
@@ -145,7 +190,7 @@ def test_what_cannot_be_read_whole_from_saelens_leaves_nothing(tmp_path):
     ids[-1][0] = 2**40  # is no int32, as is found behind the first of the batches
     rows = {RESID: [[[0.0, 1.0]] * context] * runs, "token_ids": ids}
     datasets.Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / "cached")
-    with pytest.raises((OSError, ValueError)):
+    with pytest.raises(DataError, match=r"^'.*cached' cannot be read whole: Integer value 1099511"):
         ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
     assert [each.name for each in tmp_path.iterdir()] == ["cached"]
 

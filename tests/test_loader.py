@@ -352,6 +352,18 @@ def test_what_is_no_state_is_refused(data, state, shown):
     )
 
 
+@pytest.mark.parametrize("name", ["epoch", "batch"])
+def test_a_state_counts_from_0(data, name):
+    loader = data.loader(64)
+    state = loader.state_dict()
+    with pytest.raises(OptionError) as caught:
+        loader.load_state_dict({**state, name: -3})
+    assert str(caught.value) == (
+        f"the state is of {name}=-3, but they count from 0; give what state_dict() returned"
+    )
+    assert loader.state_dict() == state
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_numbers_may_be_of_numpy(data):
     loader = data.loader(np.int64(64), seed=np.int32(3), rank=np.int64(1), world_size=np.int64(2))
