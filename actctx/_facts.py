@@ -163,7 +163,7 @@ def taken_of(site: WatchedSite) -> str:
 
 def _of_tokens(shown: str) -> str:
     """Return what a slice selects along the tokens; see `StoredSite`."""
-    return shown.split(", axis ")[0] if shown.startswith("token ") else ""
+    return shown.split(", axis ", maxsplit=1)[0] if shown.startswith("token ") else ""
 
 
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
