@@ -60,9 +60,11 @@ class Facts:
                 f"'{target.path}' exists; give resume=True to go on with it, or {otherwise}"
             )
         stored = [site.name for site in layout.sites]
+        asked = self.names(stored)
         facts = [
             *self._of_model(layout),
-            ("list of sites", stored, self.names(stored)),
+            # what was added is behind the others, wherever a pattern has it
+            ("list of sites", stored, stored if sorted(asked) == sorted(stored) else asked),
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]
@@ -163,7 +165,7 @@ def taken_of(site: WatchedSite) -> str:
 
 def _of_tokens(shown: str) -> str:
     """Return what a slice selects along the tokens; see `StoredSite`."""
-    return shown.split(", axis ")[0] if shown.startswith("token ") else ""
+    return shown.split(", axis ", maxsplit=1)[0] if shown.startswith("token ") else ""
 
 
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
