@@ -18,6 +18,7 @@ from test_extract import RESID, Read, Z, refusal
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
 from actctx._target import look_at
+from actctx._writer import commit_seconds
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -646,6 +647,11 @@ def test_rows_are_committed_while_the_input_stalls(out, monkeypatch):
     extract(bridge(), stalls(), [RESID, Z], out, drop={"position": [0]})
     assert found[-1] == 90
     assert len(Read(out)) == 120
+
+
+@pytest.mark.parametrize(("elapsed", "wanted"), [(0.0, 60.0), (6e3, 60.0), (6e5, 6e3)])
+def test_commits_are_fewer_the_longer_it_takes(elapsed, wanted):
+    assert commit_seconds(elapsed) == wanted
 
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path):
