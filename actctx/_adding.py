@@ -129,7 +129,7 @@ def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
         return
     half = [site.name for site in staged.layout.sites]
     asked = facts.names(half)
-    if half != asked:
+    if sorted(half) != sorted(asked):
         raise DataError(
             f"'{staged.path}' holds a half-done addition of {half}, not of {asked}; finish it "
             "first, with the sites that it has, or delete that directory"

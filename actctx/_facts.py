@@ -60,9 +60,11 @@ class Facts:
                 f"'{target.path}' exists; give resume=True to go on with it, or {otherwise}"
             )
         stored = [site.name for site in layout.sites]
+        asked = self.names(stored)
         facts = [
             *self._of_model(layout),
-            ("list of sites", stored, self.names(stored)),
+            # what was added is behind the others, wherever a pattern has it
+            ("list of sites", stored, stored if sorted(asked) == sorted(stored) else asked),
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]

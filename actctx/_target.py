@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -46,7 +46,8 @@ class Target:
         path: Where the data set is, or is to be.
 
     Attributes:
-        layout: What the data set says about itself; None where there is none yet.
+        layout: What the data set says about itself; None where there is none yet, or one without
+            rows, as where the first commit failed: that fixes nothing, and is made anew.
         rows: The number of rows that it has; whoever writes counts on.
         closing: What waits until all is written that was handed over.
 
@@ -82,29 +83,45 @@ class Target:
         self.rows = 0
         self.schema: pa.Schema = None
         self.closing: Callable[[], None] | None = None
+        self._is_empty = False
         if _has_manifest(path):
             self._open()
 
     def _open(self) -> None:
         try:
-            dataset = self._lance.dataset(str(self.path))
-            self.layout = Layout.of(dataset.schema, self.path)
-            self.schema = dataset.schema
-            self.rows = dataset.count_rows()
+            dataset = self._opened()
+            layout, self.rows = Layout.of(dataset.schema, self.path), dataset.count_rows()
         except BaseException:
             self.release()
             raise
+        self._is_empty = not self.rows
+        if self.rows:
+            self.layout, self.schema = layout, dataset.schema
+
+    def _opened(self) -> Any:
+        try:
+            return self._lance.dataset(str(self.path))
+        except (OSError, ValueError) as error:
+            raise unreadable(self.path, error) from error
 
     def tidy(self) -> None:
         """Delete what writers left that were killed; see also the note on old versions."""
         dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
         ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
         oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
-        dataset.cleanup_old_versions(
-            older_than=oldest + timedelta(seconds=1),  # the age is told by now, a little later
-            delete_unverified=True,
-            error_if_tagged_old_versions=False,
-        )
+        with self._writing():
+            dataset.cleanup_old_versions(
+                older_than=oldest + timedelta(seconds=1),  # the age is told by now, a little later
+                delete_unverified=True,
+                error_if_tagged_old_versions=False,
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise unwritable(self.path, error, self.rows) from error
 
     def stored(self) -> Iterator[Stored]:
         """Read where the rows on disk come from, chunk by chunk."""
@@ -115,7 +132,7 @@ class Target:
             yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
-        """Make a data set without rows.
+        """Make a data set without rows, in the place of one that has none either.
 
         Raises:
             DataError: The system does not let it.
@@ -123,17 +140,21 @@ class Target:
         """
         schema = layout.schema(carried)
         try:
-            self._lance.write_dataset([], str(self.path), schema=schema, mode="create")
+            mode = "overwrite" if self._is_empty else "create"
+            self._lance.write_dataset([], str(self.path), schema=schema, mode=mode)
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.layout, self.schema = layout, schema
+        if self._is_empty:
+            self.tidy()
 
     def note_finished(self, *, finished: bool) -> None:
         """Note whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
             self.layout = self.layout.as_finished(finished=finished)
             dataset = self._lance.dataset(str(self.path))
-            dataset.update_schema_metadata({"actctx": self.layout.as_metadata()})
+            with self._writing():
+                dataset.update_schema_metadata({"actctx": self.layout.as_metadata()})
 
     def append(self, batches: Iterator["pa.RecordBatch"]) -> None:
         """Add rows in one commit."""
@@ -188,12 +209,14 @@ def look_at(path: Path) -> tuple[int, Layout]:
     """Count the rows of a data set, and tell what it says about itself.
 
     Raises:
-        DataError: There is none at the path.
+        DataError: There is none at the path, or it cannot be read.
 
     """
     try:
         dataset = import_lance().dataset(str(path))
-    except ValueError:
+    except (OSError, ValueError) as error:
+        if _has_manifest(path):
+            raise unreadable(path, error) from error
         raise DataError(
             f"there is no data set at '{path}'; give the path that extract() wrote to"
         ) from None
@@ -244,3 +267,12 @@ def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
     kept = f"; {rows} rows are on disk, and running it again goes on behind them" if rows else ""
     return DataError(f"cannot write to '{path}': {reason}{kept}")
+
+
+def unreadable(path: Path, error: BaseException) -> DataError:
+    """Say why a data set that is there cannot be opened."""
+    reason = next(iter(str(error).splitlines()), "")
+    return DataError(
+        f"the data set at '{path}' cannot be read: {reason}; put a copy of it in its place, or "
+        "give another path"
+    )

@@ -3,8 +3,9 @@
 # NOTE [Commits]
 Lance streams rows into a file of its own, and makes them part of the data set in one step, by a new
 manifest. A commit is made of `_COMMIT_BYTES`, or of what came in `_COMMIT_SECONDS`, also where
-nothing more comes, so that neither the number of files nor what a crash costs grows with the data
-set. What a crash leaves besides is a file that no manifest knows, which the next writer deletes.
+nothing more comes. Once a hundredth of the time that has passed is more, it is as long: over weeks
+a crash costs a hundredth of the work at most, and slow rows make no file a minute.
+What a crash leaves is a file that no manifest knows, which the next writer deletes.
 """
 
 import threading
@@ -58,6 +59,7 @@ class Writer:
         self._finite = finite
         self._pipe: Pipe[Left] = Pipe(_WAITING)
         self._taken = target.rows
+        self._begun = time.monotonic()
         self.error: BaseException | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
@@ -121,7 +123,8 @@ class Writer:
 
     def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
         self._pending = first.num_rows
-        nbytes, end = first.nbytes, time.monotonic() + _COMMIT_SECONDS
+        now = time.monotonic()
+        nbytes, end = first.nbytes, now + commit_seconds(now - self._begun)
         yield first
         del first
         while nbytes < _COMMIT_BYTES and (left := end - time.monotonic()) > 0:
@@ -147,6 +150,11 @@ class Writer:
                 _check_finite(site.name, values, work, before)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def commit_seconds(elapsed: float) -> float:
+    """Tell how long a commit waits for more, so many seconds after the first rows."""
+    return max(_COMMIT_SECONDS, elapsed / 100)
 
 
 def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ..."]:

@@ -173,7 +173,7 @@ def test_all_rows_are_gone_on_with_after_an_addition_that_died(out, tmp_path, mo
 def test_an_addition_that_is_half_done_is_not_taken_for_another(out, tmp_path, monkeypatch):
     die_adding(out, monkeypatch)
     beside = tmp_path / "acts.lance.adding"
-    for names in (RESID, [RESID, Z], Z, [MLP, Z]):
+    for names in (RESID, [RESID, Z], Z):
         message = refusal(DataError, bridge(), batches(6), names, out, drop=DROP, add=True)
         asked = [names] if isinstance(names, str) else names
         assert message == (
@@ -282,6 +282,24 @@ def test_all_of_them_are_gone_on_with_together(out):
     extract(bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True)
     done = extract(bridge(), batches(8), [RESID, Z, MLP], out, drop=DROP)
     assert done.new_rows == 60
+
+
+def test_a_pattern_goes_on_with_a_site_that_was_added(tmp_path):
+    path, pattern = tmp_path / "acts.lance", "blocks.*.hook_resid_post"
+    extract(bridge(), batches(2), RESID, path, drop=DROP)
+    extract(bridge(), batches(2), "blocks.0.hook_resid_post", path, drop=DROP, add=True)
+    assert [site.name for site in Read(path).layout.sites] == [RESID, "blocks.0.hook_resid_post"]
+    assert extract(bridge(), batches(3), pattern, path, drop=DROP).new_rows == 30
+    extract(bridge(), batches(3), pattern, tmp_path / "alone.lance", drop=DROP)
+    alone = Read(tmp_path / "alone.lance")
+    for name in (RESID, "blocks.0.hook_resid_post"):
+        assert torch.equal(Read(path)[name], alone[name])
+
+
+def test_an_addition_that_is_half_done_goes_on_in_any_order(out, tmp_path, monkeypatch):
+    die_adding(out, monkeypatch)
+    extract(bridge(), batches(6), [MLP, Z], out, drop=DROP, add=True)
+    check(out, tmp_path)
 
 
 def test_sites_are_not_added_twice(out):

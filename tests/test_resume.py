@@ -17,6 +17,8 @@ from test_extract import RESID, Read, Z, refusal
 
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
+from actctx._target import look_at
+from actctx._writer import commit_seconds
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -471,6 +473,49 @@ def test_a_model_in_another_dtype_is_refused(out):
     assert "its model's fingerprint is" in refusal(DataError, model, tokens(), site, out)
 
 
+@pytest.mark.parametrize("names", [RESID, [Z]])
+def test_what_has_no_rows_fixes_nothing(out, tmp_path, monkeypatch, names):
+    def fails(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("actctx._target.Target.append", fails)
+        refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
+    assert len(Read(out)) == 0
+    options = {"drop": {"token": [0]}, "dtype": torch.bfloat16}
+    extract(bridge(), batches(2), names, out, **options)
+    extract(bridge(), batches(2), names, tmp_path / "whole.lance", **options)
+    assert same(Read(out), Read(tmp_path / "whole.lance"))
+
+
+@pytest.mark.parametrize("step", ["update_schema_metadata", "cleanup_old_versions"])
+def test_a_disk_that_is_full_between_commits_is_told_of(out, monkeypatch, step):
+    unbroken(out, 2)
+
+    def fails(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"lance.LanceDataset.{step}", fails)
+        message = refusal(DataError, bridge(), batches(3), [RESID, Z], out, drop={"position": [0]})
+    assert message == (
+        f"cannot write to '{out}': {os.strerror(errno.ENOSPC)}; 60 rows are on disk, and running "
+        "it again goes on behind them"
+    )
+    assert len(unbroken(out, 3)) == 90
+
+
+def test_a_damaged_manifest_is_told_of(out):
+    unbroken(out, 2)
+    for manifest in (out / "_versions").glob("*.manifest"):
+        manifest.write_bytes(b"")
+    message = refusal(DataError, bridge(), batches(3), [RESID, Z], out)
+    assert message.startswith(f"the data set at '{out}' cannot be read: LanceError(IO): ")
+    assert message.endswith("; put a copy of it in its place, or give another path")
+    with pytest.raises(DataError, match="cannot be read"):
+        look_at(out)
+
+
 def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(out):
     unbroken(out, 3)
     message = refusal(
@@ -605,6 +650,11 @@ def test_rows_are_committed_while_the_input_stalls(out, monkeypatch):
     extract(bridge(), stalls(), [RESID, Z], out, drop={"position": [0]})
     assert found[-1] == 90
     assert len(Read(out)) == 120
+
+
+@pytest.mark.parametrize(("elapsed", "wanted"), [(0.0, 60.0), (6e3, 60.0), (6e5, 6e3)])
+def test_commits_are_fewer_the_longer_it_takes(elapsed, wanted):
+    assert commit_seconds(elapsed) == wanted
 
 
 def test_a_directory_that_does_not_exist_is_named(tmp_path):
