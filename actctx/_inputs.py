@@ -4,8 +4,9 @@
 Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
 sequences are put together here. Packed, they are cut out of one stream, `context` tokens each.
 Otherwise those of a window that follow each other are sorted by length, so that there is next to no
-padding to be computed; windows are of a fixed number of sequences, so that the same input always
-leaves the same rows in the same order, which is what resuming relies on.
+padding to be computed, and its batches run in an order drawn by chance, so that those which come
+first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
+the same input always leaves the same rows in the same order, which is what resuming relies on.
 """
 
 import functools
@@ -192,9 +193,15 @@ class Reading:
         while window := [*itertools.islice(sequences, _WINDOW * self.batch_size)]:
             kept = [sequence for sequence in window if len(sequence.tokens)]
             kept.sort(key=_length, reverse=True)
-            for together in self._together(kept):
-                for start in range(0, len(together), self.batch_size):
-                    yield self._padded(together[start : start + self.batch_size])
+            batches = [
+                together[start : start + self.batch_size]
+                for together in self._together(kept)
+                for start in range(0, len(together), self.batch_size)
+            ]
+            # Whoever stops early is not left with the longest.
+            chance = torch.Generator().manual_seed(0)
+            for number in torch.randperm(len(batches), generator=chance).tolist():
+                yield self._padded(batches[number])
 
     def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
         """Divide sequences of which a forward that takes no mask would attend to the padding."""
@@ -227,9 +234,13 @@ class Reading:
 
     def _packed(self, sequences: Iterator[Item]) -> Iterator[Batch]:
         if self.carry:
-            raise OptionError("carry= goes with whole sequences, which pack=True joins; give one")
+            raise OptionError(
+                "carry= goes with whole sequences, which pack=True joins; leave one of them out"
+            )
         if self.mask != "attention":
-            raise OptionError("mask= goes with whole sequences, which pack=True joins; give one")
+            raise OptionError(
+                "mask= goes with whole sequences, which pack=True joins; leave one of them out"
+            )
         if self.context is None:
             raise OptionError("pack=True needs context=, since the model has no limit of its own")
         number, size = 0, self.batch_size * self.context

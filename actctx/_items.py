@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError
+from actctx._table import shortened
 
 TOKENS = ("input_ids", "tokens", "text")
 """What a dict may hold its tokens, or its text, under."""
@@ -64,7 +65,15 @@ class Item:
                     f"the model's forward takes, but {shape[0]} tokens; give one entry for "
                     "each token, or batches, or leave it out"
                 )
-        return self if self.real is None else self._at(self.real)
+        if self.real is None:
+            return self
+        (places,) = self.real.nonzero(as_tuple=True)
+        if len(places) and len(places) != int(places[-1] - places[0]) + 1:
+            raise DataError(
+                f"the attention mask of sequence {self.number} has a hole, and single sequences "
+                "run without what it leaves out; give it in a batch, which runs as it is"
+            )
+        return self._at(self.real)
 
     def check_masks(self) -> None:
         """Refuse masks that are not of the shape of the tokens.
@@ -141,9 +150,10 @@ class Items:
         read = self._read(item, tokens, number)
         for name in self.carry:
             if not isinstance(item, Mapping) or name not in item:
+                there = shortened([*map(repr, item)]) if isinstance(item, Mapping) else found(item)
                 raise DataError(
-                    f"carry names {name!r}, but a sequence of the input has nothing under that "
-                    "name; give dicts that have it"
+                    f"carry names {name!r}, but sequence {number} of the input has nothing under "
+                    f"that name, only {there}; give dicts that have it"
                 )
         carried = {name: _scalar(name, item[name], number) for name in self.carry}
         return replace(read, carried=carried)
@@ -185,7 +195,6 @@ class Items:
     def _read(self, item: Any, tokens: Tensor | str, number: int) -> Item:
         if not isinstance(item, Mapping):
             item = {}
-        self._check_masks_are_named(item)
         real = kept = None
         is_batch = not isinstance(tokens, str) and tokens.dim() > 1
         named = next((name for name in MASKS if item.get(name) is not None), None)
@@ -193,6 +202,7 @@ class Items:
             real = _as_mask(item, named, is_binary=True)
         if self.mask is not None and self.mask != "attention":
             kept = _kept(item, self.mask)
+        self._check_masks_are_named(item)
         given = {
             name: _as_given(value)
             for name, value in item.items()
@@ -293,6 +303,8 @@ def _kept(item: Mapping[str, Any], name: str) -> Shaped[Tensor, "..."]:
 
 
 def _no_ids(tokens: Any, number: int) -> str:
+    if tokens is None:
+        return f"sequence {number} of the input has None for its tokens or its text; leave it out"
     is_list = isinstance(tokens, Iterable)
     if is_list and any(isinstance(each, str) for each in tokens):
         return (

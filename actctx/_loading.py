@@ -47,7 +47,12 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
         _check_hub(name)
     boot = _boot()
     try:
-        with _quiet(bars=directory is None and sys.stderr.isatty()):
+        # What is initialised at random is the same each time, so that data sets are gone on with.
+        with (
+            _quiet(bars=directory is None and sys.stderr.isatty()),
+            torch.random.fork_rng(devices=[]),
+        ):
+            torch.manual_seed(0)
             model: Any = boot(str(directory or name), device=device)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
         hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""

@@ -265,6 +265,8 @@ def _has_manifest(path: Path) -> bool:
 def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     """Say why nothing can be written."""
     reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
+    if isinstance(error, FileNotFoundError) and not path.parent.exists():
+        reason += f"; make the directory '{path.parent}' first"
     kept = f"; {rows} rows are on disk, and running it again goes on behind them" if rows else ""
     return DataError(f"cannot write to '{path}': {reason}{kept}")
 

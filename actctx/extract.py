@@ -161,7 +161,7 @@ def extract(
     extraction = Extraction(
         model, capturing, reading, drop=dropping(drop), pool=pool, finite=finite
     )
-    target = Target(Path(out))
+    target = Target(Path(out).expanduser())
     try:
         before = target.rows
         if add:

@@ -284,8 +284,7 @@ def test_what_cannot_be_gone_through_is_no_input(mlp, out):
 @pytest.mark.parametrize("batch", [{"text": None}, None])
 def test_a_text_that_is_not_there_is_refused(gpt2, out, batch):
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "from sequence 0 on, the input holds nothing, which is no tensor of token ids; give "
-        "sequences of one length in a batch, or single sequences"
+        "sequence 0 of the input has None for its tokens or its text; leave it out"
     )
 
 
@@ -432,6 +431,31 @@ def test_padding_that_the_model_does_not_know_is_filled_with_what_it_does(gpt2, 
 
 
 # Which rows.
+
+
+def test_those_who_stop_early_are_not_left_with_the_longest(mlp, out):
+    lengths = [1 + number % 50 for number in range(1000)]
+    done = extract(mlp, [[1] * length for length in lengths], BLOCK, out, max_tokens=4000)
+    numbers = {*Read(out)["sequence"]}
+    found = sum(lengths[number] for number in numbers) / len(numbers)
+    assert done.rows == 4000
+    assert 15 < found < 36  # 25.5 of all; the longest alone have 46
+
+
+def test_a_hole_in_the_mask_of_a_single_sequence_is_refused(gpt2, out):
+    row = {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 0, 1, 1]}
+    assert refusal(DataError, gpt2, [row], RESID, out) == (
+        "the attention mask of sequence 0 has a hole, and single sequences run without what it "
+        "leaves out; give it in a batch, which runs as it is"
+    )
+
+
+def test_what_a_misspelt_carry_could_have_been_is_listed(gpt2, out):
+    rows = [{"input_ids": [1, 2], "label": 1}]
+    assert refusal(DataError, gpt2, rows, RESID, out, carry=["labl"]) == (
+        "carry names 'labl', but sequence 0 of the input has nothing under that name, only "
+        "'input_ids', 'label'; give dicts that have it"
+    )
 
 
 @pytest.mark.parametrize(
