@@ -660,7 +660,8 @@ def test_commits_are_fewer_the_longer_it_takes(elapsed, wanted):
 def test_a_directory_that_does_not_exist_is_named(tmp_path):
     out = tmp_path / "missing" / "acts.lance"
     assert refusal(DataError, bridge(), batches(), RESID, out) == (
-        f"cannot write to '{out}': {os.strerror(errno.ENOENT)}"
+        f"cannot write to '{out}': {os.strerror(errno.ENOENT)}; make the directory '{out.parent}' "
+        "first"
     )
 
 
