@@ -1,5 +1,6 @@
 """A histogram of values in one line of text."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,5 +44,8 @@ def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
 def _sampled(tensor: Tensor, most: int) -> Tensor:
     """Take values evenly spread over a tensor to the host, real and in single precision."""
     flat = tensor.detach().flatten()
-    taken = flat[:: max(flat.numel() // most, 1)]
+    step = max(flat.numel() // most, 1)
+    while any(math.gcd(step, size) > 1 for size in tensor.shape):  # it would meet few features only
+        step += 1
+    taken = flat[::step]
     return (taken.abs() if taken.is_complex() else taken).to("cpu", torch.float32)

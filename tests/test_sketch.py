@@ -19,6 +19,14 @@ def test_a_bell_is_drawn_as_one(dtype):
     assert list(bars[6:]) == sorted(bars[6:], reverse=True)
 
 
+def test_one_feature_of_many_is_not_met_more_often_than_others():
+    values = torch.randn(16, 512, 1024, generator=torch.Generator().manual_seed(0))
+    values[..., 0] = 100
+    low, _, high = sketch([values]).split()
+    assert float(low) == pytest.approx(-2.6, abs=0.2)
+    assert float(high) == pytest.approx(2.6, abs=0.3)
+
+
 def test_outliers_of_many_values_do_not_hide_the_rest():
     values = NORMAL.clone()
     values[:50] = 1e6
