@@ -4,9 +4,11 @@ Each function takes what was captured, and draws on axes that are given or made.
 caller's, to be changed, saved and closed.
 """
 
+import math
+import re
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -45,14 +47,15 @@ def plot_norms(
     """
     keys = acts._layers(name)
     axes = acts.axes(keys[0])
-    picture = _picture(ax)
     norms = [_joined(acts, key).float().norm(dim=-1).cpu() for key in keys]
+    picture = _picture(ax)
     if axes[:2] == ("batch", "pos") and len(axes) == 3:  # noqa: PLR2004  and the features
         grid = torch.stack([norm.mean(0) for norm in norms])
         shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
         picture.figure.colorbar(shown, ax=picture, label="mean norm")
         picture.set(xlabel="position", ylabel="layer")
         _count_in_whole_numbers(picture)
+        _number(picture.yaxis, keys)
     else:
         ends = torch.tensor([0.25, 0.5, 0.75])
         low, middle, high = torch.stack(
@@ -62,6 +65,7 @@ def plot_norms(
         picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
         picture.plot(layers, middle, marker="o")
         picture.set(xlabel="layer", ylabel="norm, median and quartiles")
+        _number(picture.xaxis, keys)
     picture.set_title(name)
     return picture
 
@@ -116,7 +120,7 @@ def plot_pattern(
     for picture, head, number in zip(figure.axes, pattern, numbers, strict=False):
         picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         picture.set_title(f"head {number}", fontsize="small")
-        _name_positions(picture, tokens)
+        _name_positions(picture, tokens, len(head))
     for picture in figure.axes[count:]:
         picture.set_axis_off()
     figure.suptitle(name)
@@ -137,12 +141,14 @@ def plot_similarity(
         NotCapturedError: No captured site has this name in any layer.
 
     """
-    picture = _picture(ax)
     square = layer_similarity(acts, name).numpy()
+    picture = _picture(ax)
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer", title=name)
     _count_in_whole_numbers(picture)
+    for axis in (picture.xaxis, picture.yaxis):
+        _number(axis, acts._layers(name))
     return picture
 
 
@@ -216,14 +222,19 @@ class ColouredTokens:
         )
 
     def _repr_html_(self) -> str:
-        most = max(map(abs, self.values), default=0) or 1
+        finite = [abs(value) for value in self.values if math.isfinite(value)]
+        most = max(finite, default=0) or 1
         spans = (
             f'<span title="{value:.4g}" style="white-space:pre-wrap;background:'
-            f'rgba({"230,120,0" if value > 0 else "0,114,200"},{abs(value) / most:.2f})">'
+            f'rgba({"230,120,0" if value > 0 else "0,114,200"},{_share(value, most):.2f})">'
             f"{escape(token)}</span>"
             for token, value in zip(self.tokens, self.values, strict=True)
         )
         return f'<div style="line-height:1.8">{"".join(spans)}</div>'
+
+
+def _share(value: float, most: float) -> float:
+    return abs(value) / most if math.isfinite(value) else float(math.isinf(value))
 
 
 def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> ColouredTokens:
@@ -245,6 +256,7 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
 
     """
     _check_texts(tokens)
+    values = torch.as_tensor(values)
     if values.shape != (len(tokens),):
         raise OptionError(
             f"there are {len(tokens)} tokens, but values of the shape {tuple(values.shape)}; give "
@@ -279,9 +291,18 @@ def _count_in_whole_numbers(picture: "Picture") -> None:
     picture.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _name_positions(picture: "Picture", tokens: Sequence[str] | None) -> None:
+def _number(axis: Any, keys: Sequence[str]) -> None:
+    """Write the numbers of the layers that were captured, which need not be all."""
+    numbers = [next(iter(re.findall(r"\d+", key)), key) for key in keys]
+    known = dict(enumerate(numbers))
+    axis.get_major_locator().set_params(integer=True)
+    axis.set_major_formatter(lambda at, _: known.get(at, ""))
+
+
+def _name_positions(picture: "Picture", tokens: Sequence[str] | None, queries: int) -> None:
     if tokens is None:
         return
     shown = [token.strip() or "·" for token in tokens]
     picture.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small")
-    picture.set_yticks(range(len(shown)), shown, fontsize="x-small")
+    if queries == len(shown):  # those that were selected are others
+        picture.set_yticks(range(len(shown)), shown, fontsize="x-small")

@@ -178,3 +178,30 @@ def test_lists_of_tensors_are_refused():
     for draw in (plot_norms, plot_similarity):
         with pytest.raises(OptionError, match="captured with join=None; a picture needs one"):
             draw(acts)
+
+
+@pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
+def test_layers_have_their_numbers(draw):
+    model = bridge()
+    with capture(model, "blocks.1.hook_resid_post") as acts:
+        model(tokens())
+    picture = draw(acts)
+    picture.figure.canvas.draw()
+    labels = [label.get_text() for label in picture.get_yticklabels()]
+    assert [label for label in labels if label] == ["1"]
+
+
+def test_queries_that_were_selected_are_not_named_after_keys():
+    model = bridge()
+    with capture(model, PATTERN, slice={"query": [5, 6]}) as acts:
+        model(tokens())
+    figure = plot_pattern(acts, PATTERN, tokens=list("abcdefg"))
+    assert len(figure.axes[0].get_xticks()) == 7
+    assert "a" not in [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
+def test_numbers_that_are_not_finite_colour_no_others():
+    shown = colour_tokens(["a", "b", "c"], torch.tensor([float("nan"), float("inf"), 2.0]))
+    html = shown._repr_html_()
+    assert "nan)" not in html
+    assert html.count(",1.00)") == 2
