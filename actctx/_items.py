@@ -93,8 +93,9 @@ class Item:
 
     def first(self, most: int | None) -> "Item":
         """Return a sequence with its first tokens only."""
-        cut = 0 if most is None else max(0, len(self.tokens) - most)
-        return replace(self._at(slice(most)), cut=cut)
+        if most is None or len(self.tokens) <= most:
+            return self
+        return replace(self._at(slice(most)), cut=len(self.tokens) - most)
 
     def _at(self, index: Any) -> "Item":
         return replace(
@@ -206,11 +207,11 @@ class Items:
         given = {
             name: _as_given(value)
             for name, value in item.items()
-            if name in self.takes and value is not None
+            if name in self.takes
+            and value is not None
+            # a mask is made where sequences are put together
+            and (is_batch or name not in MASKS)
         }
-        if not is_batch:
-            for name in MASKS:  # one is made where sequences are put together
-                given.pop(name, None)
         return Item(tokens, number, real, kept, given, {}, isinstance(tokens, str))
 
     def _check_masks_are_named(self, item: Mapping[str, Any]) -> None:
