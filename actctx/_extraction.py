@@ -24,13 +24,13 @@ from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
-from actctx._facts import Facts, taken_of
+from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
 from actctx._pipe import Pipe
 from actctx._progress import progress_bar
-from actctx._select import Owned, Positions, Selector
+from actctx._select import Owned, Selector
 from actctx._table import dtype_name, format_bytes, shortened
 from actctx._target import Target
 from actctx._watched import WatchedSite, why_silent
@@ -88,7 +88,7 @@ class Extraction:
         self._sites = capturing._sites
         self._check_names()
         self._check_decoders()
-        slices = {site.key: _shown(site) for site in self._sites}
+        slices = {site.key: slice_of(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
             tokens=tokens,
@@ -140,7 +140,7 @@ class Extraction:
         first = self._sites[0]
         assert first.rows is not None  # noqa: S101  as there is a mask
         for site in self._sites:
-            if site.rows is None or not _alike(site.rows.tokens, first.rows.tokens):
+            if site.rows is None or picks_of(site.rows.tokens) != picks_of(first.rows.tokens):
                 raise OptionError(
                     f"{site.shown} selects other positions than {first.shown}, but they are to "
                     "have the same rows; give them one slice along 'pos', or a data set each"
@@ -170,7 +170,7 @@ class Extraction:
             target: Where to write.
             most: The number of rows to stop at.
             progress: Whether a progress bar is shown.
-            against: A data set whose rows the input must leave.
+            against: The data set that sites are added to, whose rows the input must leave.
 
         Returns:
             The number of rows on disk.
@@ -340,8 +340,13 @@ class Extraction:
             return
         self._is_planned = True
         rows = self._expected - target.rows
-        plan = f"{rows} rows of {row} bytes are {format_bytes(rows * row)}"
-        if rows * row > free:
+        needed = rows * row
+        plan = f"{rows} rows of {row} bytes are {format_bytes(needed)}"
+        if self._against is not None:  # they are deleted once they are copied to the others
+            copied = self._expected * (row - _COUNTED_BYTES)
+            needed += copied
+            plan += f", with {format_bytes(copied)} more while they are added"
+        if needed > free:
             raise DataError(
                 f"'{target.path}' has no room: {plan}, but {format_bytes(free)} are free; give a "
                 "smaller dtype, fewer sites or tokens, or another disk"
@@ -371,27 +376,6 @@ def _pooled(owned: Owned, work: Work, how: str, dtype: torch.dtype | None) -> Ow
 
 def _longs(numbers: list[int]) -> Int64[Tensor, " _"]:
     return torch.tensor(numbers, dtype=torch.long, device="cpu")
-
-
-def _alike(first: Selector, second: Selector) -> bool:
-    return _written(first) == _written(second)
-
-
-def _written(selector: Selector) -> list[tuple[int, str]]:
-    """Write a selection such that equal ones are written alike, whatever tensors it holds."""
-    return [
-        (
-            step.dim,
-            str(step.pick.index.tolist() if isinstance(step.pick, Positions) else step.pick),
-        )
-        for step in selector.steps
-    ]
-
-
-def _shown(site: WatchedSite) -> str:
-    tokens = [] if site.rows is None else _written(site.rows.tokens)
-    parts = [f"token {pick}" for _, pick in tokens]
-    return ", ".join(parts + [f"axis {dim} {pick}" for dim, pick in _written(site.selector)])
 
 
 def _show(bar: Any, rows: int) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 from actctx._errors import DataError
 from actctx._layout import Layout, StoredSite, column_name
+from actctx._select import Positions, Selector
 from actctx._table import dtype_name
 from actctx._target import Target
 from actctx._watched import WatchedSite
@@ -166,6 +167,24 @@ def taken_of(site: WatchedSite) -> str:
     """Write which tensor of its place a site takes; see `StoredSite`."""
     output = "" if site.output is None else f" {site.output!r}"
     return f"{site.io}{output}" + ("" if site.firing is None else f", firing {site.firing}")
+
+
+def slice_of(site: WatchedSite) -> str:
+    """Write what is selected from a site; see `StoredSite`."""
+    tokens = [] if site.rows is None else picks_of(site.rows.tokens)
+    parts = [f"token {pick}" for _, pick in tokens]
+    return ", ".join(parts + [f"axis {dim} {pick}" for dim, pick in picks_of(site.selector)])
+
+
+def picks_of(selector: Selector) -> list[tuple[int, str]]:
+    """Write a selection such that equal ones are written alike, whatever tensors it holds."""
+    return [
+        (
+            step.dim,
+            str(step.pick.index.tolist() if isinstance(step.pick, Positions) else step.pick),
+        )
+        for step in selector.steps
+    ]
 
 
 def _of_tokens(shown: str) -> str:

@@ -23,6 +23,7 @@ import torch
 
 from actctx._choosing import Stored
 from actctx._errors import DataError
+from actctx._file import reason_of
 from actctx._layout import KEY, Layout, import_lance
 
 if TYPE_CHECKING:
@@ -185,7 +186,11 @@ class Target:
             dataset.update_schema_metadata({"actctx": metadata})
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
         except OSError as error:
-            raise unwritable(self.path, error, self.rows) from error
+            raise DataError(
+                f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
+                f"since what is new lies in '{other.path}': make room, and the same call goes on "
+                "with it"
+            ) from error
 
     def release(self) -> None:
         """Let others write, once the writer has ended, however that goes.

@@ -1,5 +1,6 @@
 """More sites for the rows of a data set that is there."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,9 +27,9 @@ def out(tmp_path):
     return path
 
 
-def check(out, tmp_path, dtype=None):
+def check(out, tmp_path, dtype=None, count=6):
     read = Read(out)
-    extract(bridge(), batches(6), [Z, MLP], tmp_path / "alone.lance", drop=DROP, dtype=dtype)
+    extract(bridge(), batches(count), [Z, MLP], tmp_path / "alone.lance", drop=DROP, dtype=dtype)
     alone = Read(tmp_path / "alone.lance")
     assert [site.name for site in read.layout.sites] == [RESID, Z, MLP]
     assert torch.equal(read[Z], alone[Z])
@@ -147,6 +148,52 @@ def test_what_was_killed_while_it_was_deleted_is_done(out, tmp_path):
     (done / "writing.lock").touch()
     extract(bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True)
     check(out, tmp_path)
+
+
+FULL = f"""
+import resource, sys
+sys.path.insert(0, {TESTS!r})
+import torch
+torch.set_num_threads(1)
+from models import bridge, tokens
+from actctx import _writer
+from actctx.extract import extract
+_writer._COMMIT_BYTES = 20_000
+resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))
+
+batches = [tokens(5, 7, seed) for seed in range(60)]
+extract(bridge(), batches, {[Z, MLP]!r}, sys.argv[1], drop={DROP!r}, add=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
+def test_a_disk_that_is_full_while_sites_are_added_loses_nothing(out, tmp_path):
+    extract(bridge(), batches(60), RESID, out, drop=DROP)  # one file, so that one is added to it
+    run = subprocess.run(
+        [sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=False
+    )
+    assert run.stderr.splitlines()[-1] == (
+        f"actctx.DataError: cannot add the sites to '{out}': File too large (os error 27); "
+        f"nothing is lost, since what is new lies in '{tmp_path / 'acts.lance.adding'}': make "
+        "room, and the same call goes on with it"
+    )
+    assert [site.name for site in Read(out).layout.sites] == [RESID]
+    model, ran = bridge(), []
+    model.register_forward_pre_hook(lambda *_: ran.append(1))
+    extract(model, batches(60), [Z, MLP], out, drop=DROP, add=True)
+    assert not ran
+    check(out, tmp_path, count=60)
+
+
+def test_room_is_needed_for_what_is_added_and_for_its_copy(out, tmp_path, monkeypatch):
+    free = shutil.disk_usage(tmp_path)._replace(free=90_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
+    assert refusal(DataError, bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True) == (
+        f"'{tmp_path / 'acts.lance.adding'}' has no room: 180 rows of 272 bytes are 47.8 KiB, "
+        "with 45.0 KiB more while they are added, but 87.9 KiB are free; give a smaller dtype, "
+        "fewer sites or tokens, or another disk"
+    )
+    assert [each.name for each in tmp_path.iterdir()] == ["acts.lance"]
 
 
 def die_adding(out, monkeypatch, number=6):
