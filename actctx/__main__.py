@@ -13,6 +13,7 @@ from torch import nn
 from actctx._activations import Activations
 from actctx._corpus import read_corpus
 from actctx._errors import OptionError
+from actctx._layout import layout_of, open_lance
 from actctx._loading import load
 from actctx._names import resolve
 from actctx._options import (
@@ -53,7 +54,6 @@ from actctx._sequences import (
     tokenize,
 )
 from actctx._table import dtype_name, format_bytes, shortened
-from actctx._target import look_at
 from actctx.extract import extract
 
 try:
@@ -211,7 +211,8 @@ def _extract(
 def _info(path: DataSet) -> None:
     """Show what a data set holds: its sites, its rows, the model that they came from."""
     with errors_as_messages(""):
-        rows, layout = look_at(path)
+        lance = open_lance(str(path))
+        rows, layout = lance.count_rows(), layout_of(lance.schema, str(path))
         table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
         table.columns[-1].justify = "right"
         for site in layout.sites:

@@ -178,7 +178,7 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
 
     """
     lens = getattr(model, "cfg", None)
-    hugging = getattr(getattr(model, "original_model", model), "config", None)
+    hugging = hugging_face_config(model)
     found = {
         "d_model": _first(lens, "d_model") or _first(hugging, "hidden_size"),
         "d_head": _first(lens, "d_head") or _first(hugging, "head_dim"),
@@ -201,6 +201,11 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     if _first(hugging, "num_decoder_layers") not in {None, found["layer"]}:
         found["layer"] = None
     return {axis: size for axis, size in found.items() if size}
+
+
+def hugging_face_config(model: nn.Module) -> object:
+    """Find Hugging Face's config of a model, or of the one that a bridge wraps; None for none."""
+    return getattr(getattr(model, "original_model", model), "config", None)
 
 
 def _first(config: object, *names: str) -> int | None:

@@ -20,6 +20,7 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 
 from actctx._activations import Activations
+from actctx._axes import hugging_face_config
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
@@ -125,8 +126,7 @@ class Extraction:
 
     def _check_decoders(self) -> None:
         """Refuse sites of a decoder beside an encoder, whose tokens are not those of the rows."""
-        inner = getattr(self._model, "original_model", self._model)
-        if not getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
+        if not getattr(hugging_face_config(self._model), "is_encoder_decoder", False):
             return
         for site in self._sites:
             if any(part.startswith("decoder") for part in site.place.name.split(".")):

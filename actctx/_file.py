@@ -122,10 +122,15 @@ def _said_of(
     except ActctxError:  # of which some are errors of the system's kind
         raise
     except errors as error:
-        reason = getattr(error, "strerror", None) or reason_of(error)
-        raise DataError(f"cannot write to '{path}': {reason}; {remedy}") from error
+        raise cannot_write(path, error, remedy) from error
+
+
+def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
+    """Say why nothing can be written to a path, and what to do."""
+    return DataError(f"cannot write to '{path}': {reason_of(error)}; {remedy}")
 
 
 def reason_of(error: BaseException) -> str:
-    """Take what an error of Lance says, without the place in Lance's source behind it."""
-    return str(error).split(", /")[0].removeprefix("LanceError(IO): ")
+    """Take what an error says: the system, or Lance, without the place in its source behind it."""
+    said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
+    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")

@@ -1,4 +1,4 @@
-"""From what selects rows, as a user writes it, to their numbers."""
+"""Whole numbers as users write them: of an option, and of the rows that an index selects."""
 
 import operator
 from collections.abc import Sequence
@@ -27,6 +27,21 @@ def is_int(index: object) -> TypeGuard[SupportsIndex]:
     except TypeError:
         return False
     return True
+
+
+def whole_number(option: str, value: object, least: int) -> int:
+    """Make sure that an option is a whole number, such as Python's or NumPy's.
+
+    Raises:
+        OptionError: It is none, or too small.
+
+    """
+    if not is_int(value):
+        raise OptionError(f"{option}={value!r} is no whole number; give {least} or more")
+    number = operator.index(value)
+    if number < least:
+        raise OptionError(f"{option}={number} is too few; give {least} or more")
+    return number
 
 
 def rows_of(index: Index, rows: int) -> range | Int64[np.ndarray, "row"]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actctx._axes import hook_axes
 from actctx._errors import DataError, OptionError
-from actctx._file import reason_of, refuse_existing, written_beside
+from actctx._file import cannot_write, refuse_existing, written_beside
 from actctx._fingerprint import versions
 from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
 from actctx._stored import StoredRows
@@ -199,9 +199,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     except DataError:
         raise
     except (ValueError, OSError) as error:
-        raise DataError(
-            f"cannot write to '{address}': {reason_of(error)}; give another address"
-        ) from error
+        raise cannot_write(address, error, "give another address") from error
 
 
 def _write(

@@ -9,6 +9,7 @@ names that users know are in the metadata, and they never see the others.
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import DataError, OptionError
+from actctx._file import reason_of
 from actctx._table import dtype_name
 
 if TYPE_CHECKING:
@@ -177,6 +179,56 @@ class Layout:
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""
         return replace(self, finished=finished)
+
+
+def open_lance(path: str, version: int | None = None) -> Any:
+    """Open a Lance dataset.
+
+    Raises:
+        DataError: There is none, or its manifest is damaged.
+
+    """
+    lance = import_lance()
+    local = Path(path)
+    if "://" not in path and not (local / "_versions").is_dir():
+        found = "there is nothing"
+        if local.exists():
+            found = "the directory holds none" if local.is_dir() else "it is a file"
+        raise DataError(
+            f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
+        )
+    try:
+        opened = lance.dataset(path, version=version)
+        _ = opened.schema  # which is read from the manifest as well
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise _damaged(path, reason_of(error)) from None
+        if type(error).__name__ != "PanicException":  # Lance's, of some damage
+            raise
+        raise _damaged(path, f"its manifest is damaged ({error})") from None
+    return opened
+
+
+def layout_of(schema: "pa.Schema", path: str) -> Layout:
+    """Read what the schema of a data set says.
+
+    Raises:
+        DataError: It was not written by `extract`, or by a later version of it, or is damaged.
+
+    """
+    try:
+        return Layout.of(schema, path)
+    except DataError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _damaged(path, f"its metadata 'actctx' is damaged ({error})") from error
+
+
+def _damaged(path: str, found: str) -> DataError:
+    return DataError(
+        f"the data set at {path!r} cannot be read: {found}; put a copy of it in its place, or give "
+        "another path"
+    )
 
 
 def _hashable(value: Any) -> Any:

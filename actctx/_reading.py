@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from actctx._errors import OptionError
+from actctx._index import whole_number
 from actctx._inputs import Reading
 from actctx._items import MASKS, TOKENS
 
@@ -44,9 +45,9 @@ def reading_of(
             the model leaves other activations each time.
 
     """
-    for name, given in (("batch_size", batch_size), ("context", context)):
-        if given is not None and (type(given) is not int or given < 1):
-            raise OptionError(f"{name}={given!r} is no number of its kind; give a positive int")
+    batch_size = whole_number("batch_size", batch_size, 1)
+    if context is not None:
+        context = whole_number("context", context, 1)
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(
             f"tokenizer={tokenizer!r} is not called with texts; give one that is, such as "

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
 from actctx._file import reason_of
-from actctx._layout import Layout, StoredSite, as_tensor, import_lance
+from actctx._layout import Layout, StoredSite, as_tensor, open_lance
 from actctx._table import dtype_name
 
 Batch: TypeAlias = dict[str, Any]
@@ -200,52 +199,6 @@ def _ascending(
             yield slice(start, end), numbers
         else:
             yield np.arange(start, end)[::-1].copy(), numbers[::-1]
-
-
-def open_lance(path: str, version: int | None) -> Any:
-    """Open a Lance dataset.
-
-    Raises:
-        DataError: There is none, or its manifest is damaged.
-
-    """
-    lance = import_lance()
-    local = Path(path)
-    if "://" not in path and not (local / "_versions").is_dir():
-        found = "there is nothing"
-        if local.exists():
-            found = "the directory holds none" if local.is_dir() else "it is a file"
-        raise DataError(_no_data(path, found))
-    try:
-        opened = lance.dataset(path, version=version)
-        _ = opened.schema  # which is read from the manifest as well
-    except BaseException as error:
-        if isinstance(error, Exception):
-            raise DataError(_no_data(path, reason_of(error))) from None
-        if type(error).__name__ != "PanicException":  # Lance's, of some damage
-            raise
-        raise DataError(_no_data(path, f"its manifest is damaged ({error})")) from None
-    return opened
-
-
-def layout_of(schema: Any, path: str) -> Layout:
-    """Read what the schema of a data set says.
-
-    Raises:
-        DataError: It was not written by `extract`, or by a later version of it, or is damaged.
-
-    """
-    try:
-        return Layout.of(schema, path)
-    except DataError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        reason = f"its metadata 'actctx' is damaged ({error})"
-        raise DataError(_no_data(path, reason)) from error
-
-
-def _no_data(path: str, found: str) -> str:
-    return f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
 
 
 def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:

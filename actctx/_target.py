@@ -17,14 +17,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from actctx._choosing import Stored
 from actctx._errors import DataError
-from actctx._file import reason_of
-from actctx._layout import KEY, Layout, import_lance
+from actctx._file import cannot_write, reason_of
+from actctx._layout import KEY, Layout, import_lance, layout_of, open_lance
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,20 +90,14 @@ class Target:
 
     def _open(self) -> None:
         try:
-            dataset = self._opened()
-            layout, self.rows = Layout.of(dataset.schema, self.path), dataset.count_rows()
+            dataset = open_lance(str(self.path))
+            layout, self.rows = layout_of(dataset.schema, str(self.path)), dataset.count_rows()
         except BaseException:
             self.release()
             raise
         self._is_empty = not self.rows
         if self.rows:
             self.layout, self.schema = layout, dataset.schema
-
-    def _opened(self) -> Any:
-        try:
-            return self._lance.dataset(str(self.path))
-        except (OSError, ValueError) as error:
-            raise unreadable(self.path, error) from error
 
     def tidy(self) -> None:
         """Delete what writers left that were killed; see also the note on old versions."""
@@ -210,24 +204,6 @@ class Target:
                     self.path.rmdir()
 
 
-def look_at(path: Path) -> tuple[int, Layout]:
-    """Count the rows of a data set, and tell what it says about itself.
-
-    Raises:
-        DataError: There is none at the path, or it cannot be read.
-
-    """
-    try:
-        dataset = import_lance().dataset(str(path))
-    except (OSError, ValueError) as error:
-        if _has_manifest(path):
-            raise unreadable(path, error) from error
-        raise DataError(
-            f"there is no data set at '{path}'; give the path that extract() wrote to"
-        ) from None
-    return dataset.count_rows(), Layout.of(dataset.schema, path)
-
-
 def found_at(path: Path) -> str:
     """Say what is at a path, where it is no data set and none was begun there."""
     try:
@@ -269,17 +245,9 @@ def _has_manifest(path: Path) -> bool:
 
 def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     """Say why nothing can be written."""
-    reason = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    if isinstance(error, FileNotFoundError) and not path.parent.exists():
-        reason += f"; make the directory '{path.parent}' first"
-    kept = f"; {rows} rows are on disk, and running it again goes on behind them" if rows else ""
-    return DataError(f"cannot write to '{path}': {reason}{kept}")
-
-
-def unreadable(path: Path, error: BaseException) -> DataError:
-    """Say why a data set that is there cannot be opened."""
-    reason = next(iter(str(error).splitlines()), "")
-    return DataError(
-        f"the data set at '{path}' cannot be read: {reason}; put a copy of it in its place, or "
-        "give another path"
-    )
+    remedy = "give another path"
+    if rows:
+        remedy = f"{rows} rows are on disk, and running it again goes on behind them"
+    elif isinstance(error, FileNotFoundError) and not path.parent.exists():
+        remedy = f"make the directory '{path.parent}' first"
+    return cannot_write(path, error, remedy)

@@ -14,12 +14,12 @@ from actctx._condition import find_site
 from actctx._errors import DataError, OptionError
 from actctx._file import check_place, describe, write_safetensors
 from actctx._fingerprint import describe_model
-from actctx._index import Index, is_int, rows_of
+from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
-from actctx._layout import StoredSite
+from actctx._layout import StoredSite, layout_of
 from actctx._loader import Loader
 from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtypes_of, layout_of
+from actctx._stored import Batch, StoredRows, dtypes_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -185,12 +185,12 @@ class ActivationDataset(Dataset[Batch]):
             OptionError: A number makes no sense, or is none.
 
         """
-        batch_size = _count("batch_size", batch_size, 1)
-        workers = _count("workers", workers, 0)
-        seed = _count("seed", seed, 0)
+        batch_size = whole_number("batch_size", batch_size, 1)
+        workers = whole_number("workers", workers, 0)
+        seed = whole_number("seed", seed, 0)
         if pool is None:
             pool = max(batch_size, _POOL_BYTES // self._rows.memory)
-        pool = _count("pool", pool, 1)
+        pool = whole_number("pool", pool, 1)
         rank, world_size = _group(rank, world_size)
         order = Order(
             rows=len(self),
@@ -249,7 +249,7 @@ class ActivationDataset(Dataset[Batch]):
                 that is read, or two columns would have one name.
 
         """
-        context = _count("context", context, 1)
+        context = whole_number("context", context, 1)
         write_saelens(self._rows, path, context=context, rename=rename or {})
 
     @classmethod
@@ -355,7 +355,7 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
             f"rank={rank} and world_size={world_size} belong together; give both or neither"
         )
     if rank is not None and world_size is not None:
-        ranks = _count("world_size", world_size, 1)
+        ranks = whole_number("world_size", world_size, 1)
         number = operator.index(rank) if is_int(rank) else -1
         if not 0 <= number < ranks:
             raise OptionError(
@@ -366,18 +366,3 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
-
-
-def _count(option: str, value: int, least: int) -> int:
-    """Make sure that an option is a whole number, such as Python's or NumPy's.
-
-    Raises:
-        OptionError: It is none, or too small.
-
-    """
-    if not is_int(value):
-        raise OptionError(f"{option}={value!r} is no whole number; give {least} or more")
-    number = operator.index(value)
-    if number < least:
-        raise OptionError(f"{option}={number} is too few; give {least} or more")
-    return number

@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterable, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from numbers import Integral
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from actctx._capture import Capture
 from actctx._choosing import dropping
 from actctx._errors import OptionError
 from actctx._extraction import Extraction
+from actctx._index import whole_number
 from actctx._layout import import_lance
 from actctx._names import Names
 from actctx._reading import reading_of
@@ -141,10 +141,8 @@ def extract(
     begun = time.monotonic()
     if pool not in {None, "mean", "max"}:
         raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
-    if isinstance(max_tokens, Integral) and not isinstance(max_tokens, bool):
-        max_tokens = int(max_tokens)
-    if max_tokens is not None and (type(max_tokens) is not int or max_tokens < 1):
-        raise OptionError(f"max_tokens={max_tokens!r} is no number of tokens; give a positive int")
+    if max_tokens is not None:
+        max_tokens = whole_number("max_tokens", max_tokens, 1)
     options = Options(stop=stop, join="batch", grad=False, mask=Chosen(), capacity=None)
     capturing: Capture[Activations] = Capture(
         model, names, options, slice=slice, dtype=dtype, device="cpu"

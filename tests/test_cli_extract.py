@@ -138,7 +138,8 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     result = actctx("info", tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: there is no data set at '{tmp_path}'; give the path that extract() wrote to\n"
+        f"error: no data set can be read from '{tmp_path}': the directory holds none; give the path "
+        "that extract() wrote to\n"
     )
 
 

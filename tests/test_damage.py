@@ -4,6 +4,7 @@ import pytest
 from stored import write
 
 from actctx import DataError
+from actctx._target import Target
 from actctx.dataset import ActivationDataset
 
 
@@ -28,5 +29,18 @@ def test_a_damaged_manifest_is_said(tmp_path):
         file.write_bytes(manifest)
         with pytest.raises(DataError) as caught:
             ActivationDataset(path)
-        assert str(caught.value).startswith(f"no data set can be read from '{path}': ")
-        assert str(caught.value).endswith("; give the path that extract() wrote to")
+        assert str(caught.value).startswith(f"the data set at '{path}' cannot be read: ")
+        assert str(caught.value).endswith("; put a copy of it in its place, or give another path")
+
+
+def test_whoever_writes_is_told_of_damage_as_whoever_reads(tmp_path):
+    path = write(tmp_path / "a.lance", 4)
+    (file,) = (path / "_versions").glob("*.manifest")
+    for manifest in damaged(file.read_bytes()):
+        file.write_bytes(manifest)
+        said = []
+        for move in (ActivationDataset, Target):
+            with pytest.raises(DataError) as caught:
+                move(path)
+            said.append(str(caught.value))
+        assert said[0] == said[1]

@@ -390,11 +390,8 @@ def test_names_of_columns_are_not_taken_twice(gpt2, out):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"max_tokens": 0},
-            "max_tokens=0 is no number of tokens; give a positive int",
-        ),
-        ({"batch_size": 0}, "batch_size=0 is no number of its kind; give a positive int"),
+        ({"max_tokens": 0}, "max_tokens=0 is too few; give 1 or more"),
+        ({"batch_size": 0}, "batch_size=0 is too few; give 1 or more"),
         ({"context": 65}, "context=65 is more than the 64 tokens that the model reads"),
         (
             {"drop": {"id": [1]}},

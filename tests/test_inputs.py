@@ -594,7 +594,8 @@ def test_options_of_another_kind_are_refused(gpt2, out, options, message):
 
 @pytest.mark.usefixtures("unchecked")
 def test_numbers_of_numpy_are_numbers(gpt2, out):
-    options = {"max_tokens": np.int64(4), "drop": {"position": np.array([0]), "token": []}}
+    drop = {"position": np.array([0]), "token": []}
+    options = {"max_tokens": np.int64(4), "batch_size": np.int32(2), "drop": drop}
     assert extract(gpt2, tokens(), RESID, out, **options).rows == 4
     assert Read(out).layout.input["drop"] == {"position": [0]}
 

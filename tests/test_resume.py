@@ -17,7 +17,6 @@ from test_extract import RESID, Read, Z, refusal
 
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
-from actctx._target import look_at
 from actctx._writer import commit_seconds
 from actctx.extract import extract
 
@@ -510,10 +509,8 @@ def test_a_damaged_manifest_is_told_of(out):
     for manifest in (out / "_versions").glob("*.manifest"):
         manifest.write_bytes(b"")
     message = refusal(DataError, bridge(), batches(3), [RESID, Z], out)
-    assert message.startswith(f"the data set at '{out}' cannot be read: LanceError(IO): ")
+    assert message.startswith(f"the data set at '{out}' cannot be read: ")
     assert message.endswith("; put a copy of it in its place, or give another path")
-    with pytest.raises(DataError, match="cannot be read"):
-        look_at(out)
 
 
 def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(out):
