@@ -2,10 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from actctx._errors import NotCapturedError, OptionError
 from actctx._layout import StoredSite
+from actctx._places import is_glob, matches
 from actctx._table import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
@@ -43,6 +44,47 @@ def find_site(
         for key in (*sites, *others)
     ]
     raise NotCapturedError(f"the data set has no {name!r}; {hint}it holds {shortened(there)}")
+
+
+def find_sites(
+    sites: Mapping[str, StoredSite], asked: str | Iterable[str] | None
+) -> dict[str, StoredSite]:
+    """Find several sites, all of them by default.
+
+    Args:
+        sites: The sites to look among, by name.
+        asked: Their names, or those of their hooks, or globs of either, as in `capture`.
+
+    Returns:
+        Each site under the name that it was asked for by, or the first that a glob matches.
+
+    Raises:
+        NotCapturedError: One is not there, or there are several of a hook.
+        OptionError: It is no name.
+
+    """
+    if asked is None:
+        return dict(sites)
+    names = [*asked] if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionError(
+                f"sites= has {name!r}, which is no name; give names of sites, or globs, of "
+                f"{shortened([*map(repr, sites)])}"
+            )
+    found = (each for name in names for each in _matching(sites, name) or [name])
+    return {name: find_site(sites, name) for name in found}
+
+
+def _matching(sites: Mapping[str, StoredSite], pattern: str) -> list[str]:
+    """List what a glob matches, each site once, under the first such name of it."""
+    if pattern in sites or not is_glob(pattern):
+        return []
+    firsts = (
+        next((each for each in (name, *site.names, site.hook) if matches(each, pattern)), None)
+        for name, site in sites.items()
+    )
+    return [first for first in firsts if first is not None]
 
 
 def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:

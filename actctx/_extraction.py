@@ -28,7 +28,7 @@ from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFirin
 from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
-from actctx._layout import COUNTED, Layout, StoredSite, check_dtype, column_name
+from actctx._layout import COUNTED, Layout, StoredSite, check_rows, column_name
 from actctx._pipe import Pipe
 from actctx._progress import progress_bar
 from actctx._select import Owned, Selector
@@ -355,7 +355,7 @@ class Extraction:
             bar.write(f"{plan}, {format_bytes(free)} are free", file=sys.stderr)
 
     def _stored(self, site: WatchedSite, owned: Owned, acts: Activations) -> StoredSite:
-        check_dtype(site.key, owned.value.dtype)
+        check_rows(site.key, owned.value)
         return StoredSite(
             name=site.key,
             column=column_name(site.key),

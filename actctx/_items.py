@@ -4,7 +4,7 @@ Batches wait to be run, and a caller may fill his tensors anew meanwhile: what i
 """
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -312,9 +312,17 @@ def _no_ids(tokens: Any, number: int) -> str:
             f"from sequence {number} on, the input holds a {type(tokens).__name__} of texts; give "
             "single texts, such as itertools.chain.from_iterable(data), which are put into batches"
         )
+    lengths = [len(each) for each in tokens if isinstance(each, Sized)] if is_list else []
+    if len({*lengths}) > 1:
+        return (
+            f"from sequence {number} on, the input holds a batch of sequences of {min(lengths)} to "
+            f"{max(lengths)} tokens; fill them up to one length, with an attention_mask, as "
+            "tokenizer(..., padding=True) does, or give single sequences, which are put into "
+            "batches"
+        )
     return (
         f"from sequence {number} on, the input holds {found(tokens)}, which is no tensor of "
-        "token ids; give sequences of one length in a batch, or single sequences"
+        "token ids; give a tensor, or lists of ints"
     )
 
 

@@ -251,17 +251,22 @@ def value_type(dtype: torch.dtype) -> Any:
     return pa.float16() if dtype == torch.float16 else pa.float32()
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Refuse activations of a dtype that a data set does not hold.
+def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
+    """Refuse rows that a data set does not hold.
 
     Raises:
-        OptionError: They are.
+        OptionError: They are of another dtype, or there is nothing in them.
 
     """
-    if dtype not in _DTYPES:
+    if not values.shape[1:].numel():
         raise OptionError(
-            f"{name!r} yields {dtype_name(dtype)}, which a data set does not hold; give dtype= "
-            f"{', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
+            f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
+            "nothing; give a slice that selects something"
+        )
+    if values.dtype not in _DTYPES:
+        raise OptionError(
+            f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
+            f"dtype= {', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
         )
 
 

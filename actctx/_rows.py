@@ -90,6 +90,33 @@ class Chosen:
         return self._rows
 
 
+def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple[Axes, int]:
+    """Make sure that a site has the axes by which rows of tokens are told.
+
+    Args:
+        site: The name of the site, for messages.
+        axes: The axes of its activations, or None where they are not known.
+        chosen: Whether it is for `Chosen` rows, those of a data set, and not for a mask.
+
+    Returns:
+        The axes, and which of them is that of the positions.
+
+    Raises:
+        AxisError: The site has no positions, or its axes are not known.
+
+    """
+    pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
+    if axes is None or pos is None or axes[0] != "batch":
+        known = f"its axes are {' '.join(axes)!r}" if axes else "its axes are not known"
+        keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
+        otherwise = "leave it out" if chosen else "capture it without mask="
+        raise AxisError(
+            f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: {known}; name "
+            f"them with Site(axes='batch pos ...'), or {otherwise}"
+        )
+    return axes, axes.index(pos)
+
+
 def split_rows(
     selector: Selector, axes: Axes | None, *, chosen: bool = False
 ) -> tuple[Selector, RowSelector]:
@@ -106,16 +133,7 @@ def split_rows(
 
     """
     site = selector.site
-    pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
-    if axes is None or pos is None or axes[0] != "batch":
-        known = f"its axes are {' '.join(axes)!r}" if axes else "its axes are not known"
-        keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
-        otherwise = "leave it out" if chosen else "capture it without mask="
-        raise AxisError(
-            f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: {known}; name "
-            f"them with Site(axes='batch pos ...'), or {otherwise}"
-        )
-    dim = axes.index(pos)
+    axes, dim = check_tokens(site, axes, chosen=chosen)
     tokens = [step for step in selector.steps if step.dim % len(axes) == dim]
     rest = [step for step in selector.steps if step.dim % len(axes) != dim]
     if any(step.dim % len(axes) == 0 for step in rest):
@@ -128,7 +146,7 @@ def split_rows(
         instead = "and there is mask= as well; give one"
         if chosen:
             instead = "as long as one batch; give positions, or mask= the name of an entry of data"
-        raise OptionError(f"the slice of {site!r} is a mask along {pos!r}, {instead}")
+        raise OptionError(f"the slice of {site!r} is a mask along {axes[dim]!r}, {instead}")
     dropped = sum(isinstance(step.pick, int) and step.dim % len(axes) < dim for step in rest)
     along = Selector(site, tuple(Step(0, step.pick, "the real tokens") for step in tokens), None)
     return Selector(site, tuple(rest), axes), RowSelector(site, dim - dropped, along)

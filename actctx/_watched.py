@@ -13,7 +13,7 @@ from actctx._axes import Axes
 from actctx._errors import AxisError, OptionError, TypedError
 from actctx._names import Request, Site
 from actctx._places import Place, why_it_never_fires
-from actctx._rows import Chosen, RowSelector, as_mask, split_rows
+from actctx._rows import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select import Selector, parse_slice
 from actctx._typed import Sizes
 
@@ -170,10 +170,13 @@ def watch_site(
             f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
         )
     taken = defaults.slice if asked.slice is None else asked.slice
-    selector = parse_slice(request.key, taken, axes, sizes)
-    rows = None
-    if options.mask is not None:
-        selector, rows = split_rows(selector, axes, chosen=isinstance(options.mask, Chosen))
+    if options.mask is None:
+        selector, rows = parse_slice(request.key, taken, axes, sizes), None
+    else:
+        chosen = isinstance(options.mask, Chosen)
+        check_tokens(request.key, axes, chosen=chosen)  # a slice by position does not do without
+        selector = parse_slice(request.key, taken, axes, sizes)
+        selector, rows = split_rows(selector, axes, chosen=chosen)
     site = WatchedSite(
         key=request.key,
         place=place,

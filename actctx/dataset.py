@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Iterable, Mapping
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from actctx._condition import find_site
+from actctx._condition import find_site, find_sites
 from actctx._errors import DataError, OptionError
-from actctx._file import check_place, describe, write_safetensors
+from actctx._file import check_place, describe, refuse_existing, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
@@ -48,8 +49,9 @@ class ActivationDataset(Dataset[Batch]):
 
     Args:
         path: Where `extract` wrote it: a directory, or the address of an object store.
-        sites: The names of the sites to read, or of their hooks; by default all. The others cost
-            nothing. Each is read under the name that it is asked for by.
+        sites: The names of the sites to read, or of their hooks, or globs of either; by default
+            all. The others cost nothing. Each is read under the name that it is asked for by, or
+            that a glob matches.
         where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. It may name any
             site, in backticks where the name has dots, and its elements, counted from 1. What
             matches is found once, and takes 8 bytes of memory a row that does.
@@ -83,7 +85,7 @@ class ActivationDataset(Dataset[Batch]):
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
-        chosen = {name: find_site(stored, name) for name in _names(sites, stored)}
+        chosen = find_sites(stored, sites)
         self.sites: Mapping[str, StoredSite] = chosen
         others = dtypes_of(lance, self.layout)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
@@ -280,13 +282,14 @@ class ActivationDataset(Dataset[Batch]):
         `axes`, a JSON object of axes by name, `model`, the class of the model, and versions.
 
         Args:
-            path: Where to write; an existing file is replaced once all is written.
+            path: Where to write; there whole or not at all.
 
         Raises:
-            DataError: It cannot be written there.
+            DataError: There is something at the path already, or it cannot be written to.
 
         """
         check_place(path)  # before all is read
+        refuse_existing(Path(path))
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
         axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
@@ -330,12 +333,6 @@ class ActivationDataset(Dataset[Batch]):
             for name, site in self.sites.items()
         ]
         return title, rows
-
-
-def _names(sites: str | Iterable[str] | None, stored: Iterable[str]) -> list[str]:
-    if sites is None:
-        return list(stored)
-    return [sites] if isinstance(sites, str) else list(dict.fromkeys(sites))
 
 
 def _described(model: Mapping[str, Any]) -> str:

@@ -166,6 +166,32 @@ def test_a_site_with_an_alias_is_read_by_the_name_of_its_hook(aliased):
     assert torch.equal(ActivationDataset(aliased).read(HOOKS[1]), heads(rows))
 
 
+@pytest.mark.parametrize(
+    ("glob", "names"),
+    [
+        ("blocks.*.hook_*", [RESID]),
+        ("blocks.**", [RESID, Z]),
+        ("hook_[yz]", [Z]),
+        (["*z", RESID], [Z, RESID]),
+    ],
+)
+def test_sites_are_read_by_globs(path, glob, names):
+    assert list(ActivationDataset(path, sites=glob).sites) == names
+
+
+def test_a_glob_matches_the_names_of_hooks(aliased):
+    data = ActivationDataset(aliased, sites="blocks.*.hook_*")
+    assert list(data.sites) == [HOOKS[0]]
+    assert torch.equal(data.read(HOOKS[0]), resid(torch.arange(20)))
+
+
+def test_a_glob_that_matches_several_aliases_of_a_hook_is_refused(tmp_path):
+    path = write(tmp_path / "a.lance", 4, names=("first", "last"), hooks=(RESID, RESID))
+    with pytest.raises(NotCapturedError, match="several times, so read one of 'first', 'last'"):
+        ActivationDataset(path, sites="blocks.**")
+    assert list(ActivationDataset(path, sites="*st").sites) == ["first", "last"]
+
+
 def test_a_hook_that_has_several_aliases_is_refused(tmp_path):
     path = write(tmp_path / "a.lance", 4, names=("first", "last"), hooks=(RESID, RESID))
     with pytest.raises(NotCapturedError) as caught:
@@ -356,6 +382,17 @@ ERRORS = [
         NotCapturedError,
         f"the data set has no 'blocks.1.hook_resid_pst'; closest: '{RESID}', '{Z}'; it "
         f"holds '{RESID}', '{Z}'",
+    ),
+    (
+        lambda data: ActivationDataset(data.path, sites="blocks.*.hook_q"),
+        NotCapturedError,
+        f"the data set has no 'blocks.*.hook_q'; closest: '{Z}', '{RESID}'; it holds "
+        f"'{RESID}', '{Z}'",
+    ),
+    (
+        lambda data: ActivationDataset(data.path, sites=5),
+        OptionError,
+        f"sites= has 5, which is no name; give names of sites, or globs, of '{RESID}', '{Z}'",
     ),
     (
         lambda data: data.read("lable"),

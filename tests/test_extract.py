@@ -347,8 +347,9 @@ def test_texts_need_a_tokenizer(llama, out):
 def test_ragged_batches_are_refused(gpt2, out):
     message = refusal(DataError, gpt2, iter([tokens(), [[1, 2], [3]]]), RESID, out)
     assert message == (
-        "from sequence 3 on, the input holds a list, which is no tensor of token ids; give "
-        "sequences of one length in a batch, or single sequences"
+        "from sequence 3 on, the input holds a batch of sequences of 1 to 2 tokens; fill them up "
+        "to one length, with an attention_mask, as tokenizer(..., padding=True) does, or give "
+        "single sequences, which are put into batches"
     )
     assert len(Read(out)) == 21
 
@@ -405,6 +406,11 @@ def test_names_of_columns_are_not_taken_twice(gpt2, out):
             "ids instead",
         ),
         (
+            {"slice": {"d_model": slice(0)}},
+            f"'{RESID}' leaves rows of the shape (0,), in which there is nothing; give a slice "
+            "that selects something",
+        ),
+        (
             {"dtype": torch.float64},
             f"'{RESID}' yields float64, which a data set does not hold; give dtype= "
             "torch.float32, torch.float16 or torch.bfloat16",
@@ -413,6 +419,16 @@ def test_names_of_columns_are_not_taken_twice(gpt2, out):
 )
 def test_options_that_make_no_sense_are_refused(gpt2, out, options, message):
     assert refusal(OptionError, gpt2, tokens(), RESID, out, **options) == message
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("of_site", [True, False])
+def test_a_dtype_is_no_string(gpt2, out, of_site):
+    site, options = (Site(RESID, dtype="float16"), {}) if of_site else (RESID, {"dtype": "float16"})
+    assert refusal(OptionError, gpt2, tokens(), site, out, **options) == (
+        "dtype='float16' is no floating-point dtype; give one such as torch.float16"
+    )
 
 
 def test_a_mask_that_is_named_is_there(gpt2, out):

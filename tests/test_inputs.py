@@ -537,6 +537,13 @@ def test_errors_number_sequences_as_the_input_does(gpt2, out):
             "out",
         ),
         (
+            "block",
+            {"slice": {"pos": -1}},
+            "a data set has rows of tokens, but 'block' has no 'batch' and 'pos' axes to find them "
+            "by: its axes are not known; name them with Site(axes='batch pos ...'), or leave it "
+            "out",
+        ),
+        (
             BLOCK,
             {"slice": {"batch": 0}},
             "the slice of 'block' selects along 'batch', which a data set does not allow; leave "
@@ -630,6 +637,18 @@ def test_splits_and_tables_are_no_input(gpt2, out):
     message = refusal(DataError, gpt2, pandas.DataFrame(rows), RESID, out)
     assert message.endswith("give its rows, data.to_dict('records')")
     extract(gpt2, pandas.DataFrame(rows).to_dict("records"), RESID, out)
+
+
+def test_what_a_tokenizer_gives_is_told_to_be_filled_up(gpt2, out):
+    ragged = transformers.BatchEncoding({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]})
+    assert refusal(DataError, gpt2, ragged, RESID, out) == (
+        "data is one BatchEncoding, not an iterable of inputs; give a list, such as [data]"
+    )
+    message = refusal(DataError, gpt2, [ragged], RESID, out)
+    assert message.startswith("from sequence 0 on, the input holds a batch of sequences of 1 to 2 ")
+    filled = {"input_ids": [[1, 2], [3, 0]], "attention_mask": [[1, 1], [1, 0]]}
+    extract(gpt2, [transformers.BatchEncoding(filled)], RESID, out)
+    assert Read(out)["token"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("batch", [["one", "two"], {"text": ["one", "two"]}])

@@ -272,15 +272,6 @@ def test_a_file_that_cannot_be_written_is_said(path, tmp_path, place, reason):
     assert not list(tmp_path.iterdir())
 
 
-def test_safetensors_replace_a_file_once_they_are_written(path, tmp_path):
-    (tmp_path / "a.safetensors").write_text("mine")
-    (tmp_path / "a.safetensors.partial").write_text("precious")
-    ActivationDataset(path, sites=Z).to_safetensors(tmp_path / "a.safetensors")
-    assert (tmp_path / "a.safetensors").stat().st_size > 100
-    assert (tmp_path / "a.safetensors.partial").read_text() == "precious"
-    assert len(list(tmp_path.iterdir())) == 2
-
-
 def test_an_existing_path_is_not_written_over(data, tmp_path):
     pytest.importorskip("datasets")
     data.to_saelens(tmp_path / "cached", context=16)
@@ -294,6 +285,17 @@ def test_an_existing_path_is_not_written_over(data, tmp_path):
             f"there is something at '{tmp_path}' already; give another path, or remove it"
         )
     assert [each.name for each in tmp_path.iterdir()] == ["cached"]
+
+
+def test_an_existing_file_is_not_written_over(data, tmp_path):
+    (tmp_path / "a.safetensors").write_text("mine")
+    with pytest.raises(DataError) as caught:
+        data.to_safetensors(tmp_path / "a.safetensors")
+    assert str(caught.value) == (
+        f"there is something at '{tmp_path / 'a.safetensors'}' already; give another path, or "
+        "remove it"
+    )
+    assert (tmp_path / "a.safetensors").read_text() == "mine"
 
 
 def test_a_context_longer_than_the_data_is_refused(data, tmp_path):

@@ -11,7 +11,7 @@ from actctx._layout import (
     StoredSite,
     as_array,
     as_tensor,
-    check_dtype,
+    check_rows,
     column_name,
     import_lance,
 )
@@ -129,7 +129,7 @@ def test_a_later_layout_is_refused():
 
 def test_other_dtypes_are_refused():
     with pytest.raises(OptionError) as refused:
-        check_dtype("hook_tokens", torch.int64)
+        check_rows("hook_tokens", torch.zeros(3, 2, dtype=torch.int64))
     assert str(refused.value) == (
         "'hook_tokens' yields int64, which a data set does not hold; give dtype= torch.float32, "
         "torch.float16 or torch.bfloat16"
