@@ -11,6 +11,7 @@ the same input always leaves the same rows in the same order, which is what resu
 
 import functools
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -147,6 +148,8 @@ class Reading:
         read, count = self._items, 0
         for each in items:
             item = read.batch(each, count)
+            if self.takes_mask is None and item.real is not None:
+                _check_unmasked(item.real, count)
             tokens = as_tensor(item.tokens)
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
@@ -284,6 +287,28 @@ class Reading:
                 yield torch.tensor([self.separator])
             yield tokens
             last = int(tokens[-1])
+
+
+def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int) -> None:
+    """See to padding that a forward cannot be told of; behind the tokens causal models do not mind.
+
+    Raises:
+        DataError: It stands before tokens.
+
+    """
+    if bool(real.all()):
+        return
+    remedy = "give single sequences, which run without padding"
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise DataError(
+            f"from sequence {number} on, the input has padding before tokens, but the model's "
+            f"forward takes no attention mask, so that they would attend to it; {remedy}"
+        )
+    warnings.warn(
+        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
+        f"them if it is not causal; {remedy}",
+        stacklevel=2,
+    )
 
 
 def _length(sequence: Item) -> int:

@@ -387,6 +387,31 @@ def test_no_sequence_sees_the_padding_of_another(out, model):
         torch.testing.assert_close(read["out"][rows], wanted)
 
 
+def test_padding_before_tokens_is_refused_where_the_model_takes_no_mask(out):
+    batch = {"input_ids": tokens(2, 3), "attention_mask": [[1, 1, 1], [0, 1, 1]]}
+    assert refusal(DataError, Blind(), [batch], MIXED, out) == (
+        "from sequence 0 on, the input has padding before tokens, but the model's forward takes no "
+        "attention mask, so that they would attend to it; give single sequences, which run without "
+        "padding"
+    )
+    extract(Masked(), [batch], MIXED, out)
+
+
+@pytest.mark.parametrize("ones", [1, 2])
+def test_padding_behind_tokens_is_warned_of_where_the_model_takes_no_mask(out, ones):
+    whole = {"input_ids": tokens(2, 3), "attention_mask": [[1, 1, 1], [1, 1, 1]]}
+    model = Blind()
+    extract(model, [whole], MIXED, out)
+    batch = {**whole, "attention_mask": [[1, 1, 1], [1] * ones + [0] * (3 - ones)]}
+    with pytest.warns(UserWarning, match="takes no attention mask") as caught:
+        extract(model, [whole, batch], MIXED, out)
+    assert {str(each.message) for each in caught} == {
+        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
+        "them if it is not causal; give single sequences, which run without padding"
+    }
+    assert Read(out)["position"] == [*range(3)] * 3 + [*range(ones)]
+
+
 @pytest.mark.parametrize("mask", ["attention", None])
 def test_padding_of_single_sequences_is_left_out_whatever_the_mask(out, mask):
     row = {"input_ids": [1, 2, 0, 0], "attention_mask": [1, 1, 0, 0]}
@@ -640,7 +665,8 @@ def test_splits_and_tables_are_no_input(gpt2, out):
 
 
 def test_what_a_tokenizer_gives_is_told_to_be_filled_up(gpt2, out):
-    ragged = transformers.BatchEncoding({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]})
+    given = {"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]}
+    ragged = transformers.BatchEncoding(given)
     assert refusal(DataError, gpt2, ragged, RESID, out) == (
         "data is one BatchEncoding, not an iterable of inputs; give a list, such as [data]"
     )
