@@ -17,6 +17,7 @@ from actctx._layout import layout_of, open_lance
 from actctx._loading import load
 from actctx._names import resolve
 from actctx._options import (
+    Add,
     AsDtype,
     BatchSize,
     Carry,
@@ -36,8 +37,10 @@ from actctx._options import (
     Pattern,
     Pool,
     Prompt,
+    Resume,
     Slice,
     Text,
+    Tokenizer,
     errors_as_messages,
     parse_drop,
     parse_slices,
@@ -123,6 +126,7 @@ def _capture(
     out: Out = None,
     force: Force = False,
     batch_size: BatchSize = 8,
+    tokenizer: Tokenizer = None,
     device: Device = "cpu",
 ) -> None:
     """Run texts through MODEL, capture what every HOOK leaves, show its size and save it.
@@ -136,7 +140,7 @@ def _capture(
         selected = parse_slices(slice or [])
         _check_out(out, force=force)
         texts = _read_texts(text, prompt or [])
-        loaded = load(model, device=device)
+        loaded = load(model, device=device, tokenizer=tokenizer)
         sequences = tokenize(loaded, texts)
         batches = in_batches(sequences.tokens, batch_size)
         as_dtype = None if dtype is None else getattr(torch, dtype)
@@ -174,6 +178,9 @@ def _extract(
     carry: Carry = None,
     mask: MaskName = "attention",
     pool: Pool = None,
+    resume: Resume = True,
+    add: Add = False,
+    tokenizer: Tokenizer = None,
     device: Device = "cpu",
 ) -> None:
     """Run a corpus through MODEL and write what every HOOK leaves to a data set on disk.
@@ -184,7 +191,7 @@ def _extract(
     with errors_as_messages(model):
         corpus = read_corpus(data)  # before the model, which takes longer to load
         done = extract(
-            load(model, device=device),
+            load(model, device=device, tokenizer=tokenizer),
             corpus,
             hook,
             out,
@@ -198,13 +205,16 @@ def _extract(
             carry=carry or [],
             mask=mask,
             pool=None if pool is None else pool.value,
+            resume=resume,
+            add=add,
         )
         if done.cut:
             _note(
                 f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
                 "only so many at once"
             )
-        typer.echo(f"{done.rows} rows in {out}, {done.new_rows} of them new")
+        new = "now with what was added" if add else f"{done.new_rows} of them new"
+        typer.echo(f"{done.rows} rows in {out}, {new}")
 
 
 @app.command("info")
@@ -262,7 +272,7 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
     if file is None:
         return list(prompts)
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise OptionError(

@@ -25,7 +25,7 @@ _WITHOUT_NETWORK = (
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-def load(name: str, *, device: str = "cpu") -> nn.Module:
+def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.Module:
     """Load a model as a `TransformerBridge` in eval mode, with its tokenizer.
 
     The MLM head of MiniLM, and of any BERT that was saved without one, is initialised at random:
@@ -34,6 +34,7 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
     Args:
         name: A hub name, the directory of a saved model, or `"minilm"`.
         device: Where its parameters go.
+        tokenizer: The hub name, or the directory, of another tokenizer than its own.
 
     Raises:
         LoadError: The hub cannot be reached or does not have the model, the directory holds
@@ -42,10 +43,13 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
 
     """
     directory = _directory(name)
+    if tokenizer is None and directory is not None and not _has_tokenizer(directory):
+        raise LoadError(_without_tokenizer(name))  # transformers would make up an empty one
     _check_device(device)
     if directory is None:
         _check_hub(name)
     boot = _boot()
+    other = None if tokenizer is None else _tokenizer(tokenizer)
     try:
         # What is initialised at random is the same each time, so that data sets are gone on with.
         with (
@@ -53,7 +57,7 @@ def load(name: str, *, device: str = "cpu") -> nn.Module:
             torch.random.fork_rng(devices=[]),
         ):
             torch.manual_seed(0)
-            model: Any = boot(str(directory or name), device=device)
+            model: Any = boot(str(directory or name), device=device, tokenizer=other)
     except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
         hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
         raise LoadError(f"cannot load {name!r}: {_first_line(error)}{hint}") from error
@@ -75,8 +79,6 @@ def _directory(name: str) -> Path | None:
                 f"the directory {name!r} holds no model: it has no config.json; "
                 "give the directory that save_pretrained wrote"
             )
-        if not any(file for pattern in _TOKENIZERS for file in path.glob(pattern)):
-            raise LoadError(_without_tokenizer(name))  # transformers would make up an empty one
         return path
     # A hub name has one slash at most, and begins with none of these.
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -91,8 +93,38 @@ def _directory(name: str) -> Path | None:
 def _without_tokenizer(name: str) -> str:
     return (
         f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
-        "save its tokenizer to the same directory"
+        "save its tokenizer to the same directory, or give --tokenizer"
     )
+
+
+def _has_tokenizer(directory: Path) -> bool:
+    return any(file for pattern in _TOKENIZERS for file in directory.glob(pattern))
+
+
+def _tokenizer(name: str) -> Any:
+    """Load a tokenizer by itself.
+
+    Raises:
+        LoadError: There is none of this name, or in this directory.
+
+    """
+    from transformers import AutoTokenizer
+
+    directory = _packaged() if name == MINILM else Path(name).expanduser()
+    if not directory.is_dir():
+        _check_hub(name)
+    elif not _has_tokenizer(directory):
+        raise LoadError(
+            f"the directory --tokenizer {name!r} holds none; give the one that its save_pretrained "
+            "wrote"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(str(directory if directory.is_dir() else name))
+    except (OSError, ValueError, RuntimeError, LookupError, ImportError) as error:
+        raise LoadError(
+            f"cannot load --tokenizer {name!r}: {_first_line(error)}; give a hub name, or the "
+            "directory that its save_pretrained wrote"
+        ) from error
 
 
 def _packaged() -> Path:

@@ -31,6 +31,11 @@ class Pooling(StrEnum):
     max = "max"
 
 
+def _path(given: str) -> Path:
+    """Read a path, of which a shell leaves `~` as it is behind a `=`."""
+    return Path(given).expanduser()
+
+
 Model = Annotated[
     str,
     typer.Argument(
@@ -77,7 +82,11 @@ Slice = Annotated[
 AsDtype = Annotated[Dtype | None, typer.Option(help="The dtype to keep. [default: the model's]")]
 Out = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Save to this safetensors file. [default: only the table]"),
+    typer.Option(
+        metavar="FILE",
+        parser=_path,
+        help="Save to this safetensors file. [default: only the table]",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
@@ -108,12 +117,16 @@ Data = Annotated[
     Path,
     typer.Option(
         metavar="PATH",
+        parser=_path,
         help="Read texts from a file, each paragraph one; from a `.jsonl` file, an object a line, "
         "with its `text` or its `input_ids`; or from the directory of a Hugging Face dataset.",
     ),
 ]
 Into = Annotated[
-    Path, typer.Option(metavar="DIRECTORY", help="Write to this data set, or go on with it.")
+    Path,
+    typer.Option(
+        metavar="DIRECTORY", parser=_path, help="Write to this data set, or go on with it."
+    ),
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Stop at exactly so many rows.")
@@ -150,7 +163,29 @@ Pool = Annotated[
     Pooling | None,
     typer.Option(help="A row is a sequence, and holds the mean, or the maximum, of its tokens."),
 ]
-DataSet = Annotated[Path, typer.Argument(metavar="DIRECTORY", help="What `actctx extract` wrote.")]
+Resume = Annotated[
+    bool,
+    typer.Option("--resume/--no-resume", help="Go on with a data set that is there, or refuse to."),
+]
+Add = Annotated[
+    bool,
+    typer.Option(
+        "--add",
+        help="Add every HOOK to the rows of the data set that is there, from the --data and with "
+        "the options that they came from.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="The hub name, or the directory, of a tokenizer. [default: the model's]",
+    ),
+]
+DataSet = Annotated[
+    Path,
+    typer.Argument(metavar="DIRECTORY", parser=_path, help="What `actctx extract` wrote."),
+]
 
 
 def parse_drop(asked: Sequence[str]) -> dict[str, list[int]]:

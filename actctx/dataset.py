@@ -79,6 +79,8 @@ class ActivationDataset(Dataset[Batch]):
         model: nn.Module | None = None,
     ) -> None:
         self.path = fspath(path)
+        if self.path.startswith("~"):
+            self.path = str(Path(self.path).expanduser())
         self.where = where
         lance = StoredRows(self.path).lance
         self.layout = layout_of(lance.schema, self.path)

@@ -483,7 +483,7 @@ def test_a_model_that_was_saved_without_a_tokenizer_is_refused(architecture, tmp
     huggingface(architecture).save_pretrained(tmp_path)
     assert refusal("capture", tmp_path, RESID, "--prompt", "one") == (
         f"'{tmp_path}' was saved without a tokenizer, so text cannot be given to it; "
-        "save its tokenizer to the same directory"
+        "save its tokenizer to the same directory, or give --tokenizer"
     )
 
 

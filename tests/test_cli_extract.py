@@ -1,12 +1,16 @@
 """The command line: `actctx extract` and `actctx info`."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from models import plainly_hooked
 from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
 from test_extract import Read
+
+from actctx.dataset import ActivationDataset
 
 pytest.importorskip("lance")
 
@@ -53,6 +57,43 @@ def test_the_same_command_goes_on(tiny, text, out):  # noqa: F811
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5)
     result = run(tiny, RESID, "--data", text, "--out", out)
     assert result.stdout == f"13 rows in {out}, 8 of them new\n"
+
+
+def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
+    stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
+    assert stderr.startswith(f"error: '{out}' exists; give ")
+    assert len(Read(out)) == 5
+
+
+def test_sites_are_added(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out)
+    result = run(tiny, "blocks.0.hook_mlp_out", "--data", text, "--out", out, "--add")
+    assert result.stdout == f"13 rows in {out}, now with what was added\n"
+    assert [site.name for site in Read(out).layout.sites] == [RESID, "blocks.0.hook_mlp_out"]
+
+
+def test_a_model_without_a_tokenizer_is_given_one(tiny, text, tmp_path, out):  # noqa: F811
+    bare, words = tmp_path / "bare", tmp_path / "words"
+    for made in (bare, words):
+        made.mkdir()
+    for file in Path(tiny).iterdir():
+        shutil.copy(file, words if file.name.startswith("tokenizer") else bare)
+    run(bare, RESID, "--data", text, "--out", out, "--tokenizer", words)
+    run(tiny, RESID, "--data", text, "--out", tmp_path / "own.lance")
+    assert Read(out)["token"] == Read(tmp_path / "own.lance")["token"]
+    assert refused(tiny, RESID, "--data", text, "--out", out, "--tokenizer", bare) == (
+        f"error: the directory --tokenizer '{bare}' holds none; give the one that its "
+        "save_pretrained wrote\n"
+    )
+
+
+def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setenv("HOME", str(tmp_path))
+    result = run(tiny, RESID, f"--data=~/{text.name}", "--out=~/acts.lance")
+    assert result.stdout == f"13 rows in {tmp_path}/acts.lance, 13 of them new\n"
+    assert actctx("info", "~/acts.lance").exit_code == 0
+    assert len(ActivationDataset("~/acts.lance")) == 13
 
 
 def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
@@ -138,8 +179,8 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     result = actctx("info", tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: no data set can be read from '{tmp_path}': the directory holds none; give the path "
-        "that extract() wrote to\n"
+        f"error: no data set can be read from '{tmp_path}': the directory holds none; give the "
+        "path that extract() wrote to\n"
     )
 
 
