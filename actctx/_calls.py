@@ -58,6 +58,11 @@ class Call:
         self, function: Function, args: Any, kwargs: Any, *, scope: Scope = "block"
     ) -> None:
         self._function = function
+        if function.buffer in kwargs:
+            raise TypeError(
+                f"{_name_of(function.function)}() receives {function.buffer!r} from @captures, "
+                "not from its callers; leave it out of the call"
+            )
         self._bound = function.shown.bind(*args, **kwargs)
         capturing = function.open_for(self._bound.arguments, args, kwargs)
         self.opening = capturing.prepared(scope)

@@ -1,6 +1,8 @@
 """The cell magic `%%capture_activations`, for IPython and Jupyter: `%load_ext actctx`."""
 
 import ast
+import re
+from keyword import iskeyword
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 @output_can_be_silenced
 @magic_arguments()
-@argument("model", help="The model: a variable or another expression without spaces.")
+@argument("model", help="The model: a variable or an expression, in quotes if it has spaces.")
 @argument("names", nargs="+", help="Hook names, module names or globs, in quotes or not.")
 @argument(
     "--slice",
@@ -35,6 +37,8 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 @argument("--device", help="The device to move to; by default they stay.")
 @argument("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
 @argument("--join", default="batch", help="The axis that forwards are joined along, or none.")
+@argument("--capacity", type=int, metavar="N", help="Make room for N at the first forward.")
+@argument("--grad", action="store_true", help="Keep the graph, for gradients through them.")
 @argument("--stop", action="store_true", help="End each forward once all have fired.")
 @argument("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
 def capture_activations(line: str, cell: str) -> object:
@@ -51,20 +55,57 @@ def capture_activations(line: str, cell: str) -> object:
     """
     shell: Any = get_ipython()
     args = parse_argstring(capture_activations, line)
-    if not args.variable.isidentifier():
-        raise OptionError(f"--as {args.variable!r} is no name of a variable; give one such as acts")
+    expression = _unquoted(args.model)
+    _check_variable(args.variable, expression)
     capturing = capture(
-        shell.ev(args.model),
-        [name.strip("\"'") for name in args.names],
+        _evaluate(shell, expression),
+        [_unquoted(name) for name in args.names],
         slice=parse_words(args.slice or []) or None,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=args.device,
         mask=args.mask,
         join=None if args.join.lower() == "none" else args.join,
+        capacity=args.capacity,
+        grad=args.grad,
         stop=args.stop,
     )
     with capturing as shell.user_ns[args.variable]:
         return _run(shell, cell)
+
+
+def _unquoted(word: str) -> str:
+    return word.strip("\"'")
+
+
+def _check_variable(variable: str, model: str) -> None:
+    """Refuse a name that no variable can have, or that the model goes by.
+
+    Raises:
+        OptionError: It is such a name.
+
+    """
+    if not variable.isidentifier() or iskeyword(variable):
+        raise OptionError(f"--as {variable!r} is no name of a variable; give one such as acts")
+    if re.match(rf"{variable}\b", model):
+        raise OptionError(
+            f"--as {variable!r} would take the place of the model; give another name, such as acts"
+        )
+
+
+def _evaluate(shell: Any, model: str) -> Any:
+    """Find the model.
+
+    Raises:
+        OptionError: There is none under this name.
+
+    """
+    try:
+        return shell.ev(model)
+    except (NameError, SyntaxError) as error:
+        raise OptionError(
+            f"the first word after %%capture_activations is the model, but {model!r} is none: "
+            f"{error}; give a variable that holds one"
+        ) from None
 
 
 def _run(shell: Any, cell: str) -> object:

@@ -1,7 +1,7 @@
 """Pictures of activations, with matplotlib: `pip install 'actctx[plot]'`.
 
 Each function takes what was captured, and draws on axes that are given or made. The figure is the
-caller's, to be changed, saved and closed.
+caller's, to be changed, saved and closed. What compares layers takes a data set as well.
 """
 
 import math
@@ -10,33 +10,55 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor
 
 from actctx._activations import Activations
 from actctx._errors import AxisError, OptionError
+from actctx._layers import joined, layers_in, norms_at_positions, norms_of_rows, read_layers
+from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Picture
     from matplotlib.figure import Figure
 
+_ROUNDING = 1e-3  # of half precision, near 1
+_STRONGEST = 0.6  # so that text is read on it, black or white
+
 
 def plot_norms(
-    acts: Activations, name: str = "hook_resid_post", *, ax: "Picture | None" = None
+    acts: Activations | ActivationDataset,
+    name: str = "hook_resid_post",
+    *,
+    positions: Sequence[int] | None = None,
+    ax: "Picture | None" = None,
 ) -> "Picture":
     """Draw how large activations are, layer by layer.
 
-    Where positions were kept, a heat map of the norm along the last axis, averaged over the
-    batch; else a line of the median norm of the rows, between its quartiles.
+    Where positions are known, a heat map of the norm along the last axis, averaged over all that
+    lies at a position: those of an axis `pos`, of the rows that a mask kept, and of a data set of
+    tokens. Elsewhere a line of the median norm of the rows, between its quartiles. Of a data set,
+    the norms are in memory, 4 bytes a row and layer, and some thousand rows at a time.
 
     Args:
-        acts: What was captured, in several layers, with the features along the last axis.
+        acts: What was captured or extracted, in several layers, with the features along the last
+            axis.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
+        positions: The numbers of the positions along an axis `pos`, where a slice selected some.
         ax: Where to draw; a new figure by default.
+
+    Returns:
+        The axes that were drawn on.
 
     Raises:
         NotCapturedError: No captured site has this name in any layer.
+        HookNameError: The name means several sites of a layer.
+        JoinError: The layers do not have the same rows.
+        AxisError: There are no features along a last axis.
+        OptionError: There are not as many `positions` as were captured, or matplotlib is not
+            installed.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -45,28 +67,24 @@ def plot_norms(
         'position'
 
     """
-    keys = acts._layers(name)
-    axes = acts.axes(keys[0])
-    norms = [_joined(acts, key).float().norm(dim=-1).cpu() for key in keys]
+    keys = layers_in(acts, name)
+    grid = norms_at_positions(acts, keys)
+    if positions is not None and (grid is None or len(positions) != grid.shape[1]):
+        found = 0 if grid is None else grid.shape[1]
+        raise OptionError(
+            f"{keys[0]!r} has {found} positions, but numbers for {len(positions)} were given; give "
+            "one for each"
+        )
     picture = _picture(ax)
-    if axes[:2] == ("batch", "pos") and len(axes) == 3:  # noqa: PLR2004  and the features
-        grid = torch.stack([norm.mean(0) for norm in norms])
-        shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
-        picture.figure.colorbar(shown, ax=picture, label="mean norm")
-        picture.set(xlabel="position", ylabel="layer")
-        _count_in_whole_numbers(picture)
-        _number(picture.yaxis, keys)
-    else:
-        ends = torch.tensor([0.25, 0.5, 0.75])
-        low, middle, high = torch.stack(
-            [norm.flatten().quantile(ends) for norm in norms], 1
-        ).numpy()
-        layers = range(len(keys))
-        picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
-        picture.plot(layers, middle, marker="o")
-        picture.set(xlabel="layer", ylabel="norm, median and quartiles")
-        _number(picture.xaxis, keys)
     picture.set_title(name)
+    if grid is None:
+        _draw_quartiles(picture, norms_of_rows(acts, keys), keys)
+        return picture
+    shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
+    picture.figure.colorbar(shown, ax=picture, label="mean norm")
+    picture.set(xlabel="position", ylabel="layer")
+    _number(picture.xaxis, range(grid.shape[1]) if positions is None else positions)
+    _number(picture.yaxis, _layer_numbers(keys))
     return picture
 
 
@@ -77,7 +95,7 @@ def plot_pattern(
     sequence: int = 0,
     tokens: Sequence[str] | None = None,
     heads: Sequence[int] | None = None,
-) -> "Figure":
+) -> tuple["Picture", ...]:
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
     Args:
@@ -87,26 +105,23 @@ def plot_pattern(
         tokens: What to write at the keys and queries, one for each.
         heads: The numbers of the heads, where a slice selected some.
 
+    Returns:
+        The axes of each head, all on one new figure.
+
     Raises:
         NotCapturedError: Nothing was captured under this name.
         AxisError: It is no attention pattern.
         OptionError: There are not as many tokens as keys, or numbers as heads, or there is no such
-            sequence.
+            sequence; or matplotlib is not installed.
+
+    Example:
+        >>> with capture(model, "blocks.1.attn.hook_pattern") as acts:
+        ...     logits = model(tokens)
+        >>> [picture.get_title() for picture in plot_pattern(acts, "blocks.1.attn.hook_pattern")]
+        ['head 0', 'head 1', 'head 2', 'head 3']
 
     """
-    axes = acts.axes(name)
-    if axes[-2:] != ("query", "key") or axes[0] != "batch":
-        raise AxisError(
-            f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
-            "head query key'; capture attn.hook_pattern without a slice along these"
-        )
-    found = _joined(acts, name)
-    if not -len(found) <= sequence < len(found):
-        raise OptionError(
-            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
-        )
-    pattern = found[sequence].float().cpu().numpy()
-    pattern = pattern if "head" in axes else pattern[None]
+    pattern = _pattern_of(acts, name, sequence)
     _check_texts(tokens or ())
     numbers = range(len(pattern)) if heads is None else heads
     count, _, keys = pattern.shape
@@ -117,28 +132,42 @@ def plot_pattern(
                 "for each"
             )
     figure = _figure(rows=-(-count // 4), columns=min(count, 4))
-    for picture, head, number in zip(figure.axes, pattern, numbers, strict=False):
+    pictures = figure.axes
+    for picture, head, number in zip(pictures, pattern.numpy(), numbers, strict=False):
         picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         picture.set_title(f"head {number}", fontsize="small")
         _name_positions(picture, tokens, len(head))
-    for picture in figure.axes[count:]:
-        picture.set_axis_off()
+    for picture in pictures[count:]:
+        picture.remove()
     figure.suptitle(name)
-    return figure
+    return tuple(pictures[:count])
 
 
 def plot_similarity(
-    acts: Activations, name: str = "hook_resid_post", *, ax: "Picture | None" = None
+    acts: Activations | ActivationDataset,
+    name: str = "hook_resid_post",
+    *,
+    ax: "Picture | None" = None,
 ) -> "Picture":
     """Draw how alike the layers are: their linear CKA, of `layer_similarity`, in a square.
 
     Args:
-        acts: What was captured, in several layers.
+        acts: What was captured or extracted, in several layers.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
         ax: Where to draw; a new figure by default.
 
+    Returns:
+        The axes that were drawn on.
+
     Raises:
-        NotCapturedError: No captured site has this name in any layer.
+        OptionError: The layers cannot be compared, or matplotlib is not installed. What else is
+            wrong is said as by `layer_similarity`.
+
+    Example:
+        >>> with capture(model, "blocks.*.hook_resid_post") as acts:
+        ...     logits = model(tokens)
+        >>> plot_similarity(acts).get_ylabel()
+        'layer'
 
     """
     square = layer_similarity(acts, name).numpy()
@@ -146,14 +175,13 @@ def plot_similarity(
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer", title=name)
-    _count_in_whole_numbers(picture)
     for axis in (picture.xaxis, picture.yaxis):
-        _number(axis, acts._layers(name))
+        _number(axis, _layer_numbers(layers_in(acts, name)))
     return picture
 
 
 def layer_similarity(
-    acts: Activations, name: str = "hook_resid_post"
+    acts: Activations | ActivationDataset, name: str = "hook_resid_post"
 ) -> Float[Tensor, "layer layer"]:
     """Compare the layers with each other, by linear centred kernel alignment (CKA).
 
@@ -161,10 +189,14 @@ def layer_similarity(
     features are; 0 that no feature of one can be told from the other. With rows X and Y, centred,
     it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019, "Similarity of
     Neural Network Representations Revisited", equation 4). Rows are everything but the last axis.
-    Beside what was captured, two layers in single precision are held at a time.
+
+    Sums are taken over some thousand rows at a time: beside what was captured, the layers of these
+    rows are held in single precision, and the products of the features of one layer with those of
+    all. A data set is read once for each layer.
 
     Args:
-        acts: What was captured, in several layers, with the features along the last axis.
+        acts: What was captured or extracted, in several layers, with the features along the last
+            axis.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
 
     Returns:
@@ -172,18 +204,84 @@ def layer_similarity(
 
     Raises:
         NotCapturedError: No captured site has this name in any layer.
+        HookNameError: The name means several sites of a layer.
+        JoinError: The layers do not have the same rows.
+        AxisError: There are no features along a last axis.
+        OptionError: All rows of a layer are the same, as of a single row, so that nothing can be
+            compared.
 
     """
-    keys = acts._layers(name)
+    keys = layers_in(acts, name)
+    means = _means(acts, keys)
     square = torch.eye(len(keys))
-    sizes = torch.empty(len(keys))
+    sizes: list[Tensor] = []
     for one, key in enumerate(keys):
-        rows = _centred(_joined(acts, key))
-        sizes[one] = (rows.T @ rows).norm()
-        for two in range(one):
-            alike = (_centred(_joined(acts, keys[two])).T @ rows).norm() ** 2
-            square[one, two] = square[two, one] = alike / (sizes[one] * sizes[two])
+        products, count = [torch.zeros(())] * (one + 1), 0
+        for part in read_layers(acts, keys[: one + 1]):
+            centred = [rows - mean for rows, mean in zip(part, means, strict=False)]
+            products = [
+                product + rows.T @ centred[one]
+                for product, rows in zip(products, centred, strict=True)
+            ]
+            count += len(part[one])
+        *others, size = [product.norm().cpu() for product in products]
+        _check_differ(key, size, count * means[one].norm().cpu() ** 2)
+        sizes.append(size)
+        for two, other in enumerate(others):
+            square[one, two] = square[two, one] = other**2 / (sizes[one] * sizes[two])
     return square
+
+
+def _means(
+    acts: Activations | ActivationDataset, keys: list[str]
+) -> list[Float[Tensor, " features"]]:
+    sums, count = [torch.zeros(())] * len(keys), 0
+    for part in read_layers(acts, keys):
+        sums = [each + rows.sum(0) for each, rows in zip(sums, part, strict=True)]
+        count += len(part[0])
+    return [each / count for each in sums]
+
+
+def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) -> None:
+    """Refuse a layer whose rows are the same but for rounding, from sums of their squares."""
+    if spread <= 1e-10 * mean:
+        raise OptionError(
+            f"the rows of {key!r} are all the same, so it cannot be compared with other layers; "
+            "capture other positions, or leave it out"
+        )
+
+
+def _draw_quartiles(
+    picture: "Picture", norms: Float[Tensor, "layer row"], keys: Sequence[str]
+) -> None:
+    low, middle, high = np.quantile(norms.numpy(), [0.25, 0.5, 0.75], axis=1)
+    layers = range(len(keys))
+    picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
+    picture.plot(layers, middle, marker="o")
+    picture.set(xlabel="layer", ylabel="norm, median and quartiles")
+    _number(picture.xaxis, _layer_numbers(keys))
+
+
+def _pattern_of(acts: Activations, name: str, sequence: int) -> Float[Tensor, "head query key"]:
+    axes = acts.axes(name)
+    if axes[-2:] != ("query", "key") or axes[0] != "batch":
+        raise AxisError(
+            f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
+            "head query key'; capture attn.hook_pattern without a slice along these"
+        )
+    found = joined(acts, name)
+    if not -len(found) <= sequence < len(found):
+        raise OptionError(
+            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
+        )
+    pattern = found[sequence].float().cpu()
+    low, high = pattern.min().item(), pattern.max().item()
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise OptionError(
+            f"the values of {name!r} reach from {low:.3g} to {high:.3g}, but those of an attention "
+            "pattern lie between 0 and 1; capture attn.hook_pattern"
+        )
+    return pattern if "head" in axes else pattern[None]
 
 
 def _check_texts(tokens: Sequence[str]) -> None:
@@ -192,21 +290,6 @@ def _check_texts(tokens: Sequence[str]) -> None:
             "tokens are to be read, but some are no strings; give those of "
             "model.to_str_tokens(text), or of tokenizer.convert_ids_to_tokens(ids)"
         )
-
-
-def _joined(acts: Activations, key: str) -> Shaped[Tensor, "..."]:
-    found = acts[key]
-    if not isinstance(found, Tensor):
-        raise OptionError(
-            f"{key!r} is a list of tensors, since it was captured with join=None; a picture needs "
-            "one tensor, so capture with join='batch'"
-        )
-    return found.detach()
-
-
-def _centred(activation: Shaped[Tensor, "*rows features"]) -> Float[Tensor, "row features"]:
-    rows = activation.flatten(0, -2).float()
-    return rows - rows.mean(0)
 
 
 class ColouredTokens:
@@ -234,7 +317,8 @@ class ColouredTokens:
 
 
 def _share(value: float, most: float) -> float:
-    return abs(value) / most if math.isfinite(value) else float(math.isinf(value))
+    share = abs(value) / most if math.isfinite(value) else float(math.isinf(value))
+    return _STRONGEST * share
 
 
 def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> ColouredTokens:
@@ -247,8 +331,11 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
         tokens: The tokens as they are to be read, such as `model.to_str_tokens(text)`.
         values: A number for each.
 
+    Returns:
+        The coloured tokens, which a notebook shows at the end of a cell.
+
     Raises:
-        OptionError: There are not as many numbers as tokens.
+        OptionError: There are not as many numbers as tokens, or the tokens are no strings.
 
     Example:
         >>> colour_tokens(["The", " cat"], torch.tensor([-0.5, 2.0]))
@@ -284,19 +371,17 @@ def _figure(*, rows: int, columns: int) -> "Figure":
     return figure
 
 
-def _count_in_whole_numbers(picture: "Picture") -> None:
+def _number(axis: Any, numbers: Sequence[object]) -> None:
+    """Write the numbers of what was captured, which need not be all there is."""
     from matplotlib.ticker import MaxNLocator
 
-    picture.xaxis.set_major_locator(MaxNLocator(integer=True))
-    picture.yaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def _number(axis: Any, keys: Sequence[str]) -> None:
-    """Write the numbers of the layers that were captured, which need not be all."""
-    numbers = [next(iter(re.findall(r"\d+", key)), key) for key in keys]
-    known = dict(enumerate(numbers))
-    axis.get_major_locator().set_params(integer=True)
+    known = dict(enumerate(map(str, numbers)))
+    axis.set_major_locator(MaxNLocator(integer=True))
     axis.set_major_formatter(lambda at, _: known.get(at, ""))
+
+
+def _layer_numbers(keys: Sequence[str]) -> list[str]:
+    return [next(iter(re.findall(r"\d+", key)), key) for key in keys]
 
 
 def _name_positions(picture: "Picture", tokens: Sequence[str] | None, queries: int) -> None:

@@ -120,7 +120,7 @@ def test_a_decorator_without_its_names_is_refused():
 
 def test_the_buffer_is_not_in_the_signature():
     assert list(inspect.signature(captures(RESID)(_annotated)).parameters) == ["model", "ids"]
-    with pytest.raises(TypeError, match="acts"):
+    with pytest.raises(TypeError, match="receives 'acts' from @captures, not from its callers"):
         captures(RESID)(_named)(None, None, acts=Activations())
 
 

@@ -93,9 +93,62 @@ def test_a_name_that_is_not_there_is_refused_before_the_cell_runs(kernel):
     assert run(kernel, "'ran' in globals()") == "False"
 
 
-def test_a_variable_that_is_none_is_refused(kernel):
-    with pytest.raises(CellExecutionError, match="--as '1st' is no name of a variable"):
-        run(kernel, "%%capture_activations model 0 --as 1st\nmodel(x)")
+@pytest.mark.parametrize("name", ["1st", "class"])
+def test_a_variable_that_is_none_is_refused(kernel, name):
+    with pytest.raises(CellExecutionError, match=f"--as '{name}' is no name of a variable"):
+        run(kernel, f"%%capture_activations model 0 --as {name}\nmodel(x)")
+
+
+def test_the_model_keeps_its_name(kernel):
+    with pytest.raises(CellExecutionError, match="--as 'model' would take the place of the model"):
+        run(kernel, "%%capture_activations model[0:2] 0 --as model\nmodel(x)")
+    assert run(kernel, "type(model).__name__") == "'Sequential'"
+
+
+@pytest.mark.parametrize("word", ["modle", "mod/"])
+def test_a_model_that_is_not_there_is_refused(kernel, word):
+    with pytest.raises(CellExecutionError, match=f"is the model, but '{word}' is none: "):
+        run(kernel, f"%%capture_activations {word} 0\nmodel(x)")
+
+
+def test_a_model_may_be_an_expression_in_quotes(kernel):
+    run(kernel, """%%capture_activations "dict(a=model)['a']" 0\nmodel(x)""")
+    assert run(kernel, "acts.tensor.shape") == "torch.Size([3, 4])"
+
+
+@pytest.mark.parametrize(
+    ("option", "gives"),
+    [
+        ("--grad", "(True, torch.Size([3, 4]))"),
+        ("--capacity 9", "(False, torch.Size([3, 4]))"),
+        ("--capacity 2", None),
+    ],
+)
+def test_gradients_and_room_are_asked_for(kernel, option, gives):
+    cell = f"%%capture_activations model 0 {option}\nmodel(x)"
+    if gives is None:
+        with pytest.raises(CellExecutionError, match="capacity"):
+            run(kernel, cell)
+        return
+    run(kernel, cell)
+    assert run(kernel, "acts.tensor.requires_grad, acts.tensor.shape") == gives
+
+
+def test_a_picture_of_attention_is_shown_once(kernel):
+    """Where a figure of pyplot is what the last line comes to, notebooks show it twice."""
+    pytest.importorskip("matplotlib")
+    cell = nbformat.v4.new_code_cell("""
+%matplotlib inline
+from torch import nn
+from actctx import Site, capture
+from actctx.plot import plot_pattern
+even = nn.Sequential(nn.Softmax(-1))
+with capture(even, Site("0", axes="batch head query key")) as acts:
+    even(torch.zeros(1, 2, 3, 3))
+plot_pattern(acts, "0")
+""")
+    kernel.execute_cell(cell, 0, store_history=False)
+    assert sum("image/png" in output.get("data", {}) for output in cell.outputs) == 1
 
 
 def test_a_semicolon_silences_the_cell(kernel):

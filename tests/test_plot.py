@@ -1,11 +1,14 @@
 """Pictures of activations."""
 
+import sys
+
 import matplotlib as mpl
 import pytest
 import torch
 from models import bridge, tokens
+from torch import nn
 
-from actctx import AxisError, NotCapturedError, OptionError, capture
+from actctx import AxisError, JoinError, NotCapturedError, OptionError, Site, capture
 from actctx.plot import (
     colour_tokens,
     layer_similarity,
@@ -34,11 +37,19 @@ def _close():
     plt.close("all")
 
 
+def shown_in(picture):
+    return torch.as_tensor(picture.images[0].get_array().filled(float("nan")))
+
+
+def labels_of(picture):
+    picture.figure.canvas.draw()
+    return [label.get_text() for label in picture.get_xticklabels() if label.get_text()]
+
+
 def test_norms_of_all_positions_are_a_heat_map(acts):
     picture = plot_norms(acts)
-    shown = torch.as_tensor(picture.images[0].get_array().filled())
     expected = acts.stack("hook_resid_post").norm(dim=-1).mean(1)
-    torch.testing.assert_close(shown, expected)
+    torch.testing.assert_close(shown_in(picture), expected)
     assert (picture.get_xlabel(), picture.get_ylabel()) == ("position", "layer")
 
 
@@ -48,7 +59,7 @@ def test_norms_of_one_position_are_a_line():
         model(tokens(9))
     picture = plot_norms(acts)
     expected = acts.stack("hook_resid_post").norm(dim=-1).median(dim=1).values
-    torch.testing.assert_close(torch.as_tensor(picture.lines[0].get_ydata()), expected)
+    assert picture.lines[0].get_ydata().tolist() == pytest.approx(expected.tolist())
 
 
 def test_it_is_drawn_on_axes_that_are_given(acts):
@@ -61,10 +72,9 @@ def test_it_is_drawn_on_axes_that_are_given(acts):
 
 
 def test_a_pattern_has_a_picture_for_each_head(acts):
-    figure = plot_pattern(acts, PATTERN, sequence=2, tokens=list("abcdefg"))
-    drawn = [torch.as_tensor(ax.images[0].get_array().filled()) for ax in figure.axes if ax.images]
-    torch.testing.assert_close(torch.stack(drawn), acts[PATTERN][2])
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == list("abcdefg")
+    pictures = plot_pattern(acts, PATTERN, sequence=2, tokens=list("abcdefg"))
+    torch.testing.assert_close(torch.stack([*map(shown_in, pictures)]), acts[PATTERN][2])
+    assert [label.get_text() for label in pictures[0].get_xticklabels()] == list("abcdefg")
 
 
 @pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
@@ -77,7 +87,7 @@ def test_a_pattern_of_one_head_is_one_picture():
     model = bridge()
     with capture(model, PATTERN, slice={"head": 1}) as acts:
         model(tokens())
-    assert len(plot_pattern(acts, PATTERN).axes) == 1
+    assert len(plot_pattern(acts, PATTERN)) == 1
 
 
 def test_what_is_no_pattern_is_refused(acts):
@@ -101,8 +111,8 @@ def test_heads_that_a_slice_selected_are_numbered():
     model = bridge()
     with capture(model, PATTERN, slice={"head": [3, 1]}) as acts:
         model(tokens())
-    figure = plot_pattern(acts, PATTERN, heads=[3, 1])
-    assert [ax.get_title() for ax in figure.axes] == ["head 3", "head 1"]
+    pictures = plot_pattern(acts, PATTERN, heads=[3, 1])
+    assert [picture.get_title() for picture in pictures] == ["head 3", "head 1"]
     with pytest.raises(OptionError, match="has 2 heads, but names for 4 were given"):
         plot_pattern(acts, PATTERN, heads=range(4))
 
@@ -143,8 +153,8 @@ def test_tokens_are_coloured_by_sign_and_size():
     coloured = colour_tokens(["<s>", " cat", " sat"], torch.tensor([-1.0, 2.0, 0.0]))
     html = coloured._repr_html_()
     assert "&lt;s&gt;" in html
-    assert "rgba(0,114,200,0.50)" in html
-    assert "rgba(230,120,0,1.00)" in html
+    assert "rgba(0,114,200,0.30)" in html
+    assert "rgba(230,120,0,0.60)" in html
     assert repr(coloured) == "'<s>'(-1) ' cat'(2) ' sat'(0)"
 
 
@@ -195,13 +205,147 @@ def test_queries_that_were_selected_are_not_named_after_keys():
     model = bridge()
     with capture(model, PATTERN, slice={"query": [5, 6]}) as acts:
         model(tokens())
-    figure = plot_pattern(acts, PATTERN, tokens=list("abcdefg"))
-    assert len(figure.axes[0].get_xticks()) == 7
-    assert "a" not in [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    first, *_ = plot_pattern(acts, PATTERN, tokens=list("abcdefg"))
+    assert len(first.get_xticks()) == 7
+    assert "a" not in [label.get_text() for label in first.get_yticklabels()]
 
 
 def test_numbers_that_are_not_finite_colour_no_others():
     shown = colour_tokens(["a", "b", "c"], torch.tensor([float("nan"), float("inf"), 2.0]))
     html = shown._repr_html_()
     assert "nan)" not in html
-    assert html.count(",1.00)") == 2
+    assert html.count(",0.60)") == 2
+
+
+def test_norms_of_heads_are_a_heat_map_of_their_mean():
+    model = bridge()
+    with capture(model, "blocks.*.attn.hook_z") as acts:
+        model(tokens())
+    expected = acts.stack("attn.hook_z").norm(dim=-1).mean((1, 3))
+    torch.testing.assert_close(shown_in(plot_norms(acts, "attn.hook_z")), expected)
+
+
+def test_norms_of_what_a_mask_kept_lie_at_their_positions():
+    model = bridge()
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
+    with capture(model, RESID, mask=mask.bool()) as acts:
+        model(tokens())
+    with capture(model, RESID) as whole:
+        model(tokens())
+    shown = shown_in(plot_norms(acts))
+    norms = whole.stack("hook_resid_post").norm(dim=-1)  # layer batch pos
+    torch.testing.assert_close(shown[:, 2:], ((norms * mask).sum(1) / mask.sum(0))[:, 2:])
+    assert shown[:, :2].isnan().all()
+
+
+def test_positions_that_a_slice_selected_are_numbered():
+    model = bridge()
+    with capture(model, RESID, slice={"pos": [2, 5]}) as acts:
+        model(tokens())
+    assert labels_of(plot_norms(acts, positions=[2, 5])) == ["2", "5"]
+    with pytest.raises(OptionError, match="has 2 positions, but numbers for 3 were given"):
+        plot_norms(acts, positions=range(3))
+
+
+def test_positions_that_are_not_known_have_no_numbers():
+    model = bridge()
+    with capture(model, RESID, slice=-1) as acts:
+        model(tokens())
+    with pytest.raises(OptionError, match="has 0 positions, but numbers for 1 were given"):
+        plot_norms(acts, positions=[6])
+
+
+def test_a_module_whose_axes_are_not_known_is_a_line():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with capture(model, ["0", "1"]) as acts:
+        model(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    picture = plot_norms(acts, "*")
+    expected = [acts[name].norm(dim=-1).median().item() for name in "01"]
+    assert picture.lines[0].get_ydata().tolist() == pytest.approx(expected)
+
+
+def test_one_number_a_row_has_no_norm():
+    model = bridge()
+    with capture(model, "blocks.*.mlp.hook_post", slice={"pos": 0, "d_mlp": 3}) as acts:
+        model(tokens())
+    for draw in (plot_norms, plot_similarity):
+        with pytest.raises(AxisError, match="has one number a row, but features along a last axis"):
+            draw(acts, "mlp.hook_post")
+
+
+def test_scores_are_no_pattern():
+    model = bridge()
+    with capture(model, "blocks.1.attn.hook_attn_scores") as acts:
+        model(tokens())
+    with pytest.raises(OptionError, match=r"lie between 0 and 1; capture attn\.hook_pattern"):
+        plot_pattern(acts, "blocks.1.attn.hook_attn_scores")
+
+
+def test_layers_with_other_rows_are_not_compared():
+    model = bridge()
+    sites = [Site("blocks.0.hook_resid_post", slice=[0]), Site("blocks.1.hook_resid_post")]
+    with capture(model, sites) as acts:
+        model(tokens())
+    with pytest.raises(JoinError, match=r"has 3 rows and 'blocks\.1\.hook_resid_post' has 21"):
+        layer_similarity(acts)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_rows_that_are_all_the_same_are_not_compared(rows):
+    model = bridge()
+    with capture(model, RESID, slice={"pos": 0}) as acts:
+        model(tokens(1).expand(rows, -1))
+    with pytest.raises(OptionError) as caught:
+        layer_similarity(acts)
+    assert str(caught.value) == (
+        "the rows of 'blocks.0.hook_resid_post' are all the same, so it cannot be compared with "
+        "other layers; capture other positions, or leave it out"
+    )
+
+
+def test_similarity_is_the_same_in_parts(acts, monkeypatch):
+    whole = layer_similarity(acts)
+    monkeypatch.setattr("actctx._layers._ROWS", 4)
+    torch.testing.assert_close(layer_similarity(acts), whole)
+
+
+def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
+    pytest.importorskip("lance")
+    from actctx.dataset import ActivationDataset
+    from actctx.extract import extract
+
+    extract(bridge(), [tokens()], RESID, tmp_path / "data", progress=False)
+    data = ActivationDataset(tmp_path / "data")
+    monkeypatch.setattr("actctx._layers._ROWS", 8)
+    torch.testing.assert_close(shown_in(plot_norms(data)), shown_in(plot_norms(acts)))
+    torch.testing.assert_close(layer_similarity(data), layer_similarity(acts))
+    torch.testing.assert_close(shown_in(plot_similarity(data)), layer_similarity(acts))
+
+    some = ActivationDataset(tmp_path / "data", where="position >= 5")
+    shown = shown_in(plot_norms(some))
+    assert shown[:, :5].isnan().all()
+    torch.testing.assert_close(shown[:, 5:], shown_in(plot_norms(acts))[:, 5:])
+    with pytest.raises(NotCapturedError, match="there are no rows in"):
+        plot_norms(ActivationDataset(tmp_path / "data", where="position > 99"))
+
+
+def test_a_data_set_of_sequences_is_a_line(tmp_path):
+    pytest.importorskip("lance")
+    from actctx.dataset import ActivationDataset
+    from actctx.extract import extract
+
+    extract(bridge(), [tokens(9)], RESID, tmp_path / "data", slice=-1, progress=False)
+    data = ActivationDataset(tmp_path / "data")
+    expected = [data.read(name).norm(dim=-1).median().item() for name in data.sites]
+    assert plot_norms(data).lines[0].get_ydata().tolist() == pytest.approx(expected)
+
+
+def test_matplotlib_that_is_not_there_is_asked_for(acts, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    for draw in (plot_norms, plot_similarity, lambda acts: plot_pattern(acts, PATTERN)):
+        with pytest.raises(OptionError) as caught:
+            draw(acts)
+        assert str(caught.value) == (
+            "pictures need matplotlib, which is not installed; install it with: pip install "
+            "'actctx[plot]'"
+        )

@@ -1,0 +1,151 @@
+"""The layers that a picture compares, of a buffer or of a data set on disk."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int64, Shaped
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from actctx._activations import Activations
+from actctx._axes import Axes
+from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
+from actctx._stack import layers_of, stack_layers
+from actctx._stored import StoredRows
+from actctx.dataset import ActivationDataset
+
+Source: TypeAlias = Activations | ActivationDataset
+
+_ROWS = 8192  # at a time
+
+
+def layers_in(acts: Source, name: str) -> list[str]:
+    """Find the sites of one kind, in the order of their layers; see `Activations.stack`.
+
+    Raises:
+        NotCapturedError: There are none, or a data set has no rows.
+        HookNameError: A layer has several.
+
+    """
+    if isinstance(acts, Activations):
+        return acts._layers(name)
+    if not len(acts):
+        raise NotCapturedError(f"there are no rows in {acts.path!r} to draw or to compare")
+    return layers_of({key: (key, *site.names) for key, site in acts.sites.items()}, name)
+
+
+def axes_of(acts: Source, key: str) -> Axes:
+    """Tell the axes of a site, the last of them that of the features.
+
+    Raises:
+        AxisError: It has rows alone.
+
+    """
+    if isinstance(acts, Activations):
+        axes = acts.axes(key)
+        dims = joined(acts, key).dim()
+    else:
+        axes = (acts.layout.rows, *acts.sites[key].axes)
+        dims = 1 + len(acts.sites[key].shape)
+    if dims < 2:  # noqa: PLR2004
+        raise AxisError(
+            f"{key!r} has one number a row, but features along a last axis are needed; capture it "
+            "without a slice that takes one of them"
+        )
+    return axes
+
+
+def joined(acts: Activations, key: str) -> Shaped[Tensor, "..."]:
+    """Read a site as one tensor, without its graph.
+
+    Raises:
+        OptionError: Its forwards were not joined.
+
+    """
+    found = acts[key]
+    if not isinstance(found, Tensor):
+        raise OptionError(
+            f"{key!r} is a list of tensors, since it was captured with join=None; a picture needs "
+            "one tensor, so capture with join='batch'"
+        )
+    return found.detach()
+
+
+def read_layers(
+    acts: Source, keys: list[str]
+) -> Iterator[tuple[Float[Tensor, "row features"], ...]]:
+    """Give the rows of some layers, which are everything but the last axis, some at a time.
+
+    Each time a tensor for each layer, in single precision, on the device of the first.
+
+    Raises:
+        AxisError: A layer has rows alone.
+        JoinError: The layers do not have as many rows as each other.
+        OptionError: Their forwards were not joined.
+
+    """
+    for key in keys:
+        axes_of(acts, key)
+    if isinstance(acts, Activations):
+        layers = {key: joined(acts, key).flatten(0, -2) for key in keys}
+        _check_rows({key: len(layer) for key, layer in layers.items()})
+        starts = range(0, len(layers[keys[0]]), _ROWS)
+        parts: Iterable[tuple[Tensor, ...]] = (
+            tuple(each[at : at + _ROWS] for each in layers.values()) for at in starts
+        )
+    else:
+        parts = _stored(acts, keys)
+    for part in parts:
+        yield tuple(rows.to(part[0].device).float() for rows in part)
+
+
+def norms_at_positions(acts: Source, keys: list[str]) -> Float[Tensor, "layer pos"] | None:
+    """Take the mean norm at each position, NaN where there is no row; None without positions."""
+    axes = axes_of(acts, keys[0])
+    if isinstance(acts, Activations) and "pos" in axes[:-1]:
+        dim = axes.index("pos") - len(axes) + 1
+        norms = {key: vector_norm(joined(acts, key), dim=-1, dtype=torch.float32) for key in keys}
+        return stack_layers(
+            {key: norm.movedim(dim, -1).flatten(0, -2).mean(0).cpu() for key, norm in norms.items()}
+        )
+    positions = _positions(acts, keys[0])
+    if positions is None:
+        return None
+    rows = norms_of_rows(acts, keys)
+    positions = positions.repeat_interleave(rows.shape[1] // len(positions))
+    sums = torch.zeros(len(keys), int(positions.max()) + 1).index_add(1, positions, rows)
+    return sums / positions.bincount()
+
+
+def norms_of_rows(acts: Source, keys: list[str]) -> Float[Tensor, "layer row"]:
+    """Take the norm of each row of each layer, on the CPU."""
+    parts = read_layers(acts, keys)
+    norms = [torch.stack([rows.norm(dim=-1).cpu() for rows in part]) for part in parts]
+    return torch.cat(norms, 1)
+
+
+def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:
+    """Tell the position of each row of tokens."""
+    if isinstance(acts, ActivationDataset):
+        return acts.read("position").long() if acts.layout.rows == "token" else None
+    return acts.positions(key)[:, 1].cpu() if acts._columns[key].rows else None
+
+
+def _stored(data: ActivationDataset, keys: list[str]) -> Iterator[tuple[Tensor, ...]]:
+    rows = data._rows
+    sites = {key: data.sites[key] for key in keys}
+    some = StoredRows(rows.path, rows.version, sites, {}, rows.matching)
+    for start in range(0, len(some), _ROWS):
+        read = some.read(range(start, min(start + _ROWS, len(some))))
+        yield tuple(read[key].flatten(0, -2) for key in keys)
+
+
+def _check_rows(counts: dict[str, int]) -> None:
+    (one, rows), *others = counts.items()
+    for two, count in others:
+        if count != rows:
+            raise JoinError(
+                f"{one!r} has {rows} rows and {two!r} has {count}, so they are not of the same "
+                "tokens; capture both with the same slice= and mask="
+            )
