@@ -117,7 +117,7 @@ def _dress(axes: Any, title: str, label: str, xs: list[int]) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter("{x:,.6g}")
     axes.tick_params(labelsize=11)
-    axes.set_title(title, color=INK, loc="left", fontweight="bold")
+    axes.set_title(title, color=INK, loc="left", fontweight="bold", pad=20)
     axes.set_xlabel(label, color=INK, loc="left")
     _dim(axes)
     axes.grid(visible=True, color=INK, alpha=0.3)
