@@ -12,7 +12,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-# What these print is numbers that do not hang on the machine, as times and the order of words do.
+# What these print does not depend on the machine, as times and the order of words do.
 STEADY = ["compare-layers", "find-directions", "fine-tune-and-see-what-moved"]
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 
