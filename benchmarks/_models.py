@@ -103,6 +103,7 @@ def _build_hooked(setup: Setup) -> Any:
 
     if setup.model:
         return HookedTransformer.from_pretrained_no_processing(setup.model, device=setup.device)
+    module = _build_gpt2(setup, "eager")  # first of all, so that its weights are those of others
     config = HookedTransformerConfig(
         n_layers=setup.layers,
         d_model=setup.d_model,
@@ -116,7 +117,7 @@ def _build_hooked(setup: Setup) -> Any:
         default_prepend_bos=False,
     )
     model = HookedTransformer(config).eval()
-    weights = convert_gpt2_weights(_build_gpt2(setup, "eager"), config)
+    weights = convert_gpt2_weights(module, config)
     model.load_state_dict(weights, strict=False)  # what it lacks are causal masks
     return model
 

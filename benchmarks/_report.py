@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from benchmarks._models import BRIDGE
+from benchmarks._models import BRIDGE, HOOKED
 from benchmarks._tables import WAYS
 
 MIB = 2**20
@@ -64,7 +64,7 @@ def find_disagreement(results: list[Result]) -> str | None:
     for result in results:
         way = WAYS[result.way]
         if result.sha256:
-            groups[way.limit, way.model == BRIDGE].append(result)
+            groups[way.limit, way.model in {BRIDGE, HOOKED}].append(result)
     for group in groups.values():
         usual = statistics.mode(result.sha256 for result in group)
         odd = [result.way for result in group if result.sha256 != usual]
