@@ -1,6 +1,7 @@
 """The layers that a picture compares, of a buffer or of a data set on disk."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -12,7 +13,6 @@ from actctx._activations import Activations
 from actctx._axes import Axes
 from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
 from actctx._stack import layers_of, stack_layers
-from actctx._stored import StoredRows
 from actctx.dataset import ActivationDataset
 
 Source: TypeAlias = Activations | ActivationDataset
@@ -133,9 +133,7 @@ def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:
 
 
 def _stored(data: ActivationDataset, keys: list[str]) -> Iterator[tuple[Tensor, ...]]:
-    rows = data._rows
-    sites = {key: data.sites[key] for key in keys}
-    some = StoredRows(rows.path, rows.version, sites, {}, rows.matching)
+    some = replace(data._rows, sites={key: data.sites[key] for key in keys}, others={})
     for start in range(0, len(some), _ROWS):
         read = some.read(range(start, min(start + _ROWS, len(some))))
         yield tuple(read[key].flatten(0, -2) for key in keys)
