@@ -1,4 +1,4 @@
-"""The layers that a picture compares, of a buffer or of a data set on disk."""
+"""What a picture shows, of a buffer or of a data set on disk."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -11,6 +11,7 @@ from torch.linalg import vector_norm
 
 from actctx._activations import Activations
 from actctx._axes import Axes
+from actctx._condition import find_site
 from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
 from actctx._stack import layers_of, stack_layers
 from actctx.dataset import ActivationDataset
@@ -18,6 +19,7 @@ from actctx.dataset import ActivationDataset
 Source: TypeAlias = Activations | ActivationDataset
 
 _ROWS = 8192  # at a time
+_ROUNDING = 1e-3  # of half precision, near 1
 
 
 def layers_in(acts: Source, name: str) -> list[str]:
@@ -123,6 +125,63 @@ def norms_of_rows(acts: Source, keys: list[str]) -> Float[Tensor, "layer row"]:
     parts = read_layers(acts, keys)
     norms = [torch.stack([rows.norm(dim=-1).cpu() for rows in part]) for part in parts]
     return torch.cat(norms, 1)
+
+
+def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head query key"]:
+    """Read the attention of one sequence, in single precision on the CPU.
+
+    Raises:
+        NotCapturedError: There is no such site.
+        AxisError: It is no attention pattern.
+        OptionError: There is no such sequence, or the forwards were not joined.
+
+    """
+    axes = acts.axes(name) if isinstance(acts, Activations) else _axes_with_queries(acts, name)
+    if axes[-2:] != ("query", "key") or axes[0] != "batch":
+        raise AxisError(
+            f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
+            "head query key'; capture attn.hook_pattern without a slice along these"
+        )
+    if isinstance(acts, Activations):
+        pattern = _captured_pattern(acts, name, sequence)
+    else:
+        pattern = _stored_pattern(acts, name, sequence)
+    pattern = pattern.float().cpu()
+    low, high = pattern.min().item(), pattern.max().item()
+    if low < -_ROUNDING or high > 1 + _ROUNDING:
+        raise OptionError(
+            f"the values of {name!r} reach from {low:.3g} to {high:.3g}, but those of an attention "
+            "pattern lie between 0 and 1; capture attn.hook_pattern"
+        )
+    return pattern if "head" in axes else pattern[None]
+
+
+def _axes_with_queries(data: ActivationDataset, name: str) -> Axes:
+    """Tell the axes that a site had before each query became a row."""
+    axes = find_site(data.sites, name).axes
+    if data.layout.rows == "token" and axes:
+        return ("batch", *axes[:-1], "query", axes[-1])
+    return (data._first_axis, *axes)
+
+
+def _captured_pattern(acts: Activations, name: str, sequence: int) -> Shaped[Tensor, "..."]:
+    found = joined(acts, name)
+    if not -len(found) <= sequence < len(found):
+        raise OptionError(
+            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
+        )
+    return found[sequence]
+
+
+def _stored_pattern(data: ActivationDataset, name: str, sequence: int) -> Shaped[Tensor, "..."]:
+    rows = torch.nonzero(data.read("sequence") == sequence).flatten()
+    if not len(rows):
+        raise OptionError(
+            f"sequence={sequence} is none of those of {data.path!r}; give a number of its column "
+            "'sequence'"
+        )
+    found: Tensor = data._only(name).read(rows.numpy())[name]
+    return found.movedim(0, -2)
 
 
 def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:

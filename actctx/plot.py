@@ -1,7 +1,7 @@
 """Pictures of activations, with matplotlib: `pip install 'actctx[plot]'`.
 
-Each function takes what was captured, and draws on axes that are given or made. The figure is the
-caller's, to be changed, saved and closed. What compares layers takes a data set as well.
+Each function takes what was captured, or a data set, and draws on axes that are given or made. The
+figure is the caller's, to be changed, saved and closed.
 """
 
 import math
@@ -16,15 +16,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actctx._activations import Activations
-from actctx._errors import AxisError, OptionError
-from actctx._layers import joined, layers_in, norms_at_positions, norms_of_rows, read_layers
+from actctx._errors import OptionError
+from actctx._layers import layers_in, norms_at_positions, norms_of_rows, read_layers, read_pattern
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes as Picture
     from matplotlib.figure import Figure
 
-_ROUNDING = 1e-3  # of half precision, near 1
 _STRONGEST = 0.6  # so that text is read on it, black or white
 
 
@@ -89,7 +88,7 @@ def plot_norms(
 
 
 def plot_pattern(
-    acts: Activations,
+    acts: Activations | ActivationDataset,
     name: str,
     *,
     sequence: int = 0,
@@ -99,9 +98,10 @@ def plot_pattern(
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
     Args:
-        acts: What was captured, `batch head query key`, or a selection of heads.
+        acts: What was captured, `batch head query key`, or a selection of heads; or a data set of
+            it, which has a row for each query.
         name: The site, such as `"blocks.3.attn.hook_pattern"`.
-        sequence: Which one of the batch.
+        sequence: Which one of the batch; of a data set, its number in the column `sequence`.
         tokens: What to write at the keys and queries, one for each.
         heads: The numbers of the heads, where a slice selected some.
 
@@ -121,7 +121,7 @@ def plot_pattern(
         ['head 0', 'head 1', 'head 2', 'head 3']
 
     """
-    pattern = _pattern_of(acts, name, sequence)
+    pattern = read_pattern(acts, name, sequence)
     _check_texts(tokens or ())
     numbers = range(len(pattern)) if heads is None else heads
     count, _, keys = pattern.shape
@@ -260,28 +260,6 @@ def _draw_quartiles(
     picture.plot(layers, middle, marker="o")
     picture.set(xlabel="layer", ylabel="norm, median and quartiles")
     _number(picture.xaxis, _layer_numbers(keys))
-
-
-def _pattern_of(acts: Activations, name: str, sequence: int) -> Float[Tensor, "head query key"]:
-    axes = acts.axes(name)
-    if axes[-2:] != ("query", "key") or axes[0] != "batch":
-        raise AxisError(
-            f"{name!r} has the axes {' '.join(axes)!r}, but a picture of attention needs 'batch "
-            "head query key'; capture attn.hook_pattern without a slice along these"
-        )
-    found = joined(acts, name)
-    if not -len(found) <= sequence < len(found):
-        raise OptionError(
-            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
-        )
-    pattern = found[sequence].float().cpu()
-    low, high = pattern.min().item(), pattern.max().item()
-    if low < -_ROUNDING or high > 1 + _ROUNDING:
-        raise OptionError(
-            f"the values of {name!r} reach from {low:.3g} to {high:.3g}, but those of an attention "
-            "pattern lie between 0 and 1; capture attn.hook_pattern"
-        )
-    return pattern if "head" in axes else pattern[None]
 
 
 def _check_texts(tokens: Sequence[str]) -> None:

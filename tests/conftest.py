@@ -7,6 +7,7 @@ from models import Mlp, bridge, huggingface, tokens
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; none shall wait for it
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes and kernels that tests start, too
 
 
 @pytest.fixture(autouse=True)

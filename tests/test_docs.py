@@ -1,13 +1,15 @@
 """The code that the README and the docs show runs, page by page."""
 
 import doctest
+import os
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
-from models import Mlp, bridge, tokens
+from models import GENERATION, Mlp, bridge, tokens
 
 import actctx
 from actctx import (
@@ -24,8 +26,15 @@ from actctx import (
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# A block of code, and the output behind it, where it is shown.
-BLOCK = re.compile(r"^```python\n(.*?)^```$(?:\n+```text\n(.*?)^```$)?", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language):
+    """Find blocks of code, each with the output behind it, where that is shown."""
+    output = r"(?:\n+```text\n(.*?)^```$)?"
+    return re.compile(rf"^```{language}\n(.*?)^```${output}", re.MULTILINE | re.DOTALL)
+
+
+BLOCK, COMMANDS = blocks("python"), blocks("bash")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -42,6 +51,29 @@ def test_the_code_of_a_page_runs_and_prints_what_it_shows(page, tmp_path, monkey
         printed = capsys.readouterr().out
         if printed or "print(" in block[1]:
             assert printed.split() == (block[2] or "").split()
+
+
+@pytest.mark.skipif(GENERATION < 4, reason="what is shown is a bridge of TransformerLens 4")
+def test_the_commands_of_a_page_run_and_print_what_it_shows(tmp_path):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    ran = 0
+    for block in COMMANDS.finditer((ROOT / "docs" / "command-line.md").read_text()):
+        if block[1].startswith("pip install"):
+            continue
+        command = ["bash", "-euo", "pipefail", "-c", block[1]]
+        done = subprocess.run(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "COLUMNS": "120"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        shown = [re.escape(" ".join(part.split())) for part in (block[2] or "...").split("...")]
+        assert re.fullmatch(" ?.* ?".join(shown), " ".join(done.stdout.split())), done.stdout
+        ran += 1
+    assert ran == 5
 
 
 def test_every_page_of_the_docs_is_linked_from_the_first():

@@ -9,6 +9,8 @@ from models import bridge, tokens
 from torch import nn
 
 from actctx import AxisError, JoinError, NotCapturedError, OptionError, Site, capture
+from actctx.dataset import ActivationDataset
+from actctx.extract import extract
 from actctx.plot import (
     colour_tokens,
     layer_similarity,
@@ -273,6 +275,29 @@ def test_one_number_a_row_has_no_norm():
             draw(acts, "mlp.hook_post")
 
 
+def test_a_pattern_of_a_data_set_is_that_which_was_captured(acts, tmp_path):
+    path = tmp_path / "pattern.lance"
+    extract(bridge(), tokens(), [PATTERN, "blocks.1.hook_resid_post"], path)
+    data = ActivationDataset(path)
+    stored, captured = (plot_pattern(each, PATTERN, sequence=2) for each in (data, acts))
+    for one, two in zip(stored, captured, strict=True):
+        torch.testing.assert_close(shown_in(one), shown_in(two))
+    some = ActivationDataset(path, where="position > 3")
+    assert shown_in(plot_pattern(some, PATTERN, heads=range(4))[0]).shape == (3, 7)
+    with pytest.raises(OptionError, match=r"sequence=3 is none of those of '.*'; give a number of"):
+        plot_pattern(data, PATTERN, sequence=3)
+    with pytest.raises(AxisError, match=r"the axes 'batch query d_model', but a picture"):
+        plot_pattern(data, "blocks.1.hook_resid_post")
+
+
+def test_a_query_of_a_data_set_is_no_pattern_but_one_head_is(tmp_path):
+    extract(bridge(), tokens(), PATTERN, tmp_path / "query", slice={"query": -1})
+    with pytest.raises(AxisError, match=r"the axes 'batch head key', but a picture"):
+        plot_pattern(ActivationDataset(tmp_path / "query"), PATTERN)
+    extract(bridge(), tokens(), PATTERN, tmp_path / "head", slice={"head": 1})
+    assert len(plot_pattern(ActivationDataset(tmp_path / "head"), PATTERN)) == 1
+
+
 def test_scores_are_no_pattern():
     model = bridge()
     with capture(model, "blocks.1.attn.hook_attn_scores") as acts:
@@ -311,9 +336,6 @@ def test_similarity_is_the_same_in_parts(acts, monkeypatch):
 
 def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
     pytest.importorskip("lance")
-    from actctx.dataset import ActivationDataset
-    from actctx.extract import extract
-
     extract(bridge(), [tokens()], RESID, tmp_path / "data", progress=False)
     data = ActivationDataset(tmp_path / "data")
     monkeypatch.setattr("actctx._layers._ROWS", 8)
@@ -331,9 +353,6 @@ def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
 
 def test_a_data_set_of_sequences_is_a_line(tmp_path):
     pytest.importorskip("lance")
-    from actctx.dataset import ActivationDataset
-    from actctx.extract import extract
-
     extract(bridge(), [tokens(9)], RESID, tmp_path / "data", slice=-1, progress=False)
     data = ActivationDataset(tmp_path / "data")
     expected = [data.read(name).norm(dim=-1).median().item() for name in data.sites]
