@@ -60,50 +60,54 @@ def _bare_plain(model: Any, tokens: Tensor) -> None:
     stopped(model, tokens, batches=BATCHES)
 
 
-SAELENS_EXTRACT_TABLE = Table(
-    "saelens-extract",
-    f"one `resid_post` of {BATCHES} batches to disk, beside SAELens' runner",
-    (
-        Way(
-            "saelens-runner",
-            "SAELens: `CacheActivationsRunner`",
-            _runner,
-            "saelens-hooked",
-            HOOKED,
-            near="saelens-plain-extract",
+def _table(name: str, shape: str, setup: Setup, **varied: int) -> Table:
+    limit, plain = f"{name}-hooked-bare", f"{name}-plain"
+    return Table(
+        name,
+        f"one `resid_post` of {BATCHES} batches of {shape} to disk, beside SAELens' runner",
+        (
+            Way(
+                f"{name}-runner",
+                "SAELens: `CacheActivationsRunner`",
+                _runner,
+                limit,
+                HOOKED,
+                near=plain,
+            ),
+            Way(
+                f"{name}-hooked",
+                "**`extract(model, batches, name, path)`**, the same model",
+                _extract,
+                limit,
+                HOOKED,
+                near=plain,
+            ),
+            Way(plain, "**`extract`**, the plain model", _extract, limit, PLAIN),
+            Way(
+                limit,
+                "bare forwards of the `HookedTransformer`, stopped at the hook",
+                nothing(BATCHES, resid),
+                limit,
+                HOOKED,
+            ),
+            Way(
+                f"{name}-plain-bare",
+                "bare forwards of the plain model, stopped after the layer",
+                _bare_plain,
+                limit,
+                PLAIN,
+            ),
         ),
-        Way(
-            "saelens-extract",
-            "**`extract(model, batches, name, path)`**, the same model",
-            _extract,
-            "saelens-hooked",
-            HOOKED,
-            near="saelens-plain-extract",
-        ),
-        Way(
-            "saelens-plain-extract",
-            "**`extract`**, the plain model",
-            _extract,
-            "saelens-hooked",
-            PLAIN,
-        ),
-        Way(
-            "saelens-hooked",
-            "bare forwards of the `HookedTransformer`, stopped at the hook",
-            nothing(BATCHES, resid),
-            "saelens-hooked",
-            HOOKED,
-        ),
-        Way(
-            "saelens-plain",
-            "bare forwards of the plain model, stopped after the layer",
-            _bare_plain,
-            "saelens-hooked",
-            PLAIN,
-        ),
-    ),
-    setup=Setup(batch=4, tokens=1024),
-    varied={"batches": BATCHES},
-    repeats=1,
-    needs=("sae_lens", "lance"),
+        setup=setup,
+        varied={"batches": BATCHES, **varied},
+        repeats=1,
+        needs=("sae_lens", "lance"),
+    )
+
+
+SAELENS_EXTRACT_TABLE = _table(
+    "saelens-extract", "GPT-2 small's shape", Setup(batch=4, tokens=1024)
+)
+SAELENS_SMALL_TABLE = _table(
+    "saelens-small", "d_model 64", Setup(batch=32, tokens=128), d_model=64, heads=4
 )

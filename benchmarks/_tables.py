@@ -5,7 +5,7 @@ from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
 from benchmarks._generate import GENERATE_TABLE
 from benchmarks._load import LOAD_TABLE
 from benchmarks._plain import PLAIN_TABLE
-from benchmarks._saelens import SAELENS_EXTRACT_TABLE
+from benchmarks._saelens import SAELENS_EXTRACT_TABLE, SAELENS_SMALL_TABLE
 from benchmarks._sweeps import SWEEP_TABLES
 from benchmarks._ways import BRIDGE_TABLE
 from benchmarks._work import WORK_TABLE
@@ -21,6 +21,7 @@ TABLES = {
         SAELENS_TABLE,
         EXTRACT_TABLE,
         SAELENS_EXTRACT_TABLE,
+        SAELENS_SMALL_TABLE,
         LOAD_TABLE,
         *SWEEP_TABLES,
     )
