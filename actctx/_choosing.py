@@ -4,8 +4,8 @@
 How many rows a batch leaves follows from its tokens and its mask alone. So how far an extraction
 has come is told by the number of rows on disk, and by nothing else: to go on, the input is read
 from its start, the batches whose rows are all there are not run, and of the one in whose middle the
-last commit ended only the rows that are missing are kept. The tokens of what is skipped are held
-against those on disk.
+last commit ended only the rows that are missing are kept. What is skipped is held against what is
+on disk: the token of each row, and a digest of all that the model was given of its sequence.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,6 +48,11 @@ class Work(NamedTuple):
         """The sequence of the batch that each row comes from."""
         sequences = self.where[:, 0]
         return sequences if self.pooled is None else torch.unique_consecutive(sequences)
+
+    @property
+    def digest(self) -> Int64[Tensor, " row"]:
+        """What tells apart of what input each row is; see `Batch.digests`."""
+        return self.batch.digests[self.within]
 
     def rows(self, start: int, stop: int) -> "Work":
         """Return it with some of its rows only."""
@@ -220,6 +225,7 @@ class Stored(NamedTuple):
     token: Int[Tensor, " row"]
     sequence: Int64[Tensor, " row"]
     position: Int[Tensor, " row"]
+    digest: Int64[Tensor, " row"]
 
     def rows(self, start: int, stop: int | None = None) -> "Stored":
         """Return some of them."""
@@ -227,7 +233,7 @@ class Stored(NamedTuple):
 
     def shown(self, row: int) -> str:
         """Say where a row comes from."""
-        token, sequence, position = (int(each[row]) for each in self)
+        token, sequence, position, _ = (int(each[row]) for each in self)
         return f"token {token} of sequence {sequence}, position {position}"
 
 
@@ -237,22 +243,29 @@ class _Known:
     def __init__(self, stored: Iterator[Stored]) -> None:
         self._stored = stored
         none = torch.empty(0, dtype=torch.int32)
-        self._here: Any = Stored(none, none.long(), none)
+        self._here: Any = Stored(none, none.long(), none, none.long())
 
     def check(self, work: Work, before: int) -> None:
-        rows = Stored(work.token, work.sequence, work.position)
+        rows = Stored(work.token, work.sequence, work.position, work.digest)
         while len(rows.token):
             if not len(self._here.token):
                 self._here = next(self._stored)
             most = min(len(rows.token), len(self._here.token))
             now, was = rows.rows(0, most), self._here.rows(0, most)
-            other = torch.stack([a != b for a, b in zip(now, was, strict=True)]).any(0)
-            if bool(other.any()):
-                at = int(other.nonzero()[0])
+            *others, digest = (a != b for a, b in zip(now, was, strict=True))
+            seen = torch.stack(others).any(0)
+            if bool((seen | digest).any()):
+                at = int((seen if bool(seen.any()) else digest).nonzero()[0])
+                there, here = was.shown(at), now.shown(at)
+                differs = f"{there} there, but {here} in the input"
+                if there == here:
+                    differs = (
+                        f"{here} in both, but its sequence has other tokens, or other arguments of "
+                        "the forward, or other values of what is carried"
+                    )
                 raise DataError(
-                    f"the rows on disk came from another input: row {before + at} is "
-                    f"{was.shown(at)} there, but {now.shown(at)} in the input; give the same input "
-                    "in the same order, or another path"
+                    f"the rows on disk came from another input: row {before + at} is {differs}; "
+                    "give the same input in the same order, or another path"
                 )
             before += most
             rows, self._here = rows.rows(most), self._here.rows(most)

@@ -28,7 +28,7 @@ from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFirin
 from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
-from actctx._layout import COUNTED, Layout, StoredSite, check_rows, column_name
+from actctx._layout import COUNTED, DIGEST, Layout, StoredSite, check_rows, column_name
 from actctx._pipe import Pipe
 from actctx._progress import progress_bar
 from actctx._select import Owned, Selector
@@ -41,8 +41,8 @@ _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
 _RESERVED = {"_rowid", "_rowaddr", "_rowoffset"}
 """Names that Lance has columns of its own under."""
-_COUNTED_BYTES = 16
-"""What a row takes beside its sites: its token, sequence and position."""
+_COUNTED_BYTES = 24
+"""What a row takes beside its sites: its token, sequence, position, and a digest of its input."""
 
 
 class Extraction:
@@ -116,7 +116,7 @@ class Extraction:
         self.facts = Facts(self._layout, self._sites, slices)
 
     def _check_names(self) -> None:
-        taken = [*COUNTED, *self._reading.carry]
+        taken = [*COUNTED, DIGEST, *self._reading.carry]
         for name in (*self._reading.carry, *(site.key for site in self._sites)):
             if taken.count(name) > (name in self._reading.carry) or name in _RESERVED:
                 raise OptionError(

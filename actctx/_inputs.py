@@ -10,6 +10,7 @@ the same input always leaves the same rows in the same order, which is what resu
 """
 
 import functools
+import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -52,6 +53,30 @@ class Batch:
     carried: Mapping[str, list[Any]] = field(default_factory=dict)
     kept: Bool[Tensor, "batch pos"] | None = None
     cut: int = 0
+
+    @functools.cached_property
+    def digests(self) -> Int64[Tensor, " batch"]:
+        """A number for each sequence that tells apart what the model is given, and what is carried.
+
+        Padding does not count, nor how many sequences run together.
+        """
+        given = {name: value for name, value in self.given.items() if name not in MASKS}
+        found = [self._digest(at, given) for at in range(len(self.tokens))]
+        return torch.tensor(found, dtype=torch.long)
+
+    def _digest(self, at: int, given: Mapping[str, Any]) -> int:
+        found = hashlib.blake2b(digest_size=8)
+        for name, value in {"tokens": self.tokens, **given}.items():
+            if isinstance(value, Tensor):
+                own = value[at] if len(self.tokens) == len(value) else value
+                if self.real is not None and own.shape[:1] == self.tokens.shape[1:]:
+                    own = own[self.real[at]]
+                exact = own.double() if own.is_floating_point() else own.long()
+                found.update(name.encode() + exact.cpu().numpy().tobytes())
+            elif is_number(value):
+                found.update(f"{name}={value}".encode())
+        found.update(repr([values[at] for values in self.carried.values()]).encode())
+        return int.from_bytes(found.digest(), "little", signed=True)
 
 
 @dataclass(frozen=True, eq=False)

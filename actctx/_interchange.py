@@ -265,6 +265,7 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
             _tokens(table, context),
             pa.array(np.repeat(np.arange(first, first + runs), context)),
             pa.array(np.tile(np.arange(context, dtype=np.int32), runs)),
+            pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no input that is known
         ]
         for site in layout.sites:
             values = table[site.name].combine_chunks().storage.flatten().flatten()

@@ -33,6 +33,9 @@ FORMAT = 1
 COUNTED = ("token", "sequence", "position")
 """The columns that say where a row comes from; see `extract`."""
 
+DIGEST = "_input"
+"""The column that tells of what input a row is, which is not read; see `_inputs.Batch.digests`."""
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -160,7 +163,9 @@ class Layout:
         """Make the schema of the data set, with the columns that came with the input."""
         import pyarrow as pa
 
-        counted = zip(COUNTED, (pa.int32(), pa.int64(), pa.int32()), strict=True)
+        counted = zip(
+            (*COUNTED, DIGEST), (pa.int32(), pa.int64(), pa.int32(), pa.int64()), strict=True
+        )
         fields = [
             *(pa.field(name, kind, nullable=False) for name, kind in counted),
             *carried,
@@ -173,7 +178,7 @@ class Layout:
 
     def unlisted(self, schema: "pa.Schema") -> list[str]:
         """Name the columns that somebody else added."""
-        known = {*COUNTED, *self.carried, *(site.column for site in self.sites)}
+        known = {*COUNTED, DIGEST, *self.carried, *(site.column for site in self.sites)}
         return [name for name in schema.names if name not in known]
 
     def as_finished(self, *, finished: bool = True) -> "Layout":

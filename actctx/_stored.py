@@ -14,7 +14,7 @@ from torch import Tensor
 from actctx._condition import as_lance_reads, as_users_write
 from actctx._errors import DataError, OptionError
 from actctx._file import reason_of
-from actctx._layout import Layout, StoredSite, as_tensor, open_lance
+from actctx._layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
 from actctx._table import dtype_name
 
 Batch: TypeAlias = dict[str, Any]
@@ -208,7 +208,7 @@ def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
     integers and booleans with nulls, which only somebody else's columns have: these are looked at.
     """
     sites = {site.column for site in layout.sites}
-    fields = {each.name: each for each in lance.schema if each.name not in sites}
+    fields = {each.name: each for each in lance.schema if each.name not in {*sites, DIGEST}}
     found = {name: _dtype_of(each.type) for name, each in fields.items()}
     exact = {
         name

@@ -24,7 +24,7 @@ import torch
 from actctx._choosing import Stored
 from actctx._errors import DataError
 from actctx._file import cannot_write, reason_of
-from actctx._layout import KEY, Layout, import_lance, layout_of, open_lance
+from actctx._layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -121,7 +121,7 @@ class Target:
     def stored(self) -> Iterator[Stored]:
         """Read where the rows on disk come from, chunk by chunk."""
         scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=[*Stored._fields], scan_in_order=True
+            columns=[*COUNTED, DIGEST], scan_in_order=True
         )
         for batch in scanner.to_batches():
             yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))

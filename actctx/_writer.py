@@ -141,6 +141,7 @@ class Writer:
         work, layout, schema = left.work, self._target.layout, self._target.schema
         assert layout is not None  # noqa: S101  a writer begins behind it
         columns: list[Any] = [pa.array(getattr(work, name).numpy()) for name in COUNTED]
+        columns.append(pa.array(work.digest.numpy()))
         rows = pa.array(work.within.numpy())
         kinds = {name: schema.field(name).type for name in layout.carried}
         columns += [carried_array(name, work, kind).take(rows) for name, kind in kinds.items()]

@@ -54,6 +54,7 @@ def write(
             pa.array(tokens(at).numpy()),
             pa.array((at // LENGTH).numpy()),
             pa.array((at % LENGTH).int().numpy()),
+            pa.array((at // LENGTH).numpy()),
             pa.array((at // LENGTH % 3).numpy()),
             pa.array([f"row {row}".ljust(width) for row in at.tolist()]),
             as_array(resid(at)),

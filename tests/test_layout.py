@@ -92,6 +92,7 @@ def test_a_layout_comes_back_from_its_schema(tmp_path):
         "token",
         "sequence",
         "position",
+        "_input",
         "label",
         "blocks/0/attn/hook_z",
         "blocks/0/hook_resid_post",

@@ -294,6 +294,51 @@ def test_what_has_all_its_tokens_refuses_another_input(out, monkeypatch):
     assert message.startswith("the rows on disk came from another input: row 0 is token ")
 
 
+SENTENCES = [torch.tensor([[1, 2, 9], [3, 4, 9]]), torch.tensor([[5, 6, 9], [7, 8, 9]])]
+OTHER = (
+    "the rows on disk came from another input: row {row} is token 9 of sequence {row}, position 2 "
+    "in both, but its sequence has other tokens, or other arguments of the forward, or other "
+    "values of what is carried; give the same input in the same order, or another path"
+)
+
+
+@pytest.mark.parametrize(
+    "options", [{"slice": -1}, {"pool": "mean"}, {"drop": {"token": range(9)}}]
+)
+def test_other_tokens_are_refused_where_they_leave_no_rows(options, out):
+    extract(bridge(), SENTENCES[:1], RESID, out, **options)
+    for add, site in ((False, RESID), (True, Z)):
+        message = refusal(DataError, bridge(), SENTENCES[1:], site, out, add=add, **options)
+        assert message == OTHER.format(row=0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"label": [0, 1]}, {"label": [0, 7]}),
+        (
+            {"label": [0, 0], "position_ids": torch.arange(3).expand(2, 3)},
+            {"label": [0, 0], "position_ids": torch.tensor([[0, 1, 2], [2, 1, 0]])},
+        ),
+    ],
+)
+def test_other_labels_or_arguments_of_the_forward_are_another_input(first, second, out):
+    one, other = ({"input_ids": SENTENCES[0], **more} for more in (first, second))
+    model = huggingface("GPT2LMHeadModel")
+    extract(model, [one], RESID, out, slice=-1, carry="label")
+    message = refusal(DataError, model, [other], RESID, out, slice=-1, carry="label")
+    assert message == OTHER.format(row=1)
+    assert extract(model, [one, other], RESID, out, slice=-1, carry="label").rows == 4
+
+
+def test_the_same_sequences_padded_otherwise_are_the_same_input(out):
+    ids, mask = torch.tensor([[1, 2, 9, 0], [3, 4, 5, 9]]), torch.tensor([[1, 1, 1, 0], [1] * 4])
+    extract(bridge(), [{"input_ids": ids, "attention_mask": mask}], RESID, out, slice=-1)
+    longer = {"input_ids": torch.zeros(2, 6).long(), "attention_mask": torch.zeros(2, 6).long()}
+    longer["input_ids"][:, :4], longer["attention_mask"][:, :4] = ids, mask
+    assert extract(bridge(), [longer], RESID, out, slice=-1).new_rows == 0
+
+
 def test_fewer_tokens_than_there_are_rows_are_refused(out):
     unbroken(out, 3)
     options = {"drop": {"position": [0]}, "max_tokens": 70}
