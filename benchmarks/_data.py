@@ -1,16 +1,17 @@
 """The ways to write one activation of many batches to disk."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._models import PLAIN, block_path, middle, resid_name
-from benchmarks._ways import EndForward, Table, Way, end_forward
+from benchmarks._models import PLAIN, Setup, block_path, middle, resid_name
+from benchmarks._ways import EndForward, Run, Table, Way, end_forward
 
 BATCHES = 16
 ROWS = 4096
@@ -34,7 +35,7 @@ def stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None, batches: int 
     handle.remove()
 
 
-def extract_rows(model: nn.Module, batches: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+def extract_rows(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
     """Extract, and read the first rows back."""
     from actctx.dataset import ActivationDataset
     from actctx.extract import extract
@@ -72,5 +73,43 @@ EXTRACT_TABLE = Table(
     ),
     varied={"batches": BATCHES},
     repeats=1,
+    needs=("lance",),
+)
+
+FLAT = {"10-thousand": 2, "100-thousand": 13, "1-million": 123, "10-million": 1221}
+"""How many batches of 64 x 128 tokens are about so many."""
+
+
+def _extract_many(batches: int) -> Run:
+    def run(model: Any, tokens: Tensor) -> Tensor:
+        return extract_rows(model, (tokens for _ in range(batches)), torch.float16)
+
+    return run
+
+
+FLAT_TABLE = Table(
+    "flat",
+    "one `resid_post` of a tiny plain model to disk in float16, ever more tokens",
+    (
+        *(
+            Way(
+                f"flat-{many}",
+                f"**`extract`**, {many.replace('-', ' ')} tokens",
+                _extract_many(batches),
+                "flat-bare",
+                PLAIN,
+            )
+            for many, batches in FLAT.items()
+        ),
+        Way(
+            "flat-bare",
+            "a bare forward, stopped after the layer",
+            partial(stopped, batches=1),
+            "flat-bare",
+            PLAIN,
+        ),
+    ),
+    Setup(batch=64, tokens=128, layers=2, heads=2, d_model=64, vocab=1001),
+    rounds=0,
     needs=("lance",),
 )

@@ -1,6 +1,6 @@
 """All that is compared."""
 
-from benchmarks._data import EXTRACT_TABLE
+from benchmarks._data import EXTRACT_TABLE, FLAT_TABLE
 from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
 from benchmarks._generate import GENERATE_TABLE
 from benchmarks._load import LOAD_TABLE
@@ -20,6 +20,7 @@ TABLES = {
         GATHER_TABLE,
         SAELENS_TABLE,
         EXTRACT_TABLE,
+        FLAT_TABLE,
         SAELENS_EXTRACT_TABLE,
         SAELENS_SMALL_TABLE,
         LOAD_TABLE,
