@@ -214,7 +214,7 @@ def _extract(
                 "only so many at once"
             )
         new = "now with what was added" if add else f"{done.new_rows} of them new"
-        typer.echo(f"{done.rows} rows in {out}, {new}")
+        typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
 @app.command("info")

@@ -2,8 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from actctx._condition import find_site, find_sites
 from actctx._errors import DataError, OptionError
-from actctx._file import check_place, describe, refuse_existing, write_safetensors
+from actctx._file import check_place, describe, expanded, refuse_existing, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
@@ -78,9 +77,7 @@ class ActivationDataset(Dataset[Batch]):
         where: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        self.path = fspath(path)
-        if self.path.startswith("~"):
-            self.path = str(Path(self.path).expanduser())
+        self.path = expanded(path)
         self.where = where
         lance = StoredRows(self.path).lance
         self.layout = layout_of(lance.schema, self.path)
@@ -290,8 +287,7 @@ class ActivationDataset(Dataset[Batch]):
             DataError: There is something at the path already, or it cannot be written to.
 
         """
-        check_place(path)  # before all is read
-        refuse_existing(Path(path))
+        refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
         axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}

@@ -96,6 +96,12 @@ def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):  # noqa: F8
     assert len(ActivationDataset("~/acts.lance")) == 13
 
 
+def test_object_stores_are_not_written_to(tiny, text):  # noqa: F811
+    assert refused(tiny, RESID, "--data", text, "--out", "s3://bucket/a.lance").startswith(
+        "error: cannot write to 's3://bucket/a.lance': object stores cannot be written to; "
+    )
+
+
 def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
     options = ["--slice", "pos=-1", "--dtype", "bfloat16", "--drop", "token=3", "--batch-size", 2]
     run(tiny, RESID, "--data", text, "--out", out, *options)

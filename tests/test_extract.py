@@ -311,6 +311,15 @@ def test_no_sites_are_refused(gpt2, out):
     assert message.startswith("no hook point was asked for: the names are empty")
 
 
+def test_object_stores_are_not_written_to(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(DataError, gpt2, tokens(), RESID, "s3://bucket/a.lance") == (
+        "cannot write to 's3://bucket/a.lance': object stores cannot be written to; write to a "
+        "local path, and upload what is there"
+    )
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_is_refused_leaves_nothing_at_its_path(gpt2, out):
     refusal(DataError, gpt2, [], RESID, out)
     assert not out.exists()
