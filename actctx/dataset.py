@@ -115,7 +115,9 @@ class ActivationDataset(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """Read the rows of a `DataLoader`'s batch together."""
         batch = self[indices]
-        return [{name: batch[name][k] for name in batch} for k in range(len(indices))]
+        return [
+            {name: _owned(values[k]) for name, values in batch.items()} for k in range(len(indices))
+        ]
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
@@ -183,7 +185,7 @@ class ActivationDataset(Dataset[Batch]):
             world_size: How many shares there are.
 
         Raises:
-            OptionError: A number makes no sense, or is none.
+            OptionError: A number makes no sense, or is none, or there is no such device.
 
         """
         batch_size = whole_number("batch_size", batch_size, 1)
@@ -331,6 +333,11 @@ class ActivationDataset(Dataset[Batch]):
             for name, site in self.sites.items()
         ]
         return title, rows
+
+
+def _owned(value: Any) -> Any:
+    """Copy a row out of the memory of the batch that it was read with."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _described(model: Mapping[str, Any]) -> str:
