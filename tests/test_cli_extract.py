@@ -11,6 +11,7 @@ from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
 from test_extract import Read
 
 from actctx.dataset import ActivationDataset
+from actctx.extract import extract
 
 pytest.importorskip("lance")
 
@@ -134,6 +135,10 @@ def test_a_byte_order_mark_is_no_text(tiny, tmp_path, text, out):  # noqa: F811
 def test_the_corpus_is_looked_at_before_the_model_is_loaded(tmp_path, out):
     message = refused("no/such-model", RESID, "--data", tmp_path / "nothing.txt", "--out", out)
     assert message.startswith("error: cannot read --data")
+
+
+def test_max_tokens_beyond_the_texts_take_no_room(loaded, out):  # noqa: F811
+    assert extract(loaded, TEXTS, RESID, out, max_tokens=10**15).rows == 13
 
 
 def test_texts_are_packed(tiny, text, out):  # noqa: F811

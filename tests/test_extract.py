@@ -603,6 +603,19 @@ def test_rows_are_counted_beforehand_where_the_batches_are_at_hand(gpt2, as_list
     assert message.startswith(f"'{out}' has no room: 21 rows of 144 bytes are 3.0 KiB, but 3.0 KiB")
 
 
+@pytest.mark.parametrize("data", [[[1, 2, 3]], [{"tokens": [1, 2, 3]}], [torch.arange(3)]])
+def test_max_tokens_beyond_the_input_take_no_room(gpt2, out, data):
+    assert extract(gpt2, data, RESID, out, max_tokens=10**15).rows == 3
+
+
+def test_the_plan_is_logged(gpt2, out, caplog):
+    with caplog.at_level("INFO", "actctx"):
+        extract(gpt2, tokens(), RESID, out)
+    assert [record.name for record in caplog.records] == ["actctx"]
+    assert caplog.messages[0].startswith("21 rows of 144 bytes are 3.0 KiB, ")
+    assert caplog.messages[0].endswith(" are free")
+
+
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):
     extract(gpt2, tokens(), RESID, out)
     assert capfd.readouterr() == ("", "")
