@@ -160,6 +160,10 @@ Pool = Annotated[
     Pooling | None,
     typer.Option(help="A row is a sequence, and holds the mean, or the maximum, of its tokens."),
 ]
+Finite = Annotated[
+    bool,
+    typer.Option("--finite/--no-finite", help="Refuse NaN and infinite values, or write them."),
+]
 Resume = Annotated[
     bool,
     typer.Option("--resume/--no-resume", help="Go on with a data set that is there, or refuse to."),
