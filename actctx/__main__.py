@@ -13,7 +13,7 @@ from torch import nn
 from actctx._activations import Activations
 from actctx._corpus import read_corpus
 from actctx._errors import OptionError
-from actctx._layout import layout_of, open_lance
+from actctx._layout import import_lance, layout_of, open_lance
 from actctx._loading import load
 from actctx._names import resolve
 from actctx._options import (
@@ -26,6 +26,7 @@ from actctx._options import (
     DataSet,
     Device,
     Drop,
+    Finite,
     Force,
     Hooks,
     Into,
@@ -178,6 +179,7 @@ def _extract(
     carry: Carry = None,
     mask: MaskName = "attention",
     pool: Pool = None,
+    finite: Finite = True,
     resume: Resume = True,
     add: Add = False,
     tokenizer: Tokenizer = None,
@@ -189,7 +191,8 @@ def _extract(
     was written stays, and the same command goes on behind it.
     """
     with errors_as_messages(model):
-        corpus = read_corpus(data)  # before the model, which takes longer to load
+        import_lance()  # before the model, which takes longer to load
+        corpus = read_corpus(data)
         done = extract(
             load(model, device=device, tokenizer=tokenizer),
             corpus,
@@ -205,6 +208,7 @@ def _extract(
             carry=carry or [],
             mask=mask,
             pool=None if pool is None else pool.value,
+            finite=finite,
             resume=resume,
             add=add,
         )
@@ -214,12 +218,12 @@ def _extract(
                 "only so many at once"
             )
         new = "now with what was added" if add else f"{done.new_rows} of them new"
-        typer.echo(f"{done.rows} rows in {out}, {new}")
+        typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
 @app.command("info")
 def _info(path: DataSet) -> None:
-    """Show what a data set holds: its sites, its rows, the model that they came from."""
+    """Show what a data set holds, and what it came from: sites, rows, model, input, versions."""
     with errors_as_messages(""):
         lance = open_lance(str(path))
         rows, layout = lance.count_rows(), layout_of(lance.schema, str(path))
@@ -233,7 +237,16 @@ def _info(path: DataSet) -> None:
         state = "finished" if layout.finished else "not finished"
         name = layout.model["name"] or layout.model["class"]
         typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
-        for key, value in layout.input.items():
+        carried = [
+            f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried
+        ]
+        written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
+        facts = {"fingerprint": layout.model["fingerprint"], **layout.input}
+        for key, value in {
+            **facts,
+            "carried": ", ".join(carried) or None,
+            "versions": written,
+        }.items():
             typer.echo(f"  {key}: {value}")
 
 

@@ -7,6 +7,11 @@ from typing import Any
 
 from actctx._errors import OptionError
 
+_LINES = {".jsonl", ".ndjson"}
+"""What files with an object a line are called."""
+_DATA = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
+"""What files of objects or rows are called that are not read here."""
+
 
 def read_corpus(path: Path) -> Iterable[Any]:
     """Read what is at a path, bit by bit.
@@ -21,6 +26,7 @@ def read_corpus(path: Path) -> Iterable[Any]:
     """
     if path.is_dir():
         return _hugging_face(path)
+    suffix = path.suffix.lower()
     try:
         path.open("rb").close()
     except OSError as error:
@@ -28,7 +34,12 @@ def read_corpus(path: Path) -> Iterable[Any]:
             f"cannot read --data '{path}': {error.strerror}; give a text file, a .jsonl file, or "
             "the directory of a Hugging Face dataset"
         ) from None
-    return _objects(path) if path.suffix == ".jsonl" else _paragraphs(path)
+    if suffix in _DATA:
+        raise OptionError(
+            f"--data '{path}' holds data, not text; write it as a .jsonl file, an object a line, "
+            "or read it with datasets.load_dataset, and give the directory that save_to_disk writes"
+        )
+    return _objects(path) if suffix in _LINES else _paragraphs(path)
 
 
 def _hugging_face(path: Path) -> Iterable[Any]:
@@ -45,6 +56,11 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         raise OptionError(
             f"the directory --data '{path}' is no Hugging Face dataset; give what "
             "Dataset.save_to_disk wrote"
+        ) from None
+    except (ValueError, LookupError, TypeError, OSError) as error:
+        raise OptionError(
+            f"the Hugging Face dataset --data '{path}' is damaged: {error}; write it anew with "
+            "Dataset.save_to_disk"
         ) from None
     if not isinstance(found, Dataset):
         splits = ", ".join(f"'{path / split}'" for split in found)

@@ -7,6 +7,7 @@ the rows of `_WAITING` forwards that wait to be written, and what Lance holds of
 writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
 """
 
+import logging
 import math
 import shutil
 import sys
@@ -37,6 +38,7 @@ from actctx._target import Target
 from actctx._watched import WatchedSite, why_silent
 from actctx._writer import Left, Writer, carried_array
 
+_LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
 _RESERVED = {"_rowid", "_rowaddr", "_rowoffset"}
@@ -315,9 +317,9 @@ class Extraction:
             raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
     def _count(self, data: Iterable[Any]) -> int | None:
-        """Count the rows to come, where all batches are at hand; else as many as were asked for."""
+        """Count the rows to come, where all batches are at hand; else as many as can be."""
         if not self._reading.is_at_hand(data):
-            return self._most
+            return None if self._most is None else self._reading.bound(data, self._most)
         batches = self._reading.batches(data)
         rows = sum(len(self._choosing.choose(batch).token) for batch in batches)
         return rows if self._most is None else min(rows, self._most)
@@ -351,8 +353,10 @@ class Extraction:
                 f"'{target.path}' has no room: {plan}, but {format_bytes(free)} are free; give a "
                 "smaller dtype, fewer sites or tokens, or another disk"
             )
+        plan += f", {format_bytes(free)} are free"
+        _LOG.info(plan)
         if not bar.disable:
-            bar.write(f"{plan}, {format_bytes(free)} are free", file=sys.stderr)
+            bar.write(plan, file=sys.stderr)
 
     def _stored(self, site: WatchedSite, owned: Owned, acts: Activations) -> StoredSite:
         check_rows(site.key, owned.value)

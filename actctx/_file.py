@@ -1,6 +1,7 @@
 """What is written to disk whole or not at all: beside its place, and renamed at the end."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -27,6 +28,27 @@ def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
     }
 
 
+def expanded(path: str | PathLike[str]) -> str:
+    """Write out the home directory in a path; the address of an object store has none."""
+    return os.path.expanduser(path)  # noqa: PTH111  Path would make a path of an address
+
+
+def local_path(path: str | PathLike[str]) -> Path:
+    """Give the path of what is to be written.
+
+    Raises:
+        DataError: It is the address of an object store.
+
+    """
+    written_out = expanded(path)
+    if "://" in written_out:
+        raise DataError(
+            f"cannot write to '{path}': object stores cannot be written to; write to a local "
+            "path, and upload what is there"
+        )
+    return Path(written_out)
+
+
 def write_safetensors(
     tensors: Mapping[str, Shaped[Tensor, "..."]],
     path: str | PathLike[str],
@@ -41,19 +63,19 @@ def write_safetensors(
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    check_place(path)
-    with written_beside(Path(path), errors=(OSError, SafetensorError)) as partial:
+    place = check_place(path)
+    with written_beside(place, errors=(OSError, SafetensorError)) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
 
 
-def check_place(path: str | PathLike[str]) -> None:
+def check_place(path: str | PathLike[str]) -> Path:
     """Make sure that there can be a file at a path, as far as can be told before writing it.
 
     Raises:
-        DataError: It is a directory, or in none.
+        DataError: It is a directory, or in none, or in an object store.
 
     """
-    place = Path(path)
+    place = local_path(path)
     with _said_of(place):
         is_directory, is_in_one = place.is_dir(), place.parent.is_dir()
     if is_directory:
@@ -63,6 +85,7 @@ def check_place(path: str | PathLike[str]) -> None:
             f"cannot write to '{place}': there is no directory '{place.parent}'; make it, or give "
             "another path"
         )
+    return place
 
 
 def refuse_existing(path: Path) -> None:

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -158,6 +158,27 @@ class Reading:
         if isinstance(data, Tensor):
             return data.dim() == 2  # noqa: PLR2004  batch and pos
         return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
+
+    def bound(self, data: Iterable[Any], most: int) -> int:
+        """Lower a number of tokens to those that a list of single sequences can have."""
+        if not isinstance(data, list | tuple):
+            return most
+        total = 0
+        for item in data:
+            length = self._longest(item)
+            if length is None or total + length >= most:
+                return most
+            total += length
+        return total
+
+    def _longest(self, item: Any) -> int | None:
+        """Bound the tokens of a single sequence; None where there is no telling."""
+        tokens = tokens_in(item)
+        if isinstance(tokens, str):
+            return None if self.pack else self.context
+        if is_number(tokens) or not isinstance(tokens, Sized):
+            return None
+        return len(tokens) if self.pack or self.context is None else min(len(tokens), self.context)
 
     @functools.cached_property
     def _items(self) -> Items:

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from actctx._axes import hook_axes
 from actctx._errors import DataError, OptionError
-from actctx._file import cannot_write, refuse_existing, written_beside
+from actctx._file import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._fingerprint import versions
 from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
 from actctx._stored import StoredRows
@@ -54,7 +54,8 @@ def write_saelens(
             "context_size of SAELens' config, and no more than there are rows"
         )
     names = _renamed(rows.sites, rename)
-    refuse_existing(Path(path))
+    place = local_path(path)
+    refuse_existing(place)
     dtypes = {}
     for name, site in rows.sites.items():
         dtypes[name] = _writable(site)
@@ -64,7 +65,7 @@ def write_saelens(
     }
     columns[_TOKENS] = datasets.Sequence(datasets.Value("int32"), length=context)
     features = datasets.Features(columns)
-    with written_beside(Path(path), directory=True) as partial:
+    with written_beside(place, directory=True) as partial:
         with datasets.arrow_writer.ArrowWriter(
             path=str(partial / _FILE), features=features
         ) as writer:
@@ -163,7 +164,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     import_lance()
     datasets = _import_datasets()
     try:
-        cached = datasets.load_from_disk(fspath(path))
+        cached = datasets.load_from_disk(expanded(path))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DataError(
             f"'{path}' is no directory of SAELens' cached activations: {error}; give its "
@@ -176,7 +177,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
             f"Array2D; its columns are {', '.join(features)}"
         )
-    address = fspath(out)
+    address = expanded(out)
     is_local = "://" not in address
     if is_local:
         refuse_existing(Path(address))

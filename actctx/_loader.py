@@ -20,6 +20,7 @@ from actctx._errors import OptionError
 from actctx._index import is_int
 from actctx._shuffle import Order, Pool
 from actctx._stored import Batch, StoredRows
+from actctx._watched import device_of
 
 _AHEAD = 2  # batches that are ready before they are asked for
 
@@ -64,7 +65,7 @@ class Loader:
         self._source = source
         self._order = order
         self._workers = workers
-        self._device = None if device is None else torch.device(device)
+        self._device = device_of(device)
         self._batch = 0
         self._resumes = False
 
@@ -140,6 +141,12 @@ class Loader:
                     f"the state is of {name}={state[name]}, but they count from 0; give what "
                     "state_dict() returned"
                 )
+        most = len(replace(self._order, rank=self._order.world_size - 1))  # no rank has more
+        if state["batch"] > most:
+            raise OptionError(
+                f"the state is of batch={state['batch']}, but an epoch has no more than {most}; "
+                "give what state_dict() returned"
+            )
         self._move_to(operator.index(state["epoch"]), operator.index(state["batch"]))
         self._resumes = True
 

@@ -123,10 +123,7 @@ Data = Annotated[
     ),
 ]
 Into = Annotated[
-    Path,
-    typer.Option(
-        metavar="DIRECTORY", parser=_path, help="Write to this data set, or go on with it."
-    ),
+    str, typer.Option(metavar="DIRECTORY", help="Write to this data set, or go on with it.")
 ]
 MaxTokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Stop at exactly so many rows.")
@@ -162,6 +159,10 @@ MaskName = Annotated[
 Pool = Annotated[
     Pooling | None,
     typer.Option(help="A row is a sequence, and holds the mean, or the maximum, of its tokens."),
+]
+Finite = Annotated[
+    bool,
+    typer.Option("--finite/--no-finite", help="Refuse NaN and infinite values, or write them."),
 ]
 Resume = Annotated[
     bool,

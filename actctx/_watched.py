@@ -188,7 +188,7 @@ def watch_site(
         selector=selector,
         rows=rows,
         dtype=dtype,
-        device=_device(asked.device if asked.device is not None else defaults.device),
+        device=device_of(asked.device if asked.device is not None else defaults.device),
         sizes=sizes,
     )
     _check_firing(site, options)
@@ -247,7 +247,13 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
         )
 
 
-def _device(device: torch.device | str | None) -> torch.device | None:
+def device_of(device: torch.device | str | None) -> torch.device | None:
+    """Find a device that tensors are to move to; None where they stay.
+
+    Raises:
+        OptionError: There is none of this name here.
+
+    """
     if device is None:
         return None
     try:

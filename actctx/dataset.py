@@ -2,8 +2,7 @@
 
 import operator
 from collections.abc import Iterable, Mapping
-from os import PathLike, fspath
-from pathlib import Path
+from os import PathLike
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils.data import Dataset
 
 from actctx._condition import find_site, find_sites
 from actctx._errors import DataError, OptionError
-from actctx._file import check_place, describe, refuse_existing, write_safetensors
+from actctx._file import check_place, describe, expanded, refuse_existing, write_safetensors
 from actctx._fingerprint import describe_model
 from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
@@ -78,9 +77,7 @@ class ActivationDataset(Dataset[Batch]):
         where: str | None = None,
         model: nn.Module | None = None,
     ) -> None:
-        self.path = fspath(path)
-        if self.path.startswith("~"):
-            self.path = str(Path(self.path).expanduser())
+        self.path = expanded(path)
         self.where = where
         lance = StoredRows(self.path).lance
         self.layout = layout_of(lance.schema, self.path)
@@ -118,7 +115,9 @@ class ActivationDataset(Dataset[Batch]):
     def __getitems__(self, indices: list[int]) -> list[Batch]:
         """Read the rows of a `DataLoader`'s batch together."""
         batch = self[indices]
-        return [{name: batch[name][k] for name in batch} for k in range(len(indices))]
+        return [
+            {name: _owned(values[k]) for name, values in batch.items()} for k in range(len(indices))
+        ]
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
@@ -186,7 +185,7 @@ class ActivationDataset(Dataset[Batch]):
             world_size: How many shares there are.
 
         Raises:
-            OptionError: A number makes no sense, or is none.
+            OptionError: A number makes no sense, or is none, or there is no such device.
 
         """
         batch_size = whole_number("batch_size", batch_size, 1)
@@ -290,8 +289,7 @@ class ActivationDataset(Dataset[Batch]):
             DataError: There is something at the path already, or it cannot be written to.
 
         """
-        check_place(path)  # before all is read
-        refuse_existing(Path(path))
+        refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
         axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
@@ -335,6 +333,11 @@ class ActivationDataset(Dataset[Batch]):
             for name, site in self.sites.items()
         ]
         return title, rows
+
+
+def _owned(value: Any) -> Any:
+    """Copy a row out of the memory of the batch that it was read with."""
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _described(model: Mapping[str, Any]) -> str:

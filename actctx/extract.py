@@ -17,6 +17,7 @@ from actctx._capture import Capture
 from actctx._choosing import dropping
 from actctx._errors import OptionError
 from actctx._extraction import Extraction
+from actctx._file import local_path
 from actctx._index import whole_number
 from actctx._layout import import_lance
 from actctx._names import Names
@@ -139,7 +140,7 @@ def extract(
     """
     import_lance()
     begun = time.monotonic()
-    if pool not in {None, "mean", "max"}:
+    if pool not in (None, "mean", "max"):
         raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, 1)
@@ -159,7 +160,7 @@ def extract(
     extraction = Extraction(
         model, capturing, reading, drop=dropping(drop), pool=pool, finite=finite
     )
-    target = Target(Path(out).expanduser())
+    target = Target(local_path(out))
     try:
         before = target.rows
         if add:

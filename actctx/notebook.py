@@ -1,7 +1,6 @@
 """The cell magic `%%capture_activations`, for IPython and Jupyter: `%load_ext actctx`."""
 
 import ast
-import re
 from keyword import iskeyword
 from typing import Any
 
@@ -86,10 +85,18 @@ def _check_variable(variable: str, model: str) -> None:
     """
     if not variable.isidentifier() or iskeyword(variable):
         raise OptionError(f"--as {variable!r} is no name of a variable; give one such as acts")
-    if re.match(rf"{variable}\b", model):
+    if variable in _names_in(model):
         raise OptionError(
             f"--as {variable!r} would take the place of the model; give another name, such as acts"
         )
+
+
+def _names_in(expression: str) -> set[str]:
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except SyntaxError:  # which is said once it is evaluated
+        return set()
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
 def _evaluate(shell: Any, model: str) -> Any:
@@ -101,10 +108,10 @@ def _evaluate(shell: Any, model: str) -> Any:
     """
     try:
         return shell.ev(model)
-    except (NameError, SyntaxError) as error:
+    except (NameError, SyntaxError, AttributeError, LookupError, TypeError) as error:
         raise OptionError(
             f"the first word after %%capture_activations is the model, but {model!r} is none: "
-            f"{error}; give a variable that holds one"
+            f"{type(error).__name__}: {error}; give a variable that holds one"
         ) from None
 
 

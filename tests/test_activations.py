@@ -134,6 +134,12 @@ def test_a_file_holds_what_was_captured(acts, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["acts.safetensors"]
 
 
+def test_a_file_may_lie_at_home(acts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    acts.save("~/acts.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["acts.safetensors"]
+
+
 def test_a_file_that_cannot_be_written_leaves_the_one_that_was_there(ids, tmp_path):
     target = tmp_path / "acts.safetensors"
     target.write_text("precious")

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from models import plainly_hooked
 from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
 from test_extract import Read
 
+from actctx._corpus import read_corpus
+from actctx._fingerprint import fingerprint, versions
 from actctx.dataset import ActivationDataset
+from actctx.extract import extract
 
 pytest.importorskip("lance")
 
@@ -96,6 +101,12 @@ def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):  # noqa: F8
     assert len(ActivationDataset("~/acts.lance")) == 13
 
 
+def test_object_stores_are_not_written_to(tiny, text):  # noqa: F811
+    assert refused(tiny, RESID, "--data", text, "--out", "s3://bucket/a.lance").startswith(
+        "error: cannot write to 's3://bucket/a.lance': object stores cannot be written to; "
+    )
+
+
 def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
     options = ["--slice", "pos=-1", "--dtype", "bfloat16", "--drop", "token=3", "--batch-size", 2]
     run(tiny, RESID, "--data", text, "--out", out, *options)
@@ -130,6 +141,28 @@ def test_the_corpus_is_looked_at_before_the_model_is_loaded(tmp_path, out):
     assert message.startswith("error: cannot read --data")
 
 
+def test_max_tokens_beyond_the_texts_take_no_room(loaded, out):  # noqa: F811
+    assert extract(loaded, TEXTS, RESID, out, max_tokens=10**15).rows == 13
+
+
+def test_lance_is_looked_for_before_the_model_is_loaded(text, out, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lance", None)
+    assert refused("no/such-model", RESID, "--data", text, "--out", out) == (
+        "error: data sets need lance, which is not installed; install it with: pip install "
+        "'actctx[data]'\n"
+    )
+
+
+def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_path, out):  # noqa: F811
+    model = transformers.GPT2LMHeadModel.from_pretrained(tiny)
+    model.transformer.h[1].mlp.c_proj.bias.data[0] = float("nan")
+    model.save_pretrained(tmp_path / "poisoned")
+    options = [RESID, "--data", text, "--out", out, "--tokenizer", tiny]
+    assert "finite=False writes it as it is" in refused(tmp_path / "poisoned", *options)
+    run(tmp_path / "poisoned", *options, "--no-finite")
+    assert Read(out)[RESID][:, 0].isnan().all()
+
+
 def test_texts_are_packed(tiny, text, out):  # noqa: F811
     run(tiny, RESID, "--data", text, "--out", out, "--pack", "--context", 8)
     assert set(Read(out)["position"]) == {*range(8)}
@@ -142,6 +175,35 @@ def test_objects_bring_their_labels(tiny, tmp_path, out):  # noqa: F811
     run(tiny, RESID, "--data", path, "--out", out, "--carry", "label", "--slice", "pos=-1")
     read = Read(out)
     assert read["label"] == [len(TEXTS[number]) for number in read["sequence"]]
+
+
+@pytest.mark.parametrize("suffix", [".JSONL", ".ndjson"])
+def test_lines_of_objects_are_known_by_the_name_of_the_file(tmp_path, suffix):
+    path = tmp_path / f"texts{suffix}"
+    path.write_text('{"text": "one"}\n{"text": "two"}\n')
+    assert [*read_corpus(path)] == [{"text": "one"}, {"text": "two"}]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".CSV", ".tsv", ".parquet", ".arrow"])
+def test_files_of_data_are_not_taken_for_text(tmp_path, out, suffix):
+    path = tmp_path / f"texts{suffix}"
+    path.write_text('[{"text": "one"}]')
+    assert refused("no/such-model", RESID, "--data", path, "--out", out) == (
+        f"error: --data '{path}' holds data, not text; write it as a .jsonl file, an object a "
+        "line, or read it with datasets.load_dataset, and give the directory that save_to_disk "
+        "writes\n"
+    )
+
+
+@pytest.mark.parametrize("state", ["{", "{}"])
+def test_a_hugging_face_dataset_that_is_damaged_is_refused(tmp_path, out, state):
+    datasets = pytest.importorskip("datasets")
+    path = tmp_path / "corpus"
+    datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
+    (path / "state.json").write_text(state)
+    stderr = refused("no/such-model", RESID, "--data", path, "--out", out)
+    assert stderr.startswith(f"error: the Hugging Face dataset --data '{path}' is damaged: ")
+    assert stderr.endswith("; write it anew with Dataset.save_to_disk\n")
 
 
 def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):  # noqa: F811
@@ -173,6 +235,17 @@ def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
     ]
     assert lines[2].startswith("13 rows, one a token, finished, from ")
     assert "  drop: {}" in lines
+
+
+def test_a_data_set_says_what_it_came_from(tiny, loaded, tmp_path, out):  # noqa: F811
+    path = tmp_path / "texts.jsonl"
+    path.write_text(json.dumps({"text": "one", "label": 1, "source": "a"}))
+    run(tiny, RESID, "--data", path, "--out", out, "--carry", "label", "--carry", "source")
+    lines = actctx("info", out).stdout.splitlines()
+    assert f"  fingerprint: {fingerprint(loaded)}" in lines
+    assert "  carried: label int64, source string" in lines
+    written = ", ".join(f"{package} {each}" for package, each in versions().items())
+    assert f"  versions: {written}" in lines
 
 
 def test_what_is_no_data_set_is_refused(tmp_path):

@@ -267,6 +267,14 @@ def test_a_dataloader_reads_batches_at_once(data):
     assert sorted(np.concatenate([numbers(batch) for batch in batches])) == list(range(ROWS))
 
 
+def test_rows_that_are_read_together_are_owned_one_by_one(data):
+    rows = data.__getitems__([3, 5])
+    assert torch.equal(rows[1][RESID], resid(torch.tensor([5]))[0])
+    for row in rows:
+        for values in filter(torch.is_tensor, row.values()):
+            assert values.untyped_storage().nbytes() == values.nbytes
+
+
 def test_reading_a_site_takes_little_more_memory_than_it_has(tmp_path):
     resource = pytest.importorskip("resource", reason="peaks are read from a Unix system")
     unit = 1 if sys.platform == "darwin" else 2**10

@@ -311,6 +311,15 @@ def test_no_sites_are_refused(gpt2, out):
     assert message.startswith("no hook point was asked for: the names are empty")
 
 
+def test_object_stores_are_not_written_to(gpt2, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert refusal(DataError, gpt2, tokens(), RESID, "s3://bucket/a.lance") == (
+        "cannot write to 's3://bucket/a.lance': object stores cannot be written to; write to a "
+        "local path, and upload what is there"
+    )
+    assert not [*tmp_path.iterdir()]
+
+
 def test_what_is_refused_leaves_nothing_at_its_path(gpt2, out):
     refusal(DataError, gpt2, [], RESID, out)
     assert not out.exists()
@@ -592,6 +601,19 @@ def test_rows_are_counted_beforehand_where_the_batches_are_at_hand(gpt2, as_list
     data = [{"input_ids": tokens()}] if as_list else tokens()
     message = refusal(DataError, gpt2, data, RESID, out)
     assert message.startswith(f"'{out}' has no room: 21 rows of 152 bytes are 3.1 KiB, but 3.1 KiB")
+
+
+@pytest.mark.parametrize("data", [[[1, 2, 3]], [{"tokens": [1, 2, 3]}], [torch.arange(3)]])
+def test_max_tokens_beyond_the_input_take_no_room(gpt2, out, data):
+    assert extract(gpt2, data, RESID, out, max_tokens=10**15).rows == 3
+
+
+def test_the_plan_is_logged(gpt2, out, caplog):
+    with caplog.at_level("INFO", "actctx"):
+        extract(gpt2, tokens(), RESID, out)
+    assert [record.name for record in caplog.records] == ["actctx"]
+    assert caplog.messages[0].startswith("21 rows of 144 bytes are 3.0 KiB, ")
+    assert caplog.messages[0].endswith(" are free")
 
 
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):

@@ -531,9 +531,10 @@ def test_pooled_rows_of_another_dtype_are_not_gone_on_with(gpt2, out):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_ways_to_pool_are_these(gpt2, out):
-    assert refusal(OptionError, gpt2, tokens(), RESID, out, pool="sum") == (
-        "pool='sum' is no way to pool; give 'mean', 'max' or None"
+@pytest.mark.parametrize("pool", ["sum", ["mean"]])
+def test_ways_to_pool_are_these(gpt2, out, pool):
+    assert refusal(OptionError, gpt2, tokens(), RESID, out, pool=pool) == (
+        f"pool={pool!r} is no way to pool; give 'mean', 'max' or None"
     )
 
 

@@ -272,6 +272,35 @@ def test_a_file_that_cannot_be_written_is_said(path, tmp_path, place, reason):
     assert not list(tmp_path.iterdir())
 
 
+def test_paths_may_begin_at_home(path, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    data = ActivationDataset(path, sites=Z)
+    data.to_saelens("~/cached", context=8)
+    assert len(ActivationDataset.from_saelens("~/cached", "~/back.lance")) == 96
+    data.to_safetensors("~/a.safetensors")
+    assert not [*(tmp_path / "here").iterdir()]
+    assert {each.name for each in (tmp_path / "home").iterdir()} == {
+        *("cached", "back.lance", "a.safetensors")
+    }
+
+
+def test_object_stores_are_not_written_to(data, tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    for move in (data.to_safetensors, lambda path: data.to_saelens(path, context=8)):
+        with pytest.raises(DataError) as caught:
+            move("s3://bucket/a")
+        assert str(caught.value) == (
+            "cannot write to 's3://bucket/a': object stores cannot be written to; write to a local "
+            "path, and upload what is there"
+        )
+    assert not [*tmp_path.iterdir()]
+
+
 def test_an_existing_path_is_not_written_over(data, tmp_path):
     pytest.importorskip("datasets")
     data.to_saelens(tmp_path / "cached", context=16)

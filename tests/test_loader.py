@@ -364,6 +364,24 @@ def test_a_state_counts_from_0(data, name):
     assert loader.state_dict() == state
 
 
+@pytest.mark.parametrize(("rank", "most"), [(None, 16), (0, 8)])
+def test_a_state_of_a_batch_behind_the_last_is_refused(data, rank, most):
+    loader = data.loader(64, rank=rank, world_size=None if rank is None else 2)
+    state = loader.state_dict()
+    with pytest.raises(OptionError) as caught:
+        loader.load_state_dict({**state, "batch": 10**6})
+    assert str(caught.value) == (
+        f"the state is of batch=1000000, but an epoch has no more than {most}; give what "
+        "state_dict() returned"
+    )
+    assert loader.state_dict() == state
+
+
+def test_a_device_that_is_none_is_refused(data):
+    with pytest.raises(OptionError, match=r"^device='gpu' cannot hold activations: Expected one"):
+        data.loader(4, device="gpu")
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_numbers_may_be_of_numpy(data):
     loader = data.loader(np.int64(64), seed=np.int32(3), rank=np.int64(1), world_size=np.int64(2))

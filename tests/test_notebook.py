@@ -1,5 +1,7 @@
 """The cell magic, in a real Jupyter kernel."""
 
+import re
+
 import nbformat
 import pytest
 from nbclient import NotebookClient
@@ -100,14 +102,25 @@ def test_a_variable_that_is_none_is_refused(kernel, name):
 
 
 def test_the_model_keeps_its_name(kernel):
-    with pytest.raises(CellExecutionError, match="--as 'model' would take the place of the model"):
-        run(kernel, "%%capture_activations model[0:2] 0 --as model\nmodel(x)")
+    for expression in ("model[0:2]", "list(model.children())[0]", '"[0, model][1]"'):
+        with pytest.raises(CellExecutionError, match="--as 'model' would take the place of the "):
+            run(kernel, f"%%capture_activations {expression} 0 --as model\nmodel(x)")
     assert run(kernel, "type(model).__name__") == "'Sequential'"
 
 
-@pytest.mark.parametrize("word", ["modle", "mod/"])
-def test_a_model_that_is_not_there_is_refused(kernel, word):
-    with pytest.raises(CellExecutionError, match=f"is the model, but '{word}' is none: "):
+@pytest.mark.parametrize(
+    ("word", "reason"),
+    [
+        ("modle", "NameError: name 'modle' is not defined"),
+        ("mod/", "SyntaxError: "),
+        ("model.innr", "AttributeError: 'Sequential' object has no attribute 'innr'"),
+        ('vars()["no"]', "KeyError: 'no'"),
+        ("model[7]", "IndexError: index 7 is out of range"),
+    ],
+)
+def test_a_model_that_is_not_there_is_refused(kernel, word, reason):
+    said = re.escape(f"is the model, but '{word}' is none: {reason}")
+    with pytest.raises(CellExecutionError, match=said):
         run(kernel, f"%%capture_activations {word} 0\nmodel(x)")
 
 
