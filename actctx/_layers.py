@@ -13,6 +13,7 @@ from actctx._activations import Activations
 from actctx._axes import Axes
 from actctx._condition import find_site
 from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
+from actctx._index import is_int
 from actctx._stack import layers_of, stack_layers
 from actctx.dataset import ActivationDataset
 
@@ -30,11 +31,40 @@ def layers_in(acts: Source, name: str) -> list[str]:
         HookNameError: A layer has several.
 
     """
+    check_source(acts)
     if isinstance(acts, Activations):
         return acts._layers(name)
     if not len(acts):
         raise NotCapturedError(f"there are no rows in {acts.path!r} to draw or to compare")
     return layers_of({key: (key, *site.names) for key, site in acts.sites.items()}, name)
+
+
+def check_source(acts: object) -> None:
+    """Refuse what is neither a buffer nor a data set.
+
+    Raises:
+        OptionError: It is none.
+
+    """
+    if not isinstance(acts, Activations | ActivationDataset):
+        raise OptionError(
+            f"a picture is drawn of what capture() or ActivationDataset(path) gives, not of a "
+            f"{type(acts).__name__}; give one of these"
+        )
+
+
+def layer_numbers(acts: Source, keys: list[str]) -> list[str]:
+    """Tell the number of each layer, or its key where it has none."""
+    if isinstance(acts, Activations):
+        names = [(key, *acts._columns[key].names) for key in keys]
+    else:
+        names = [(key, acts.sites[key].hook) for key in keys]
+    return [_number_in(*each) for each in names]
+
+
+def _number_in(key: str, *hooks: str) -> str:
+    parts = [part for name in (*hooks, key) for part in name.split(".")]
+    return next((part for part in parts if part.isdecimal()), key)
 
 
 def axes_of(acts: Source, key: str) -> Axes:
@@ -82,6 +112,7 @@ def read_layers(
     Each time a tensor for each layer, in single precision, on the device of the first.
 
     Raises:
+        NotCapturedError: There are no rows.
         AxisError: A layer has rows alone.
         JoinError: The layers do not have as many rows as each other.
         OptionError: Their forwards were not joined.
@@ -91,6 +122,11 @@ def read_layers(
         axes_of(acts, key)
     if isinstance(acts, Activations):
         layers = {key: joined(acts, key).flatten(0, -2) for key in keys}
+        if not len(layers[keys[0]]):
+            raise NotCapturedError(
+                f"{keys[0]!r} has no rows to draw or to compare: its mask or slice left none; "
+                "capture some"
+            )
         _check_rows({key: len(layer) for key, layer in layers.items()})
         starts = range(0, len(layers[keys[0]]), _ROWS)
         parts: Iterable[tuple[Tensor, ...]] = (
@@ -136,6 +172,9 @@ def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head 
         OptionError: There is no such sequence, or the forwards were not joined.
 
     """
+    check_source(acts)
+    if not is_int(sequence):
+        raise OptionError(f"sequence={sequence!r} is no whole number; give the number of one")
     axes = acts.axes(name) if isinstance(acts, Activations) else _axes_with_queries(acts, name)
     if axes[-2:] != ("query", "key") or axes[0] != "batch":
         raise AxisError(
@@ -147,6 +186,11 @@ def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head 
     else:
         pattern = _stored_pattern(acts, name, sequence)
     pattern = pattern.float().cpu()
+    if not pattern.numel():
+        raise AxisError(
+            f"{name!r} has the shape {tuple(pattern.shape)}, in which there is nothing to draw; "
+            "capture it with another slice"
+        )
     low, high = pattern.min().item(), pattern.max().item()
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise OptionError(
@@ -188,7 +232,7 @@ def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:
     """Tell the position of each row of tokens."""
     if isinstance(acts, ActivationDataset):
         return acts.read("position").long() if acts.layout.rows == "token" else None
-    return acts.positions(key)[:, 1].cpu() if acts._columns[key].rows else None
+    return acts.positions(key)[:, 1].cpu() if acts.axes(key)[:1] == ("token",) else None
 
 
 def _stored(data: ActivationDataset, keys: list[str]) -> Iterator[tuple[Tensor, ...]]:

@@ -5,7 +5,6 @@ figure is the caller's, to be changed, saved and closed.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,14 @@ from torch import Tensor
 
 from actctx._activations import Activations
 from actctx._errors import OptionError
-from actctx._layers import layers_in, norms_at_positions, norms_of_rows, read_layers, read_pattern
+from actctx._layers import (
+    layer_numbers,
+    layers_in,
+    norms_at_positions,
+    norms_of_rows,
+    read_layers,
+    read_pattern,
+)
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:
@@ -39,7 +45,8 @@ def plot_norms(
     Where positions are known, a heat map of the norm along the last axis, averaged over all that
     lies at a position: those of an axis `pos`, of the rows that a mask kept, and of a data set of
     tokens. Elsewhere a line of the median norm of the rows, between its quartiles. Of a data set,
-    the norms are in memory, 4 bytes a row and layer, and some thousand rows at a time.
+    some thousand rows are in memory at a time, beside the norms and the position of each row: up
+    to 8 bytes a row and layer, and 16 a row.
 
     Args:
         acts: What was captured or extracted, in several layers, with the features along the last
@@ -77,13 +84,13 @@ def plot_norms(
     picture = _picture(ax)
     picture.set_title(name)
     if grid is None:
-        _draw_quartiles(picture, norms_of_rows(acts, keys), keys)
+        _draw_quartiles(picture, norms_of_rows(acts, keys), layer_numbers(acts, keys))
         return picture
     shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="mean norm")
     picture.set(xlabel="position", ylabel="layer")
     _number(picture.xaxis, range(grid.shape[1]) if positions is None else positions)
-    _number(picture.yaxis, _layer_numbers(keys))
+    _number(picture.yaxis, layer_numbers(acts, keys))
     return picture
 
 
@@ -122,7 +129,7 @@ def plot_pattern(
 
     """
     pattern = read_pattern(acts, name, sequence)
-    _check_texts(tokens or ())
+    _check_texts(() if tokens is None else tokens)
     numbers = range(len(pattern)) if heads is None else heads
     count, _, keys = pattern.shape
     for what, given, wanted in (("keys", tokens, keys), ("heads", numbers, count)):
@@ -176,7 +183,7 @@ def plot_similarity(
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer", title=name)
     for axis in (picture.xaxis, picture.yaxis):
-        _number(axis, _layer_numbers(layers_in(acts, name)))
+        _number(axis, layer_numbers(acts, layers_in(acts, name)))
     return picture
 
 
@@ -192,7 +199,7 @@ def layer_similarity(
 
     Sums are taken over some thousand rows at a time: beside what was captured, the layers of these
     rows are held in single precision, and the products of the features of one layer with those of
-    all. A data set is read once for each layer.
+    all. A data set is read once for each layer, and once for the means.
 
     Args:
         acts: What was captured or extracted, in several layers, with the features along the last
@@ -207,8 +214,14 @@ def layer_similarity(
         HookNameError: The name means several sites of a layer.
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
-        OptionError: All rows of a layer are the same, as of a single row, so that nothing can be
-            compared.
+        OptionError: All rows of a layer are the same, as of a single row, or some are not finite,
+            so that nothing can be compared.
+
+    Example:
+        >>> with capture(model, "blocks.*.hook_resid_post") as acts:
+        ...     logits = model(tokens)
+        >>> bool((layer_similarity(acts).diagonal() == 1).all())
+        True
 
     """
     keys = layers_in(acts, name)
@@ -244,6 +257,11 @@ def _means(
 
 def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) -> None:
     """Refuse a layer whose rows are the same but for rounding, from sums of their squares."""
+    if not spread.isfinite():
+        raise OptionError(
+            f"{key!r} has values that are no numbers, or too large ones, so it cannot be compared "
+            "with other layers; leave it out"
+        )
     if spread <= 1e-10 * mean:
         raise OptionError(
             f"the rows of {key!r} are all the same, so it cannot be compared with other layers; "
@@ -252,14 +270,14 @@ def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) 
 
 
 def _draw_quartiles(
-    picture: "Picture", norms: Float[Tensor, "layer row"], keys: Sequence[str]
+    picture: "Picture", norms: Float[Tensor, "layer row"], numbers: Sequence[str]
 ) -> None:
     low, middle, high = np.quantile(norms.numpy(), [0.25, 0.5, 0.75], axis=1)
-    layers = range(len(keys))
+    layers = range(len(numbers))
     picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
     picture.plot(layers, middle, marker="o")
     picture.set(xlabel="layer", ylabel="norm, median and quartiles")
-    _number(picture.xaxis, _layer_numbers(keys))
+    _number(picture.xaxis, numbers)
 
 
 def _check_texts(tokens: Sequence[str]) -> None:
@@ -356,10 +374,6 @@ def _number(axis: Any, numbers: Sequence[object]) -> None:
     known = dict(enumerate(map(str, numbers)))
     axis.set_major_locator(MaxNLocator(integer=True))
     axis.set_major_formatter(lambda at, _: known.get(at, ""))
-
-
-def _layer_numbers(keys: Sequence[str]) -> list[str]:
-    return [next(iter(re.findall(r"\d+", key)), key) for key in keys]
 
 
 def _name_positions(picture: "Picture", tokens: Sequence[str] | None, queries: int) -> None:

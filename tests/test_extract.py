@@ -612,7 +612,7 @@ def test_the_plan_is_logged(gpt2, out, caplog):
     with caplog.at_level("INFO", "actctx"):
         extract(gpt2, tokens(), RESID, out)
     assert [record.name for record in caplog.records] == ["actctx"]
-    assert caplog.messages[0].startswith("21 rows of 144 bytes are 3.0 KiB, ")
+    assert caplog.messages[0].startswith("21 rows of 152 bytes are 3.1 KiB, ")
     assert caplog.messages[0].endswith(" are free")
 
 

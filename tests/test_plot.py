@@ -3,6 +3,7 @@
 import sys
 
 import matplotlib as mpl
+import numpy as np
 import pytest
 import torch
 from models import bridge, tokens
@@ -368,3 +369,65 @@ def test_matplotlib_that_is_not_there_is_asked_for(acts, monkeypatch):
             "pictures need matplotlib, which is not installed; install it with: pip install "
             "'actctx[plot]'"
         )
+
+
+def test_one_row_a_sequence_is_a_line_with_a_mask_too():
+    model, ids = bridge(), tokens()
+    mask = torch.ones_like(ids)
+    with capture(model, RESID, slice=-1, mask=mask) as acts:
+        model(ids)
+    assert not plot_norms(acts).images
+
+
+def test_layers_of_aliases_are_numbered_as_in_the_model():
+    model = bridge()
+    with capture(model, {"v2": "blocks.1.hook_resid_post", "v3": "blocks.0.hook_out"}) as acts:
+        model(tokens())
+    picture = plot_similarity(acts, "v*")
+    picture.figure.canvas.draw()
+    shown = [label.get_text() for label in picture.get_yticklabels()]
+    assert [each for each in shown if each] == ["1", "0"]
+
+
+def test_rows_that_are_none_or_no_numbers_are_refused():
+    model, ids = bridge(), tokens()
+    with capture(model, RESID, mask=torch.zeros_like(ids)) as acts:
+        model(ids)
+    for draw in (plot_norms, layer_similarity):
+        with pytest.raises(NotCapturedError, match=r"has no rows to draw or to compare: its mask"):
+            draw(acts)
+    with capture(model, RESID) as acts:
+        model(ids)
+    acts["blocks.1.hook_resid_post"][0, 0, 0] = float("nan")
+    with pytest.raises(OptionError, match=r"'blocks.1.hook_resid_post' has values that are no num"):
+        layer_similarity(acts)
+
+
+@pytest.mark.parametrize("given", [{}, "acts.lance"])
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_neither_a_buffer_nor_a_data_set_is_refused(given):
+    for draw in (plot_norms, plot_similarity, lambda acts: plot_pattern(acts, PATTERN)):
+        with pytest.raises(OptionError, match=rf"not of a {type(given).__name__}; give one of th"):
+            draw(given)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_tokens_may_be_an_array_and_ids_are_refused_in_any_form(acts):
+    assert len(plot_pattern(acts, PATTERN, tokens=np.array(list("abcdefg")))) == 4
+    with pytest.raises(OptionError, match="some are no strings"):
+        plot_pattern(acts, PATTERN, tokens=tokens()[0])
+
+
+@pytest.mark.parametrize("sequence", ["0", 0.5])
+@pytest.mark.usefixtures("unchecked")
+def test_a_sequence_that_is_no_number_is_refused(acts, sequence):
+    with pytest.raises(OptionError, match="is no whole number; give the number of one"):
+        plot_pattern(acts, PATTERN, sequence=sequence)
+
+
+def test_a_pattern_without_queries_is_refused():
+    model = bridge()
+    with capture(model, PATTERN, slice={"query": slice(0, 0)}) as acts:
+        model(tokens())
+    with pytest.raises(AxisError, match="in which there is nothing to draw"):
+        plot_pattern(acts, PATTERN)
