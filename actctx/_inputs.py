@@ -68,7 +68,7 @@ class Batch:
         found = hashlib.blake2b(digest_size=8)
         for name, value in {"tokens": self.tokens, **given}.items():
             if isinstance(value, Tensor):
-                own = value[at] if len(self.tokens) == len(value) else value
+                own = value[at] if value.shape[:1] == self.tokens.shape[:1] else value
                 if self.real is not None and own.shape[:1] == self.tokens.shape[1:]:
                     own = own[self.real[at]]
                 exact = own.double() if own.is_floating_point() else own.long()

@@ -17,6 +17,7 @@ from test_extract import RESID, Read, Z, refusal
 
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
+from actctx._inputs import Batch
 from actctx._writer import commit_seconds
 from actctx.extract import extract
 
@@ -329,6 +330,21 @@ def test_other_labels_or_arguments_of_the_forward_are_another_input(first, secon
     message = refusal(DataError, model, [other], RESID, out, slice=-1, carry="label")
     assert message == OTHER.format(row=1)
     assert extract(model, [one, other], RESID, out, slice=-1, carry="label").rows == 4
+
+
+def test_digests_tell_apart_what_is_given_in_any_shape():
+    def digests(**given):
+        return Batch(SENTENCES[0], None, torch.arange(2), given).digests.tolist()
+
+    ways = [
+        digests(),
+        digests(scale=torch.tensor(2.0)),
+        digests(scale=2.5),
+        digests(bias=torch.ones(1, 3)),
+        digests(bias=torch.ones(2, 3, dtype=torch.bfloat16) * 2),
+    ]
+    assert len({number for way in ways for number in way}) == 2 * len(ways)
+    assert digests(attention_mask=torch.ones(2, 3)) == digests()
 
 
 def test_the_same_sequences_padded_otherwise_are_the_same_input(out):
