@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from actctx._errors import DataError
+from actctx._fingerprint import ANEW
 from actctx._layout import Layout, StoredSite, column_name
 from actctx._select import Positions, Selector
 from actctx._table import dtype_name
@@ -20,11 +21,6 @@ _NAMES = {"name", "tokenizer"}
 
 Fact: TypeAlias = tuple[str, Any, Any]
 """What it is called, what it was, and what it is now."""
-
-_ANEW = (
-    " (a model of which a part is initialised at random when it is loaded, such as a head that was "
-    "not saved, is another each time; call torch.manual_seed() before loading it)"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +191,7 @@ def _of_tokens(shown: str) -> str:
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
     for name, was, now in facts:
         if was != now:
-            hint = _ANEW if name == "model's fingerprint" else ""
+            hint = f" ({ANEW})" if name == "model's fingerprint" else ""
             raise DataError(
                 f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
                 f"{hint}"

@@ -24,6 +24,12 @@ _COMPILED = "_orig_mod."
 """What `torch.compile` puts before the names of a module that it wraps."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
+ANEW = (
+    "a model of which a part is initialised at random when it is loaded, such as a head that was "
+    "not saved, is another each time; call torch.manual_seed() before loading it"
+)
+"""What to do where a model is the same and its fingerprint is not."""
+
 
 def describe_model(model: nn.Module) -> dict[str, str]:
     """Tell what a data set says of the model: its name, its class, its fingerprint."""

@@ -1,5 +1,6 @@
 """One kind of activation over the layers of a model."""
 
+import difflib
 import re
 from collections.abc import Mapping
 
@@ -29,11 +30,19 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
     """
     found = _in_layers(names, wanted)
     if not found:
+        if any(wanted in (key, *every) for key, every in names.items()):
+            raise NotCapturedError(
+                f"{wanted!r} is one site, but layers are to be put side by side; give a name "
+                f"within a layer, such as {_within(wanted)!r}"
+            )
+        within = {_within(name): None for every in names.values() for name in every}
+        closest = difflib.get_close_matches(wanted, within, n=3, cutoff=0.5)
+        hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
         listed = shortened([repr(key) for key in names])
         raise NotCapturedError(
-            f"no captured site is {wanted!r} in some layer; the captured names are {listed}; give "
-            "a name within a layer, as in stack('attn.hook_z'), or a pattern of whole names, as "
-            "in stack('model.layers.*')"
+            f"no captured site is {wanted!r} in some layer; {hint}the captured names are {listed}; "
+            "give a name within a layer, as in stack('attn.hook_z'), or a pattern of whole names, "
+            "as in stack('model.layers.*')"
         )
     double = next((keys for keys in found.values() if len(keys) > 1), None)
     if double:
@@ -75,6 +84,11 @@ def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor,
     """
     check_layers(tensors)
     return torch.stack([*tensors.values()])
+
+
+def _within(name: str) -> str:
+    """Return what comes behind the number of a layer in a name."""
+    return re.sub(r"^.*?\d+\.", "", name, count=1)
 
 
 def _in_layers(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[int, list[str]]:

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from actctx._condition import find_site, find_sites
 from actctx._errors import DataError, OptionError
 from actctx._file import check_place, describe, expanded, refuse_existing, write_safetensors
-from actctx._fingerprint import describe_model
+from actctx._fingerprint import ANEW, describe_model
 from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
 from actctx._layout import StoredSite, layout_of
@@ -227,7 +227,7 @@ class ActivationDataset(Dataset[Batch]):
             raise DataError(
                 f"{self.path!r} holds activations of {_described(there)}, but this model is "
                 f"{_described(here)}; give the model that they were extracted from, or extract "
-                "them from this one"
+                f"them from this one ({ANEW})"
             )
 
     def to_saelens(

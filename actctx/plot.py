@@ -143,7 +143,7 @@ def plot_pattern(
     for picture, head, number in zip(pictures, pattern.numpy(), numbers, strict=False):
         picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
         picture.set_title(f"head {number}", fontsize="small")
-        _name_positions(picture, tokens, len(head))
+        _name_positions(picture, tokens, *head.shape)
     for picture in pictures[count:]:
         picture.remove()
     figure.suptitle(name)
@@ -281,7 +281,7 @@ def _draw_quartiles(
 
 
 def _check_texts(tokens: Sequence[str]) -> None:
-    if not all(isinstance(token, str) for token in tokens):
+    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
         raise OptionError(
             "tokens are to be read, but some are no strings; give those of "
             "model.to_str_tokens(text), or of tokenizer.convert_ids_to_tokens(ids)"
@@ -376,8 +376,12 @@ def _number(axis: Any, numbers: Sequence[object]) -> None:
     axis.set_major_formatter(lambda at, _: known.get(at, ""))
 
 
-def _name_positions(picture: "Picture", tokens: Sequence[str] | None, queries: int) -> None:
+def _name_positions(
+    picture: "Picture", tokens: Sequence[str] | None, queries: int, keys: int
+) -> None:
     if tokens is None:
+        _number(picture.xaxis, range(keys))
+        _number(picture.yaxis, range(queries))
         return
     shown = [token.strip() or "·" for token in tokens]
     picture.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small")

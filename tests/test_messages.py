@@ -469,9 +469,13 @@ def test_an_axis_to_join_along_that_is_gone(gpt2):
 def test_a_stack_of_nothing(gpt2):
     acts = _run(gpt2, RESID)
     assert _said(acts.stack, "hook_resid_pre") == (
-        "no captured site is 'hook_resid_pre' in some layer; the captured names are "
-        "'blocks.1.hook_resid_post'; give a name within a layer, as in stack('attn.hook_z'), or "
-        "a pattern of whole names, as in stack('model.layers.*')"
+        "no captured site is 'hook_resid_pre' in some layer; closest: 'hook_resid_post'; the "
+        "captured names are 'blocks.1.hook_resid_post'; give a name within a layer, as in "
+        "stack('attn.hook_z'), or a pattern of whole names, as in stack('model.layers.*')"
+    )
+    assert _said(acts.stack, RESID) == (
+        "'blocks.1.hook_resid_post' is one site, but layers are to be put side by side; give a "
+        "name within a layer, such as 'hook_resid_post'"
     )
 
 

@@ -425,6 +425,11 @@ def test_a_sequence_that_is_no_number_is_refused(acts, sequence):
         plot_pattern(acts, PATTERN, sequence=sequence)
 
 
+def test_positions_without_tokens_are_numbered_by_whole_numbers(acts):
+    first, *_ = plot_pattern(acts, PATTERN)
+    assert all(label.isdecimal() for label in labels_of(first))
+
+
 def test_a_pattern_without_queries_is_refused():
     model = bridge()
     with capture(model, PATTERN, slice={"query": slice(0, 0)}) as acts:
