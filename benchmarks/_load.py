@@ -56,7 +56,8 @@ def _write_lance(path: Path, rows: int, width: int) -> None:
 
     def batches() -> Iterator["pa.RecordBatch"]:
         for number, resid in _chunks(rows, width):
-            counted = [number.numpy(), number.long().numpy(), number.numpy()]
+            narrow, wide = number.numpy(), number.long().numpy()
+            counted = [narrow, wide, narrow, wide]
             yield pa.record_batch([*map(pa.array, counted), as_array(resid)], schema=schema)
 
     lance.write_dataset(pa.RecordBatchReader.from_batches(schema, batches()), str(path))
