@@ -5,6 +5,7 @@ residual stream, `batch pos head d_head` for queries and the attention's output 
 `batch head query key` for attention patterns. A size-one axis is written `1`, as in jaxtyping.
 """
 
+import functools
 import re
 from collections.abc import Container, Mapping
 
@@ -13,8 +14,8 @@ from torch import nn
 Axes = tuple[str, ...]
 
 # The end of a canonical or `HookedTransformer` hook name, and its axes: the first match wins.
-_RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(rf"(?:^|\.)(?:{names})$"), axes)
+_RULES: tuple[tuple[re.Pattern[str], Axes], ...] = tuple(
+    (re.compile(rf"(?:^|\.)(?:{names})$"), tuple(axes.split()))
     for names, axes in (
         (r"hook_(?:cross_)?pattern|hook_attn_scores", "batch head query key"),
         (r"hook_q|hook_z|hook_rot_q|q\.hook_out|o\.hook_in", "batch pos head d_head"),
@@ -59,7 +60,7 @@ _RULES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
 )
 
 AXIS_NAMES = frozenset(
-    {"token", "layer", "expert", "choice", *(axis for _, axes in _RULES for axis in axes.split())}
+    {"token", "layer", "expert", "choice", *(axis for _, axes in _RULES for axis in axes)}
 )
 """Every name that an axis of a hook point, or of a stack of them, can have."""
 
@@ -125,13 +126,15 @@ def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -
         return _ROUTER.get(leaf)
     if parent in {"pos_embed", "decoder_pos_embed"} and "encoder_blocks.0.hook_in" in siblings:
         return _BIAS.get(leaf)
-    for pattern, names in _RULES:
-        if pattern.search(name):
-            axes = tuple(names.split())
-            if pos_dim is not None and "pos" in axes and axes.index("pos") != pos_dim:
-                return _with_pos_at(pos_dim, axes)
-            return axes
-    return None
+    axes = _usual_axes(name)
+    if axes is not None and pos_dim is not None and "pos" in axes and axes.index("pos") != pos_dim:
+        return _with_pos_at(pos_dim, axes)
+    return axes
+
+
+@functools.lru_cache(maxsize=2**14)
+def _usual_axes(name: str) -> Axes | None:
+    return next((axes for pattern, axes in _RULES if pattern.search(name)), None)
 
 
 def _with_pos_at(dim: int, axes: Axes) -> Axes | None:

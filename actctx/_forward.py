@@ -126,17 +126,14 @@ class Frame:
         for watcher, forward in self.staged.items():
             watcher.write(forward)
 
-    @staticmethod
-    def running() -> "Frame | None":
-        """Return the innermost frame of this thread and context."""
-        return _FRAME.get()
-
     def chain(self) -> "list[Frame]":
         """List this frame and those around it, from the inside out."""
         return [self] if self.parent is None else [self, *self.parent.chain()]
 
 
 _FRAME: ContextVar[Frame | None] = ContextVar("actctx_frame", default=None)
+running_frame = _FRAME.get
+"""Returns the innermost frame of this thread and context; bare, since every firing asks."""
 
 
 def frame_of(watcher: Watcher) -> Frame | None:

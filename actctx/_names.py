@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from actctx._errors import HookNameError, OptionError
-from actctx._places import Place, Places, is_glob, matches
+from actctx._places import Place, Places, is_glob, matcher
 
 
 @dataclass(frozen=True)
@@ -195,14 +195,11 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
             f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "
             f"{matched[0]!r}, {matched[1]!r}, ...; give the pattern without an alias"
         )
-    return [
-        Request(alias or name, places[name], replace(site, name=name), exact=False)
-        for name in matched
-    ]
+    return [Request(alias or name, places[name], site, exact=False) for name in matched]
 
 
 def _matching(places: Places, pattern: str) -> list[str]:
-    return places.matching(lambda name: matches(name, pattern))
+    return places.matching(matcher(pattern))
 
 
 def _find_module(places: Places, alias: str | None, site: Site, module: nn.Module) -> Request:
@@ -213,7 +210,7 @@ def _find_module(places: Places, alias: str | None, site: Site, module: nn.Modul
             "give a module that model.named_modules() lists, or its name"
         )
     name = names[0]
-    return Request(alias or name, places[name], replace(site, name=name), exact=True)
+    return Request(alias or name, places[name], site, exact=True)
 
 
 def _add(found: dict[str, Request], request: Request) -> None:

@@ -6,19 +6,16 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import fired_axes
 from actctx._caches import estimate_cache_bytes
-from actctx._column import Column
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
-from actctx._forward import Frame, Interceptor, Watcher, frame_of
+from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
@@ -29,7 +26,7 @@ from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
-from actctx._watched import Options, WatchedSite, why_silent
+from actctx._watched import Options, Seen, WatchedSite, why_silent
 
 B = TypeVar("B")
 """What is handed over: the buffer, or a `Schema` before it."""
@@ -38,15 +35,6 @@ Scope = Literal["block", "context", "thread"]
 
 _OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
 _NUMBERS = itertools.count()
-
-
-@dataclass(slots=True)
-class _Seen:
-    """What is known of a site since its last firing: its shape, and the tokens that it covers."""
-
-    column: Column
-    shape: torch.Size | None = None
-    tokens: tuple[int, int] = (0, 0)
 
 
 class Opening(Generic[B]):
@@ -114,7 +102,12 @@ class Opening(Generic[B]):
         self.detach = functools.partial(take_back, self._undo)
         weakref.finalize(self, take_back, self._undo)
         self._seen = {
-            site.key: _Seen(self.buffer.expect(site.key, site.place.names, options.capacity))
+            site.key: Seen(
+                site,
+                self.buffer.expect(site.key, site.place.names, options.capacity),
+                is_whole=site.takes_all and options.capacity is None,
+                is_known_at_once=site.is_known_at_once,
+            )
             for site in sites
         }
 
@@ -157,7 +150,7 @@ class Opening(Generic[B]):
 
     def _hook(self, site: WatchedSite) -> Hook:
         io = "point" if site.place.is_hook_point else site.io
-        fire = functools.partial(_fire, weakref.ref(self), site)
+        fire = _firing(weakref.ref(self), self._seen[site.key])
         return Hook(site.place.module, site.place.name, fire, io=io)
 
     def _notes(self) -> Iterator[Hook]:
@@ -204,7 +197,7 @@ class Opening(Generic[B]):
         for site in self._roots:
             if site.io == io:
                 given = Inputs(self._model, *value) if io == "in" else value
-                self.fire(site, given)
+                self.fire(self._seen[site.key], given)
 
     def write(self, forward: dict[str, list[Owned]]) -> None:
         """Keep what one forward left."""
@@ -217,83 +210,63 @@ class Opening(Generic[B]):
         if forward:
             self.buffer.write(forward, max(self._seen[key].tokens for key in forward))
 
-    def fire(self, site: WatchedSite, value: Any) -> None:
+    def fire(self, seen: Seen, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
-        frame = Frame.running()  # nearly always its own, so that no search is needed
+        frame = running_frame()  # nearly always its own, so that no search is needed
         if frame is None or self not in frame.staged:
             frame = frame_of(self)
+        site = seen.site
         if frame is None:
-            self._fire_outside(site, value)
+            self._fire_outside(seen, value)
             return
         if site.firing is not None and 0 <= site.firing != frame.count(self, site.key):
             return
         staged = frame.staged[self]
         firings = staged.get(site.key)
         if firings is None:
-            firings = staged[site.key] = [self._own(site, value, frame, 0)]
+            firings = staged[site.key] = [self._own(seen, value, frame, 0)]
         else:
-            firings.append(self._own(site, value, frame, len(firings)))
-        if site.is_known_at_once:
+            firings.append(self._own(seen, value, frame, len(firings)))
+        if seen.is_known_at_once:
             frame.satisfy(self, site.key)
         else:
             del firings[: site.firing]
 
-    def _fire_outside(self, site: WatchedSite, value: Any) -> None:
+    def _fire_outside(self, seen: Seen, value: Any) -> None:
         """Capture from a part that is called by itself, as `generate` calls an encoder."""
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
         # A forward of one firing, its first and last.
-        if self.is_visible() and not recomputes and site.firing in {None, 0, -1}:
-            self.write({site.key: [self._own(site, value, None, 0)]})
+        if self.is_visible() and not recomputes and seen.site.firing in {None, 0, -1}:
+            self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 
-    def _own(self, site: WatchedSite, value: Any, frame: Frame | None, number: int) -> Owned:
+    def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
+        site = seen.site
         plain = site.output is None and isinstance(value, Tensor)
         activation: Tensor = value if plain else tensor_of(site.shown, value, site.output)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
         if site.rows is not None:
             activation = site.unflattened(activation, self._options.mask)
-        seen = self._seen[site.key]
         if activation.shape != seen.shape or not seen.column.firings:
-            self._check(site, activation.shape, seen)
+            seen.check(activation.shape, sizes=self._options.check)
         if activation.requires_grad and not self.grad:
             activation = activation.detach()
         if torch.is_inference_mode_enabled():
             with plain_mode():
-                return self._take(site, activation, frame, number)
-        if site.takes_all and self._options.capacity is None:  # what `_take` comes to, at once
+                return self._take(seen, activation, frame, number)
+        if seen.is_whole:  # what `_take` comes to, at once
             return Owned(activation.clone(memory_format=torch.contiguous_format))
-        return self._take(site, activation, frame, number)
+        return self._take(seen, activation, frame, number)
 
-    def _check(self, site: WatchedSite, shape: torch.Size, seen: _Seen) -> None:
-        """Check an activation of another shape than the last, and note its axes if it is the first.
-
-        Raises:
-            AxisError, SelectionError, TypedError: Its axes or sizes are not what was asked for.
-
-        """
-        site.check_axes(shape)
-        site.selector.check(shape)
-        if self._options.check:
-            site.check_sizes(shape)
-        column = seen.column
-        if not column.firings:
-            axes = fired_axes(site.place.name, site.known_axes, len(shape))
-            wrong = site.wrong_axes(shape)  # of a site that a pattern matched
-            axes = tuple("_" if axis in wrong else axis for axis in axes)
-            column.axes, column.sizes = site.selected(axes)
-            column.batch_dropped = site.selector.drops(0, len(shape))
-        seen.shape, seen.tokens = shape, site.tokens_of(shape)
-
-    def _take(
-        self, site: WatchedSite, activation: Tensor, frame: Frame | None, number: int
-    ) -> Owned:
+    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
+        site = seen.site
         selected = site.selector.select(activation)
         rows, copied = None, site.selector.copies
         if site.rows is not None:
             rows = self._rows(site.rows, site.place, selected, frame)
             selected = site.rows.keep(selected, rows)
             copied |= not rows.is_all
-        room = self._seen[site.key].column.room(
+        room = seen.column.room(
             0 if site.firing == -1 else number, selected, site.dtype, site.device
         )
         owned = own(
@@ -376,10 +349,13 @@ def _estimate(reference: "weakref.ref[nn.Module]", batch: int, pos: int) -> int 
     return None if model is None else estimate_cache_bytes(model, batch, pos)
 
 
-def _fire(reference: "weakref.ref[Opening[Any]]", site: WatchedSite, value: Any) -> None:
-    opening = reference()
-    if opening is not None:
-        opening.fire(site, value)
+def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any], None]:
+    def fire(value: Any) -> None:
+        opening = reference()
+        if opening is not None:
+            opening.fire(seen, value)
+
+    return fire
 
 
 def _ignore(_value: object) -> None:
@@ -387,7 +363,7 @@ def _ignore(_value: object) -> None:
 
 
 def _note_mask(given: Inputs) -> None:
-    frame = Frame.running()
+    frame = running_frame()
     if frame is not None:
         frame.masks["inner"] = given.kwargs
 

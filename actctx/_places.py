@@ -50,7 +50,7 @@ class Place:
     ungrouped: bool = False
     reading: Reading | None = None
 
-    @property
+    @functools.cached_property
     def axes(self) -> Axes | None:
         """The names of the activation's axes, or None where they are not known."""
         if not self.is_hook_point and self.reading is None:
@@ -150,11 +150,7 @@ class Places:
 
     def listed_modules(self) -> list[list[str]]:
         """List the names of modules; those that a bridge wrapped are left out."""
-        return [
-            names
-            for names in self._unique(self.modules)
-            if names[0] and "_original_component" not in names[0]
-        ]
+        return [names for names in self._unique(self.modules) if _is_listed(names[0])]
 
     def why_not_translated(self, wanted: str) -> str:
         """Say why a name or a pattern of names means nothing in a plain model of Hugging Face's."""
@@ -175,14 +171,23 @@ class Places:
         Of a plain Hugging Face model, modules come first, and TransformerLens' names where it
         accepts no module.
         """
-        accepted = _accepted(self._hooked(), accept)
+        accepted = self._accepted(self.hook_points, accept)
         if not accepted:
-            modules = _accepted(self.listed_modules(), accept)
-            if modules:
+            named = {name: self.modules[name] for name in self.modules if _is_listed(name)}
+            modules = self._accepted(named, accept)
+            accepted = [each for each in modules if is_hook_point(named[each[0]])]
+            if modules and not accepted:
                 return [first for first, _ in modules]
-            accepted = _accepted(self.translation.names.values(), accept)
+            accepted = accepted or _firsts(self.translation.names.values(), accept)
         # Sorted at the end, since few of the names of a model are asked for.
         return [first for first, _ in sorted(accepted, key=lambda each: _running_order(each[1]))]
+
+    def _accepted(
+        self, named: Mapping[str, nn.Module], accept: Callable[[str], bool]
+    ) -> list[tuple[str, list[str]]]:
+        """Choose the places that have a name which is accepted, each with the first such name."""
+        modules = {id(named[name]): named[name] for name in filter(accept, named)}
+        return _firsts(map(self.names_of, modules.values()), accept)
 
     def _unique(self, named: Mapping[str, nn.Module]) -> list[list[str]]:
         unique = {id(module): module for module in named.values()}
@@ -200,10 +205,13 @@ def _running_order(names: list[str]) -> tuple[int, ...]:
     return running_order(names[0])
 
 
-def _accepted(
+def _is_listed(name: str) -> bool:
+    return bool(name) and "_original_component" not in name
+
+
+def _firsts(
     listed: Iterable[list[str]], accept: Callable[[str], bool]
 ) -> list[tuple[str, list[str]]]:
-    """Choose the places that have a name which is accepted, each with the first such name."""
     firsts = ((next(filter(accept, names), None), names) for names in listed)
     return [(first, names) for first, names in firsts if first is not None]
 
@@ -230,12 +238,17 @@ def matches(name: str, pattern: str) -> bool:
     `*`, `?` and `[0-3]` stay within one component of the name, `**` spans any number of them. A
     pattern without a dot matches the last component, at any depth, as in a `.gitignore`.
     """
-    last = pattern.rpartition(".")[2]
-    if not is_glob(last) and not name.endswith(last):  # true of most, and cheap to tell
-        return False
+    return matcher(pattern)(name)
+
+
+@functools.lru_cache
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Read a glob once, for the thousands of names that it is held against; see `matches`."""
     if "." not in pattern and pattern != "**":
-        return fnmatchcase(name.rpartition(".")[2], pattern)
-    return _match_parts(name.split("."), pattern.split("."))
+        return lambda name: fnmatchcase(name.rpartition(".")[2], pattern)
+    parts = pattern.split(".")
+    ending = "" if is_glob(parts[-1]) else parts[-1]  # most names are told apart by it alone
+    return lambda name: name.endswith(ending) and _match_parts(name.split("."), parts)
 
 
 def _match_parts(parts: list[str], pattern: list[str]) -> bool:
@@ -271,7 +284,7 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
 
     """
     wanted = "**" if pattern is None else pattern
-    accept = wanted if callable(wanted) else functools.partial(matches, pattern=wanted)
+    accept = wanted if callable(wanted) else matcher(wanted)
     places = Places(model)
     for listed in (places.listed, places.listed_translated):
         names = dict.fromkeys(name for names in listed() for name in names)
@@ -283,9 +296,11 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
 
 def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
     """Say why a hook point can never fire as the model is set up now, and how to change that."""
+    if not place.is_hook_point:
+        return None
     config = getattr(model, "cfg", None)
     for ending, flag in _FLAGS.items():
-        if place.is_hook_point and place.name.endswith(ending) and not getattr(config, flag, True):
+        if place.name.endswith(ending) and not getattr(config, flag, True):
             if hasattr(model, f"set_{flag}"):
                 return f"{flag} is off: call model.set_{flag}(True) first"
             return f"{flag} is off: set model.cfg.{flag} = True first"

@@ -81,10 +81,14 @@ class Selector:
 
     def axes_after(self, axes: Axes) -> Axes:
         """Return the axes that are left of an activation's `axes`: an int drops its own."""
+        if not self.steps:
+            return axes
         return tuple(axis for dim, axis in enumerate(axes) if not self.drops(dim, len(axes)))
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Tell the sizes of the axes that are left, as far as they are known before."""
+        if not self.steps:
+            return sizes
         picks = {step.dim % len(sizes): step.pick for step in self.steps}
         left = (dim for dim in range(len(sizes)) if not isinstance(picks.get(dim), int))
         return tuple(_size_after(picks.get(dim), sizes[dim]) for dim in left)

@@ -1,6 +1,5 @@
 """The sites of a capture: places, and what becomes of their activations."""
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,8 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._axes import Axes
+from actctx._axes import Axes, fired_axes
+from actctx._column import Column
 from actctx._errors import AxisError, OptionError, TypedError
 from actctx._names import Request, Site
 from actctx._places import Place, why_it_never_fires
@@ -41,7 +41,7 @@ class WatchedSite:
         known = self.key in self.place.names
         return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
 
-    @functools.cached_property
+    @property
     def is_known_at_once(self) -> bool:
         """Whether a firing that is wanted is known to be it, without the end of the forward."""
         return self.firing is None or self.firing >= 0
@@ -51,7 +51,7 @@ class WatchedSite:
         """The axes of its activations: those that the user named, or that its name tells."""
         return self.named_axes if self.named_axes is not None else self.place.axes
 
-    @functools.cached_property
+    @property
     def takes_all(self) -> bool:
         """Whether all of an activation is captured, as it is and where it is."""
         changes = self.selector.steps, self.rows, self.dtype, self.device
@@ -73,14 +73,9 @@ class WatchedSite:
 
     def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
         """Tell the sequences and positions of an activation, as far as they are known."""
-        dims = self._token_dims
-        return (shape[dims[0]], shape[dims[1]]) if dims and len(shape) > dims[1] else (0, 0)
-
-    @functools.cached_property
-    def _token_dims(self) -> tuple[int, int] | None:
         axes = self.known_axes or ()
-        pos = next((axis for axis in ("pos", "query") if axis in axes), None)
-        return None if pos is None or axes[0] != "batch" else (0, axes.index(pos))
+        pos = next((dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}), len(shape))
+        return (shape[0], shape[pos]) if axes[:1] == ("batch",) and pos < len(shape) else (0, 0)
 
     def unflattened(self, activation: Shaped[Tensor, "..."], mask: object) -> Shaped[Tensor, "..."]:
         """Give sequences back to an activation of all tokens, as of the MLP of a plain OPT."""
@@ -99,8 +94,11 @@ class WatchedSite:
             return axes, sizes
         return self.rows.axes_after(axes), self.rows.sizes_after(sizes)
 
-    def check_sizes(self, shape: torch.Size) -> None:
+    def check_sizes(self, shape: torch.Size) -> list[str]:
         """Refuse an activation whose axes have not the sizes that the model's config says.
+
+        Returns:
+            The axes of another size, of a site that a pattern matched.
 
         Raises:
             TypedError: An axis has another size, of a site that was asked for by its name.
@@ -108,31 +106,68 @@ class WatchedSite:
         """
         wrong = self.wrong_axes(shape)
         if wrong and self.exact:
-            axis = wrong[0]
+            axis = wrong[-1]
             raise TypedError(
                 f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
                 f"model's config says {self.sizes[axis]}; if the model is right, name its axes "
                 "otherwise with Site(axes=...), or capture with check=False"
             )
+        return wrong
 
     def wrong_axes(self, shape: torch.Size) -> list[str]:
         """Name the axes of an activation whose sizes are not those of the model's config."""
-        ranks, fixed = self._fixed_sizes
-        if len(shape) not in ranks:
-            return []
-        return [axis for dim, axis, size in fixed if shape[dim] != size]
-
-    @functools.cached_property
-    def _fixed_sizes(self) -> tuple[set[int], tuple[tuple[int, str, int], ...]]:
-        """The ranks that are known, and the axes of a known size, counted from the last."""
         axes = self.known_axes or ()
         # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
-        ranks = {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}
+        if len(shape) not in {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}:
+            return []
         # OPT's embeddings are projected, so that they need not have the size of its layers.
-        embeds = self.place.name.startswith(("embed.", "unembed."))
-        sized = self.sizes.keys() - ({"d_model"} if embeds else set())
-        fixed = ((dim - len(axes), axis) for dim, axis in enumerate(axes) if axis in sized)
-        return ranks, tuple((dim, axis, self.sizes[axis]) for dim, axis in fixed)
+        free = "d_model" if self.place.name.startswith(("embed.", "unembed.")) else None
+        fired = zip(reversed(axes), reversed(shape), strict=False)
+        return [axis for axis, size in fired if self.sizes.get(axis, size) != size and axis != free]
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """A site, and what is known of it since its last firing.
+
+    Attributes:
+        site: The site.
+        column: What it leaves.
+        is_whole: Whether it leaves clones of all that it yields.
+        is_known_at_once: Whether a firing that is wanted is known to be it before the forward ends.
+        shape: The shape of its last activation.
+        tokens: The sequences and positions that it covered.
+
+    """
+
+    site: WatchedSite
+    column: Column
+    is_whole: bool
+    is_known_at_once: bool
+    shape: torch.Size | None = None
+    tokens: tuple[int, int] = (0, 0)
+
+    def check(self, shape: torch.Size, *, sizes: bool) -> None:
+        """Check an activation of another shape than the last, and note its axes if it is the first.
+
+        Args:
+            shape: The shape of the activation.
+            sizes: Whether it is held against the sizes in the model's config.
+
+        Raises:
+            AxisError, SelectionError, TypedError: Its axes or sizes are not what was asked for.
+
+        """
+        site, column = self.site, self.column
+        site.check_axes(shape)
+        site.selector.check(shape)
+        wrong = site.check_sizes(shape) if sizes else site.wrong_axes(shape)
+        if not column.firings:
+            axes = fired_axes(site.place.name, site.known_axes, len(shape))
+            axes = tuple("_" if axis in wrong else axis for axis in axes)
+            column.axes, column.sizes = site.selected(axes)
+            column.batch_dropped = site.selector.drops(0, len(shape))
+        self.shape, self.tokens = shape, site.tokens_of(shape)
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ append, model = _writer.Target.append, bridge()
 
 def slow(self, batches):
     print("committing", flush=True)
-    time.sleep(1)
+    sys.stdin.readline()
     append(self, batches)
 
 def run():
@@ -214,13 +214,17 @@ time.sleep(1)  # for what would still be written
 def test_after_an_interrupt_of_a_commit_the_same_process_goes_on(tmp_path):
     out = tmp_path / "acts.lance"
     process = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, str(out)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED, str(out)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert process.stdout.readline() == "committing\n"
     for _ in range(2):
         time.sleep(0.3)
         process.send_signal(signal.SIGINT)
-    assert process.communicate()[0] == "interrupted\n"
+    time.sleep(0.3)  # the commit ends only then
+    assert process.communicate("\n")[0] == "interrupted\n"
     assert process.returncode == 0
     assert same(Read(out), unbroken(tmp_path / "whole.lance", 6))
 
