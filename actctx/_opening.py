@@ -105,6 +105,7 @@ class Opening(Generic[B]):
             site.key: Seen(
                 site,
                 self.buffer.expect(site.key, site.place.names, options.capacity),
+                is_plain=site.yields_it,
                 is_whole=site.takes_all and options.capacity is None,
                 is_known_at_once=site.is_known_at_once,
             )
@@ -240,13 +241,8 @@ class Opening(Generic[B]):
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
-        site = seen.site
-        plain = site.output is None and isinstance(value, Tensor)
-        activation: Tensor = value if plain else tensor_of(site.shown, value, site.output)
-        if site.place.reading is not None:
-            activation = site.place.reading.of(activation)
-        if site.rows is not None:
-            activation = site.unflattened(activation, self._options.mask)
+        is_it = seen.is_plain and isinstance(value, Tensor)
+        activation: Tensor = value if is_it else self._activation(seen.site, value)
         if activation.shape != seen.shape or not seen.column.firings:
             seen.check(activation.shape, sizes=self._options.check)
         if activation.requires_grad and not self.grad:
@@ -257,6 +253,14 @@ class Opening(Generic[B]):
         if seen.is_whole:  # what `_take` comes to, at once
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
+
+    def _activation(self, site: WatchedSite, value: Any) -> Tensor:
+        activation = tensor_of(site.shown, value, site.output)
+        if site.place.reading is not None:
+            activation = site.place.reading.of(activation)
+        if site.rows is not None:
+            activation = site.unflattened(activation, self._options.mask)
+        return activation
 
     def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         site = seen.site

@@ -52,6 +52,13 @@ class WatchedSite:
         return self.named_axes if self.named_axes is not None else self.place.axes
 
     @property
+    def yields_it(self) -> bool:
+        """Whether a tensor that it yields is the activation, of which nothing is to be made."""
+        reading = self.place.reading
+        is_read = reading is not None and reading.part is not None
+        return self.output is None and self.rows is None and not is_read
+
+    @property
     def takes_all(self) -> bool:
         """Whether all of an activation is captured, as it is and where it is."""
         changes = self.selector.steps, self.rows, self.dtype, self.device
@@ -133,6 +140,7 @@ class Seen:
     Attributes:
         site: The site.
         column: What it leaves.
+        is_plain: Whether a tensor that it yields is the activation.
         is_whole: Whether it leaves clones of all that it yields.
         is_known_at_once: Whether a firing that is wanted is known to be it before the forward ends.
         shape: The shape of its last activation.
@@ -142,6 +150,7 @@ class Seen:
 
     site: WatchedSite
     column: Column
+    is_plain: bool
     is_whole: bool
     is_known_at_once: bool
     shape: torch.Size | None = None

@@ -11,20 +11,21 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks._checks import measure_checks
 from benchmarks._devices import meter_of
-from benchmarks._measure import ProbeError, measure_memory, measure_time, say
+from benchmarks._measure import ProbeError, measure_memory, measure_time, probe, say
 from benchmarks._models import Setup, of_model
 from benchmarks._plots import draw
+from benchmarks._probe import Order
 from benchmarks._report import (
     Result,
+    disk_rows,
     find_disagreement,
     find_regressions,
     gather_rows,
     machine,
     rows,
 )
-from benchmarks._sites import FORWARDS, measure_sites, site_rows
+from benchmarks._sites import FORWARDS, site_rows
 from benchmarks._sweeps import SWEEPS
 from benchmarks._tables import TABLES, WAYS
 from benchmarks._targets import site_targets, targets
@@ -94,7 +95,7 @@ def main(
         base = replace(base, threads=threads, device=device, model=model)
         setup = of_model(replace(base, **_given(**table.varied)))
         faults += _measure(table, ways, setup, findings, quick=quick, **runs)
-    _measure_others(asked, findings, threads=threads, quick=quick)
+    _measure_others(asked, findings, quick=quick)
     if plot:
         draw(findings.tables, plot)
     print(", ".join(f"{what} {found}" for what, found in machine().items()))
@@ -170,22 +171,31 @@ def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings)
     passes = max(len(result.seconds) for result in results)
     how = f"{setup.device}, {setup.threads} threads, {passes} passes"
     print(f"{table.title}: {setup.model or 'random weights'}, {sizes}, {how}\n")
-    print(gather_rows(results, setup.batches) if setup.batches > 1 else rows(results), end="\n\n")
+    if table.to_disk:
+        print(disk_rows(results), end="\n\n")
+    else:
+        gathers = setup.batches > 1
+        print(gather_rows(results, setup.batches) if gathers else rows(results), end="\n\n")
     if all(result.peak_bytes is None for result in results):
         print("Memory was not measured: this system has no /proc/self/clear_refs to reset peaks.")
 
 
-def _measure_others(asked: Sequence[str], findings: Findings, *, threads: int, quick: bool) -> None:
+def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> None:
+    """Measure what is tiny: on the CPU and a tiny model, whatever device and model are given."""
     if "sites" in asked:
         say("sites")
-        found = measure_sites(replace(QUICK, threads=1), rounds=3 if quick else 41)
+        found = probe(Order(replace(QUICK, threads=1), tiny="sites", repeats=3 if quick else 41))
         findings.put("sites", {"microseconds": found})
         print(site_rows(found), *site_targets(found, FORWARDS), sep="\n", end="\n\n")
     if "checks" in asked:
         say("checks")
-        site, field = measure_checks(replace(QUICK, threads=threads))
-        findings.put("checks", {"site": site, "field": field})
-        print(f"checks: {site:.1f} us a site and firing, {field:.0f} us a field and block\n")
+        found = probe(Order(replace(QUICK, threads=1), tiny="checks", repeats=5))
+        findings.put("checks", found)
+        print(
+            "checks: {site:.1f} us a site and shape, {field:.0f} us a field and block\n".format(
+                **found
+            )
+        )
 
 
 def _given(**options: int | None) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks._models import PLAIN, Setup, block_path, middle, resid_name
-from benchmarks._ways import EndForward, Run, Table, Way, end_forward
+from benchmarks._ways import EndForward, Run, Table, Way, end_forward, hooked
 
 BATCHES = 16
 ROWS = 4096
@@ -27,12 +27,10 @@ def stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None, batches: int 
             keep(output)
         end_forward(module, args, output)
 
-    handle = layer.register_forward_hook(end)
-    with torch.no_grad():
+    with hooked(layer, end):
         for batch in tokens.chunk(batches):
             with suppress(EndForward):
                 model(batch)
-    handle.remove()
 
 
 def extract_rows(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -56,8 +54,10 @@ def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
     kept: list[Tensor] = []
     stopped(model, tokens, keep=lambda output: kept.append(output.half().flatten(0, 1)))
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(torch.cat(kept), Path(folder) / "acts.pt")
-    return torch.cat(kept)[:ROWS]
+        rows = torch.cat(kept)
+        kept.clear()
+        torch.save(rows, Path(folder) / "acts.pt")
+    return rows[:ROWS].clone()
 
 
 EXTRACT_TABLE = Table(
@@ -73,6 +73,7 @@ EXTRACT_TABLE = Table(
     ),
     varied={"batches": BATCHES},
     repeats=1,
+    to_disk=True,
     needs=("lance",),
 )
 
@@ -111,5 +112,6 @@ FLAT_TABLE = Table(
     ),
     Setup(batch=64, tokens=128, layers=2, heads=2, d_model=64, vocab=1001),
     rounds=0,
+    to_disk=True,
     needs=("lance",),
 )

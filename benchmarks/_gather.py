@@ -48,7 +48,7 @@ def _recipe(batches: int) -> Run:
             kept.append(activation.detach().clone())
             raise EndForward
 
-        with hooked(model, _neurons(model), keep):
+        with hooked(model.hook_dict[_neurons(model)], keep):
             for batch in tokens.chunk(batches):
                 with suppress(EndForward):
                     model(batch)
@@ -75,7 +75,7 @@ def nothing(batches: int, name_of: Name) -> Run:
     """Run bare forwards that end at a hook."""
 
     def run(model: Any, tokens: Tensor) -> None:
-        with hooked(model, name_of(model), end_forward):
+        with hooked(model.hook_dict[name_of(model)], end_forward):
             for batch in tokens.chunk(batches):
                 with suppress(EndForward):
                     model(batch)

@@ -3,6 +3,7 @@
 import atexit
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from pathlib import Path
@@ -94,25 +95,30 @@ def _stored(write: Callable[[Path, int, int], None], rows: int, width: int) -> P
     return folder / "rows"
 
 
-def _by_loader(path: Path) -> Iterator[Tensor]:
+def _by_loader(path: Path, *, permuted: bool) -> Iterator[Tensor]:
+    """Read by the loader, shuffled as it does by default, or permuted row by row as the others."""
     from actctx.dataset import ActivationDataset
 
-    for batch in ActivationDataset(path).loader(BATCH):
+    data = ActivationDataset(path)
+    for batch in data.loader(BATCH, pool=len(data) if permuted else None):
         yield batch[NAME]
 
 
-def _by_datasets(path: Path, *, at_once: bool) -> Iterator[Tensor]:
+def _by_datasets(path: Path, *, at_once: bool, workers: int) -> Iterator[Tensor]:
     """Read by a shuffled `DataLoader`: row by row, or what a batch holds at once."""
     from datasets import Dataset
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
     stored: Any = Dataset.from_file(str(path))
     stored = stored.with_format("torch", columns=[NAME], dtype=torch.float16)
-    loader: Iterable[Any] = DataLoader(stored, batch_size=BATCH, shuffle=True)
+    loader: Iterable[Any] = DataLoader(stored, batch_size=BATCH, shuffle=True, num_workers=workers)
     if at_once:
         sampler = BatchSampler(RandomSampler(stored), BATCH, drop_last=False)
-        loader = DataLoader(stored, sampler=sampler, batch_size=None)
-    for batch in loader:
+        loader = DataLoader(stored, sampler=sampler, batch_size=None, num_workers=workers)
+    with warnings.catch_warnings():  # the worker reads this file alone
+        warnings.filterwarnings("ignore", "lance is not fork-safe")
+        batches = iter(loader)
+    for batch in batches:
         yield batch[NAME]
 
 
@@ -146,18 +152,35 @@ def _reading(
 
 def _ways() -> Iterator[Way]:
     for name, title, write, read in (
-        ("loader", f"**`data.loader({BATCH})`**", _write_lance, _by_loader),
+        (
+            "loader",
+            f"**`data.loader({BATCH})`**, shuffled in pools",
+            _write_lance,
+            partial(_by_loader, permuted=False),
+        ),
+        (
+            "loader-permuted",
+            f"**`data.loader({BATCH}, pool=len(data))`**, permuted as the others",
+            _write_lance,
+            partial(_by_loader, permuted=True),
+        ),
         (
             "datasets",
             "`datasets`, `with_format('torch')`, a `DataLoader` of whole batches",
             _write_datasets,
-            partial(_by_datasets, at_once=True),
+            partial(_by_datasets, at_once=True, workers=0),
+        ),
+        (
+            "datasets-worker",
+            "the same, read ahead by a worker",
+            _write_datasets,
+            partial(_by_datasets, at_once=True, workers=1),
         ),
         (
             "datasets-rows",
-            "the same, a `DataLoader` of rows",
+            "`datasets`, a `DataLoader` of rows",
             _write_datasets,
-            partial(_by_datasets, at_once=False),
+            partial(_by_datasets, at_once=False, workers=0),
         ),
         ("safetensors", "safetensors, mapped: the limit", _write_safetensors, _by_mapping),
     ):
@@ -171,5 +194,6 @@ LOAD_TABLE = Table(
     tuple(_ways()),
     setup=Setup(batch=200, tokens=1000, layers=1, vocab=1000),
     repeats=2,
+    to_disk=True,
     needs=("lance", "datasets"),
 )

@@ -85,7 +85,10 @@ def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeat
             say(f"time, round {number + 1} of {rounds}: {len(group)} ways")
             passes = 1 if large.intersection(group) else repeats
             order = Order(setup, tuple(group), timed=True, repeats=passes, shuffle_seed=number)
-            for way, seconds in probe(order).get("seconds", {}).items():
+            found = probe(order)
+            if found.get("does_not_fit"):
+                raise ProbeError(f"timing {', '.join(group)} takes more memory than there is")
+            for way, seconds in found["seconds"].items():
                 fitting[way].seconds.extend(seconds)
 
 

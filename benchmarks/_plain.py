@@ -19,6 +19,7 @@ from benchmarks._ways import (
     end_forward,
     everything,
     filtered_stopped,
+    hooked,
     no_grad,
 )
 
@@ -48,7 +49,7 @@ def _trace(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _record(model: Any, tokens: Tensor) -> Tensor:
-    """Save one layer; its `halt=` was never asked about the output of a module, so it runs on."""
+    """Save one layer; the forward runs on, since `halt=` was not tried behind a module."""
     import torchlens
 
     layer = torchlens.module(block_path(model, middle(model)))
@@ -61,10 +62,8 @@ def _record(model: Any, tokens: Tensor) -> Tensor:
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the end of the layer, and keep nothing."""
     layer = model.get_submodule(block_path(model, middle(model)))
-    handle = layer.register_forward_hook(end_forward)
-    with torch.no_grad(), suppress(EndForward):
+    with hooked(layer, end_forward), suppress(EndForward):
         model(tokens)
-    handle.remove()
 
 
 def _ways() -> tuple[Way, ...]:

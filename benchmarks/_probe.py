@@ -15,19 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks._checks import measure_checks
 from benchmarks._devices import Meter, limit_memory, meter_of
 from benchmarks._models import Setup, build, make_tokens
+from benchmarks._sites import measure_sites
 from benchmarks._tables import WAYS
 from benchmarks._ways import Captured, Way
+
+TINY = {"sites": measure_sites, "checks": measure_checks}
+"""What is measured in microseconds."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a probe shall do: measure the memory of one way, or time several ways."""
+    """What a probe shall do: measure the memory of one way, or time several, or what is tiny."""
 
     setup: Setup
-    ways: tuple[str, ...]
+    ways: tuple[str, ...] = ()
     timed: bool = False
+    tiny: str = ""
     repeats: int = 1
     shuffle_seed: int = 0
 
@@ -127,7 +133,9 @@ def main(text: str) -> None:
         limit_memory()
     ways = [WAYS[name] for name in order.ways]
     try:
-        if order.timed:
+        if order.tiny:
+            result = TINY[order.tiny](setup, rounds=order.repeats)
+        elif order.timed:
             seed = order.shuffle_seed
             result = measure_time(setup, ways, meter, repeats=order.repeats, seed=seed)
         else:

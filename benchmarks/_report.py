@@ -58,8 +58,13 @@ class Ratio:
 def find_disagreement(results: list[Result]) -> str | None:
     """Say which ways yield something else than the other ways that are compared with one limit.
 
-    Within one implementation of attention that is anything that is not bit-identical.
+    Within one implementation of attention that is anything that is not bit-identical. What ran and
+    yielded nothing, though it is no bare forward, is a disagreement, too.
     """
+    ran = [result for result in results if not result.failed and not result.does_not_fit]
+    silent = [each.way for each in ran if not each.sha256 and WAYS[each.way].captures]
+    if silent:
+        return f"{', '.join(silent)} yielded nothing"
     groups: dict[tuple[str, bool], list[Result]] = defaultdict(list)
     for result in results:
         way = WAYS[result.way]
@@ -70,7 +75,7 @@ def find_disagreement(results: list[Result]) -> str | None:
         odd = [result.way for result in group if result.sha256 != usual]
         if odd:
             return f"{', '.join(odd)} did not yield the activation that the other ways did"
-    far = [result.way for result in results if (result.difference or 0) > TOLERANCE]
+    far = [each.way for each in ran if not (each.difference or 0) <= TOLERANCE]  # nor is NaN near
     return f"{', '.join(far)} did not yield sdpa's activation to {TOLERANCE}" if far else None
 
 
@@ -119,6 +124,26 @@ def rows(results: list[Result]) -> str:
             f"{median_seconds(result):.2f}" if time else "",
             "" if time is None else f"{time.median:.3f}",
             "" if time is None else f"{time.low:.3f} to {time.high:.3f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def disk_rows(results: list[Result]) -> str:
+    """Write the results of what goes to disk, or comes from there, as a Markdown table."""
+    lines = [
+        "| way | extra peak, MiB | s | x limit | from, to |",
+        "| --- | ---: | ---: | ---: | :---: |",
+    ]
+    for result in results:
+        time = time_ratio(result)
+        ratios = [mine / limit for mine, limit in result.seconds]
+        cells = [
+            WAYS[result.way].title,
+            _peak(result),
+            f"{median_seconds(result):.2f}" if time else "",
+            f"{time.median:.3f}" if time else "",
+            f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -101,6 +101,7 @@ def _table(name: str, shape: str, setup: Setup, **varied: int) -> Table:
         setup=setup,
         varied={"batches": BATCHES, **varied},
         repeats=1,
+        to_disk=True,
         needs=("sae_lens", "lance"),
     )
 

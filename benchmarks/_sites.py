@@ -4,7 +4,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
@@ -21,22 +21,25 @@ NAMES = "blocks.*.hook_resid_post"
 FORWARDS = 50
 MICROSECONDS = 1e6
 
-Run = Callable[[Any, Tensor, int], None]
+Run = Callable[[Any, Tensor, int], Iterable[Tensor]]
+"""Runs so many forwards, and gives what it kept of the last or of all of them."""
 
 
-def _nothing(model: Any, tokens: Tensor, forwards: int) -> None:
+def _nothing(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
     with torch.no_grad():
         for _ in range(forwards):
             model(tokens)
+    return []
 
 
-def _capture(model: Any, tokens: Tensor, forwards: int) -> None:
-    with capture(model, NAMES):
+def _capture(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
+    with capture(model, NAMES) as acts:
         for _ in range(forwards):
             model(tokens)
+    return acts.values()  # not read here, since joining forwards is no part of a site
 
 
-def _hook(model: Any, tokens: Tensor, forwards: int) -> None:
+def _hook(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
     kept: list[Tensor] = []
 
     def keep(_module: object, _args: object, activation: Tensor) -> None:
@@ -50,19 +53,22 @@ def _hook(model: Any, tokens: Tensor, forwards: int) -> None:
         for place in places:
             hooks.callback(place.register_forward_hook(keep).remove)
         _nothing(model, tokens, forwards)
+    return kept
 
 
 def _name(layer: int) -> str:
     return NAMES.replace("*", str(layer))
 
 
-def _trace(model: Any, tokens: Tensor, forwards: int) -> None:
+def _trace(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
     import nnsight
 
+    kept: list[list[Tensor]] = []
     for _ in range(forwards):
         with torch.no_grad(), model.trace(tokens):
-            kept = nnsight.save([layer.output for layer in model.transformer.h])
-        kept.clear()
+            outputs = nnsight.save([layer.output for layer in model.transformer.h])
+        kept.append(outputs)
+    return kept[-1]
 
 
 CASES: dict[str, tuple[str, Run]] = {
@@ -75,7 +81,7 @@ if NNSIGHT not in WITHOUT:
     CASES["nnsight: `trace`, `save`"] = (NNSIGHT, _trace)
 
 
-def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[int, float]]:
+def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
     """Time forwards of a tiny model with all `resid_post` captured, less the same without.
 
     Cases and forwards without are interleaved, in another order each round.
@@ -84,6 +90,9 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[int, float]]:
         For each case and number of forwards in a block, the median of the microseconds that a site
         and forward took. Opening and closing the block is part of it.
 
+    Raises:
+        RuntimeError: The cases of a model keep other activations than each other.
+
     """
     setup = replace(setup, layers=LAYERS, d_model=64, heads=4, batch=1, tokens=8)
     kinds = dict.fromkeys(kind for kind, _ in CASES.values())
@@ -91,6 +100,7 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[int, float]]:
     cases: dict[str, tuple[str, Run]] = {**{kind: (kind, _nothing) for kind in kinds}, **CASES}
     if NNSIGHT in models:  # what it wraps is not run bare: it would pay for the wrapping
         cases[NNSIGHT] = (PLAIN, _nothing)
+    _check_alike(models, tokens)
     chance = random.Random(0)  # noqa: S311  nothing secret
     taken: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in CASES}
     for _ in range(rounds):
@@ -104,9 +114,18 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[int, float]]:
                 more = (seconds[name] - seconds[kind]) / forwards / LAYERS * MICROSECONDS
                 taken[name][forwards].append(more)
     return {
-        name: {forwards: statistics.median(each) for forwards, each in found.items()}
+        name: {str(forwards): statistics.median(each) for forwards, each in found.items()}
         for name, found in taken.items()
     }
+
+
+def _check_alike(models: dict[str, Any], tokens: Tensor) -> None:
+    for model in (PLAIN, BRIDGE):
+        kinds = {PLAIN: (PLAIN, NNSIGHT)}.get(model, (model,))
+        kept = [list(run(models[kind], tokens, 1)) for kind, run in CASES.values() if kind in kinds]
+        alike = all(map(torch.equal, each, kept[0]) for each in kept)
+        if not all(len(each) == LAYERS and alike for each in kept):
+            raise RuntimeError(f"the ways to capture from a {model} model keep different things")
 
 
 def _time(run: Run, model: Any, tokens: Tensor, forwards: int) -> float:
@@ -115,11 +134,11 @@ def _time(run: Run, model: Any, tokens: Tensor, forwards: int) -> float:
     return time.perf_counter() - start
 
 
-def site_rows(found: dict[str, dict[int, float]]) -> str:
+def site_rows(found: dict[str, dict[str, float]]) -> str:
     """Write what sites cost as a Markdown table."""
     lines = [
         f"| way | µs a site, {FORWARDS} forwards a block | µs a site, one forward a block |",
         "| --- | ---: | ---: |",
     ]
-    lines += [f"| {way} | {us[FORWARDS]:.1f} | {us[1]:.1f} |" for way, us in found.items()]
+    lines += [f"| {way} | {us[str(FORWARDS)]:.1f} | {us['1']:.1f} |" for way, us in found.items()]
     return "\n".join(lines)

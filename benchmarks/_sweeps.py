@@ -10,7 +10,7 @@ from actctx import capture
 from benchmarks._gather import gather_table
 from benchmarks._models import BRIDGE, PLAIN, Setup, block_path, depth, resid_name
 from benchmarks._plain import LIMIT, PLAIN_TABLE
-from benchmarks._ways import EndForward, Run, Table, Way, end_forward
+from benchmarks._ways import EndForward, Run, Table, Way, end_forward, hooked
 
 SWEEPS = {
     "length": "tokens a sequence",
@@ -74,10 +74,8 @@ def _capture(asked: int) -> Run:
 
 def _stopped(model: Any, tokens: Tensor) -> None:
     layer = model.get_submodule(block_path(model, depth(model) - 2))
-    handle = layer.register_forward_hook(end_forward)
-    with torch.no_grad(), suppress(EndForward):
+    with hooked(layer, end_forward), suppress(EndForward):
         model(tokens)
-    handle.remove()
 
 
 def _asked_table(asked: int) -> Table:

@@ -98,10 +98,10 @@ def _times_less(
     return min(more) / less if more and less else None
 
 
-def site_targets(found: dict[str, dict[int, float]], forwards: int) -> list[str]:
+def site_targets(found: dict[str, dict[str, float]], forwards: int) -> list[str]:
     """Say whether a site costs as little as it is to cost."""
     return [
-        bound.verdict(found[ours][forwards] / found[theirs][forwards])
+        bound.verdict(found[ours][str(forwards)] / found[theirs][str(forwards)])
         for ours, theirs, bound in SITES
         if theirs in found
     ]

@@ -46,6 +46,11 @@ class Way:
     alone: bool = False
     prepare: Callable[[Setup], object] | None = None
 
+    @property
+    def captures(self) -> bool:
+        """Whether it yields anything, which a bare forward does not."""
+        return "bare" not in self.name.split("-")
+
 
 USUAL = Setup()
 
@@ -64,6 +69,8 @@ class Table:
         repeats: The passes over all ways in each.
         sweep: The tables that it is one point of, if it is.
         x: Where it is among them.
+        to_disk: Whether what is captured goes to disk, or comes from there, so that it is no part
+            of what a way may take of memory.
         needs: The libraries that it is left out without.
 
     """
@@ -77,6 +84,7 @@ class Table:
     repeats: int = 5
     sweep: str = ""
     x: int = 0
+    to_disk: bool = False
     needs: tuple[str, ...] = ()
 
 
@@ -137,7 +145,8 @@ class EndForward(Exception):  # noqa: N818  a signal, not an error
 
 def _bare_stopped(model: Any, tokens: Tensor) -> None:
     """Run a forward to the place where `capture(stop=True)` ends it, and keep nothing."""
-    with hooked(model, resid_name(middle(model)), end_forward), suppress(EndForward):
+    point = model.hook_dict[resid_name(middle(model))]
+    with hooked(point, end_forward), suppress(EndForward):
         model(tokens)
 
 
@@ -147,12 +156,14 @@ def end_forward(*_: object) -> Never:
 
 
 @contextmanager
-def hooked(model: Any, name: str, hook: Callable[..., None]) -> Iterator[None]:
-    """Have a bare torch hook at a hook point, without gradients."""
-    handle = model.hook_dict[name].register_forward_hook(hook)
-    with torch.no_grad():
-        yield
-    handle.remove()
+def hooked(module: Any, hook: Callable[..., None]) -> Iterator[None]:
+    """Have a bare torch hook on a module, without gradients."""
+    handle = module.register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        handle.remove()
 
 
 def no_grad(run: Callable[[Any, Tensor], T]) -> Callable[[Any, Tensor], T]:

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 pytest.importorskip("typer")
+from benchmarks.__main__ import main
 from benchmarks._devices import Accelerator, Cpu, meter_of
 from benchmarks._models import BRIDGE, PLAIN, Setup, build, make_tokens, of_model
 from benchmarks._probe import measure_memory, measure_time
-from benchmarks._report import Result, find_disagreement, find_regressions
+from benchmarks._report import Result, disk_rows, find_disagreement, find_regressions
 from benchmarks._tables import TABLES, WAYS
 from benchmarks._targets import targets
 
@@ -42,6 +43,39 @@ def test_eager_attention_may_differ_from_sdpa_by_rounding_only():
     assert find_disagreement([_result("plain-hidden"), far, LIMIT]) == (
         "plain-bridge did not yield sdpa's activation to 0.0001"
     )
+
+
+def test_what_is_no_number_and_what_yields_nothing_is_a_disagreement():
+    nan = _result("plain-bridge", sha256="b", difference=float("nan"))
+    assert find_disagreement([_result("plain-hidden"), nan, LIMIT]) == (
+        "plain-bridge did not yield sdpa's activation to 0.0001"
+    )
+    assert find_disagreement([_result("plain-capture", sha256=None), LIMIT]) == (
+        "plain-capture yielded nothing"
+    )
+    lost = Result("plain-capture", does_not_fit=True)
+    assert find_disagreement([_result("plain-hidden"), lost, LIMIT]) is None
+
+
+def test_what_goes_to_disk_is_not_compared_with_what_is_captured():
+    results = [replace(_result("extract-lance", peak=100 * MIB), seconds=[(2.0, 1.0), (3.0, 1.0)])]
+    assert disk_rows(results).splitlines()[2] == (
+        "| **`extract(model, batches, name, path)`** | 100 | 2.50 | 2.500 | 2.000 to 3.000 |"
+    )
+
+
+def test_a_capture_that_takes_too_much_fails_the_command(monkeypatch, capsys):
+    monkeypatch.setattr("benchmarks._report.MOST_QUICK", 0.5)
+    with pytest.raises(SystemExit, match=r"^plain-capture-stop takes \S+ x .*, at most 0\.5$"):
+        main(case=["plain-capture-stop"], quick=True)
+    assert "| **`capture(model, name, stop=True)`** |" in capsys.readouterr().out
+
+
+def test_a_case_that_is_none_is_refused():
+    from typer import BadParameter
+
+    with pytest.raises(BadParameter, match=r"^there is no case nothing; choose from bridge,"):
+        main(case=["nothing"], quick=True)
 
 
 def test_a_capture_that_takes_a_tenth_more_than_the_limit_is_a_regression():
