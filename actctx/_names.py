@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from actctx._axes import hook_axes
 from actctx._errors import HookNameError, OptionError
 from actctx._places import Place, Places, is_glob, matcher
 
@@ -248,6 +249,18 @@ def _layers_beside(name: str, listed: list[str]) -> set[int]:
     return {int(found[1]) for each in listed if (found := pattern.fullmatch(each))}
 
 
+def _of_the_lens(name: str, *, is_translated: bool) -> str:
+    """Say what is to be known of a name that TransformerLens has, or has with `hook_` before it."""
+    parent, dot, last = name.rpartition(".")
+    known = not is_glob(name) and hook_axes(name, ()) is not None
+    if known and "hook_" in name:
+        only = ", or only in a TransformerBridge" if is_translated else ""
+        return f"; TransformerLens has this name, but this architecture may not{only}"
+    if not known and hook_axes(f"hook_{last}", ()) is not None:
+        return f"; hook names of TransformerLens begin with hook_: '{parent}{dot}hook_{last}'"
+    return ""
+
+
 def _unknown_names(unknown: list[str], places: Places) -> str:
     listed = [name for names in places.listed() for name in names]
     hooked = [name for name in unknown if "hook_" in name and not places.hook_points]
@@ -268,6 +281,8 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
     layers = _layers_beside(unknown[0], listed)
     if layers:
         hint += f"; it has layers {min(layers)} to {max(layers)}"
+    elif has_hooks or "hook_" not in unknown[0]:
+        hint += _of_the_lens(unknown[0], is_translated=not places.hook_points)
     if any(is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"
     if kind == "module" and any("hook_" in name for name in unknown):

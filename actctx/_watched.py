@@ -115,9 +115,10 @@ class WatchedSite:
         if wrong and self.exact:
             axis = wrong[-1]
             raise TypedError(
-                f"{self.shown} fired with the shape {tuple(shape)}, but along {axis!r} the "
-                f"model's config says {self.sizes[axis]}; if the model is right, name its axes "
-                "otherwise with Site(axes=...), or capture with check=False"
+                f"{self.shown} fired with the shape {tuple(shape)}, along its axes "
+                f"{' '.join(self.known_axes or ())!r}, but the model's config says {axis!r} is "
+                f"{self.sizes[axis]}; if the model is right, name its axes otherwise with "
+                "Site(axes=...), or capture with check=False"
             )
         return wrong
 
@@ -211,7 +212,8 @@ def watch_site(
     dtype = asked.dtype if asked.dtype is not None else defaults.dtype
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise OptionError(
-            f"dtype={dtype!r} is no floating-point dtype; give one such as torch.float16"
+            f"dtype={dtype!r} is not one of torch's floating-point dtypes; give one, such as "
+            "torch.float16"
         )
     taken = defaults.slice if asked.slice is None else asked.slice
     if options.mask is None:

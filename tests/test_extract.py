@@ -436,7 +436,8 @@ def test_options_that_make_no_sense_are_refused(gpt2, out, options, message):
 def test_a_dtype_is_no_string(gpt2, out, of_site):
     site, options = (Site(RESID, dtype="float16"), {}) if of_site else (RESID, {"dtype": "float16"})
     assert refusal(OptionError, gpt2, tokens(), site, out, **options) == (
-        "dtype='float16' is no floating-point dtype; give one such as torch.float16"
+        "dtype='float16' is not one of torch's floating-point dtypes; give one, such as "
+        "torch.float16"
     )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import HAS_T5, Mlp, bridge, tokens
+from models import HAS_T5, Mlp, bridge, huggingface, tokens
 from torch import nn
 
 from actctx import ActctxError, Activations, Site, capture, captures
@@ -49,6 +49,24 @@ def test_an_unknown_module(mlp):
     assert _said(capture, mlp, "heda") == (
         "no module matches 'heda'; closest: 'head' (see actctx.hook_names(model))"
     )
+
+
+def test_a_hook_name_that_another_architecture_has():
+    assert _said(capture, bridge("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid") == (
+        "no hook point matches 'blocks.0.hook_resid_mid'; closest: 'blocks.0.hook_resid_pre', "
+        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has this name, "
+        "but this architecture may not (see actctx.hook_names(model))"
+    )
+    plain = _said(capture, huggingface("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid")
+    assert "but this architecture may not, or only in a TransformerBridge (see" in plain
+
+
+def test_a_hook_name_without_its_beginning(gpt2, llama):
+    for model, kind in ((gpt2, "hook point"), (llama, "module")):
+        assert _said(capture, model, "resid_post") == (
+            f"no {kind} matches 'resid_post'; hook names of TransformerLens begin with hook_: "
+            "'hook_resid_post' (see actctx.hook_names(model))"
+        )
 
 
 def test_a_hook_name_on_a_model_without_hook_points(mlp):
@@ -143,7 +161,8 @@ def test_axes_that_name_one_twice():
 
 def test_a_dtype_that_is_none(gpt2):
     assert _said(capture, gpt2, RESID, dtype="float16") == (
-        "dtype='float16' is no floating-point dtype; give one such as torch.float16"
+        "dtype='float16' is not one of torch's floating-point dtypes; give one, such as "
+        "torch.float16"
     )
 
 

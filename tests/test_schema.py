@@ -283,9 +283,9 @@ def test_a_model_that_is_not_as_its_config_says_is_refused(ids):
     ):
         model(ids)
     assert str(caught.value) == (
-        "'blocks.0.hook_resid_post' fired with the shape (3, 7, 32), but along 'd_model' the "
-        "model's config says 48; if the model is right, name its axes otherwise with "
-        "Site(axes=...), or capture with check=False"
+        "'blocks.0.hook_resid_post' fired with the shape (3, 7, 32), along its axes "
+        "'batch pos d_model', but the model's config says 'd_model' is 48; if the model is right, "
+        "name its axes otherwise with Site(axes=...), or capture with check=False"
     )
     with capture(model, "blocks.0.hook_resid_post", check=False) as acts:
         model(ids)
