@@ -242,7 +242,7 @@ class Opening(Generic[B]):
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
         is_it = seen.is_plain and isinstance(value, Tensor)
-        activation: Tensor = value if is_it else self._activation(seen.site, value)
+        activation: Tensor = value if is_it else self._activation(seen.site, value, frame)
         if activation.shape != seen.shape or not seen.column.firings:
             seen.check(activation.shape, sizes=self._options.check)
         if activation.requires_grad and not self.grad:
@@ -254,13 +254,24 @@ class Opening(Generic[B]):
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
-    def _activation(self, site: WatchedSite, value: Any) -> Tensor:
+    def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
         activation = tensor_of(site.shown, value, site.output)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
-        if site.rows is not None:
-            activation = site.unflattened(activation, self._options.mask)
+        if site.needs_sequences and site.is_flattened(activation):
+            sequences = self._sequences(frame)
+            if sequences and len(activation) % sequences == 0:
+                activation = activation.reshape(sequences, -1, *activation.shape[1:])
         return activation
+
+    def _sequences(self, frame: Frame | None) -> int | None:
+        """Tell how many sequences the forward was given, as far as that is known."""
+        if isinstance(self._options.mask, Chosen):
+            return self._options.mask.shape[0]
+        frames = [] if frame is None else frame.chain()
+        given = itertools.chain.from_iterable(each.inputs().values() for each in frames)
+        tensors = (each for each in given if isinstance(each, Tensor) and each.dim() > 1)
+        return next(map(len, tensors), None)
 
     def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         site = seen.site

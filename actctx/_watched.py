@@ -1,6 +1,5 @@
 """The sites of a capture: places, and what becomes of their activations."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,7 +55,7 @@ class WatchedSite:
         """Whether a tensor that it yields is the activation, of which nothing is to be made."""
         reading = self.place.reading
         is_read = reading is not None and reading.part is not None
-        return self.output is None and self.rows is None and not is_read
+        return self.output is None and not is_read and not self.needs_sequences
 
     @property
     def takes_all(self) -> bool:
@@ -84,14 +83,15 @@ class WatchedSite:
         pos = next((dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}), len(shape))
         return (shape[0], shape[pos]) if axes[:1] == ("batch",) and pos < len(shape) else (0, 0)
 
-    def unflattened(self, activation: Shaped[Tensor, "..."], mask: object) -> Shaped[Tensor, "..."]:
-        """Give sequences back to an activation of all tokens, as of the MLP of a plain OPT."""
-        known = self.known_axes or ()
-        if isinstance(mask, Chosen) and known[:2] == ("batch", "pos"):
-            shape = mask.shape
-            if activation.dim() == len(known) - 1 and len(activation) == math.prod(shape):
-                return activation.reshape(*shape, *activation.shape[1:])
-        return activation
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether what is asked for is found by the sequences, which some models flatten."""
+        by_name = self.rows is not None or (self.selector.steps and self.selector.axes is not None)
+        return bool(by_name) and (self.known_axes or ())[:2] == ("batch", "pos")
+
+    def is_flattened(self, activation: Shaped[Tensor, "..."]) -> bool:
+        """Tell whether an activation has one row a token, as those of OPT's MLP do."""
+        return activation.dim() == len(self.known_axes or ()) - 1
 
     def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
         """Name the axes of what is captured from an activation, and the sizes that are fixed."""

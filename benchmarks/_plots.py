@@ -131,18 +131,18 @@ def _dim(axes: Any) -> None:
 
 
 def _draw_bars(table: dict[str, Any], folder: Path) -> None:
-    """Draw the peak and the time of each way with a name, ours in colour."""
+    """Draw the peak of each way with a name, and its time against that of the limit beside it."""
     from matplotlib import pyplot as plt
 
     results = [each for each in table["results"] if WAYS[each["way"]].label]
     labels = [WAYS[each["way"]].label for each in results]
     peaks = [(each["peak_bytes"] or 0) / MIB for each in results]
-    medians = [_median(each["seconds"]) for each in results]
+    medians = [_ratio(each["seconds"]) for each in results]
     lack = ["does not fit" if each.get("does_not_fit") else "not measured" for each in results]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.44 * len(labels) + 1), sharey=True)
     for axes, sizes, title, unit in (
         (left, peaks, "extra peak memory", "{:,.0f} MiB"),
-        (right, medians, "time", "{:.1f} s"),
+        (right, medians, "time, against the limit", "{:.2f} x"),
     ):
         colours = [LOOKS[each][0] if each.startswith("capture") else INK for each in labels]
         bars = axes.barh(range(len(labels)), sizes, color=colours, height=0.7)
@@ -162,8 +162,8 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
     _save(figure, folder / "plain")
 
 
-def _median(seconds: list[list[float]]) -> float:
-    return statistics.median(mine for mine, _ in seconds) if seconds else 0
+def _ratio(seconds: list[list[float]]) -> float:
+    return statistics.median(mine / limit for mine, limit in seconds) if seconds else 0
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -328,6 +328,29 @@ def test_a_decoder_without_an_encoder_takes_the_attention_mask(ids, mask):
     assert acts.tensor.shape == (sum(LENGTHS), 32)
 
 
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [(bridge, "blocks.0.ln2.hook_normalized"), (huggingface, "blocks.0.mlp.hook_post")],
+)
+def test_what_a_model_flattens_is_selected_by_its_sequences(build, name, ids, mask):
+    model = build("OPTForCausalLM")
+    with capture(model, name) as acts:
+        model(ids, attention_mask=mask)
+    assert acts.axes(name)[0] == "token"
+    neurons = acts.tensor.view(3, 7, -1)
+    width = acts.axes(name)[1]
+    with capture(model, name, slice={"pos": -2, width: [5, 0]}) as acts:
+        model(ids, attention_mask=mask)
+    assert torch.equal(acts.tensor, neurons[:, -2, [5, 0]])
+    with capture(model, name, slice=(slice(4, 9),)) as acts:  # a tuple takes it as it comes
+        model(ids, attention_mask=mask)
+    assert torch.equal(acts.tensor, neurons.flatten(0, 1)[4:9])
+    with capture(model, name, mask="attention") as acts:
+        model(ids, attention_mask=mask)
+    assert torch.equal(acts.tensor, neurons[mask.bool()])
+    assert acts.axes(name) == ("token", width)
+
+
 def test_heads_are_checked_beside_a_mask(gpt2):
     with pytest.raises(SelectionError, match="'head'"):
         capture(gpt2, "blocks.0.attn.hook_z", mask="attention", slice={"head": 9})
