@@ -30,22 +30,23 @@ def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
     if not len(finite):
         return note.strip()
     tail = 0.005 if len(finite) >= _MANY else 0.0
-    ends = torch.tensor([tail, 1 - tail])
+    ends = torch.tensor([tail, 1 - tail], dtype=finite.dtype)
     low, high = torch.quantile(finite, ends, interpolation="nearest").tolist()
     if low == high:  # nearly all are one value
         low, high = finite.min().item(), finite.max().item()
     if low == high:
         return f"{low:.2g}{note}"
-    counts = torch.histc(finite, _BINS, low, high)
+    most = max(abs(low), abs(high))  # so that ends far apart have a difference
+    counts = torch.histc(finite / most, _BINS, low / most, high / most)
     heights = (counts / counts.max() * (len(_BARS) - 1)).ceil().int().tolist()
     return f"{low:.2g} {''.join(_BARS[height] for height in heights)} {high:.2g}{note}"
 
 
 def _sampled(tensor: Tensor, most: int) -> Tensor:
-    """Take values evenly spread over a tensor to the host, real and in single precision."""
+    """Take values evenly spread over a tensor to the host, real and in double precision."""
     flat = tensor.detach().flatten()
     step = max(flat.numel() // most, 1)
     while any(math.gcd(step, size) > 1 for size in tensor.shape):  # it would meet few features only
         step += 1
     taken = flat[::step]
-    return (taken.abs() if taken.is_complex() else taken).to("cpu", torch.float32)
+    return (taken.abs() if taken.is_complex() else taken).cpu().double()

@@ -4,11 +4,8 @@
 TransformerLens' architecture adapters tell which module of a Hugging Face model each component is,
 which aliases its hook points have, and how a joint projection divides into queries, keys and
 values. The adapter of the model is asked for all of that; there is no table of architectures here.
-It divides weights, not activations. So it is given a projection whose weights are the numbers of
-its outputs, and the numbers that come back as the weights of the queries are theirs.
 """
 
-import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,8 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Shaped
 from torch import Tensor, nn
+
+from actctx._heads import Heads, divided
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
@@ -46,51 +45,6 @@ class Reading:
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
-    """Splits features into heads, or picks those of a joint projection and splits them.
-
-    Attributes:
-        d_head: The size of a head.
-        index: The features to pick of a joint projection.
-
-    """
-
-    d_head: int
-    index: Int64[Tensor, " i"] | None = None
-
-    def __call__(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        if self.index is None:
-            return _split(activation, -1, self.d_head)
-        features = len(self.index)
-        start, stride = self._layout
-        if stride in {0, self.d_head}:  # side by side, or but one
-            return _split(activation.narrow(-1, start, features), -1, self.d_head)
-        if activation.shape[-1] * self.d_head == stride * features and start < stride:
-            return _split(activation, -1, stride).narrow(-1, start, self.d_head)
-        index = self.index.to(activation.device)
-        return _split(activation.index_select(-1, index), -1, self.d_head)
-
-    @functools.cached_property
-    def _layout(self) -> tuple[int, int]:
-        """Where the first head starts, and how far on the next; -1 where there is no rule to it."""
-        if self.index is None:
-            return 0, self.d_head
-        heads = self.index.view(-1, self.d_head)
-        start, stride = int(heads[0, 0]), int(heads[-1, 0] - heads[0, 0]) // max(len(heads) - 1, 1)
-        is_regular = torch.equal(self.index, _regular(start, stride, *heads.shape))
-        return start, stride if is_regular else -1
-
-
-def _split(activation: Tensor, *sizes: int) -> Tensor:
-    return activation.reshape(*activation.shape[:-1], *sizes)
-
-
-def _regular(start: int, stride: int, heads: int, d_head: int) -> Int64[Tensor, " i"]:
-    rows = start + stride * torch.arange(heads)
-    return (rows[:, None] + torch.arange(d_head)).flatten()
-
-
-@dataclass(frozen=True, eq=False)
 class Translation:
     """TransformerLens' names in a Hugging Face model.
 
@@ -101,6 +55,7 @@ class Translation:
         inside: The hook points that a bridge has beside the points.
         lacks: Why there are no names at all.
         lacks_pattern: Why there are no attention patterns.
+        lacks_heads: Why queries, keys and values are not among the points, by the name of each.
 
     """
 
@@ -109,6 +64,7 @@ class Translation:
     inside: list[str] = field(default_factory=list)
     lacks: str = ""
     lacks_pattern: str = ""
+    lacks_heads: dict[str, str] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str | None:
         """Return the canonical name of a hook point, or None where there is none."""
@@ -130,6 +86,8 @@ class Translation:
 
     def why_not(self, name: str) -> str:
         """Say why a hook point of a bridge is not among them, and what to do."""
+        if name in self.lacks_heads:
+            return self.lacks_heads[name]
         if name.endswith("hook_pattern"):
             return self.lacks_pattern
         if not _INSIDE.isdisjoint(name.split(".")):
@@ -138,8 +96,8 @@ class Translation:
                 "module by its own name (see named_modules()), or from a TransformerBridge"
             )
         return (
-            "a module of Hugging Face computes it inside, if at all, and does not hand it out; "
-            "capture it from a TransformerBridge of the model"
+            "a module of Hugging Face does not expose it; capture it from a TransformerBridge of "
+            "the model"
         )
 
 
@@ -173,6 +131,10 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         model: The model.
         modules: All of its modules, by name.
 
+    Returns:
+        The names, the same object as long as the model has the same modules and attention; or
+        why there are none. Nothing is raised, whatever an adapter raises.
+
     """
     attention = getattr(model.config, "_attn_implementation", None)
     known = _KNOWN.get(model)
@@ -190,12 +152,31 @@ def _translate(
     except ImportError:
         return Translation(lacks="TransformerLens 3 or later tells them; install it")
     name = type(model).__name__
-    adapter = next(filter(None, map(functools.partial(_adapter, model), _relatives(model))), None)
-    if adapter is None:
+    remedy = "give the names of its modules (see actctx.hook_names(model))"
+    try:
+        adapters = map(functools.partial(_adapter, model), _relatives(model))
+        adapter = next(filter(None, adapters), None)
+        if adapter is None:
+            return Translation(lacks=f"TransformerLens has no adapter for {name}; {remedy}")
+        return _walked(adapter, model, attention, modules, TransformerBridge.hook_aliases)
+    except Exception as error:  # noqa: BLE001  what an adapter raises for a model that it cannot do
         return Translation(
-            lacks=f"TransformerLens has no adapter for {name}; give the names of its modules "
-            "(see actctx.hook_names(model))"
+            lacks=f"TransformerLens' adapter fails on this {name} ({_told(error)}); {remedy}"
         )
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
+
+
+def _walked(
+    adapter: Any,
+    model: nn.Module,
+    attention: str | None,
+    modules: Mapping[str, nn.Module],
+    aliases: Mapping[str, Any],
+) -> Translation:
+    name = type(model).__name__
     found = Translation(
         lacks_pattern=f"the attention of this {name} is {attention!r}, which computes no pattern; "
         "load the model with attn_implementation='eager', or capture from a TransformerBridge of it"
@@ -206,7 +187,7 @@ def _translate(
     for root in (model, _with_head(model)):
         if not found.points:
             walk.over(adapter.component_mapping, "", root)
-    _add_aliases(found, "", TransformerBridge.hook_aliases)
+    _add_aliases(found, "", aliases)
     return found
 
 
@@ -268,7 +249,7 @@ class _Walk:
     named: Mapping[nn.Module, str]
     d_head: int
     is_eager: bool
-    divided: dict[Any, list[Heads]] = field(default_factory=dict)
+    divided: dict[Any, list[Heads] | str] = field(default_factory=dict)
 
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
         for key, component in components.items():
@@ -311,11 +292,32 @@ class _Walk:
         joint, _ = points.pop(f"{path}.qkv.hook_out")
         del points[f"{path}.qkv.hook_in"]
         if component not in self.divided:  # it stands for the attention of all layers
-            divided = _divided(component, module)
-            self.divided[component] = [Heads(self.d_head, index) for index in divided]
-        for key, heads in zip("qkv", self.divided[component], strict=True):
+            self.divided[component] = self._division(component, module)
+        division = self.divided[component]
+        if isinstance(division, str):
+            self._lack_heads(path, joint, division)
+            return
+        for key, heads in zip("qkv", division, strict=True):
             points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
             points[f"{path}.{key}.hook_out"] = (joint, Reading("out", part=heads))
+
+    def _division(self, component: Any, module: nn.Module) -> list[Heads] | str:
+        """Divide a joint projection, or say why that fails."""
+        try:
+            return divided(component, module, self.d_head)
+        except Exception as error:  # noqa: BLE001  as above
+            return _told(error)
+
+    def _lack_heads(self, path: str, joint: str, why: str) -> None:
+        names = [f"{path}.{key}.{io}" for key in "qkv" for io in ("hook_in", "hook_out")]
+        self.found.inside.extend(names)
+        self.found.lacks_heads.update(
+            dict.fromkeys(
+                names,
+                f"TransformerLens' adapter cannot divide {joint!r} into queries, keys and values "
+                f"({why}); capture {joint!r}, and divide what it returns",
+            )
+        )
 
     def _split_heads(self, name: str) -> None:
         module, reading = self.found.points.get(name, (None, None))
@@ -330,27 +332,13 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def _divided(component: Any, attention: nn.Module) -> list[Int64[Tensor, " i"]]:
-    """Tell which outputs of a joint projection are queries, keys and values; see the note above."""
-    name = component.submodules["qkv"].name
-    joint: Any = copy.copy(attention.get_submodule(name))
-    is_conv1d = hasattr(joint, "nf")  # Hugging Face's, whose outputs come second
-    outputs = joint.nf if is_conv1d else joint.out_features
-    inputs = joint.nx if is_conv1d else joint.in_features
-    numbers = torch.arange(outputs, dtype=torch.float32)
-    weight = numbers.expand(inputs, -1) if is_conv1d else numbers[:, None].expand(-1, inputs)
-    given = {"weight": weight.clone(), "bias": None if joint.bias is None else numbers}
-    joint._parameters = {
-        key: value if value is None else nn.Parameter(value) for key, value in given.items()
-    }
-    labelled = copy.copy(attention)
-    labelled._modules = {**attention._modules, name: joint}
-    return [linear.weight[:, 0].detach().long() for linear in component.split_qkv_matrix(labelled)]
-
-
 def _add_aliases(found: Translation, prefix: str, aliases: Mapping[str, Any]) -> None:
     for alias, targets in aliases.items():
         named = [targets] if isinstance(targets, str) else targets
         known = next((name for each in named if (name := prefix + each) in found.points), None)
+        lacking = next((name for each in named if (name := prefix + each) in found.lacks_heads), "")
         if known is not None:
             found.aliases[prefix + alias] = known
+        elif lacking:
+            found.inside.append(prefix + alias)
+            found.lacks_heads[prefix + alias] = found.lacks_heads[lacking]

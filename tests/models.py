@@ -77,10 +77,13 @@ OLD_CACHE = tuple(map(int, version("transformers").split(".")[:2])) < (5, 24)
 ARCHITECTURES = tuple(name for name in _CONFIGS if HAS_T5 or not name.startswith("T5"))
 
 
-def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> nn.Module:
-    """Build a tiny Hugging Face model of an architecture."""
+def huggingface(
+    architecture: str, attention: str = "eager", seed: int = 0, **options: object
+) -> nn.Module:
+    """Build a tiny Hugging Face model of an architecture, with options of its config."""
     name, sizes = (_CONFIGS | _JOINT_CONFIGS)[architecture]
-    config = getattr(transformers, name)(**{**sizes, "vocab_size": VOCAB, "pad_token_id": 0})
+    common = {"vocab_size": VOCAB, "pad_token_id": 0}
+    config = getattr(transformers, name)(**{**sizes, **common, **options})
     config.architectures = [architecture]
     config._attn_implementation = attention
     torch.manual_seed(seed)
@@ -89,10 +92,14 @@ def huggingface(architecture: str, attention: str = "eager", seed: int = 0) -> n
 
 def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
     """Build a tiny `TransformerBridge` of an architecture."""
+    return bridge_of(huggingface(architecture, seed=seed))
+
+
+def bridge_of(model: nn.Module) -> nn.Module:
+    """Build a `TransformerBridge` of a Hugging Face model, whose modules it takes over."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    model = huggingface(architecture, seed=seed)
-    return build_bridge_from_module(model, architecture, hf_config=model.config)
+    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
 
 
 def tiny_transformer(**options: object) -> nn.Module:

@@ -16,6 +16,7 @@ ROOMS = (
     "_sketch",
     "_table",
     "_axes",
+    "_heads",
     "_translated",
     "_places",
     "_names",

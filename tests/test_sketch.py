@@ -50,6 +50,19 @@ def test_few_and_odd_values_are_drawn_too(values, drawn):
     assert sketch([torch.tensor(values)]) == drawn
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_ends_of_a_dtype_are_drawn_too(dtype):
+    ends = torch.finfo(dtype)
+    low, bars, high = sketch([torch.tensor([ends.min, 0.0, ends.max], dtype=dtype)]).split()
+    assert (low, high) == (f"{ends.min:.2g}", f"{ends.max:.2g}")
+    assert [place for place, bar in enumerate(bars) if bar == "█"] == [0, 6, 11]
+
+
+def test_values_beyond_single_precision_are_finite():
+    assert sketch([torch.tensor([1e300, 1e300], dtype=torch.float64)]) == "1e+300"
+    assert sketch([torch.tensor([1e-310, 0.0], dtype=torch.float64)]).endswith("▁█ 1e-310")
+
+
 def test_what_several_forwards_left_is_drawn_as_one():
     assert sketch([torch.zeros(2, 2), torch.ones(4)]) == "0 █▁▁▁▁▁▁▁▁▁▁█ 1"
     assert sketch([]) == ""
