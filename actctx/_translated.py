@@ -6,6 +6,7 @@ which aliases its hook points have, and how a joint projection divides into quer
 values. The adapter of the model is asked for all of that; there is no table of architectures here.
 """
 
+import copy
 import functools
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,12 +17,14 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from actctx._errors import OutputError
 from actctx._heads import Heads, divided
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
 # Components whose modules Hugging Face calls with other shapes, or for other outputs.
 _INSIDE = {"rotary_emb", "q_norm", "k_norm"}
+_PATTERN_RANK = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,13 +281,14 @@ class _Walk:
                     points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]
         else:
             points[f"{path}.hook_in"] = (self.named[module], Reading("in"))
-            points[f"{path}.hook_out"] = (self.named[module], Reading("out"))
+            points[f"{path}.hook_out"] = (self.named[module], _returned(component))
         if hasattr(component, "hook_pattern"):
             for name in ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in"):
                 self._split_heads(f"{path}.{name}")
             if self.is_eager:
-                points[f"{path}.hook_pattern"] = (self.named[module], Reading("out", -1))
-        _add_aliases(self.found, f"{path}.", component.hook_aliases)
+                pattern = Reading("out", -1, functools.partial(_as_pattern, path))
+                points[f"{path}.hook_pattern"] = (self.named[module], pattern)
+        _add_aliases(self.found, f"{path}.", _aliases_of(component, module))
 
     def _divide(self, component: Any, path: str, module: nn.Module) -> None:
         """Put queries, keys and values in the place of a joint projection."""
@@ -323,6 +327,31 @@ class _Walk:
         module, reading = self.found.points.get(name, (None, None))
         if module is not None and reading is not None and reading.part is None:
             self.found.points[name] = (module, Reading(reading.io, part=Heads(self.d_head)))
+
+
+def _returned(component: Any) -> Reading:
+    """Read what a component hands out: of a router its logits, of an embedding what is scaled."""
+    scale = getattr(component, "_output_contribution_scale", 1.0)
+    part = None if scale == 1 else functools.partial(torch.mul, other=scale)
+    return Reading("out", getattr(component, "logits_index", None) or None, part)
+
+
+def _as_pattern(attention: str, returned: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    if returned.dim() != _PATTERN_RANK:
+        raise OutputError(
+            f"'{attention}.hook_pattern' is what its module returns last, but that has the shape "
+            f"{tuple(returned.shape)} and is no pattern; call the model with output_attentions=True"
+        )
+    return returned
+
+
+def _aliases_of(component: Any, module: nn.Module) -> Mapping[str, Any]:
+    """Tell the aliases of a component, which may depend on whether a layer is a mixture."""
+    if hasattr(component, "DENSE_SUBMODULE_KEYS"):
+        component = copy.deepcopy(component)  # it stands for all layers
+        component.set_original_component(module)
+    aliases: Mapping[str, Any] = component.hook_aliases
+    return aliases
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

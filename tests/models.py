@@ -68,6 +68,62 @@ _JOINT_CONFIGS = {
     "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", _GPT),
     "Phi3ForCausalLM": ("Phi3Config", _LLAMA),
 }
+# Some whose layers differ, or that scale outside of their modules what a bridge shows scaled.
+UNEVEN = (
+    "DeepseekV3ForCausalLM",
+    "Llama4ForCausalLM",
+    "JambaForCausalLM",
+    "GraniteForCausalLM",
+    "GraniteMoeForCausalLM",
+)
+_MIXTURE = {**_LLAMA, "num_experts_per_tok": 2}
+_SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.5}
+_UNEVEN_CONFIGS = {
+    "DeepseekV3ForCausalLM": (
+        "DeepseekV3Config",
+        {
+            **_MIXTURE,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "moe_intermediate_size": 16,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+    ),
+    "Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {
+            **_WITH_HEAD_DIM,
+            "interleave_moe_layer_step": 2,
+            "num_local_experts": 4,
+            "intermediate_size_mlp": 64,
+        },
+    ),
+    "JambaForCausalLM": (
+        "JambaConfig",
+        {
+            **_MIXTURE,
+            "num_experts": 4,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+        },
+    ),
+    "GraniteForCausalLM": ("GraniteConfig", {**_LLAMA, **_SCALED}),
+    "GraniteMoeForCausalLM": (
+        "GraniteMoeConfig",
+        {**_MIXTURE, **_SCALED, "num_local_experts": 4},
+    ),
+    "OpenAIGPTLMHeadModel": ("OpenAIGPTConfig", _GPT),
+}
 GENERATION = int(version("transformer_lens").split(".")[0])
 # The T5 bridge of TransformerLens 3.9 does not run on transformers 5.
 HAS_T5 = GENERATION >= 4
@@ -81,7 +137,7 @@ def huggingface(
     architecture: str, attention: str = "eager", seed: int = 0, **options: object
 ) -> nn.Module:
     """Build a tiny Hugging Face model of an architecture, with options of its config."""
-    name, sizes = (_CONFIGS | _JOINT_CONFIGS)[architecture]
+    name, sizes = (_CONFIGS | _JOINT_CONFIGS | _UNEVEN_CONFIGS)[architecture]
     common = {"vocab_size": VOCAB, "pad_token_id": 0}
     config = getattr(transformers, name)(**{**sizes, **common, **options})
     config.architectures = [architecture]

@@ -18,6 +18,7 @@ from models import (
     HAS_T5,
     JOINT,
     OLD_CACHE,
+    UNEVEN,
     Mlp,
     bridge,
     hooks_of,
@@ -27,7 +28,7 @@ from models import (
 )
 from torch import Tensor, nn
 
-from actctx import HookNameError, Schema, Stopped, capture, hook_names, site
+from actctx import HookNameError, OutputError, Schema, Stopped, capture, hook_names, site
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
 WITHOUT_T5 = [*(name for name in ARCHITECTURES if not name.startswith("T5")), *JOINT]
@@ -75,6 +76,41 @@ def test_every_name_is_captured_as_on_a_bridge(architecture, attention):
             continue  # an MLP that is no module of Hugging Face's fires on bridges from 4 on
         found = _shaped_as(acts[name], expected[name][0])
         torch.testing.assert_close(found, expected[name][0], atol=TOLERANCE[attention], rtol=1e-4)
+
+
+@pytest.mark.skipif(GENERATION < 4, reason="their bridges came with TransformerLens 4")
+@pytest.mark.parametrize("architecture", UNEVEN)
+def test_what_layers_differ_in_is_captured_as_on_a_bridge(architecture):
+    wanted = ["hook_embed", "hook_resid_post", "hook_pre", "hook_post", "gate.hook_out"]
+    whole, model = bridge(architecture), huggingface(architecture)
+    named = whole.hook_dict
+    asked = [name for name in hook_names(model, "**.hook_*") if name.endswith(tuple(wanted))]
+    asked = [
+        name for name in asked if name in named and named[name].name != "blocks.1.mlp.hook_out"
+    ]
+    with capture(model, asked) as acts:
+        model(tokens())
+    with capture(whole, asked) as expected:
+        whole(tokens())
+    assert {name.rpartition(".")[2] for name in asked} >= {"hook_embed", "hook_pre", "hook_post"}
+    for name in asked:
+        torch.testing.assert_close(acts[name], expected[name], atol=1e-5, rtol=1e-4)
+
+
+def test_a_module_that_returns_no_pattern_unless_asked_says_so():
+    model = huggingface("OpenAIGPTLMHeadModel")
+    with (
+        pytest.raises(OutputError) as caught,
+        capture(model, PATTERN),
+    ):
+        model(tokens())
+    assert str(caught.value) == (
+        "'blocks.0.attn.hook_pattern' is what its module returns last, but that has the shape "
+        "(3, 7, 32) and is no pattern; call the model with output_attentions=True"
+    )
+    with capture(model, PATTERN) as acts:
+        model(tokens(), output_attentions=True)
+    assert torch.equal(acts.tensor.sum(-1).round(decimals=4), torch.ones(3, 4, 7))
 
 
 def test_names_and_aliases_are_those_of_a_bridge(architecture):
