@@ -85,9 +85,8 @@ def test_what_layers_differ_in_is_captured_as_on_a_bridge(architecture):
     whole, model = bridge(architecture), huggingface(architecture)
     named = whole.hook_dict
     asked = [name for name in hook_names(model, "**.hook_*") if name.endswith(tuple(wanted))]
-    asked = [
-        name for name in asked if name in named and named[name].name != "blocks.1.mlp.hook_out"
-    ]
+    flat = "blocks.1.mlp.hook_out"  # of Llama 4, whose sequences a bridge gives back
+    asked = [name for name in asked if name in named and named[name].name != flat]
     with capture(model, asked) as acts:
         model(tokens())
     with capture(whole, asked) as expected:
