@@ -1,8 +1,9 @@
 """What a picture shows, of a buffer or of a data set on disk."""
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -29,9 +30,10 @@ def layers_in(acts: Source, name: str) -> list[str]:
     Raises:
         NotCapturedError: There are none, or a data set has no rows.
         HookNameError: A layer has several.
+        OptionError: The name is no string, or there is nothing that has names.
 
     """
-    check_source(acts)
+    _check_asked(acts, name)
     if isinstance(acts, Activations):
         return acts._layers(name)
     if not len(acts):
@@ -39,8 +41,8 @@ def layers_in(acts: Source, name: str) -> list[str]:
     return layers_of({key: (key, *site.names) for key, site in acts.sites.items()}, name)
 
 
-def check_source(acts: object) -> None:
-    """Refuse what is neither a buffer nor a data set.
+def _check_asked(acts: object, name: object) -> None:
+    """Refuse what is neither a buffer nor a data set, and what is no name in it.
 
     Raises:
         OptionError: It is none.
@@ -50,6 +52,59 @@ def check_source(acts: object) -> None:
         raise OptionError(
             f"a picture is drawn of what capture() or ActivationDataset(path) gives, not of a "
             f"{type(acts).__name__}; give one of these"
+        )
+    if not isinstance(name, str):
+        raise OptionError(f"name={name!r} must be a string, such as 'hook_resid_post'")
+
+
+def read_tokens(tokens: Any) -> list[str]:
+    """Read the tokens that a picture is to show.
+
+    Raises:
+        OptionError: They are no strings.
+
+    """
+    found = None if isinstance(tokens, str) else _listed(tokens)
+    if found is None or not all(isinstance(token, str) for token in found):
+        raise OptionError(
+            "tokens must be strings; give those of model.to_str_tokens(text), or of "
+            "tokenizer.convert_ids_to_tokens(ids)"
+        )
+    return found
+
+
+def read_integers(option: str, numbers: Any) -> list[int]:
+    """Read the numbers of heads or positions, which may be in a tensor.
+
+    Raises:
+        OptionError: They are no integers.
+
+    """
+    found = _listed(numbers)
+    if found is None or not all(map(is_int, found)):
+        raise OptionError(f"{option}={numbers!r} must be integers, as in {option}=[0, 3]")
+    return [*map(operator.index, found)]
+
+
+def _listed(given: Any) -> list[Any] | None:
+    try:
+        return [*given]
+    except TypeError:
+        return None
+
+
+def check_count(name: str, axis: str, words: Sized, wanted: int) -> None:
+    """Refuse words for the places along an axis where each does not have its own.
+
+    Raises:
+        OptionError: There are fewer or more.
+
+    """
+    given = len(words)
+    if given != wanted:
+        raise OptionError(
+            f"{name!r} has {wanted} {axis}, but {given} {'was' if given == 1 else 'were'} given; "
+            "give one for each"
         )
 
 
@@ -169,12 +224,13 @@ def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head 
     Raises:
         NotCapturedError: There is no such site.
         AxisError: It is no attention pattern.
-        OptionError: There is no such sequence, or the forwards were not joined.
+        OptionError: There is no such sequence, the name is no string, or the forwards were not
+            joined.
 
     """
-    check_source(acts)
+    _check_asked(acts, name)
     if not is_int(sequence):
-        raise OptionError(f"sequence={sequence!r} is no whole number; give the number of one")
+        raise OptionError(f"sequence={sequence!r} must be an integer")
     axes = acts.axes(name) if isinstance(acts, Activations) else _axes_with_queries(acts, name)
     if axes[-2:] != ("query", "key") or axes[0] != "batch":
         raise AxisError(
@@ -212,7 +268,7 @@ def _captured_pattern(acts: Activations, name: str, sequence: int) -> Shaped[Ten
     found = joined(acts, name)
     if not -len(found) <= sequence < len(found):
         raise OptionError(
-            f"sequence={sequence} is none of the {len(found)} of {name!r}; give one of them"
+            f"there is no sequence {sequence} of {name!r}; there are {len(found)}, from 0"
         )
     return found[sequence]
 
@@ -221,7 +277,7 @@ def _stored_pattern(data: ActivationDataset, name: str, sequence: int) -> Shaped
     rows = torch.nonzero(data.read("sequence") == sequence).flatten()
     if not len(rows):
         raise OptionError(
-            f"sequence={sequence} is none of those of {data.path!r}; give a number of its column "
+            f"there is no sequence {sequence} in {data.path!r}; give a number of its column "
             "'sequence'"
         )
     found: Tensor = data._only(name).read(rows.numpy())[name]
@@ -229,10 +285,12 @@ def _stored_pattern(data: ActivationDataset, name: str, sequence: int) -> Shaped
 
 
 def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:
-    """Tell the position of each row of tokens."""
+    """Tell the position of each row of tokens, None where it is not known."""
     if isinstance(acts, ActivationDataset):
         return acts.read("position").long() if acts.layout.rows == "token" else None
-    return acts.positions(key)[:, 1].cpu() if acts.axes(key)[:1] == ("token",) else None
+    is_masked = bool(acts._column(key).rows)  # other rows are those that a module flattened
+    is_of_tokens = is_masked and acts.axes(key)[:1] == ("token",)
+    return acts.positions(key)[:, 1].cpu() if is_of_tokens else None
 
 
 def _stored(data: ActivationDataset, keys: list[str]) -> Iterator[tuple[Tensor, ...]]:

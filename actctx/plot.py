@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from actctx._activations import Activations
 from actctx._errors import OptionError
 from actctx._layers import (
+    check_count,
     layer_numbers,
     layers_in,
     norms_at_positions,
     norms_of_rows,
+    read_integers,
     read_layers,
     read_pattern,
+    read_tokens,
 )
 from actctx.dataset import ActivationDataset
 
@@ -37,7 +40,7 @@ def plot_norms(
     acts: Activations | ActivationDataset,
     name: str = "hook_resid_post",
     *,
-    positions: Sequence[int] | None = None,
+    positions: Sequence[int] | Int[Tensor, " pos"] | None = None,
     ax: "Picture | None" = None,
 ) -> "Picture":
     """Draw how large activations are, layer by layer.
@@ -63,8 +66,8 @@ def plot_norms(
         HookNameError: The name means several sites of a layer.
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
-        OptionError: There are not as many `positions` as were captured, or matplotlib is not
-            installed.
+        OptionError: There are not as many `positions` as were captured, something is given that
+            is no name or no number, or matplotlib is not installed.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -75,14 +78,11 @@ def plot_norms(
     """
     keys = layers_in(acts, name)
     grid = norms_at_positions(acts, keys)
-    if positions is not None and (grid is None or len(positions) != grid.shape[1]):
-        found = 0 if grid is None else grid.shape[1]
-        raise OptionError(
-            f"{keys[0]!r} has {found} positions, but numbers for {len(positions)} were given; give "
-            "one for each"
-        )
+    if positions is not None:
+        positions = read_integers("positions", positions)
+        check_count(keys[0], "positions", positions, 0 if grid is None else grid.shape[1])
     picture = _picture(ax)
-    picture.set_title(name)
+    picture.set_title(name, parse_math=False)
     if grid is None:
         _draw_quartiles(picture, norms_of_rows(acts, keys), layer_numbers(acts, keys))
         return picture
@@ -100,7 +100,7 @@ def plot_pattern(
     *,
     sequence: int = 0,
     tokens: Sequence[str] | None = None,
-    heads: Sequence[int] | None = None,
+    heads: Sequence[int] | Int[Tensor, " head"] | None = None,
 ) -> tuple["Picture", ...]:
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
@@ -119,7 +119,8 @@ def plot_pattern(
         NotCapturedError: Nothing was captured under this name.
         AxisError: It is no attention pattern.
         OptionError: There are not as many tokens as keys, or numbers as heads, or there is no such
-            sequence; or matplotlib is not installed.
+            sequence; something is given that is no name, string or number; or matplotlib is not
+            installed.
 
     Example:
         >>> with capture(model, "blocks.1.attn.hook_pattern") as acts:
@@ -129,15 +130,12 @@ def plot_pattern(
 
     """
     pattern = read_pattern(acts, name, sequence)
-    _check_texts(() if tokens is None else tokens)
-    numbers = range(len(pattern)) if heads is None else heads
     count, _, keys = pattern.shape
-    for what, given, wanted in (("keys", tokens, keys), ("heads", numbers, count)):
-        if given is not None and len(given) != wanted:
-            raise OptionError(
-                f"{name!r} has {wanted} {what}, but names for {len(given)} were given; give one "
-                "for each"
-            )
+    if tokens is not None:
+        tokens = read_tokens(tokens)
+        check_count(name, "keys", tokens, keys)
+    numbers = [*range(count)] if heads is None else read_integers("heads", heads)
+    check_count(name, "heads", numbers, count)
     figure = _figure(rows=-(-count // 4), columns=min(count, 4))
     pictures = figure.axes
     for picture, head, number in zip(pictures, pattern.numpy(), numbers, strict=False):
@@ -146,7 +144,7 @@ def plot_pattern(
         _name_positions(picture, tokens, *head.shape)
     for picture in pictures[count:]:
         picture.remove()
-    figure.suptitle(name)
+    figure.suptitle(name, parse_math=False)
     return tuple(pictures[:count])
 
 
@@ -181,7 +179,8 @@ def plot_similarity(
     picture = _picture(ax)
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
-    picture.set(xlabel="layer", ylabel="layer", title=name)
+    picture.set(xlabel="layer", ylabel="layer")
+    picture.set_title(name, parse_math=False)
     for axis in (picture.xaxis, picture.yaxis):
         _number(axis, layer_numbers(acts, layers_in(acts, name)))
     return picture
@@ -259,8 +258,8 @@ def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) 
     """Refuse a layer whose rows are the same but for rounding, from sums of their squares."""
     if not spread.isfinite():
         raise OptionError(
-            f"{key!r} has values that are no numbers, or too large ones, so it cannot be compared "
-            "with other layers; leave it out"
+            f"{key!r} has NaN, infinite or too large values, so it cannot be compared with other "
+            "layers; leave it out"
         )
     if spread <= 1e-10 * mean:
         raise OptionError(
@@ -278,14 +277,6 @@ def _draw_quartiles(
     picture.plot(layers, middle, marker="o")
     picture.set(xlabel="layer", ylabel="norm, median and quartiles")
     _number(picture.xaxis, numbers)
-
-
-def _check_texts(tokens: Sequence[str]) -> None:
-    if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
-        raise OptionError(
-            "tokens are to be read, but some are no strings; give those of "
-            "model.to_str_tokens(text), or of tokenizer.convert_ids_to_tokens(ids)"
-        )
 
 
 class ColouredTokens:
@@ -331,15 +322,19 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
         The coloured tokens, which a notebook shows at the end of a cell.
 
     Raises:
-        OptionError: There are not as many numbers as tokens, or the tokens are no strings.
+        OptionError: There are not as many numbers as tokens, the tokens are no strings, or the
+            values no numbers.
 
     Example:
         >>> colour_tokens(["The", " cat"], torch.tensor([-0.5, 2.0]))
         'The'(-0.5) ' cat'(2)
 
     """
-    _check_texts(tokens)
-    values = torch.as_tensor(values)
+    tokens = read_tokens(tokens)
+    try:
+        values = torch.as_tensor(values)
+    except (RuntimeError, TypeError, ValueError):
+        raise OptionError("values must be numbers; give one for each token") from None
     if values.shape != (len(tokens),):
         raise OptionError(
             f"there are {len(tokens)} tokens, but values of the shape {tuple(values.shape)}; give "
@@ -371,7 +366,8 @@ def _number(axis: Any, numbers: Sequence[object]) -> None:
     """Write the numbers of what was captured, which need not be all there is."""
     from matplotlib.ticker import MaxNLocator
 
-    known = dict(enumerate(map(str, numbers)))
+    # An escaped dollar is a dollar; others would enclose a formula.
+    known = dict(enumerate(str(number).replace("$", r"\$") for number in numbers))
     axis.set_major_locator(MaxNLocator(integer=True))
     axis.set_major_formatter(lambda at, _: known.get(at, ""))
 
@@ -384,6 +380,6 @@ def _name_positions(
         _number(picture.yaxis, range(queries))
         return
     shown = [token.strip() or "·" for token in tokens]
-    picture.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small")
+    picture.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small", parse_math=False)
     if queries == len(shown):  # those that were selected are others
-        picture.set_yticks(range(len(shown)), shown, fontsize="x-small")
+        picture.set_yticks(range(len(shown)), shown, fontsize="x-small", parse_math=False)

@@ -1,6 +1,7 @@
 """Pictures of activations."""
 
 import sys
+from collections import OrderedDict
 
 import matplotlib as mpl
 import numpy as np
@@ -106,7 +107,7 @@ def test_tokens_that_are_not_as_many_as_keys_are_refused(acts):
     with pytest.raises(OptionError) as caught:
         plot_pattern(acts, PATTERN, tokens=["a"])
     assert str(caught.value) == (
-        "'blocks.1.attn.hook_pattern' has 7 keys, but names for 1 were given; give one for each"
+        "'blocks.1.attn.hook_pattern' has 7 keys, but 1 was given; give one for each"
     )
 
 
@@ -116,14 +117,14 @@ def test_heads_that_a_slice_selected_are_numbered():
         model(tokens())
     pictures = plot_pattern(acts, PATTERN, heads=[3, 1])
     assert [picture.get_title() for picture in pictures] == ["head 3", "head 1"]
-    with pytest.raises(OptionError, match="has 2 heads, but names for 4 were given"):
+    with pytest.raises(OptionError, match="has 2 heads, but 4 were given; give one for each"):
         plot_pattern(acts, PATTERN, heads=range(4))
 
 
 def test_a_sequence_that_is_not_there_is_refused(acts):
     with pytest.raises(OptionError) as caught:
         plot_pattern(acts, PATTERN, sequence=3)
-    assert str(caught.value) == f"sequence=3 is none of the 3 of '{PATTERN}'; give one of them"
+    assert str(caught.value) == f"there is no sequence 3 of '{PATTERN}'; there are 3, from 0"
 
 
 def test_layers_that_were_not_captured_are_refused(acts):
@@ -172,12 +173,15 @@ def test_values_that_are_not_one_a_token_are_refused():
 @pytest.mark.usefixtures("unchecked")
 def test_tokens_that_are_no_strings_are_refused(acts):
     said = (
-        "tokens are to be read, but some are no strings; give those of model.to_str_tokens(text), "
-        "or of tokenizer.convert_ids_to_tokens(ids)"
+        "tokens must be strings; give those of model.to_str_tokens(text), or of "
+        "tokenizer.convert_ids_to_tokens(ids)"
     )
     for draw in (
         lambda: plot_pattern(acts, PATTERN, tokens=[*range(7)]),
+        lambda: plot_pattern(acts, PATTERN, tokens=7),
         lambda: colour_tokens(torch.arange(2), torch.zeros(2)),
+        lambda: colour_tokens("ab", torch.zeros(2)),
+        lambda: colour_tokens(None, torch.zeros(2)),
     ):
         with pytest.raises(OptionError) as caught:
             draw()
@@ -246,7 +250,7 @@ def test_positions_that_a_slice_selected_are_numbered():
     with capture(model, RESID, slice={"pos": [2, 5]}) as acts:
         model(tokens())
     assert labels_of(plot_norms(acts, positions=[2, 5])) == ["2", "5"]
-    with pytest.raises(OptionError, match="has 2 positions, but numbers for 3 were given"):
+    with pytest.raises(OptionError, match="has 2 positions, but 3 were given; give one"):
         plot_norms(acts, positions=range(3))
 
 
@@ -254,7 +258,7 @@ def test_positions_that_are_not_known_have_no_numbers():
     model = bridge()
     with capture(model, RESID, slice=-1) as acts:
         model(tokens())
-    with pytest.raises(OptionError, match="has 0 positions, but numbers for 1 were given"):
+    with pytest.raises(OptionError, match="has 0 positions, but 1 was given; give one"):
         plot_norms(acts, positions=[6])
 
 
@@ -285,7 +289,9 @@ def test_a_pattern_of_a_data_set_is_that_which_was_captured(acts, tmp_path):
         torch.testing.assert_close(shown_in(one), shown_in(two))
     some = ActivationDataset(path, where="position > 3")
     assert shown_in(plot_pattern(some, PATTERN, heads=range(4))[0]).shape == (3, 7)
-    with pytest.raises(OptionError, match=r"sequence=3 is none of those of '.*'; give a number of"):
+    with pytest.raises(
+        OptionError, match=r"there is no sequence 3 in '.*'; give a number of its c"
+    ):
         plot_pattern(data, PATTERN, sequence=3)
     with pytest.raises(AxisError, match=r"the axes 'batch query d_model', but a picture"):
         plot_pattern(data, "blocks.1.hook_resid_post")
@@ -399,7 +405,9 @@ def test_rows_that_are_none_or_no_numbers_are_refused():
     with capture(model, RESID) as acts:
         model(ids)
     acts["blocks.1.hook_resid_post"][0, 0, 0] = float("nan")
-    with pytest.raises(OptionError, match=r"'blocks.1.hook_resid_post' has values that are no num"):
+    with pytest.raises(
+        OptionError, match=r"'blocks.1.hook_resid_post' has NaN, infinite or too la"
+    ):
         layer_similarity(acts)
 
 
@@ -414,14 +422,14 @@ def test_what_is_neither_a_buffer_nor_a_data_set_is_refused(given):
 @pytest.mark.usefixtures("unchecked")
 def test_tokens_may_be_an_array_and_ids_are_refused_in_any_form(acts):
     assert len(plot_pattern(acts, PATTERN, tokens=np.array(list("abcdefg")))) == 4
-    with pytest.raises(OptionError, match="some are no strings"):
+    with pytest.raises(OptionError, match="tokens must be strings"):
         plot_pattern(acts, PATTERN, tokens=tokens()[0])
 
 
 @pytest.mark.parametrize("sequence", ["0", 0.5])
 @pytest.mark.usefixtures("unchecked")
 def test_a_sequence_that_is_no_number_is_refused(acts, sequence):
-    with pytest.raises(OptionError, match="is no whole number; give the number of one"):
+    with pytest.raises(OptionError, match=rf"^sequence={sequence!r} must be an integer$"):
         plot_pattern(acts, PATTERN, sequence=sequence)
 
 
@@ -436,3 +444,75 @@ def test_a_pattern_without_queries_is_refused():
         model(tokens())
     with pytest.raises(AxisError, match="in which there is nothing to draw"):
         plot_pattern(acts, PATTERN)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_may_be_a_tensor_or_an_array(acts):
+    seven = torch.arange(7)
+    for numbers in (seven, seven.numpy()):
+        assert labels_of(plot_norms(acts, positions=numbers))[0] == "0"
+    first, *_ = plot_pattern(acts, PATTERN, heads=torch.tensor([5, 6, 7, 8]))
+    assert first.get_title() == "head 5"
+
+
+@pytest.mark.parametrize("numbers", [5, "0123", [0.5] * 4, torch.tensor(3)])
+@pytest.mark.usefixtures("unchecked")
+def test_numbers_that_are_none_are_refused(acts, numbers):
+    for option, draw in (("heads", plot_pattern), ("positions", plot_norms)):
+        with pytest.raises(OptionError) as caught:
+            draw(acts, PATTERN if draw is plot_pattern else "hook_resid_post", **{option: numbers})
+        assert str(caught.value) == (
+            f"{option}={numbers!r} must be integers, as in {option}=[0, 3]"
+        )
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_name_that_is_none_is_refused(acts):
+    for draw in (plot_norms, plot_pattern, plot_similarity):
+        with pytest.raises(OptionError) as caught:
+            draw(acts, 7)
+        assert str(caught.value) == "name=7 must be a string, such as 'hook_resid_post'"
+
+
+@pytest.mark.parametrize("values", [["x"], None, [None]])
+@pytest.mark.usefixtures("unchecked")
+def test_values_that_are_no_numbers_are_refused(values):
+    with pytest.raises(OptionError) as caught:
+        colour_tokens(["a"], values)
+    assert str(caught.value) == "values must be numbers; give one for each token"
+
+
+@pytest.mark.parametrize("text", ["$$", "$\\frac$", "$x^", "a$b$c"])
+def test_dollars_in_tokens_and_names_are_shown_as_they_are(text):
+    sites = {f"{text}1": Site("0", axes="batch head query key"), "b$": Site("1"), "c$": Site("2")}
+    model = nn.Sequential(nn.Softmax(-1), nn.Identity(), nn.Identity())
+    with capture(model, sites) as acts:
+        model(torch.randn(1, 2, 3, 3, generator=torch.Generator().manual_seed(0)))
+    first, _ = plot_pattern(acts, f"{text}1", tokens=[text] * 3)
+    shown = [first.figure._suptitle, *first.get_xticklabels(), *first.get_yticklabels()]
+    first.figure.canvas.draw()
+    assert not any(label.get_parse_math() for label in shown)
+    assert [label.get_text() for label in shown] == [f"{text}1", *[text] * 6]
+
+
+@pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
+def test_dollars_in_the_names_of_layers_are_shown_as_they_are(draw):
+    model = nn.Sequential(OrderedDict(one=nn.Linear(4, 4), two=nn.Linear(4, 4)))
+    with capture(model, {"$\\frac$1": "one", "$\\frac$2": "two"}) as acts:
+        model(torch.randn(9, 4, generator=torch.Generator().manual_seed(0)))
+    picture = draw(acts, "$\\frac$*")
+    assert labels_of(picture) == [r"\$\frac\$1", r"\$\frac\$2"]
+    drawn = picture.get_xticklabels()[0]._preprocess_math(r"\$\frac\$1")
+    assert drawn == (r"$\frac$1", False)
+    assert not picture.title.get_parse_math()
+
+
+def test_a_router_whose_rows_no_mask_kept_is_a_line():
+    model = bridge("MixtralForCausalLM")
+    with capture(model, "blocks.*.mlp.gate.hook_out") as acts:
+        model(tokens())
+    picture = plot_norms(acts, "mlp.gate.hook_out")
+    expected = acts.stack("mlp.gate.hook_out").norm(dim=-1).median(dim=1).values
+    assert picture.lines[0].get_ydata().tolist() == pytest.approx(expected.tolist())
+    with pytest.raises(OptionError, match="has 0 positions, but 21 were given; give one"):
+        plot_norms(acts, "mlp.gate.hook_out", positions=range(21))
