@@ -156,8 +156,8 @@ def test_tokens_are_coloured_by_sign_and_size():
     coloured = colour_tokens(["<s>", " cat", " sat"], torch.tensor([-1.0, 2.0, 0.0]))
     html = coloured._repr_html_()
     assert "&lt;s&gt;" in html
-    assert "rgba(0,114,200,0.30)" in html
-    assert "rgba(230,120,0,0.60)" in html
+    assert "rgba(0,114,200,0.25)" in html
+    assert "rgba(230,120,0,0.50)" in html
     assert repr(coloured) == "'<s>'(-1) ' cat'(2) ' sat'(0)"
 
 
@@ -217,7 +217,7 @@ def test_numbers_that_are_not_finite_colour_no_others():
     shown = colour_tokens(["a", "b", "c"], torch.tensor([float("nan"), float("inf"), 2.0]))
     html = shown._repr_html_()
     assert "nan)" not in html
-    assert html.count(",0.60)") == 2
+    assert html.count(",0.50)") == 2
 
 
 def test_norms_of_heads_are_a_heat_map_of_their_mean():
