@@ -80,6 +80,20 @@ def test_a_pattern_has_a_picture_for_each_head(acts):
     assert [label.get_text() for label in pictures[0].get_xticklabels()] == list("abcdefg")
 
 
+def test_heads_share_a_scale_from_0_to_1(acts):
+    *pictures, scale = plot_pattern(acts, PATTERN)[0].figure.axes
+    assert {picture.images[0].get_clim() for picture in pictures} == {(0, 1)}
+    assert scale.get_ylabel() == "attention"
+
+
+def test_pictures_grow_with_the_tokens_to_be_read():
+    model = bridge()
+    with capture(model, PATTERN) as acts:
+        model(tokens(1, 16))
+    width, height = plot_pattern(acts, PATTERN, tokens=["token"] * 16)[0].figure.get_size_inches()
+    assert min(width, height) > 2 * 16 * 0.15  # two by two, with a line of type each
+
+
 @pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
 def test_layers_and_positions_are_counted_in_whole_numbers(acts, draw):
     picture = draw(acts)
