@@ -188,7 +188,7 @@ def _extract(
     """Run a corpus through MODEL and write what every HOOK leaves to a data set on disk.
 
     A row is a token; with `--slice pos=-1` or `--pool` a row is a sequence. However it ends, what
-    was written stays, and the same command goes on behind it.
+    was written stays, and the same command goes on after it.
     """
     with errors_as_messages(model):
         import_lance()  # before the model, which takes longer to load

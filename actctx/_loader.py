@@ -97,7 +97,7 @@ class Loader:
         self._batch = batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell where the loader is: at the batch behind the last one that was given.
+        """Tell where the loader is: at the batch after the last one that was given.
 
         Returns:
             Plain numbers, which `torch.save` or JSON can write.
@@ -106,10 +106,10 @@ class Loader:
         return {**self._identity(), "epoch": self.epoch, "batch": self._batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader was, with the batch behind the last that it gave.
+        """Go on where another loader was, with the batch after the last that it gave.
 
-        The next iteration gives what was left of the epoch, and nothing where that was the last
-        batch.
+        The next iteration gives the rest of the epoch: an empty pass if the last batch had been
+        given.
 
         Args:
             state: What its `state_dict()` returned. Device and workers may differ. All ranks may

@@ -168,7 +168,7 @@ class Schema:
     inherit the fields of their bases.
 
     Attributes:
-        activations: The buffer behind the fields, with its table, its bytes and the rest.
+        activations: The buffer that the fields are read from, with its table and its bytes.
 
     Example:
         >>> class Acts(Schema):

@@ -247,7 +247,7 @@ def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     """Say why nothing can be written."""
     remedy = "give another path"
     if rows:
-        remedy = f"{rows} rows are on disk, and running it again goes on behind them"
+        remedy = f"{rows} rows are on disk, and running it again goes on after them"
     elif isinstance(error, FileNotFoundError) and not path.parent.exists():
         remedy = f"make the directory '{path.parent}' first"
     return cannot_write(path, error, remedy)

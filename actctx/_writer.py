@@ -167,7 +167,7 @@ def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ...
     """
     if site.name not in left.activations:
         raise DataError(
-            f"{site.name!r} did not fire in the forward behind row {before}, so its rows would be "
+            f"{site.name!r} did not fire in the forward after row {before}, so its rows would be "
             "missing; leave it out"
         )
     values = wait_for(left.activations[site.name])
@@ -203,7 +203,7 @@ def carried_array(name: str, work: Work, kind: Any = None) -> Any:
     if kind is not None and found.type != kind:
         raise DataError(
             f"carry names {name!r}, whose values were {kind} so far, but are {found.type} in "
-            f"sequence {int(work.batch.sequences[0])} of the input or behind it; give values of "
+            f"sequence {int(work.batch.sequences[0])} of the input or after it; give values of "
             "one type throughout"
         )
     return found

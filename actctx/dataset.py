@@ -167,7 +167,7 @@ class ActivationDataset(Dataset[Batch]):
 
         An iteration is an epoch. Every row comes once, at one rank. The order depends on the seed,
         the epoch, the batch size, the pool and the number of ranks, and on nothing else. It can be
-        gone on with in the middle of an epoch; see `Loader.state_dict`.
+        resumed in the middle of an epoch; see `Loader.state_dict`.
 
         Args:
             batch_size: The rows of a batch.
@@ -213,7 +213,7 @@ class ActivationDataset(Dataset[Batch]):
 
         Raises:
             DataError: They are of a model with other weights, or weights of other names; or it is
-                not known which, as of what `from_saelens` made.
+                not known which, as with what `from_saelens` made.
 
         """
         here, there = describe_model(model), self.layout.model

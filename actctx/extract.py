@@ -79,9 +79,9 @@ def extract(
     position of each sequence, as `{"pos": -1}` does, a row is a sequence, as it is with `pool`.
 
     Rows are committed while the extraction runs. However it ends, what was committed stays, and
-    calling it again with the same arguments goes on behind it. The finished data set is the same,
+    calling it again with the same arguments goes on after it. The finished data set is the same,
     row for row, as one that was written without a break. One that is finished grows in the same
-    way, where there are more batches behind those it had, or `max_tokens` is larger.
+    way, where there are more batches after those it had, or `max_tokens` is larger.
 
     Args:
         model: A TransformerLens model of any generation, or any module.
@@ -90,17 +90,17 @@ def extract(
             single sequences of token ids, texts, or dicts of either, such as a Hugging Face
             dataset, which are put together into batches. It is read in a thread of its own.
         names: What to capture, as in `capture`.
-        out: Where to write, a directory such as `acts.lance`. It is made, or gone on with.
+        out: Where to write, a directory such as `acts.lance`. It is made, or resumed.
         slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
             the tokens that are no padding and that `drop` leaves, and is one for all sites.
         dtype: The dtype to keep, as in `capture`: float32, float16 or bfloat16.
         mask: Which tokens leave rows: with `"attention"` all that are no padding; with the name
             of an entry that each dict of `data` has, such as `"loss_mask"`, those of them where it
             is not 0; with None all, padding too, of batches that come as such.
-        pool: Whether a row is a sequence, and holds the mean, or along each axis the maximum, of
+        pool: Whether a row is a sequence, and holds the mean, or for each element the maximum, of
             what its tokens left: those that `mask`, `drop` and the slice leave, in float32. Its
             `token` and `position` are those of the last of them.
-        max_tokens: The number of rows to stop at, exactly, those counted that are on disk; with
+        max_tokens: The number of rows to stop at, exactly, including those that are on disk; with
             `add` it is left out.
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most.
@@ -114,10 +114,10 @@ def extract(
         carry: The names of what comes along with the sequences in dicts, such as labels and ids:
             a column each, of numbers or strings.
         finite: Whether NaN and infinite values are refused.
-        resume: Whether to go on with a data set that is there; otherwise it is refused.
+        resume: Whether to resume a data set that is there; otherwise it is refused.
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
-            new lies beside it, in `acts.lance.adding`, and is gone on with, as `resume` says.
+            new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
         progress: Whether a progress bar is shown, on a terminal.

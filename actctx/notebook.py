@@ -43,9 +43,9 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 def capture_activations(line: str, cell: str) -> object:
     """Run the cell in a capture.
 
-    The buffer is there under its name from the start of the cell, and stays behind it. The hooks
-    go when the cell ends, also where it raises or is interrupted. What the cell's last line comes
-    to is shown, as always. A cell with a top-level `await` is not for it; use `capture(...)`.
+    The buffer is there under its name from the start of the cell, and stays after it. The hooks
+    go when the cell ends, even if it raises or is interrupted. The value of the cell's last line
+    is shown, as always. It does not work with a top-level `await`; use `capture(...)` there.
 
     Example:
         %%capture_activations model "blocks.*.hook_resid_post" --slice pos=-1 --as resid

@@ -1,4 +1,4 @@
-"""Pictures of activations, with matplotlib: `pip install 'actctx[plot]'`.
+"""Pictures of activations, with matplotlib, which the extra `plot` installs.
 
 Each function takes what was captured, or a data set, and draws on axes that are given or made. The
 figure is the caller's, to be changed, saved and closed.
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes as Picture
     from matplotlib.figure import Figure
 
-_STRONGEST = 0.6  # so that text is read on it, black or white
+_STRONGEST = 0.5  # so that text is read on it, black or light grey
+_NAMES, _LINE = 1.4, 0.19  # inches: room for names beside a picture, and for a row of it
 
 
 def plot_norms(
@@ -104,6 +105,9 @@ def plot_pattern(
 ) -> tuple["Picture", ...]:
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
+    All heads share one scale of colours, from 0 to 1. With `tokens`, the pictures grow with their
+    number, so that each can be read.
+
     Args:
         acts: What was captured, `batch head query key`, or a selection of heads; or a data set of
             it, which has a row for each query.
@@ -136,16 +140,20 @@ def plot_pattern(
         check_count(name, "keys", tokens, keys)
     numbers = [*range(count)] if heads is None else read_integers("heads", heads)
     check_count(name, "heads", numbers, count)
-    figure = _figure(rows=-(-count // 4), columns=min(count, 4))
-    pictures = figure.axes
-    for picture, head, number in zip(pictures, pattern.numpy(), numbers, strict=False):
-        picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
-        picture.set_title(f"head {number}", fontsize="small")
+    columns = min(count, 4) if tokens is None else min(math.isqrt(count - 1) + 1, 3)
+    side = None if tokens is None else _NAMES + _LINE * keys
+    figure = _figure(rows=-(-count // columns), columns=columns, side=side)
+    every = figure.axes
+    pictures = every[:count]
+    for picture, head, number in zip(pictures, pattern.numpy(), numbers, strict=True):
+        shown = picture.imshow(head, vmin=0, vmax=1, cmap="viridis", interpolation="none")
+        picture.set_title(f"head {number}", fontsize="medium")
         _name_positions(picture, tokens, *head.shape)
-    for picture in pictures[count:]:
+    for picture in every[count:]:
         picture.remove()
+    figure.colorbar(shown, ax=pictures, label="attention", shrink=0.6)
     figure.suptitle(name, parse_math=False)
-    return tuple(pictures[:count])
+    return tuple(pictures)
 
 
 def plot_similarity(
@@ -347,7 +355,7 @@ def _picture(ax: "Picture | None") -> "Picture":
     return _figure(rows=1, columns=1).axes[0] if ax is None else ax
 
 
-def _figure(*, rows: int, columns: int) -> "Figure":
+def _figure(*, rows: int, columns: int, side: float | None = None) -> "Figure":
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
@@ -355,7 +363,7 @@ def _figure(*, rows: int, columns: int) -> "Figure":
             f"pictures need {error.name}, which is not installed; install it with: pip install "
             "'actctx[plot]'"
         ) from None
-    side = 5.0 if rows * columns == 1 else 3.0
+    side = side or (5.0 if rows * columns == 1 else 3.0)
     size = (side * columns, side * rows)
     figure: Figure = plt.figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns)
@@ -380,6 +388,6 @@ def _name_positions(
         _number(picture.yaxis, range(queries))
         return
     shown = [token.strip() or "·" for token in tokens]
-    picture.set_xticks(range(len(shown)), shown, rotation=90, fontsize="x-small", parse_math=False)
+    picture.set_xticks(range(len(shown)), shown, rotation=90, parse_math=False)
     if queries == len(shown):  # those that were selected are others
-        picture.set_yticks(range(len(shown)), shown, fontsize="x-small", parse_math=False)
+        picture.set_yticks(range(len(shown)), shown, parse_math=False)

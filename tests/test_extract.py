@@ -491,7 +491,7 @@ def test_a_site_that_fires_no_more_is_refused_with_its_row(out):
     ids = torch.tensor([[[1, 2]], [[0, 3]]])
     site = Site("first", axes="batch pos d")
     assert refusal(DataError, Once(), [*ids], site, out) == (
-        "'first' did not fire in the forward behind row 2, so its rows would be missing; leave it "
+        "'first' did not fire in the forward after row 2, so its rows would be missing; leave it "
         "out"
     )
     assert len(Read(out)) == 2

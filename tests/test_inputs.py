@@ -338,7 +338,7 @@ def test_numbers_that_are_carried_stay_what_they_are(mlp, out, first, then, want
     if wanted is None:
         assert refusal(DataError, mlp, batches, BLOCK, out, carry=["n"]) == (
             "carry names 'n', whose values were int64 so far, but are double in sequence 2 of the "
-            "input or behind it; give values of one type throughout"
+            "input or after it; give values of one type throughout"
         )
     else:
         extract(mlp, batches, BLOCK, out, carry={"n"})

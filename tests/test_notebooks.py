@@ -1,20 +1,26 @@
 """The notebooks of the docs run from their first cell to their last, and show what they ran."""
 
 import ast
-import math
 import re
+from html import unescape
 from pathlib import Path
 
 import nbformat
 import pytest
-from models import GENERATION
+import torch
+from models import GENERATION, bridge, tokens
 from nbclient import NotebookClient
+from shown import alike
+
+from actctx import capture
+from actctx.plot import colour_tokens
 
 FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # What the others print depends on the machine, as times do, or on texts that come with Python.
 STEADY = ["find-directions", "fine-tune-and-see-what-moved"]
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+SPAN = re.compile(r'<span title="([^"]+)" style="[^"]*">([^<]*)</span>')
+TAG = re.compile(r"<[^>]+>")
 
 
 def read(path):
@@ -47,12 +53,15 @@ def asserts_a_result(cell):
     return bool(nodes(cell, ast.Assert)) and not takes_memory(cell)
 
 
-def alike(text, other):
-    """Whether two texts are the same, but for numbers that are close."""
-    numbers = zip(NUMBER.findall(text), NUMBER.findall(other), strict=False)
-    return NUMBER.split(text) == NUMBER.split(other) and all(
-        math.isclose(float(one), float(two), rel_tol=0.1, abs_tol=0.05) for one, two in numbers
-    )
+def html(path):
+    outputs = [output for cell in code(read(path)) for output in cell.outputs]
+    return [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+
+
+def coloured_today(html):
+    """Coloured tokens as they are made now, with the tokens and values of those that are stored."""
+    values, words = zip(*SPAN.findall(html), strict=True)
+    return colour_tokens([*map(unescape, words)], torch.tensor([*map(float, values)]))._repr_html_()
 
 
 def test_there_is_one_for_each_use():
@@ -75,6 +84,25 @@ def test_only_close_numbers_are_alike():
     assert not alike("0.92 of 32", "0.74 of 32")
     assert not alike("0.92 of 32", "0.92 in 32")
     assert not alike("0.92", "")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_html_of_a_notebook_is_as_it_is_made_today(path):
+    model = bridge()
+    with capture(model, "blocks.0.hook_resid_post") as acts:
+        model(tokens())
+    tags = set(TAG.findall(acts._repr_html_()))
+    for stored in html(path):
+        if "<span" in stored:
+            assert alike(stored, coloured_today(stored))
+        else:
+            assert set(TAG.findall(stored)) == tags
+
+
+def test_html_of_other_colours_is_not_as_it_is_made_today():
+    stored = colour_tokens(["<s>", "cat"], torch.tensor([1.0, -0.5]))._repr_html_()
+    assert alike(stored, coloured_today(stored))
+    assert not alike(stored.replace("0.50)", "1.00)"), coloured_today(stored))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -81,6 +81,20 @@ def test_a_pattern_has_a_picture_for_each_head(acts):
     assert [label.get_text() for label in pictures[0].get_xticklabels()] == list("abcdefg")
 
 
+def test_heads_share_a_scale_from_0_to_1(acts):
+    *pictures, scale = plot_pattern(acts, PATTERN)[0].figure.axes
+    assert {picture.images[0].get_clim() for picture in pictures} == {(0, 1)}
+    assert scale.get_ylabel() == "attention"
+
+
+def test_pictures_grow_with_the_tokens_to_be_read():
+    model = bridge()
+    with capture(model, PATTERN) as acts:
+        model(tokens(1, 16))
+    width, height = plot_pattern(acts, PATTERN, tokens=["token"] * 16)[0].figure.get_size_inches()
+    assert min(width, height) > 2 * 16 * 0.15  # two by two, with a line of type each
+
+
 @pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
 def test_layers_and_positions_are_counted_in_whole_numbers(acts, draw):
     picture = draw(acts)
@@ -157,8 +171,8 @@ def test_tokens_are_coloured_by_sign_and_size():
     coloured = colour_tokens(["<s>", " cat", " sat"], torch.tensor([-1.0, 2.0, 0.0]))
     html = coloured._repr_html_()
     assert "&lt;s&gt;" in html
-    assert "rgba(0,114,200,0.30)" in html
-    assert "rgba(230,120,0,0.60)" in html
+    assert "rgba(0,114,200,0.25)" in html
+    assert "rgba(230,120,0,0.50)" in html
     assert repr(coloured) == "'<s>'(-1) ' cat'(2) ' sat'(0)"
 
 
@@ -221,7 +235,7 @@ def test_numbers_that_are_not_finite_colour_no_others():
     shown = colour_tokens(["a", "b", "c"], torch.tensor([float("nan"), float("inf"), 2.0]))
     html = shown._repr_html_()
     assert "nan)" not in html
-    assert html.count(",0.60)") == 2
+    assert html.count(",0.50)") == 2
 
 
 def test_norms_of_heads_are_a_heat_map_of_their_mean():
