@@ -58,9 +58,16 @@ class Batch:
     def digests(self) -> Int64[Tensor, " batch"]:
         """A number for each sequence that tells apart what the model is given, and what is carried.
 
-        Padding does not count, nor how many sequences run together.
+        Padding does not count, nor how many sequences run together. Where padding leaves rows, the
+        mask counts as well, unless it masks nothing.
         """
-        given = {name: value for name, value in self.given.items() if name not in MASKS}
+        given = {
+            name: value
+            for name, value in self.given.items()
+            if self.real is None or name not in MASKS
+        }
+        if self.kept is not None:
+            given["kept"] = self.kept
         found = [self._digest(at, given) for at in range(len(self.tokens))]
         return torch.tensor(found, dtype=torch.long)
 
@@ -71,6 +78,8 @@ class Batch:
                 own = value[at] if value.shape[:1] == self.tokens.shape[:1] else value
                 if self.real is not None and own.shape[:1] == self.tokens.shape[1:]:
                     own = own[self.real[at]]
+                if name in MASKS and bool((own == 1).all()):
+                    continue
                 exact = own.double() if own.is_floating_point() else own.long()
                 found.update(name.encode() + exact.cpu().numpy().tobytes())
             elif is_number(value):

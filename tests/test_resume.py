@@ -347,6 +347,29 @@ def test_digests_tell_apart_what_is_given_in_any_shape():
     assert digests(attention_mask=torch.ones(2, 3)) == digests()
 
 
+MASKED = {"input_ids": SENTENCES[0], "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+OTHERWISE = {**MASKED, "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 1]])}
+
+
+def test_another_mask_is_another_input_where_padding_leaves_rows(out):
+    extract(bridge(), [MASKED], RESID, out, mask=None)
+    for add, site in ((False, RESID), (True, Z)):
+        message = refusal(DataError, bridge(), [OTHERWISE] * 2, site, out, mask=None, add=add)
+        assert message.startswith(
+            "the rows on disk came from another input: row 0 is token 1 of sequence 0, position 0 "
+            "in both, but its sequence has other tokens, or other arguments of the forward"
+        )
+    assert extract(bridge(), [MASKED] * 2, RESID, out, mask=None).new_rows == 6
+
+
+def test_other_tokens_to_pool_are_another_input(out):
+    rows = [{"input_ids": [1, 2, 9], "kept": kept} for kept in ([0, 1, 1], [1, 1, 1])]
+    options = {"mask": "kept", "pool": "mean"}
+    extract(bridge(), rows[:1], RESID, out, **options)
+    message = refusal(DataError, bridge(), rows[1:], RESID, out, **options)
+    assert message == OTHER.format(row=0)
+
+
 def test_the_same_sequences_padded_otherwise_are_the_same_input(out):
     ids, mask = torch.tensor([[1, 2, 9, 0], [3, 4, 5, 9]]), torch.tensor([[1, 1, 1, 0], [1] * 4])
     extract(bridge(), [{"input_ids": ids, "attention_mask": mask}], RESID, out, slice=-1)
