@@ -1,5 +1,6 @@
 """The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`."""
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from actctx._activations import Activations
-from actctx._corpus import read_corpus
+from actctx._corpus import paragraphs, read_corpus
 from actctx._errors import OptionError
 from actctx._layout import import_lance, layout_of, open_lance
 from actctx._loading import load
@@ -53,7 +54,6 @@ from actctx._sequences import (
     Sequences,
     count_caches,
     in_batches,
-    paragraphs,
     run,
     tokenize,
 )
@@ -291,7 +291,7 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
         raise OptionError(
             f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
         ) from None
-    if not (texts := paragraphs(text)):
+    if not (texts := [*paragraphs(io.StringIO(text))]):
         raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
     return texts
 

@@ -259,7 +259,7 @@ class Extraction:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.given.items()
         }
-        self._model(batch.tokens.to(device), **given)
+        self._model(batch.tokens.to(device), **{**self._reading.always, **given})
         left = self._left(acts)
         if self._pool is not None:
             left = {

@@ -107,6 +107,7 @@ class Reading:
         vocabulary: The number of token ids that the model knows; None where that is not known.
         tokenizer: The name of the tokenizer, for the metadata.
         padding: The token id that fills up shorter sequences.
+        always: What each forward is given, by name, where the input does not give it.
 
     """
 
@@ -123,6 +124,7 @@ class Reading:
     vocabulary: int | None
     tokenizer: str = ""
     padding: int = 0
+    always: Mapping[str, Any] = field(default_factory=dict)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.

@@ -75,6 +75,7 @@ def reading_of(
         tokenize = functools.partial(_to_tokens, model)
     padding: int | None = getattr(using, "pad_token_id", None)
     taken = taken_by(model)
+    uncached = "use_cache" in taken and not _is_hooked(model)
     takes = taken | {*MASKS} if taken & {*MASKS} else taken
     vocabulary = _vocabulary_of(model)
     if padding is None or not 0 <= padding < (vocabulary or padding + 1):
@@ -93,6 +94,7 @@ def reading_of(
         vocabulary=vocabulary,
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=padding,
+        always={"use_cache": False} if uncached else {},
     )
 
 
@@ -109,6 +111,15 @@ def taken_by(model: Any) -> frozenset[str]:
         elif not names & {*MASKS}:
             names |= _USUAL
     return frozenset(names)
+
+
+def _is_hooked(model: Any) -> bool:
+    """Tell whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
+    while model is not None:
+        if hasattr(model, "hook_dict"):
+            return True
+        model = _within(model)
+    return False
 
 
 def _within(model: Any) -> nn.Module | None:

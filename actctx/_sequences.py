@@ -14,7 +14,6 @@ shapes tell the rest. That is only relied on if it gives the largest shape to th
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +29,6 @@ from actctx._caches import count_cache_bytes
 from actctx._capture import capture
 from actctx._errors import JoinError, OptionError
 from actctx._select import Index, Owned
-
-
-def paragraphs(text: str) -> list[str]:
-    """Split a text at its blank lines."""
-    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
 @dataclass(frozen=True, eq=False)

@@ -191,6 +191,43 @@ def test_a_wrapper_gives_the_model_within_what_that_takes(out):
     torch.testing.assert_close(Read(out)[name], wanted, atol=1e-5, rtol=0)
 
 
+def wrapped(how):
+    model = huggingface("GPT2LMHeadModel")
+    if how == "compiled":
+        return torch.compile(model, backend="eager")
+    if how == "parallel":
+        return nn.DataParallel(model)
+    if how == "peft":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+        return peft.get_peft_model(model, config).eval()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", ["plain", "compiled", "parallel", "peft"])
+@pytest.mark.parametrize("asked", [None, True])
+def test_no_cache_is_made_unless_the_input_asks_for_it(out, how, asked):
+    model, seen = wrapped(how), []
+    (inner,) = (each for each in model.modules() if type(each).__name__ == "GPT2Model")
+    inner.h[1].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    name = next(name for name, each in model.named_modules() if each is inner.h[1])
+    batch = {"input_ids": tokens(2), **({} if asked is None else {"use_cache": asked})}
+    site = Site(name.removeprefix("_orig_mod."), axes="batch pos d")
+    extract(model, [batch], site, out)
+    assert [each is None for each in seen] == [asked is None]
+
+
+def test_a_model_of_transformer_lens_sees_to_its_cache_itself(gpt2, out):
+    seen = []
+    handle = gpt2.register_forward_pre_hook(
+        lambda _, args, given: seen.append(given), with_kwargs=True
+    )
+    extract(gpt2, tokens(2), RESID, out)
+    handle.remove()
+    assert seen == [{}]
+
+
 def test_what_has_no_entry_for_each_token_is_refused(out):
     rows = [{"input_ids": [1, 2, 3], "token_type_ids": [0, 1]}]
     assert refusal(DataError, Given(), rows, BLOCK, out) == (
