@@ -49,9 +49,9 @@ from actctx._options import (
 )
 from actctx._places import Place, Places, hook_names
 from actctx._sequences import (
-    Batch,
     Result,
     Sequences,
+    TextBatch,
     count_caches,
     in_batches,
     run,
@@ -225,8 +225,8 @@ def _extract(
 def _info(path: DataSet) -> None:
     """Show what a data set holds, and what it came from: sites, rows, model, input, versions."""
     with errors_as_messages(""):
-        lance = open_lance(str(path))
-        rows, layout = lance.count_rows(), layout_of(lance.schema, str(path))
+        lance = open_lance(path)
+        rows, layout = lance.count_rows(), layout_of(lance.schema, path)
         table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
         table.columns[-1].justify = "right"
         for site in layout.sites:
@@ -308,7 +308,7 @@ def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
 # What is shown.
 
 
-def _progress(batches: Sequence[Batch]) -> Iterable[Batch]:
+def _progress(batches: Sequence[TextBatch]) -> Iterable[TextBatch]:
     console = Console(stderr=True)
     hidden = len(batches) < 2 or not console.is_terminal  # noqa: PLR2004  a bar of one step
     return track(batches, description="batches", console=console, transient=True, disable=hidden)

@@ -19,7 +19,7 @@ from actctx._interchange import read_saelens, write_saelens
 from actctx._layout import StoredSite, layout_of
 from actctx._loader import Loader
 from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtypes_of
+from actctx._stored import StoredBatch, StoredRows, dtypes_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -28,7 +28,7 @@ Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
 _POOL_BYTES = 2**27
 
 
-class ActivationDataset(Dataset[Batch]):
+class ActivationDataset(Dataset[StoredBatch]):
     """The rows of a data set on disk, each of them read when it is asked for.
 
     `data[i]` is a dict of what row `i` holds: each site under its name, in the dtype in which it
@@ -95,7 +95,7 @@ class ActivationDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: Index) -> Batch:
+    def __getitem__(self, index: Index) -> StoredBatch:
         """Read a row, or several, into memory.
 
         All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
@@ -112,7 +112,7 @@ class ActivationDataset(Dataset[Batch]):
             return batch
         return {name: values[0] for name, values in batch.items()}
 
-    def __getitems__(self, indices: list[int]) -> list[Batch]:
+    def __getitems__(self, indices: list[int]) -> list[StoredBatch]:
         """Read the rows of a `DataLoader`'s batch together."""
         batch = self[indices]
         return [
@@ -188,12 +188,12 @@ class ActivationDataset(Dataset[Batch]):
             OptionError: A number makes no sense, or is none, or there is no such device.
 
         """
-        batch_size = whole_number("batch_size", batch_size, 1)
-        workers = whole_number("workers", workers, 0)
-        seed = whole_number("seed", seed, 0)
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        workers = whole_number("workers", workers, least=0)
+        seed = whole_number("seed", seed, least=0)
         if pool is None:
             pool = max(batch_size, _POOL_BYTES // self._rows.memory)
-        pool = whole_number("pool", pool, 1)
+        pool = whole_number("pool", pool, least=1)
         rank, world_size = _group(rank, world_size)
         order = Order(
             rows=len(self),
@@ -252,7 +252,7 @@ class ActivationDataset(Dataset[Batch]):
                 that is read, or two columns would have one name.
 
         """
-        context = whole_number("context", context, 1)
+        context = whole_number("context", context, least=1)
         write_saelens(self._rows, path, context=context, rename=rename or {})
 
     @classmethod
@@ -357,7 +357,7 @@ def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
             f"rank={rank} and world_size={world_size} belong together; give both or neither"
         )
     if rank is not None and world_size is not None:
-        ranks = whole_number("world_size", world_size, 1)
+        ranks = whole_number("world_size", world_size, least=1)
         number = operator.index(rank) if is_int(rank) else -1
         if not 0 <= number < ranks:
             raise OptionError(

@@ -238,6 +238,13 @@ def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
     assert "  drop: {}" in lines
 
 
+def test_an_address_is_no_path(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out)
+    result = actctx("info", f"file://{out}")
+    assert result.exit_code == 0
+    assert result.stdout == actctx("info", out).stdout
+
+
 def test_a_data_set_says_what_it_came_from(tiny, loaded, tmp_path, out):  # noqa: F811
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "one", "label": 1, "source": "a"}))

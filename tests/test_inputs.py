@@ -220,9 +220,7 @@ def test_no_cache_is_made_unless_the_input_asks_for_it(out, how, asked):
 
 def test_a_model_of_transformer_lens_sees_to_its_cache_itself(gpt2, out):
     seen = []
-    handle = gpt2.register_forward_pre_hook(
-        lambda _, args, given: seen.append(given), with_kwargs=True
-    )
+    handle = gpt2.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True)
     extract(gpt2, tokens(2), RESID, out)
     handle.remove()
     assert seen == [{}]
@@ -312,9 +310,12 @@ def test_a_string_is_not_carried_letter_by_letter(mlp, out):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_gone_through_is_no_input(mlp, out):
-    assert refusal(DataError, mlp, 5, BLOCK, out) == (
-        "data is one int, not an iterable of inputs; give a list, such as [data]"
+@pytest.mark.parametrize(
+    ("data", "kind"), [(5, "int"), (torch.tensor(5), "Tensor"), (np.array(5), "ndarray")]
+)
+def test_what_cannot_be_gone_through_is_no_input(mlp, out, data, kind):
+    assert refusal(DataError, mlp, data, BLOCK, out) == (
+        f"data is one {kind}, not an iterable of inputs; give a list, such as [data]"
     )
 
 
@@ -359,6 +360,48 @@ def test_one_token_parts_texts(mlp, out, words, stream):
     texts = ["1 2", "3 4", "", "5"] if not words.first + words.last else ["1 2", "3 4", "5"]
     extract(mlp, texts, BLOCK, out, tokenizer=words, pack=True, context=4)
     assert Read(out)["token"] == stream
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            lambda texts: [[1] for _ in texts],
+            "the tokenizer returned a list without 'input_ids'; give one that returns a dict of "
+            "them, such as AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            lambda texts: {"ids": [[1] for _ in texts]},
+            "the tokenizer returned a dict without 'input_ids'; give one that returns a dict of "
+            "them, such as AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            lambda texts: {"input_ids": [[1] for _ in texts[1:]]},
+            "the tokenizer returned 1 sequence for 2 texts; give one that returns one for each",
+        ),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(mlp, out, words, message):
+    assert refusal(OptionError, mlp, ["1 2", "3"], BLOCK, out, tokenizer=words) == message
+
+
+def test_a_tokenizer_need_not_take_more_than_texts(mlp, out):
+    def words(texts):
+        return {"input_ids": [[*map(int, text.split())] for text in texts]}
+
+    extract(mlp, ["1 2", "3"], BLOCK, out, tokenizer=words)
+    assert Read(out)["token"] == [1, 2, 3]
+
+
+def test_a_tokenizer_says_nothing_of_long_texts(mlp, out):
+    given = []
+
+    def words(texts, *, verbose=True):
+        given.append(verbose)
+        return {"input_ids": [[1] for _ in texts]}
+
+    extract(mlp, ["1 2", "3"], BLOCK, out, tokenizer=words)
+    assert given == [False]
 
 
 def test_token_ids_are_joined_as_they_are(mlp, out):
@@ -645,7 +688,7 @@ def test_tokens_that_a_model_flattens_are_rows_as_well(out):
     [
         (
             {"tokenizer": "gpt2"},
-            "tokenizer='gpt2' is not called with texts; give one that is, such as "
+            "tokenizer='gpt2' cannot be called; give one that takes texts, such as "
             "AutoTokenizer.from_pretrained(...)",
         ),
         (
@@ -653,7 +696,14 @@ def test_tokens_that_a_model_flattens_are_rows_as_well(out):
             "drop=[0] does not say what the numbers are; give a dict, such as "
             "drop={'position': [0]}",
         ),
-        ({"drop": {"position": None}}, "drop has [None] for 'position'; give ints from 0 on"),
+        (
+            {"drop": {"position": None}},
+            "drop has [None] for 'position'; give ints from 0 to 2**63 - 1",
+        ),
+        (
+            {"drop": {"token": [2**63]}},
+            f"drop has [{2**63}] for 'token'; give ints from 0 to 2**63 - 1",
+        ),
         ({"carry": 5}, "carry=5 names nothing; give a list of names, such as ['label']"),
     ],
 )

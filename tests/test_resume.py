@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import Mlp, bridge, huggingface, tokens
-from test_extract import RESID, Read, Z, refusal
+from test_extract import RESID, Read, Z, refusal, sequences
 
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
@@ -537,7 +537,6 @@ def test_another_tensor_of_the_same_place_is_refused(out, was, now, shown, add):
             [RESID, Z],
             "drop is {'position': [0]}, not {'position': [1]}",
         ),
-        ({"batch_size": 3}, [RESID, Z], "batch_size is 8, not 3"),
     ],
 )
 def test_what_would_make_other_rows_is_refused(out, options, names, message):
@@ -547,6 +546,47 @@ def test_what_would_make_other_rows_is_refused(out, options, names, message):
         f"cannot go on with '{out}': its {message}; give the same, or another path"
     )
     assert len(Read(out)) == 90
+
+
+def whole_and_in_parts(path, data, **options):
+    """Extract with a batch size, and with another that is gone on with; return the rows of both."""
+    whole, out = path / "whole.lance", path / "acts.lance"
+    extract(bridge(), data, RESID, whole, batch_size=8, **options)
+    extract(bridge(), data, RESID, out, batch_size=8, max_tokens=13, **options)
+    assert Read(whole).layout.input["batch_size"] == 8
+    return Read(whole), out
+
+
+@pytest.mark.parametrize("size", [3, 16])
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (tokens(30), {}),
+        (tokens(30).numpy(), {}),
+        (sequences(), {"pack": True, "context": 4}),
+        (sequences(), {}),
+        (sequences(), {"pool": "mean"}),
+    ],
+)
+def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, data, options, size):
+    monkeypatch.setattr("actctx._inputs._WINDOW", 2)
+    wanted, out = whole_and_in_parts(tmp_path, data, **options)
+    model, ran = bridge(), []
+    hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    extract(model, data, RESID, out, batch_size=size, **options)
+    hook.remove()
+    read = Read(out)
+    columns = ["token", "sequence", "position", "_input"]
+    assert read.table.select(columns).equals(wanted.table.select(columns))
+    torch.testing.assert_close(read[RESID], wanted[RESID], atol=1e-5, rtol=0)
+    assert max(ran) <= size
+
+
+def test_sites_are_added_with_another_batch_size(tmp_path):
+    wanted, out = whole_and_in_parts(tmp_path, sequences())
+    extract(bridge(), sequences(), Z, out, batch_size=3, add=True)
+    extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
+    assert Read(out)["sequence"] == wanted["sequence"]
 
 
 def test_a_model_in_another_dtype_is_refused(out):
