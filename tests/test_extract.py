@@ -1,6 +1,9 @@
 """Extracting activations to disk: what a data set holds, and which rows there are."""
 
+import os
+import re
 import shutil
+import sys
 import threading
 
 import pytest
@@ -178,15 +181,15 @@ def test_the_number_of_tokens_is_exact(gpt2, out, most):
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1)[:most])
 
 
-def test_an_input_is_not_read_far_beyond_the_number_of_tokens(gpt2, out):
+def test_an_input_is_read_no_further_than_the_number_of_tokens(gpt2, out):
     read = []
 
-    def endless():
-        while True:
-            read.append(tokens(2, seed=len(read)))
+    def counted():
+        for seed in range(20):
+            read.append(tokens(2, seed=seed))
             yield read[-1]
 
-    extract(gpt2, endless(), RESID, out, max_tokens=100)
+    extract(gpt2, counted(), RESID, out, max_tokens=100)
     assert len(read) == 8
 
 
@@ -194,6 +197,15 @@ def test_an_input_is_not_read_far_beyond_the_number_of_tokens(gpt2, out):
 def test_a_dataloader_is_an_input(gpt2, out, wrap):
     ids = tokens(6)
     loader = DataLoader(wrap(ids), batch_size=4)
+    extract(gpt2, loader, RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
+def test_a_dataloader_whose_workers_were_spawned_is_an_input(gpt2, out):
+    ids = tokens(6)
+    loader = DataLoader(
+        TensorDataset(ids), batch_size=4, num_workers=1, multiprocessing_context="spawn"
+    )
     extract(gpt2, loader, RESID, out)
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
 
@@ -660,6 +672,19 @@ def test_the_plan_is_logged(gpt2, out, caplog):
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):
     extract(gpt2, tokens(), RESID, out)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal_shows_rate_bytes_and_the_time_left(gpt2, out, monkeypatch):
+    termios = pytest.importorskip("termios")
+    read, write = os.openpty()
+    termios.tcsetwinsize(write, (24, 120))
+    with open(write, "w") as terminal, open(read, "rb", buffering=0) as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", terminal)
+        extract(gpt2, tokens(), RESID, out)
+        terminal.flush()
+        shown = screen.read(2**12).decode()
+    assert "21 rows of 152 bytes are 3.1 KiB, " in shown
+    assert re.search(r"21.0/21.0 \[00:\d\d<00:00, [\d.]+k? tokens/s, 3.1 KiB\]", shown), shown
 
 
 def test_a_tensor_that_the_caller_fills_anew_is_read_as_it_was(gpt2, out):
