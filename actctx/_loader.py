@@ -102,6 +102,15 @@ class Loader:
         Returns:
             Plain numbers, which `torch.save` or JSON can write.
 
+        Example:
+            >>> loader = data.loader(8, seed=0)
+            >>> batch = next(iter(loader))
+            >>> state = loader.state_dict()
+            >>> resumed = data.loader(8, seed=0)
+            >>> resumed.load_state_dict(state)
+            >>> len([*resumed])
+            3
+
         """
         return {**self._identity(), "epoch": self.epoch, "batch": self._batch}
 
