@@ -1,5 +1,6 @@
 """The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`."""
 
+import io
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from actctx._activations import Activations
-from actctx._corpus import read_corpus
+from actctx._corpus import paragraphs, read_corpus
 from actctx._errors import OptionError
 from actctx._layout import import_lance, layout_of, open_lance
 from actctx._loading import load
@@ -48,12 +49,11 @@ from actctx._options import (
 )
 from actctx._places import Place, Places, hook_names
 from actctx._sequences import (
-    Batch,
     Result,
     Sequences,
+    TextBatch,
     count_caches,
     in_batches,
-    paragraphs,
     run,
     tokenize,
 )
@@ -225,8 +225,8 @@ def _extract(
 def _info(path: DataSet) -> None:
     """Show what a data set holds, and what it came from: sites, rows, model, input, versions."""
     with errors_as_messages(""):
-        lance = open_lance(str(path))
-        rows, layout = lance.count_rows(), layout_of(lance.schema, str(path))
+        lance = open_lance(path)
+        rows, layout = lance.count_rows(), layout_of(lance.schema, path)
         table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
         table.columns[-1].justify = "right"
         for site in layout.sites:
@@ -291,7 +291,7 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
         raise OptionError(
             f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
         ) from None
-    if not (texts := paragraphs(text)):
+    if not (texts := [*paragraphs(io.StringIO(text))]):
         raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
     return texts
 
@@ -308,7 +308,7 @@ def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
 # What is shown.
 
 
-def _progress(batches: Sequence[Batch]) -> Iterable[Batch]:
+def _progress(batches: Sequence[TextBatch]) -> Iterable[TextBatch]:
     console = Console(stderr=True)
     hidden = len(batches) < 2 or not console.is_terminal  # noqa: PLR2004  a bar of one step
     return track(batches, description="batches", console=console, transient=True, disable=hidden)

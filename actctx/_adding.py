@@ -23,8 +23,8 @@ from actctx._target import Target, delete, found_at
 def add_sites(
     extraction: Extraction,
     data: Iterable[Any],
-    whole: Target,
     *,
+    whole: Target,
     most: int | None,
     resume: bool,
     progress: bool,

@@ -247,6 +247,25 @@ class Capture(Generic[B]):
         """
         self.__exit__(None, None, None)
 
+    @property
+    def sites(self) -> list[WatchedSite]:
+        """What is captured."""
+        return self._sites
+
+    def watch(self, sites: list[WatchedSite]) -> None:
+        """Capture this instead, from the next time on that it is entered."""
+        self._sites = sites
+
+    def check_fired(self) -> None:
+        """Raise already what leaving the block would raise.
+
+        Raises:
+            NeverFiredError: A site that was asked for by its name has not fired.
+
+        """
+        if self._opening is not None:
+            self._opening.finish()
+
     def prepared(self, scope: Scope = "block") -> Opening[B]:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
         for site in self._sites:

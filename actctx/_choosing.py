@@ -21,6 +21,8 @@ from actctx._inputs import Batch
 from actctx._rows import RowSelector, find_rows
 from actctx._select import Selector
 
+_MOST = 2**63
+
 
 class Work(NamedTuple):
     """A forward that is to run, and the rows that are kept of it.
@@ -33,6 +35,7 @@ class Work(NamedTuple):
         position: Its position in the sequence, padding not counted.
         pooled: The row that each token goes into, where rows are pooled; `where` is of tokens then,
             and the others are of the last token of each row.
+        is_sliced_away: Whether tokens were left, of which the slice selected none.
 
     """
 
@@ -42,6 +45,7 @@ class Work(NamedTuple):
     sequence: Int64[Tensor, " row"]
     position: Int[Tensor, " row"]
     pooled: Int64[Tensor, " token"] | None = None
+    is_sliced_away: bool = False
 
     @property
     def within(self) -> Int64[Tensor, " row"]:
@@ -73,15 +77,13 @@ class Choosing:
 
     Attributes:
         tokens: What is selected along the tokens of each sequence that are left.
-        dropped_tokens: The token ids that are left out.
-        dropped_positions: The positions that are left out.
+        dropped: What is left out: the ids of a `token`, the numbers of a `position`.
         pools: Whether what is left of a sequence is one row.
 
     """
 
     tokens: Selector
-    dropped_tokens: Int64[Tensor, " _"]
-    dropped_positions: Int64[Tensor, " _"]
+    dropped: Mapping[str, list[int]]
     pools: bool
 
     def choose(self, batch: Batch) -> Work:
@@ -94,10 +96,10 @@ class Choosing:
         real = torch.ones_like(batch.tokens, dtype=torch.bool) if batch.real is None else batch.real
         positions = real.cumsum(1) - 1
         kept = real if batch.kept is None else real & batch.kept
-        if len(self.dropped_tokens):
-            kept = kept & ~torch.isin(batch.tokens, self.dropped_tokens)
-        if len(self.dropped_positions):
-            kept = kept & ~torch.isin(positions, self.dropped_positions)
+        for name, values in (("token", batch.tokens), ("position", positions)):
+            if self.dropped.get(name):
+                dropped = torch.tensor(self.dropped[name], dtype=torch.long, device="cpu")
+                kept = kept & ~torch.isin(values, dropped)
         if self.tokens.steps:
             selector = RowSelector(self.tokens.site, 1, self.tokens)
             (some,) = kept.any(1).nonzero(as_tuple=True)
@@ -109,11 +111,12 @@ class Choosing:
             where = kept.nonzero()
         row, place = where.unbind(1)
         token, position = batch.tokens[row, place].int(), positions[row, place].int()
-        work = Work(batch, where, token, batch.sequences[row], position)
-        return _pooled(work) if self.pools else work
+        sliced_away = bool(kept.any()) and not len(where)
+        work = Work(batch, where, token, batch.sequences[row], position, None, sliced_away)
+        return _by_sequence(work) if self.pools else work
 
 
-def _pooled(work: Work) -> Work:
+def _by_sequence(work: Work) -> Work:
     """Join the rows of each sequence."""
     _, pooled, counts = torch.unique_consecutive(
         work.where[:, 0], return_inverse=True, return_counts=True
@@ -127,7 +130,7 @@ def _pooled(work: Work) -> Work:
     )
 
 
-def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, how: str) -> Tensor:
+def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, *, how: str) -> Tensor:
     """Join the rows of each sequence: their `"mean"`, or along each axis their `"max"`.
 
     Returns:
@@ -162,15 +165,15 @@ def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:
         given = dropped.tolist() if hasattr(dropped, "tolist") else dropped
         numbers = [*given] if isinstance(given, Iterable) else [given]
         numbers = [each.item() if hasattr(each, "item") else each for each in numbers]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise OptionError(f"drop has {numbers!r} for {name!r}; give ints from 0 on")
+        if not all(type(number) is int and 0 <= number < _MOST for number in numbers):
+            raise OptionError(f"drop has {numbers!r} for {name!r}; give ints from 0 to 2**63 - 1")
         if numbers:
             found[name] = sorted({*numbers})
     return found
 
 
 def remaining(
-    works: Iterable[Work], stored: "Iterator[Stored]", most: int | None, skip: int
+    works: Iterable[Work], stored: "Iterator[Stored]", *, most: int | None, skip: int
 ) -> Iterator[Work]:
     """Leave out what is on disk, and what is beyond the number of rows that was asked for.
 
@@ -203,7 +206,7 @@ def remaining(
         )
 
 
-def held_against(works: Iterable[Work], stored: "Iterator[Stored]", rows: int) -> Iterator[Work]:
+def held_against(works: Iterable[Work], stored: "Iterator[Stored]", *, rows: int) -> Iterator[Work]:
     """Pass on what leaves the rows that are on disk.
 
     Raises:

@@ -9,6 +9,8 @@ from actctx._errors import OptionError
 
 _LINES = {".jsonl", ".ndjson"}
 """What files with an object a line are called."""
+_MOST = 2**20
+"""The characters of a paragraph, at most: without blank lines a whole file would be one."""
 _DATA = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
 """What files of objects or rows are called that are not read here."""
 
@@ -74,29 +76,55 @@ def _objects(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # too many digits are no JSONDecodeError
+                reason = getattr(error, "msg", str(error)).partition(";")[0]
                 raise OptionError(
-                    f"--data '{path}' has no JSON in line {number}: {error.msg}; give an object a "
-                    "line"
+                    f"--data '{path}' has no JSON that can be read in line {number}: {reason}; "
+                    "give an object a line"
                 ) from None
 
 
 def _paragraphs(path: Path) -> Iterator[str]:
-    paragraph: list[str] = []
-    for line in _lines(path):
+    try:
+        yield from paragraphs(_lines(path, _MOST), most=_MOST)
+    except OverflowError:
+        raise OptionError(
+            f"--data '{path}' has a paragraph of more than {_MOST} characters, which would be one "
+            "text; put blank lines between texts, or write a .jsonl file, an object a line"
+        ) from None
+
+
+def paragraphs(lines: Iterable[str], *, most: int | None = None) -> Iterator[str]:
+    """Join lines up to a blank one.
+
+    Args:
+        lines: The lines, or parts of them.
+        most: The number of characters of a paragraph, at most.
+
+    Raises:
+        OverflowError: One has more.
+
+    """
+    paragraph, count = list[str](), 0
+    for line in lines:
+        count += len(line)
+        if most is not None and count > most:
+            raise OverflowError
         if line.strip():
             paragraph.append(line)
-        elif paragraph:
+            continue
+        if paragraph:
             yield "".join(paragraph).strip()
-            paragraph = []
+        paragraph, count = [], 0
     if paragraph:
         yield "".join(paragraph).strip()
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _lines(path: Path, most: int = -1) -> Iterator[str]:
+    """Read lines, of which a longer one comes in parts."""
     try:
         with path.open(encoding="utf-8-sig") as file:
-            yield from file
+            yield from iter(lambda: file.readline(most), "")
     except UnicodeDecodeError:
         raise OptionError(
             f"cannot read --data '{path}': it is not UTF-8; give a text file that is"

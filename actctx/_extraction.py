@@ -17,7 +17,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Int64
 from torch import Tensor, nn
 
 from actctx._activations import Activations
@@ -28,10 +27,12 @@ from actctx._column import wait_for
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
-from actctx._inputs import Reading
-from actctx._layout import COUNTED, DIGEST, Layout, StoredSite, check_rows, column_name
+from actctx._inputs import Batch, Reading
+from actctx._layout import TAKEN, Layout, StoredSite, check_rows, column_name
 from actctx._pipe import Pipe
+from actctx._places import uncompiled
 from actctx._progress import progress_bar
+from actctx._rows import Chosen
 from actctx._select import Owned, Selector
 from actctx._table import dtype_name, format_bytes, shortened
 from actctx._target import Target
@@ -41,8 +42,6 @@ from actctx._writer import Left, Writer, carried_array
 _LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4
 """The batches that wait to be run, at most."""
-_RESERVED = {"_rowid", "_rowaddr", "_rowoffset"}
-"""Names that Lance has columns of its own under."""
 _COUNTED_BYTES = 24
 """What a row takes beside its sites: its token, sequence, position, and a digest of its input."""
 
@@ -52,7 +51,8 @@ class Extraction:
 
     Args:
         model: The model.
-        capturing: What is captured, with rows that are `Chosen`.
+        capturing: What is captured, with `chosen` for its mask.
+        chosen: The rows to keep of each forward.
         reading: How the input is read.
         drop: The tokens and positions that leave no rows.
         pool: How the rows of a sequence are joined; None where they are not.
@@ -71,15 +71,16 @@ class Extraction:
         self,
         model: nn.Module,
         capturing: Capture[Any],
-        reading: Reading,
         *,
+        chosen: Chosen,
+        reading: Reading,
         drop: Mapping[str, list[int]],
         pool: str | None,
         finite: bool,
     ) -> None:
         self._model = model
         self._capturing = capturing
-        self._chosen: Any = capturing._options.mask
+        self._chosen = chosen
         self._reading = reading
         self._most: int | None = None
         self._expected: int | None = None
@@ -88,15 +89,15 @@ class Extraction:
         self._finite = finite
         self._pool = pool
         self.cut = 0
-        self._sites = capturing._sites
+        self._sites = capturing.sites
+        self._has_sliced_away = False
         self._check_names()
         self._check_decoders()
         slices = {site.key: slice_of(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
             tokens=tokens,
-            dropped_tokens=_longs(drop.get("token", [])),
-            dropped_positions=_longs(drop.get("position", [])),
+            dropped=drop,
             pools=pool is not None,
         )
         self._layout = Layout(
@@ -118,9 +119,9 @@ class Extraction:
         self.facts = Facts(self._layout, self._sites, slices)
 
     def _check_names(self) -> None:
-        taken = [*COUNTED, DIGEST, *self._reading.carry]
-        for name in (*self._reading.carry, *(site.key for site in self._sites)):
-            if taken.count(name) > (name in self._reading.carry) or name in _RESERVED:
+        names = [*self._reading.carry, *(site.key for site in self._sites)]
+        for name in names:
+            if name in TAKEN or names.count(name) > 1:
                 raise OptionError(
                     f"{name!r} is the name of another column; give the site an alias, as in "
                     "{'resid': ...}, or rename what is carried"
@@ -147,13 +148,15 @@ class Extraction:
                     f"{site.shown} selects other positions than {first.shown}, but they are to "
                     "have the same rows; give them one slice along 'pos', or a data set each"
                 )
-        self._capturing._sites = self._sites = [
+        self._sites = [
             replace(site, rows=site.rows._replace(tokens=Selector(site.key, (), None)))
             for site in self._sites
             if site.rows is not None
         ]
+        watched = self._sites
         if self._pool is not None:  # what is pooled is cast afterwards
-            self._capturing._sites = [replace(site, dtype=None) for site in self._sites]
+            watched = [replace(site, dtype=None) for site in watched]
+        self._capturing.watch(watched)
         return first.rows.tokens, first.rows.is_one_a_sequence
 
     def run(
@@ -187,6 +190,10 @@ class Extraction:
                 f"max_tokens={target.rows} or more, or another path"
             )
         self._most, self._against = most, against
+        there = (against or target).layout
+        if there is not None:
+            order = there.input.get("batch_size")
+            self._reading = replace(self._reading, ordered_as=order)
         self._expected = self._count(data)
         pipe: Pipe[Work] = Pipe(_READ_AHEAD)
         reader = threading.Thread(
@@ -212,17 +219,22 @@ class Extraction:
 
     def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
         try:
-            works: Iterable[Work] = map(self._choosing.choose, self._reading.batches(data))
+            works: Iterable[Work] = map(self._choose, self._reading.batches(data))
             if self._against is not None:
-                works = held_against(works, self._against.stored(), self._against.rows)
+                works = held_against(works, self._against.stored(), rows=self._against.rows)
             stored = target.stored() if target.rows else iter(())
-            for work in remaining(works, stored, self._most, target.rows):
+            for work in remaining(works, stored, most=self._most, skip=target.rows):
                 if not pipe.put(work):
                     return
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
             pipe.close(error)
         else:
             pipe.close()
+
+    def _choose(self, batch: Batch) -> Work:
+        work = self._choosing.choose(batch)
+        self._has_sliced_away |= work.is_sliced_away
+        return work
 
     def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
         device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
@@ -246,10 +258,10 @@ class Extraction:
         if writer is not None and writer.error is not None:
             raise writer.error
         if target.layout is None:
-            raise DataError(
-                "the input leaves no rows: it has no sequences, or all of its tokens are padding "
-                "or dropped; keep some"
-            )
+            reason = "it has no sequences, or all of its tokens are padding or dropped; keep some"
+            if self._has_sliced_away:
+                reason = "slice= selects none of the tokens that are left; give another"
+            raise DataError(f"the input leaves no rows: {reason}")
         return target.rows
 
     def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
@@ -259,11 +271,11 @@ class Extraction:
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.given.items()
         }
-        self._model(batch.tokens.to(device), **given)
+        self._model(batch.tokens.to(device), **{**self._reading.always, **given})
         left = self._left(acts)
         if self._pool is not None:
             left = {
-                site.key: _pooled(left[site.key], work, self._pool, site.dtype)
+                site.key: _pool(left[site.key], work, how=self._pool, dtype=site.dtype)
                 for site in self._sites
                 if site.key in left
             }
@@ -309,11 +321,10 @@ class Extraction:
 
     def _check_fired(self, left: Left) -> None:
         """Say which site never fired, and why."""
-        if self._capturing._opening is not None:
-            self._capturing._opening.finish()
+        self._capturing.check_fired()
         if not left.activations:
             names = shortened([site.shown for site in self._sites])
-            reason = why_silent(self._capturing._model, self._sites[0])
+            reason = why_silent(uncompiled(self._model), self._sites[0])
             raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
     def _count(self, data: Iterable[Any]) -> int | None:
@@ -373,13 +384,9 @@ class Extraction:
         )
 
 
-def _pooled(owned: Owned, work: Work, how: str, dtype: torch.dtype | None) -> Owned:
+def _pool(owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
     whole = wait_for(owned)
-    return Owned(pool_rows(whole, work, how).to(dtype or whole.dtype))
-
-
-def _longs(numbers: list[int]) -> Int64[Tensor, " _"]:
-    return torch.tensor(numbers, dtype=torch.long, device="cpu")
+    return Owned(pool_rows(whole, work, how=how).to(dtype or whole.dtype))
 
 
 def _show(bar: Any, rows: int) -> None:

@@ -2,7 +2,8 @@
 
 # NOTE [What is not compared]
 The names of the model and of the tokenizer are noted, but the same weights and the same texts come
-from many paths: the fingerprint and the tokens on disk tell whether they are others.
+from many paths: the fingerprint and the tokens on disk tell whether they are others. The batch size
+is noted since it orders single sequences, an order that any other keeps; see `Reading.ordered_as`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from actctx._table import dtype_name
 from actctx._target import Target
 from actctx._watched import WatchedSite
 
-_NAMES = {"name", "tokenizer"}
+_NOTED = {"name", "tokenizer", "batch_size"}
 
 Fact: TypeAlias = tuple[str, Any, Any]
 """What it is called, what it was, and what it is now."""
@@ -136,7 +137,7 @@ class Facts:
 
     def _of_model(self, layout: Layout) -> Iterator[Fact]:
         for name, was in layout.model.items():
-            if name not in _NAMES:
+            if name not in _NOTED:
                 yield f"model's {name}", was, self.layout.model.get(name)
 
     def _of_sites(self, layout: Layout) -> Iterator[Fact]:
@@ -155,7 +156,7 @@ class Facts:
         yield "kind of row", layout.rows, self.layout.rows
         yield "list of carried columns", [*layout.carried], [*self.layout.carried]
         for name, was in layout.input.items():
-            if name not in _NAMES:
+            if name not in _NOTED:
                 yield name, was, self.layout.input.get(name)
 
 

@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._errors import ActctxError, DataError
+from actctx._errors import ActctxError, DataError, OptionError
 
 
 def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
@@ -29,7 +29,16 @@ def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
 
 
 def expanded(path: str | PathLike[str]) -> str:
-    """Write out the home directory in a path; the address of an object store has none."""
+    """Write out the home directory in a path; the address of an object store has none.
+
+    Raises:
+        OptionError: It is no path.
+
+    """
+    if not isinstance(path, str | PathLike) or "\0" in os.fspath(path):
+        raise OptionError(
+            f"{path!r} is no path; give a string, or a pathlib.Path, without NUL characters"
+        )
     return os.path.expanduser(path)  # noqa: PTH111  Path would make a path of an address
 
 

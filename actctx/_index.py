@@ -29,7 +29,7 @@ def is_int(index: object) -> TypeGuard[SupportsIndex]:
     return True
 
 
-def whole_number(option: str, value: object, least: int) -> int:
+def whole_number(option: str, value: object, *, least: int) -> int:
     """Make sure that an option is a whole number, such as Python's or NumPy's.
 
     Raises:
@@ -40,7 +40,7 @@ def whole_number(option: str, value: object, least: int) -> int:
         raise OptionError(f"{option}={value!r} is no whole number; give {least} or more")
     number = operator.index(value)
     if number < least:
-        raise OptionError(f"{option}={number} is too few; give {least} or more")
+        raise OptionError(f"{option}={number} is too small; give {least} or more")
     return number
 
 
@@ -57,13 +57,18 @@ def rows_of(index: Index, rows: int) -> range | Int64[np.ndarray, "row"]:
             f"cannot select rows by {index!r}; data.read({index!r}) reads a column of all rows"
         )
     if isinstance(index, slice):
-        return range(*index.indices(rows))
+        try:
+            return range(*index.indices(rows))
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"cannot select rows by {index!r}; give whole numbers, and no step of 0"
+            ) from None
     if is_int(index):
         return _checked(np.array([operator.index(index)]), rows)
     return _checked(_several(index, rows), rows)
 
 
-def _several(index: Any, rows: int) -> Int64[np.ndarray, "row"]:
+def _several(index: Any, rows: int) -> Shaped[np.ndarray, " row"]:
     try:
         array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
     except (TypeError, ValueError):
@@ -81,13 +86,15 @@ def _several(index: Any, rows: int) -> Int64[np.ndarray, "row"]:
             f"cannot select rows by {index!r}; give a position, a slice, or a list, tensor or "
             "boolean mask of one axis"
         )
-    return array.astype(np.int64)
+    return array.astype(np.int64) if is_empty else array
 
 
-def _checked(found: Int64[np.ndarray, "row"], rows: int) -> Int64[np.ndarray, "row"]:
+def _checked(found: Shaped[np.ndarray, " row"], rows: int) -> Int64[np.ndarray, "row"]:
+    """Count from the start, once it is known that there are such rows: a cast makes others."""
     outside = (found < -rows) | (found >= rows)
     if outside.any():
         raise SelectionError(
             f"there is no row {found[outside][0]}: the data set has {counted(rows, 'row')}"
         )
+    found = found.astype(np.int64)
     return np.where(found < 0, found + rows, found)

@@ -6,7 +6,8 @@ sequences are put together here. Packed, they are cut out of one stream, `contex
 Otherwise those of a window that follow each other are sorted by length, so that there is next to no
 padding to be computed, and its batches run in an order drawn by chance, so that those which come
 first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
-the same input always leaves the same rows in the same order, which is what resuming relies on.
+the same input always leaves the same rows in the same order, which is what resuming relies on. What
+is gone on with by another batch size keeps the order, and its batches run in parts.
 """
 
 import functools
@@ -15,14 +16,15 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeGuard
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
 from actctx._errors import DataError, OptionError
-from actctx._items import MASKS, Item, Items, as_tensor, is_batch, is_number, tokens_in
+from actctx._items import MASKS, Item, Items, ids_of, is_batch, is_number, tokens_in
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
@@ -58,9 +60,16 @@ class Batch:
     def digests(self) -> Int64[Tensor, " batch"]:
         """A number for each sequence that tells apart what the model is given, and what is carried.
 
-        Padding does not count, nor how many sequences run together.
+        Padding does not count, nor how many sequences run together. Where padding leaves rows, the
+        mask counts as well, unless it masks nothing.
         """
-        given = {name: value for name, value in self.given.items() if name not in MASKS}
+        given = {
+            name: value
+            for name, value in self.given.items()
+            if self.real is None or name not in MASKS
+        }
+        if self.kept is not None:
+            given["kept"] = self.kept
         found = [self._digest(at, given) for at in range(len(self.tokens))]
         return torch.tensor(found, dtype=torch.long)
 
@@ -71,6 +80,8 @@ class Batch:
                 own = value[at] if value.shape[:1] == self.tokens.shape[:1] else value
                 if self.real is not None and own.shape[:1] == self.tokens.shape[1:]:
                     own = own[self.real[at]]
+                if name in MASKS and bool((own == 1).all()):
+                    continue
                 exact = own.double() if own.is_floating_point() else own.long()
                 found.update(name.encode() + exact.cpu().numpy().tobytes())
             elif is_number(value):
@@ -98,6 +109,9 @@ class Reading:
         vocabulary: The number of token ids that the model knows; None where that is not known.
         tokenizer: The name of the tokenizer, for the metadata.
         padding: The token id that fills up shorter sequences.
+        always: What each forward is given, by name, where the input does not give it.
+        ordered_as: The batch size that makes the order of single sequences, which is that of the
+            data set that is gone on with; None where it is the batch size itself.
 
     """
 
@@ -114,6 +128,8 @@ class Reading:
     vocabulary: int | None
     tokenizer: str = ""
     padding: int = 0
+    always: Mapping[str, Any] = field(default_factory=dict)
+    ordered_as: int | None = None
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -122,9 +138,11 @@ class Reading:
             DataError: It is empty, or holds what is no input.
 
         """
-        if isinstance(data, Tensor) and data.dim() == 2:  # noqa: PLR2004  batch and pos
-            data = torch.split(data, self.batch_size)
-        if isinstance(data, str | bytes | Mapping) or not hasattr(data, "__iter__"):
+        if _is_one(data):
+            starts = range(0, len(data), self.batch_size)
+            data = [data[start : start + self.batch_size] for start in starts]
+        no_iterable = is_number(data) or not hasattr(data, "__iter__")
+        if isinstance(data, str | bytes | Mapping) or no_iterable:
             remedy = "give a list, such as [data]"
             if hasattr(data, "num_rows"):  # splits of a Hugging Face dataset
                 remedy = "give one split, such as data['train']"
@@ -155,8 +173,8 @@ class Reading:
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
         """Tell whether an input is a list of batches, or one, which can be gone through twice."""
-        if isinstance(data, Tensor):
-            return data.dim() == 2  # noqa: PLR2004  batch and pos
+        if _is_one(data):
+            return True
         return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
 
     def bound(self, data: Iterable[Any], most: int) -> int:
@@ -196,7 +214,7 @@ class Reading:
             item = read.batch(each, count)
             if self.takes_mask is None and item.real is not None:
                 _check_unmasked(item.real, count)
-            tokens = as_tensor(item.tokens)
+            tokens = ids_of(item.tokens)
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
             yield Batch(tokens, item.real, numbers, given, item.carried, item.kept)
@@ -232,25 +250,30 @@ class Reading:
         texts = [item.tokens for item in items if isinstance(item.tokens, str)]
         if texts and self.tokenize is None:
             raise OptionError("data holds texts, and the model has no tokenizer; give tokenizer=")
-        ids = iter(self.tokenize(texts) if texts and self.tokenize else ())
+        numbers = [item.number for item in items if isinstance(item.tokens, str)]
+        found = self.tokenize(texts) if texts and self.tokenize else []
+        ids = dict(zip(numbers, found, strict=True))
         for item in items:
-            if isinstance(item.tokens, str):
-                item = replace(item, tokens=self._items.ids(next(ids), 1, item.number))  # noqa: PLW2901
+            if item.number in ids:
+                tokens = self._items.ids(ids[item.number], rank=1, number=item.number)
+                item = replace(item, tokens=tokens)  # noqa: PLW2901
             yield item
 
     def _sorted(self, sequences: Iterator[Item]) -> Iterator[Batch]:
-        while window := [*itertools.islice(sequences, _WINDOW * self.batch_size)]:
+        size = self.ordered_as or self.batch_size
+        while window := [*itertools.islice(sequences, _WINDOW * size)]:
             kept = [sequence for sequence in window if len(sequence.tokens)]
             kept.sort(key=_length, reverse=True)
             batches = [
-                together[start : start + self.batch_size]
+                together[start : start + size]
                 for together in self._together(kept)
-                for start in range(0, len(together), self.batch_size)
+                for start in range(0, len(together), size)
             ]
             # Whoever stops early is not left with the longest.
             chance = torch.Generator().manual_seed(0)
             for number in torch.randperm(len(batches), generator=chance).tolist():
-                yield self._padded(batches[number])
+                for start in range(0, len(batches[number]), self.batch_size):
+                    yield self._padded(batches[number][start : start + self.batch_size])
 
     def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
         """Divide sequences of which a forward that takes no mask would attend to the padding."""
@@ -261,7 +284,7 @@ class Reading:
             yield [*alike]
 
     def _padded(self, sequences: list[Item]) -> Batch:
-        ids = [as_tensor(sequence.tokens) for sequence in sequences]
+        ids = [ids_of(sequence.tokens) for sequence in sequences]
         lengths = torch.tensor([len(each) for each in ids])
         real = torch.arange(int(lengths.max())) < lengths[:, None]
         masks = [each.kept for each in sequences if each.kept is not None]
@@ -320,7 +343,7 @@ class Reading:
         """Pass on tokens, and what parts texts, unless the tokenizer has put it there itself."""
         last: int | None = None
         for sequence in sequences:
-            tokens = as_tensor(sequence.tokens)
+            tokens = ids_of(sequence.tokens)
             if sequence.given:
                 raise OptionError(
                     f"pack=True joins sequences, but they come with {min(sequence.given)!r}, which "
@@ -333,6 +356,11 @@ class Reading:
                 yield torch.tensor([self.separator])
             yield tokens
             last = int(tokens[-1])
+
+
+def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
+    """Tell whether an input is one tensor, or array, of token ids."""
+    return isinstance(data, Tensor | np.ndarray) and data.ndim == 2  # noqa: PLR2004  batch and pos
 
 
 def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int) -> None:

@@ -24,7 +24,7 @@ from actctx._axes import hook_axes
 from actctx._errors import DataError, OptionError
 from actctx._file import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._fingerprint import versions
-from actctx._layout import Layout, StoredSite, as_array, column_name, import_lance
+from actctx._layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
 from actctx._stored import StoredRows
 from actctx._table import counted, dtype_name, shortened
 
@@ -69,7 +69,9 @@ def write_saelens(
         with datasets.arrow_writer.ArrowWriter(
             path=str(partial / _FILE), features=features
         ) as writer:
-            for table in _runs(rows, runs, context, dtypes, features.arrow_schema):
+            for table in _runs(
+                rows, runs, context=context, dtypes=dtypes, schema=features.arrow_schema
+            ):
                 writer.write_table(table)
             writer.finalize()
         datasets.DatasetInfo(features=features).write_to_directory(str(partial))
@@ -126,6 +128,7 @@ def _writable(site: StoredSite) -> torch.dtype:
 def _runs(
     rows: StoredRows,
     runs: int,
+    *,
     context: int,
     dtypes: Mapping[str, torch.dtype],
     schema: "pa.Schema",
@@ -138,14 +141,14 @@ def _runs(
         count = min(some, runs - first)
         batch = rows.read(range(first * context, (first + count) * context))
         columns = [
-            _as_arrays(batch[name].to(dtype), field.type, context)
+            _as_arrays(batch[name].to(dtype), field.type, context=context)
             for (name, dtype), field in zip(dtypes.items(), schema, strict=False)
         ]
         tokens = pa.FixedSizeListArray.from_arrays(pa.array(batch["token"].numpy()), context)
         yield pa.table([*columns, tokens], schema=schema)
 
 
-def _as_arrays(values: Shaped[Tensor, "row ..."], kind: Any, context: int) -> "pa.Array":
+def _as_arrays(values: Shaped[Tensor, "row ..."], kind: Any, *, context: int) -> "pa.Array":
     """Show `datasets` some runs as an `Array2D` column."""
     import pyarrow as pa
 
@@ -170,6 +173,8 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             f"'{path}' is no directory of SAELens' cached activations: {error}; give its "
             "new_cached_activations_path"
         ) from None
+    except IndexError:  # of datasets, where there is no file of rows
+        raise _without_rows(path) from None
     features = cached.features if isinstance(cached, datasets.Dataset) else {}
     arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
     if not arrays:
@@ -177,6 +182,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
             f"Array2D; its columns are {', '.join(features)}"
         )
+    _check_cached(path, runs=len(cached), names=arrays)
     address = expanded(out)
     is_local = "://" not in address
     if is_local:
@@ -193,19 +199,38 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     batches = _batches(cached.with_format("arrow"), layout, schema)
     if is_local:
         with written_beside(Path(address), directory=True) as partial:
-            _write(batches, schema, str(partial), path)
+            _write(batches, schema, address=str(partial), source=path)
         return
     try:  # an object store, where what has no manifest is no data set
-        _write(batches, schema, address, path)
+        _write(batches, schema, address=address, source=path)
     except DataError:
         raise
     except (ValueError, OSError) as error:
         raise cannot_write(address, error, "give another address") from error
 
 
+def _without_rows(path: str | PathLike[str]) -> DataError:
+    return DataError(
+        f"'{path}' holds no activations: its dataset has no rows; let SAELens cache some"
+    )
+
+
+def _check_cached(path: str | PathLike[str], *, runs: int, names: Iterable[str]) -> None:
+    """Refuse what makes no data set before anything is written."""
+    if not runs:
+        raise _without_rows(path)
+    taken = next((name for name in names if name in TAKEN), None)
+    if taken is not None:
+        raise DataError(
+            f"'{path}' has activations in a column {taken!r}, which is the name of another column "
+            f"of a data set; give it the hook's, by rename_column({taken!r}, ...) of datasets"
+        )
+
+
 def _write(
     batches: Iterator["pa.RecordBatch"],
     schema: "pa.Schema",
+    *,
     address: str,
     source: str | PathLike[str],
 ) -> None:

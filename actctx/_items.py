@@ -57,7 +57,7 @@ class Item:
 
         """
         self.check_masks()
-        shape = as_tensor(self.tokens).shape
+        shape = ids_of(self.tokens).shape
         for name, value in self.given.items():
             if not isinstance(value, Tensor) or value.shape[:1] != shape:
                 raise DataError(
@@ -82,7 +82,7 @@ class Item:
             DataError: They are.
 
         """
-        shape = as_tensor(self.tokens).shape
+        shape = ids_of(self.tokens).shape
         for name, mask in (("attention mask", self.real), ("mask of rows", self.kept)):
             if mask is not None and mask.shape != shape:
                 raise DataError(
@@ -100,7 +100,7 @@ class Item:
     def _at(self, index: Any) -> "Item":
         return replace(
             self,
-            tokens=as_tensor(self.tokens)[index].clone(),
+            tokens=ids_of(self.tokens)[index].clone(),
             real=None,
             kept=None if self.kept is None else self.kept[index].clone(),
             given={name: value[index].clone() for name, value in self.given.items()},
@@ -131,7 +131,7 @@ class Items:
             DataError: It is none.
 
         """
-        tokens = self.ids(tokens_in(item), 2, number)
+        tokens = self.ids(tokens_in(item), rank=2, number=number)
         read = self._read(item, tokens, number)
         carried = {name: self._carried(item, name, number, len(tokens)) for name in self.carry}
         read = replace(read, carried=carried)
@@ -147,7 +147,7 @@ class Items:
         """
         tokens = tokens_in(item)
         if not isinstance(tokens, str):
-            tokens = self.ids(tokens, 1, number)
+            tokens = self.ids(tokens, rank=1, number=number)
         read = self._read(item, tokens, number)
         for name in self.carry:
             if not isinstance(item, Mapping) or name not in item:
@@ -159,7 +159,7 @@ class Items:
         carried = {name: _scalar(name, item[name], number) for name in self.carry}
         return replace(read, carried=carried)
 
-    def ids(self, tokens: Any, rank: int, number: int) -> Shaped[Tensor, "..."]:
+    def ids(self, tokens: Any, *, rank: int, number: int) -> Shaped[Tensor, "..."]:
         """Read token ids, into a tensor of their own.
 
         Raises:
@@ -281,7 +281,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
 
 
-def as_tensor(tokens: Tensor | str) -> Int64[Tensor, "..."]:
+def ids_of(tokens: Tensor | str) -> Int64[Tensor, "..."]:
     """Return the token ids of what is no text any more."""
     assert isinstance(tokens, Tensor)  # noqa: S101  as it was tokenized
     return tokens

@@ -36,6 +36,18 @@ COUNTED = ("token", "sequence", "position")
 DIGEST = "_input"
 """The column that tells of what input a row is, which is not read; see `_inputs.Batch.digests`."""
 
+_OF_LANCE = {
+    "_rowid",
+    "_rowaddr",
+    "_rowoffset",
+    "_row_created_at_version",
+    "_row_last_updated_at_version",
+}
+"""The columns that Lance has of its own."""
+
+TAKEN = {*COUNTED, DIGEST, *_OF_LANCE}
+"""What neither a site nor what is carried can be called."""
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from actctx._errors import OptionError
 from actctx._index import is_int
 from actctx._shuffle import Order, Pool
-from actctx._stored import Batch, StoredRows
+from actctx._stored import StoredBatch, StoredRows
 from actctx._watched import device_of
 
 _AHEAD = 2  # batches that are ready before they are asked for
@@ -32,13 +32,13 @@ class _Filling:
     """A pool, and the memory that its rows are read to."""
 
     pool: Pool
-    memory: Batch
+    memory: StoredBatch
 
     def fill(self, source: StoredRows, start: int) -> None:
         rows = self.pool.rows[start : start + source.at_once]
-        source.read_into(self.memory, slice(start, start + len(rows)), rows)
+        source.read_into(self.memory, rows, place=slice(start, start + len(rows)))
 
-    def gather(self, which: Int64[np.ndarray, "row"], *, pin: bool) -> Batch:
+    def gather(self, which: Int64[np.ndarray, "row"], *, pin: bool) -> StoredBatch:
         """Copy the rows of a batch."""
         return {name: _pick(values, which, pin=pin) for name, values in self.memory.items()}
 
@@ -78,13 +78,13 @@ class Loader:
         """Count the batches of an epoch."""
         return len(self._order)
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StoredBatch]:
         if self._batch and not self._resumes:  # an epoch was left early
             self._move_to(self.epoch + 1, 0)
         self._resumes = False
         return self._iterate(self._order, self._batch)
 
-    def _iterate(self, order: Order, first: int) -> Iterator[Batch]:
+    def _iterate(self, order: Order, first: int) -> Iterator[StoredBatch]:
         with ExitStack() as stack:
             batches = self._batches(order, first, stack)
             for number, batch in enumerate(batches, first + 1):
@@ -101,6 +101,15 @@ class Loader:
 
         Returns:
             Plain numbers, which `torch.save` or JSON can write.
+
+        Example:
+            >>> loader = data.loader(8, seed=0)
+            >>> batch = next(iter(loader))
+            >>> state = loader.state_dict()
+            >>> resumed = data.loader(8, seed=0)
+            >>> resumed.load_state_dict(state)
+            >>> len([*resumed])
+            3
 
         """
         return {**self._identity(), "epoch": self.epoch, "batch": self._batch}
@@ -155,14 +164,14 @@ class Loader:
         names = (each.name for each in fields(self._order) if each.name not in {"rank", "epoch"})
         return {name: getattr(self._order, name) for name in names}
 
-    def _batches(self, order: Order, first: int, stack: ExitStack) -> Iterator[Batch]:
+    def _batches(self, order: Order, first: int, stack: ExitStack) -> Iterator[StoredBatch]:
         filled = self._filled(order, first, stack)
         gathered = (
             partial(filling.gather, which, pin=self._pins)
             for filling in filled
             for which in filling.pool.batches
         )
-        return in_order(gathered, _threads(stack, min(self._workers, 1)), _AHEAD)
+        return in_order(gathered, _threads(stack, min(self._workers, 1)), ahead=_AHEAD)
 
     def _filled(self, order: Order, first: int, stack: ExitStack) -> Iterator[_Filling]:
         """Read the pools, the next one while one is in use."""
@@ -176,14 +185,14 @@ class Loader:
                     yield partial(fillings[-1].fill, self._source, start)
 
         ahead = -(-order.pool * order.batch_size // at_once)
-        done = in_order(tasks(), _threads(stack, self._workers), ahead)
+        done = in_order(tasks(), _threads(stack, self._workers), ahead=ahead)
         for _ in done:
             filling = fillings[0]
             for _ in range(at_once, len(filling.pool.rows), at_once):
                 next(done)
             yield fillings.popleft()
 
-    def _moved(self, batch: Batch) -> Batch:
+    def _moved(self, batch: StoredBatch) -> StoredBatch:
         if self._device is None:
             return batch
         return {name: self._move(values) for name, values in batch.items()}
@@ -213,7 +222,7 @@ def _end(threads: ThreadPoolExecutor) -> None:
 
 
 def in_order(
-    tasks: Iterable[Callable[[], T]], threads: ThreadPoolExecutor | None, ahead: int
+    tasks: Iterable[Callable[[], T]], threads: ThreadPoolExecutor | None, *, ahead: int
 ) -> Iterator[T]:
     """Run tasks in threads, some ahead, and give their results in the order of the tasks."""
     if threads is None:

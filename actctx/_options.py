@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 from actctx._errors import ActctxError, OptionError
+from actctx._file import expanded
 from actctx._select import Index
 from actctx._words import parse_words
 
@@ -184,8 +185,12 @@ Tokenizer = Annotated[
     ),
 ]
 DataSet = Annotated[
-    Path,
-    typer.Argument(metavar="DIRECTORY", parser=_path, help="What `actctx extract` wrote."),
+    str,
+    typer.Argument(
+        metavar="DIRECTORY",
+        parser=expanded,
+        help="What `actctx extract` wrote, or the address of a copy in an object store.",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,6 +11,7 @@ from actctx._errors import OptionError
 from actctx._index import whole_number
 from actctx._inputs import Reading
 from actctx._items import MASKS, TOKENS
+from actctx._table import counted
 
 _USUAL = frozenset(
     {
@@ -45,12 +47,12 @@ def reading_of(
             the model leaves other activations each time.
 
     """
-    batch_size = whole_number("batch_size", batch_size, 1)
+    batch_size = whole_number("batch_size", batch_size, least=1)
     if context is not None:
-        context = whole_number("context", context, 1)
+        context = whole_number("context", context, least=1)
     if tokenizer is not None and not callable(tokenizer):
         raise OptionError(
-            f"tokenizer={tokenizer!r} is not called with texts; give one that is, such as "
+            f"tokenizer={tokenizer!r} cannot be called; give one that takes texts, such as "
             "AutoTokenizer.from_pretrained(...)"
         )
     if mask is not None and not isinstance(mask, str):
@@ -75,6 +77,7 @@ def reading_of(
         tokenize = functools.partial(_to_tokens, model)
     padding: int | None = getattr(using, "pad_token_id", None)
     taken = taken_by(model)
+    uncached = "use_cache" in taken and not _is_hooked(model)
     takes = taken | {*MASKS} if taken & {*MASKS} else taken
     vocabulary = _vocabulary_of(model)
     if padding is None or not 0 <= padding < (vocabulary or padding + 1):
@@ -93,6 +96,7 @@ def reading_of(
         vocabulary=vocabulary,
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=padding,
+        always={"use_cache": False} if uncached else {},
     )
 
 
@@ -109,6 +113,15 @@ def taken_by(model: Any) -> frozenset[str]:
         elif not names & {*MASKS}:
             names |= _USUAL
     return frozenset(names)
+
+
+def _is_hooked(model: Any) -> bool:
+    """Tell whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
+    while model is not None:
+        if hasattr(model, "hook_dict"):
+            return True
+        model = _within(model)
+    return False
 
 
 def _within(model: Any) -> nn.Module | None:
@@ -180,8 +193,34 @@ def _check_is_settled(model: nn.Module) -> None:
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
-    ids: list[Any] = tokenizer(texts, verbose=False)["input_ids"]
-    return ids
+    """Turn texts into tokens.
+
+    Raises:
+        OptionError: The tokenizer returns something else, or not as many.
+
+    """
+    found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
+    ids = found.get("input_ids") if isinstance(found, Mapping) else None
+    if ids is None:
+        raise OptionError(
+            f"the tokenizer returned a {type(found).__name__} without 'input_ids'; give one that "
+            "returns a dict of them, such as AutoTokenizer.from_pretrained(...)"
+        )
+    if len(ids) != len(texts):
+        raise OptionError(
+            f"the tokenizer returned {counted(len(ids), 'sequence')} for "
+            f"{counted(len(texts), 'text')}; give one that returns one for each"
+        )
+    return [*ids]
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Tell whether a function takes an argument by name, as far as it says what it takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def _to_tokens(model: Any, texts: list[str]) -> list[Any]:

@@ -14,7 +14,6 @@ shapes tell the rest. That is only relied on if it gives the largest shape to th
 
 import functools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,11 +29,6 @@ from actctx._caches import count_cache_bytes
 from actctx._capture import capture
 from actctx._errors import JoinError, OptionError
 from actctx._select import Index, Owned
-
-
-def paragraphs(text: str) -> list[str]:
-    """Split a text at its blank lines."""
-    return [paragraph.strip() for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,20 +66,20 @@ def tokenize(model: Any, texts: Sequence[str]) -> Sequences:
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
+class TextBatch:
     """Sequences of one length, and the rows of the result that are theirs."""
 
     tokens: Int[Tensor, "batch pos"]
     rows: list[int]
 
 
-def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[Batch]:
+def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[TextBatch]:
     """Put sequences of one length together, `size` of them at most; the longest come first."""
     by_length: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):
         by_length.setdefault(len(sequence), []).append(row)
     return [
-        Batch(
+        TextBatch(
             torch.stack([sequences[row] for row in rows[start : start + size]]),
             rows[start : start + size],
         )
@@ -121,11 +115,11 @@ class _Left:
 def run(
     model: nn.Module,
     names: Sequence[str],
-    batches: Sequence[Batch],
+    batches: Sequence[TextBatch],
     *,
     slice: dict[str, Index],  # noqa: A002  as in `capture`
     dtype: torch.dtype | None,
-    watch: Callable[[Sequence[Batch]], Iterable[Batch]] = iter,
+    watch: Callable[[Sequence[TextBatch]], Iterable[TextBatch]] = iter,
 ) -> Result:
     """Run batches through a model, each forward stopped early, and join what they leave.
 
@@ -196,7 +190,7 @@ _FEW = 7
 """As many shapes are counted where there are more: six small ones, and the largest."""
 
 
-def count_caches(model: nn.Module, batches: Sequence[Batch]) -> int:
+def count_caches(model: nn.Module, batches: Sequence[TextBatch]) -> int:
     """Count what `run_with_cache` would hold for all of the batches; see the note above.
 
     Returns:

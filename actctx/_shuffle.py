@@ -12,12 +12,18 @@ an epoch is resumed by its number and that of a batch, whoever reads, with howev
 """
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+import torch
 from jaxtyping import Int64
+
+from actctx._errors import OptionError
+from actctx._index import is_int, whole_number
+from actctx._table import counted
 
 _BLOCK = 32
 _MOST_BLOCKS = 2**22  # 32 MiB of block numbers; larger files are read in larger blocks
@@ -120,3 +126,28 @@ class Order:
 
     def _random(self, what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, what])
+
+
+def rank_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Fill in which process of a distributed group this is.
+
+    Raises:
+        OptionError: Only one of the two is given, or there is no such rank.
+
+    """
+    if (rank is None) != (world_size is None):
+        raise OptionError(
+            f"rank={rank} and world_size={world_size} belong together; give both or neither"
+        )
+    if rank is not None and world_size is not None:
+        ranks = whole_number("world_size", world_size, least=1)
+        number = operator.index(rank) if is_int(rank) else -1
+        if not 0 <= number < ranks:
+            raise OptionError(
+                f"rank={rank!r} is none of {counted(ranks, 'rank')}; they count from 0"
+            )
+        return number, ranks
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1

@@ -17,7 +17,7 @@ from actctx._file import reason_of
 from actctx._layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
 from actctx._table import dtype_name
 
-Batch: TypeAlias = dict[str, Any]
+StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
@@ -114,9 +114,9 @@ class StoredRows:
             raise OptionError(f"where={where!r} is no condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 
-    def empty(self, rows: int) -> Batch:
+    def empty(self, rows: int) -> StoredBatch:
         """Make room for rows."""
-        batch: Batch = {
+        batch: StoredBatch = {
             name: np.empty(rows, dtype=object) if dtype is None else torch.empty(rows, dtype=dtype)
             for name, dtype in self.others.items()
         }
@@ -124,14 +124,14 @@ class StoredRows:
             batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         return batch
 
-    def read(self, rows: range | Int64[np.ndarray, "row"]) -> Batch:
+    def read(self, rows: range | Int64[np.ndarray, "row"]) -> StoredBatch:
         """Read rows in any order, also several times, with little more memory than they take.
 
         That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
         """
         batch = self.empty(len(rows))
         for place, some in _ascending(rows, self.at_once):
-            self.read_into(batch, place, some)
+            self.read_into(batch, some, place=place)
         return {
             name: values if isinstance(values, Tensor) else values.tolist()
             for name, values in batch.items()
@@ -143,7 +143,11 @@ class StoredRows:
         return max(64, min(_READ_BYTES // max(self.memory, 1), 65536))
 
     def read_into(
-        self, batch: Batch, place: slice | Int64[np.ndarray, "row"], rows: Int64[np.ndarray, "row"]
+        self,
+        batch: StoredBatch,
+        rows: Int64[np.ndarray, "row"],
+        *,
+        place: slice | Int64[np.ndarray, "row"],
     ) -> None:
         """Read rows, in ascending order, to a place in a batch."""
         if self.matching is not None:

@@ -144,7 +144,7 @@ class Writer:
         columns.append(pa.array(work.digest.numpy()))
         rows = pa.array(work.within.numpy())
         kinds = {name: schema.field(name).type for name in layout.carried}
-        columns += [carried_array(name, work, kind).take(rows) for name, kind in kinds.items()]
+        columns += [carried_array(name, work, kind=kind).take(rows) for name, kind in kinds.items()]
         for site in layout.sites:
             values = _alike(site, left, before)
             if self._finite:
@@ -181,7 +181,7 @@ def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ...
     return values
 
 
-def carried_array(name: str, work: Work, kind: Any = None) -> Any:
+def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
     """Make a column of what came along with sequences.
 
     Raises:

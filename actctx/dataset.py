@@ -1,6 +1,5 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
-import operator
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
@@ -11,15 +10,15 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from actctx._condition import find_site, find_sites
-from actctx._errors import DataError, OptionError
+from actctx._errors import DataError
 from actctx._file import check_place, describe, expanded, refuse_existing, write_safetensors
 from actctx._fingerprint import ANEW, describe_model
 from actctx._index import Index, is_int, rows_of, whole_number
 from actctx._interchange import read_saelens, write_saelens
 from actctx._layout import StoredSite, layout_of
 from actctx._loader import Loader
-from actctx._shuffle import Order
-from actctx._stored import Batch, StoredRows, dtypes_of
+from actctx._shuffle import Order, rank_of
+from actctx._stored import StoredBatch, StoredRows, dtypes_of
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
@@ -28,7 +27,7 @@ Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
 _POOL_BYTES = 2**27
 
 
-class ActivationDataset(Dataset[Batch]):
+class ActivationDataset(Dataset[StoredBatch]):
     """The rows of a data set on disk, each of them read when it is asked for.
 
     `data[i]` is a dict of what row `i` holds: each site under its name, in the dtype in which it
@@ -67,6 +66,11 @@ class ActivationDataset(Dataset[Batch]):
         NotCapturedError: It has no such site, or several of the hook.
         OptionError: Lance does not understand the condition, or is not installed.
 
+    Example:
+        >>> data = ActivationDataset("acts.lance", where="position > 0", model=model)
+        >>> data[:2]["blocks.1.hook_resid_post"].shape
+        torch.Size([2, 32])
+
     """
 
     def __init__(
@@ -95,12 +99,16 @@ class ActivationDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: Index) -> Batch:
+    def __getitem__(self, index: Index) -> StoredBatch:
         """Read a row, or several, into memory.
 
         All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
         strings and the like take. Beside it a few megabytes are needed, and for a list, tensor or
         mask some 16 bytes a row. For more rows than memory holds there is `loader`.
+
+        Args:
+            index: A position; or a slice, a list, tensor or array of positions, or a boolean mask
+                with an entry for each row. Negative positions count from the end.
 
         Raises:
             SelectionError: There is no such row, or a mask is of another length.
@@ -112,7 +120,7 @@ class ActivationDataset(Dataset[Batch]):
             return batch
         return {name: values[0] for name, values in batch.items()}
 
-    def __getitems__(self, indices: list[int]) -> list[Batch]:
+    def __getitems__(self, indices: list[int]) -> list[StoredBatch]:
         """Read the rows of a `DataLoader`'s batch together."""
         batch = self[indices]
         return [
@@ -135,6 +143,9 @@ class ActivationDataset(Dataset[Batch]):
 
         All of it is in memory at once: of a site, `len(data) * data.sites[name].nbytes` bytes.
         Beside what is returned a few megabytes are needed.
+
+        Args:
+            name: The name of a site that is read, or of its hook, or of another column.
 
         Returns:
             A tensor with a row for each of the data set's; or a list where it holds no numbers, or
@@ -184,17 +195,26 @@ class ActivationDataset(Dataset[Batch]):
             rank: Which of the shares to give; by default that of torch's distributed group.
             world_size: How many shares there are.
 
+        Returns:
+            Batches that can be gone through once an epoch, as often as is wanted.
+
         Raises:
             OptionError: A number makes no sense, or is none, or there is no such device.
 
+        Example:
+            >>> for batch in data.loader(8, seed=0):
+            ...     resid = batch["blocks.1.hook_resid_post"]  # row d_model
+            >>> resid.shape
+            torch.Size([4, 32])
+
         """
-        batch_size = whole_number("batch_size", batch_size, 1)
-        workers = whole_number("workers", workers, 0)
-        seed = whole_number("seed", seed, 0)
+        batch_size = whole_number("batch_size", batch_size, least=1)
+        workers = whole_number("workers", workers, least=0)
+        seed = whole_number("seed", seed, least=0)
         if pool is None:
             pool = max(batch_size, _POOL_BYTES // self._rows.memory)
-        pool = whole_number("pool", pool, 1)
-        rank, world_size = _group(rank, world_size)
+        pool = whole_number("pool", pool, least=1)
+        rank, world_size = rank_of(rank, world_size)
         order = Order(
             rows=len(self),
             batch_size=batch_size,
@@ -210,6 +230,9 @@ class ActivationDataset(Dataset[Batch]):
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the activations are of this model.
+
+        Args:
+            model: What they were extracted from, as far as its weights tell.
 
         Raises:
             DataError: They are of a model with other weights, or weights of other names; or it is
@@ -251,8 +274,11 @@ class ActivationDataset(Dataset[Batch]):
             OptionError: `context` is no number of rows, or there are fewer; `rename` names no site
                 that is read, or two columns would have one name.
 
+        Example:
+            >>> data.to_saelens("cached", context=7)
+
         """
-        context = whole_number("context", context, 1)
+        context = whole_number("context", context, least=1)
         write_saelens(self._rows, path, context=context, rename=rename or {})
 
     @classmethod
@@ -268,9 +294,17 @@ class ActivationDataset(Dataset[Batch]):
             path: The directory, SAELens' `new_cached_activations_path`.
             out: Where to write the data set; there whole or not at all.
 
+        Returns:
+            What was written, opened.
+
         Raises:
             DataError: It is no such directory, or there is something at `out` already, or nothing
                 can be written there.
+
+        Example:
+            >>> data.to_saelens("of_saelens", context=7)
+            >>> len(ActivationDataset.from_saelens("of_saelens", "back.lance"))
+            28
 
         """
         read_saelens(path, out)
@@ -287,6 +321,9 @@ class ActivationDataset(Dataset[Batch]):
 
         Raises:
             DataError: There is something at the path already, or it cannot be written to.
+
+        Example:
+            >>> data.to_safetensors("acts.safetensors")
 
         """
         refuse_existing(check_place(path))  # before all is read
@@ -343,28 +380,3 @@ def _owned(value: Any) -> Any:
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
     return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
-
-
-def _group(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Fill in which process of a distributed group this is.
-
-    Raises:
-        OptionError: Only one of the two is given, or there is no such rank.
-
-    """
-    if (rank is None) != (world_size is None):
-        raise OptionError(
-            f"rank={rank} and world_size={world_size} belong together; give both or neither"
-        )
-    if rank is not None and world_size is not None:
-        ranks = whole_number("world_size", world_size, 1)
-        number = operator.index(rank) if is_int(rank) else -1
-        if not 0 <= number < ranks:
-            raise OptionError(
-                f"rank={rank!r} is none of {counted(ranks, 'rank')}; they count from 0"
-            )
-        return number, ranks
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized():
-        return distributed.get_rank(), distributed.get_world_size()
-    return 0, 1

@@ -103,7 +103,8 @@ def extract(
         max_tokens: The number of rows to stop at, exactly, including those that are on disk; with
             `add` it is left out.
         tokenizer: What turns texts into tokens; by default the model's own.
-        batch_size: The sequences in a forward, where they are put together here, at most.
+        batch_size: The sequences in a forward, where they are put together here, at most. What is
+            gone on with keeps the order of rows that the first one made.
         context: The tokens in a sequence, at most; by default what the model can read. What is
             longer is cut off at the end.
         pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
@@ -143,8 +144,9 @@ def extract(
     if pool not in (None, "mean", "max"):
         raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
     if max_tokens is not None:
-        max_tokens = whole_number("max_tokens", max_tokens, 1)
-    options = Options(stop=stop, join="batch", grad=False, mask=Chosen(), capacity=None)
+        max_tokens = whole_number("max_tokens", max_tokens, least=1)
+    chosen = Chosen()
+    options = Options(stop=stop, join="batch", grad=False, mask=chosen, capacity=None)
     capturing: Capture[Activations] = Capture(
         model, names, options, slice=slice, dtype=dtype, device="cpu"
     )
@@ -158,14 +160,20 @@ def extract(
         mask=mask,
     )
     extraction = Extraction(
-        model, capturing, reading, drop=dropping(drop), pool=pool, finite=finite
+        model,
+        capturing,
+        chosen=chosen,
+        reading=reading,
+        drop=dropping(drop),
+        pool=pool,
+        finite=finite,
     )
     target = Target(local_path(out))
     try:
         before = target.rows
         if add:
             rows = add_sites(
-                extraction, data, target, most=max_tokens, resume=resume, progress=progress
+                extraction, data, whole=target, most=max_tokens, resume=resume, progress=progress
             )
         else:
             extraction.facts.check(target, resume=resume)

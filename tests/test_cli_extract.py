@@ -12,6 +12,7 @@ from models import plainly_hooked
 from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
 from test_extract import Read
 
+from actctx import OptionError
 from actctx._corpus import read_corpus
 from actctx._fingerprint import fingerprint, versions
 from actctx.dataset import ActivationDataset
@@ -237,6 +238,13 @@ def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
     assert "  drop: {}" in lines
 
 
+def test_an_address_is_no_path(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out)
+    result = actctx("info", f"file://{out}")
+    assert result.exit_code == 0
+    assert result.stdout == actctx("info", out).stdout
+
+
 def test_a_data_set_says_what_it_came_from(tiny, loaded, tmp_path, out):  # noqa: F811
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "one", "label": 1, "source": "a"}))
@@ -280,13 +288,38 @@ def test_a_corpus_that_is_not_there_is_refused(tiny, tmp_path, out):  # noqa: F8
     )
 
 
-def test_a_line_that_is_no_json_is_named(tiny, tmp_path, out):  # noqa: F811
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"text"', "Expecting ':' delimiter"),
+        ("9" * 5000, "Exceeds the limit (4300 digits) for integer string conversion"),
+        ("[" * 200_000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_a_line_that_is_no_json_is_named(tmp_path, line, reason):
     path = tmp_path / "texts.jsonl"
-    path.write_text('{"text": "one"}\n{"text"\n')
+    path.write_text(f'{{"text": "one"}}\n{line}\n')
+    with pytest.raises(OptionError) as caught:
+        [*read_corpus(path)]
+    message = str(caught.value)
+    assert message.startswith(f"--data '{path}' has no JSON that can be read in line 2: {reason}")
+    assert message.endswith("; give an object a line")
+
+
+@pytest.mark.parametrize("line", ["word\n", "word "])
+def test_what_has_no_blank_lines_is_not_taken_for_one_text(tiny, tmp_path, out, line):  # noqa: F811
+    path = tmp_path / "texts.txt"
+    path.write_text("one\n\n" + line * 300_000)
     assert refused(tiny, RESID, "--data", path, "--out", out) == (
-        f"error: --data '{path}' has no JSON in line 2: Expecting ':' delimiter; give an object a "
-        "line\n"
+        f"error: --data '{path}' has a paragraph of more than 1048576 characters, which would be "
+        "one text; put blank lines between texts, or write a .jsonl file, an object a line\n"
     )
+
+
+def test_a_paragraph_may_be_long(tmp_path):
+    path = tmp_path / "texts.txt"
+    path.write_text("word\n" * 200_000 + " \n" + "word\n" * 200_000)
+    assert [len(text) for text in read_corpus(path)] == [999_999] * 2
 
 
 def test_a_file_that_is_no_text_is_refused(tiny, tmp_path, out):  # noqa: F811

@@ -420,6 +420,34 @@ ERRORS = [
         SelectionError,
         "there is no row -101: the data set has 100 rows",
     ),
+    *(
+        (
+            read,
+            SelectionError,
+            "there is no row 18446744073709551615: the data set has 100 rows",
+        )
+        for read in (
+            lambda data: data[2**64 - 1],
+            lambda data: data[[2**64 - 1]],
+            lambda data: data[np.array([2**64 - 1], dtype=np.uint64)],
+            lambda data: data[torch.tensor([2**64 - 1], dtype=torch.uint64)],
+        )
+    ),
+    (
+        lambda data: data[np.array([100], dtype=np.uint8)],
+        SelectionError,
+        "there is no row 100: the data set has 100 rows",
+    ),
+    (
+        lambda data: data[1.5:],
+        OptionError,
+        "cannot select rows by slice(1.5, None, None); give whole numbers, and no step of 0",
+    ),
+    (
+        lambda data: data[::0],
+        OptionError,
+        "cannot select rows by slice(None, None, 0); give whole numbers, and no step of 0",
+    ),
     (
         lambda data: data[torch.ones(99, dtype=torch.bool)],
         SelectionError,

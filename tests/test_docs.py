@@ -18,6 +18,7 @@ from actctx import (
     _activations,
     _capture,
     _decorator,
+    _loader,
     _names,
     _places,
     _schema,
@@ -134,7 +135,8 @@ def test_links_between_pages_lead_somewhere():
 
 
 @pytest.mark.parametrize(
-    "module", [_places, _names, _capture, _decorator, _activations, _schema, plot, extract]
+    "module",
+    [_places, _names, _capture, _decorator, _activations, _schema, plot, extract, dataset],
 )
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -148,11 +150,19 @@ def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
         "loader": [tokens(4)] * 2,
     }
     names.update(torch=__import__("torch"), mlp=Mlp())
+    if module is dataset:
+        extract.extract(model, tokens(4), "blocks.1.hook_resid_post", "acts.lance")
+        names["data"] = dataset.ActivationDataset("acts.lance")
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    for test in finder.find(module, globs=names):
+    found = finder.find(module, globs=names)
+    if module is dataset:  # of which it is a name only
+        found += finder.find(dataset.Loader, module=_loader, globs=names)
+    for test in found:
         runner.run(test)
-    assert runner.summarize(verbose=False).failed == 0
+    result = runner.summarize(verbose=False)
+    assert result.attempted
+    assert result.failed == 0
 
 
 def test_the_readme_has_its_two_commands():

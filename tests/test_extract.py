@@ -1,6 +1,9 @@
 """Extracting activations to disk: what a data set holds, and which rows there are."""
 
+import os
+import re
 import shutil
+import sys
 import threading
 
 import pytest
@@ -178,15 +181,15 @@ def test_the_number_of_tokens_is_exact(gpt2, out, most):
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1)[:most])
 
 
-def test_an_input_is_not_read_far_beyond_the_number_of_tokens(gpt2, out):
+def test_an_input_is_read_no_further_than_the_number_of_tokens(gpt2, out):
     read = []
 
-    def endless():
-        while True:
-            read.append(tokens(2, seed=len(read)))
+    def counted():
+        for seed in range(20):
+            read.append(tokens(2, seed=seed))
             yield read[-1]
 
-    extract(gpt2, endless(), RESID, out, max_tokens=100)
+    extract(gpt2, counted(), RESID, out, max_tokens=100)
     assert len(read) == 8
 
 
@@ -194,6 +197,15 @@ def test_an_input_is_not_read_far_beyond_the_number_of_tokens(gpt2, out):
 def test_a_dataloader_is_an_input(gpt2, out, wrap):
     ids = tokens(6)
     loader = DataLoader(wrap(ids), batch_size=4)
+    extract(gpt2, loader, RESID, out)
+    assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
+def test_a_dataloader_whose_workers_were_spawned_is_an_input(gpt2, out):
+    ids = tokens(6)
+    loader = DataLoader(
+        TensorDataset(ids), batch_size=4, num_workers=1, multiprocessing_context="spawn"
+    )
     extract(gpt2, loader, RESID, out)
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
 
@@ -341,6 +353,12 @@ def test_an_input_without_rows_is_refused(gpt2, out):
     )
 
 
+def test_a_slice_that_leaves_no_rows_is_named(gpt2, out):
+    assert refusal(DataError, gpt2, tokens(), RESID, out, slice={"pos": slice(0)}) == (
+        "the input leaves no rows: slice= selects none of the tokens that are left; give another"
+    )
+
+
 def test_one_text_is_no_input(gpt2, out):
     assert refusal(DataError, gpt2, "one", RESID, out) == (
         "data is one str, not an iterable of inputs; give a list, such as [data]"
@@ -397,18 +415,43 @@ def test_names_of_columns_are_not_taken_twice(gpt2, out):
     )
 
 
+@pytest.mark.parametrize("name", ["_rowid", "_row_created_at_version", "_input", "sequence"])
+def test_names_of_lances_columns_are_not_carried(gpt2, out, name):
+    batch = {"input_ids": tokens(), name: [1, 2, 3]}
+    ran = []
+    hook = gpt2.register_forward_pre_hook(lambda *args: ran.append(args))
+    message = refusal(OptionError, gpt2, [batch], RESID, out, carry=name)
+    hook.remove()
+    assert message.startswith(f"{name!r} is the name of another column; ")
+    assert not ran
+
+
+def test_a_site_and_what_is_carried_have_two_names(gpt2, out):
+    batch = {"input_ids": tokens(), "resid": [1, 2, 3]}
+    message = refusal(OptionError, gpt2, [batch], {"resid": RESID}, out, carry="resid")
+    assert message.startswith("'resid' is the name of another column; ")
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("path", [5, "a\0b", None, b"acts"])
+def test_what_is_no_path_is_refused(gpt2, path):
+    assert refusal(OptionError, gpt2, tokens(), RESID, path) == (
+        f"{path!r} is no path; give a string, or a pathlib.Path, without NUL characters"
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_tokens": 0}, "max_tokens=0 is too few; give 1 or more"),
-        ({"batch_size": 0}, "batch_size=0 is too few; give 1 or more"),
+        ({"max_tokens": 0}, "max_tokens=0 is too small; give 1 or more"),
+        ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
         ({"context": 65}, "context=65 is more than the 64 tokens that the model reads"),
         (
             {"drop": {"id": [1]}},
             "drop names 'id'; give the ids of a 'token' or the numbers of a 'position' to leave "
             "out, such as drop={'position': [0]}",
         ),
-        ({"drop": {"token": [-1]}}, "drop has [-1] for 'token'; give ints from 0 on"),
+        ({"drop": {"token": [-1]}}, "drop has [-1] for 'token'; give ints from 0 to 2**63 - 1"),
         (
             {"pack": True},
             "pack=True joins sequences, but data holds batches; give texts or sequences of token "
@@ -571,11 +614,21 @@ def test_a_module_that_takes_no_mask_is_given_none(mlp, out):
     assert len(Read(out)) == sum(map(len, given))
 
 
-@pytest.mark.parametrize("as_array", [False, True])
-def test_arrays_are_token_ids(gpt2, out, as_array):
+@pytest.mark.parametrize("form", [lambda ids: [*ids], lambda ids: [ids], lambda ids: ids])
+def test_arrays_are_token_ids(gpt2, out, form):
     ids = tokens()
-    extract(gpt2, [ids.numpy()] if as_array else [row.numpy() for row in ids], RESID, out)
+    extract(gpt2, form(ids.numpy()), RESID, out)
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
+
+
+def test_an_array_runs_in_batches(gpt2, out):
+    ids, ran = tokens(5), []
+    ids[0, -1] = 0
+    hook = gpt2.register_forward_pre_hook(lambda _, args: ran.append(args[0].shape))
+    extract(gpt2, ids.numpy(), RESID, out, batch_size=2)
+    hook.remove()
+    assert ran == [(2, 7), (2, 7), (1, 7)]
+    assert Read(out)["sequence"] == [row for row in range(5) for _ in range(7)]
 
 
 def test_what_is_not_finite_is_written_where_that_is_asked_for(out):
@@ -620,6 +673,19 @@ def test_the_plan_is_logged(gpt2, out, caplog):
 def test_no_bar_is_shown_without_a_terminal(gpt2, out, capfd):
     extract(gpt2, tokens(), RESID, out)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_on_a_terminal_shows_rate_bytes_and_the_time_left(gpt2, out, monkeypatch):
+    termios = pytest.importorskip("termios")
+    read, write = os.openpty()
+    termios.tcsetwinsize(write, (24, 120))
+    with open(write, "w") as terminal, open(read, "rb", buffering=0) as screen:  # noqa: PTH123
+        monkeypatch.setattr(sys, "stderr", terminal)
+        extract(gpt2, tokens(), RESID, out)
+        terminal.flush()
+        shown = screen.read(2**12).decode()
+    assert "21 rows of 152 bytes are 3.1 KiB, " in shown
+    assert re.search(r"21.0/21.0 \[00:\d\d<00:00, [\d.]+k? tokens/s, 3.1 KiB\]", shown), shown
 
 
 def test_a_tensor_that_the_caller_fills_anew_is_read_as_it_was(gpt2, out):

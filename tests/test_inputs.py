@@ -191,6 +191,41 @@ def test_a_wrapper_gives_the_model_within_what_that_takes(out):
     torch.testing.assert_close(Read(out)[name], wanted, atol=1e-5, rtol=0)
 
 
+def wrapped(how):
+    model = huggingface("GPT2LMHeadModel")
+    if how == "compiled":
+        return torch.compile(model, backend="eager")
+    if how == "parallel":
+        return nn.DataParallel(model)
+    if how == "peft":
+        peft = pytest.importorskip("peft")
+        config = peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)
+        return peft.get_peft_model(model, config).eval()
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize("how", ["plain", "compiled", "parallel", "peft"])
+@pytest.mark.parametrize("asked", [None, True])
+def test_no_cache_is_made_unless_the_input_asks_for_it(out, how, asked):
+    model, seen = wrapped(how), []
+    (inner,) = (each for each in model.modules() if type(each).__name__ == "GPT2Model")
+    inner.h[1].register_forward_pre_hook(lambda _, args: seen.append(args[1]))
+    name = next(name for name, each in model.named_modules() if each is inner.h[1])
+    batch = {"input_ids": tokens(2), **({} if asked is None else {"use_cache": asked})}
+    site = Site(name.removeprefix("_orig_mod."), axes="batch pos d")
+    extract(model, [batch], site, out)
+    assert [each is None for each in seen] == [asked is None]
+
+
+def test_a_model_of_transformer_lens_sees_to_its_cache_itself(gpt2, out):
+    seen = []
+    handle = gpt2.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True)
+    extract(gpt2, tokens(2), RESID, out)
+    handle.remove()
+    assert seen == [{}]
+
+
 def test_what_has_no_entry_for_each_token_is_refused(out):
     rows = [{"input_ids": [1, 2, 3], "token_type_ids": [0, 1]}]
     assert refusal(DataError, Given(), rows, BLOCK, out) == (
@@ -275,9 +310,12 @@ def test_a_string_is_not_carried_letter_by_letter(mlp, out):
 
 
 @pytest.mark.usefixtures("unchecked")
-def test_what_cannot_be_gone_through_is_no_input(mlp, out):
-    assert refusal(DataError, mlp, 5, BLOCK, out) == (
-        "data is one int, not an iterable of inputs; give a list, such as [data]"
+@pytest.mark.parametrize(
+    ("data", "kind"), [(5, "int"), (torch.tensor(5), "Tensor"), (np.array(5), "ndarray")]
+)
+def test_what_cannot_be_gone_through_is_no_input(mlp, out, data, kind):
+    assert refusal(DataError, mlp, data, BLOCK, out) == (
+        f"data is one {kind}, not an iterable of inputs; give a list, such as [data]"
     )
 
 
@@ -322,6 +360,48 @@ def test_one_token_parts_texts(mlp, out, words, stream):
     texts = ["1 2", "3 4", "", "5"] if not words.first + words.last else ["1 2", "3 4", "5"]
     extract(mlp, texts, BLOCK, out, tokenizer=words, pack=True, context=4)
     assert Read(out)["token"] == stream
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            lambda texts: [[1] for _ in texts],
+            "the tokenizer returned a list without 'input_ids'; give one that returns a dict of "
+            "them, such as AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            lambda texts: {"ids": [[1] for _ in texts]},
+            "the tokenizer returned a dict without 'input_ids'; give one that returns a dict of "
+            "them, such as AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            lambda texts: {"input_ids": [[1] for _ in texts[1:]]},
+            "the tokenizer returned 1 sequence for 2 texts; give one that returns one for each",
+        ),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(mlp, out, words, message):
+    assert refusal(OptionError, mlp, ["1 2", "3"], BLOCK, out, tokenizer=words) == message
+
+
+def test_a_tokenizer_need_not_take_more_than_texts(mlp, out):
+    def words(texts):
+        return {"input_ids": [[*map(int, text.split())] for text in texts]}
+
+    extract(mlp, ["1 2", "3"], BLOCK, out, tokenizer=words)
+    assert Read(out)["token"] == [1, 2, 3]
+
+
+def test_a_tokenizer_says_nothing_of_long_texts(mlp, out):
+    given = []
+
+    def words(texts, *, verbose=True):
+        given.append(verbose)
+        return {"input_ids": [[1] for _ in texts]}
+
+    extract(mlp, ["1 2", "3"], BLOCK, out, tokenizer=words)
+    assert given == [False]
 
 
 def test_token_ids_are_joined_as_they_are(mlp, out):
@@ -608,7 +688,7 @@ def test_tokens_that_a_model_flattens_are_rows_as_well(out):
     [
         (
             {"tokenizer": "gpt2"},
-            "tokenizer='gpt2' is not called with texts; give one that is, such as "
+            "tokenizer='gpt2' cannot be called; give one that takes texts, such as "
             "AutoTokenizer.from_pretrained(...)",
         ),
         (
@@ -616,7 +696,14 @@ def test_tokens_that_a_model_flattens_are_rows_as_well(out):
             "drop=[0] does not say what the numbers are; give a dict, such as "
             "drop={'position': [0]}",
         ),
-        ({"drop": {"position": None}}, "drop has [None] for 'position'; give ints from 0 on"),
+        (
+            {"drop": {"position": None}},
+            "drop has [None] for 'position'; give ints from 0 to 2**63 - 1",
+        ),
+        (
+            {"drop": {"token": [2**63]}},
+            f"drop has [{2**63}] for 'token'; give ints from 0 to 2**63 - 1",
+        ),
         ({"carry": 5}, "carry=5 names nothing; give a list of names, such as ['label']"),
     ],
 )

@@ -342,7 +342,7 @@ def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
     ("context", "message"),
     [
         ("16", "context='16' is no whole number; give 1 or more"),
-        (0, "context=0 is too few; give 1 or more"),
+        (0, "context=0 is too small; give 1 or more"),
     ],
 )
 def test_a_context_that_is_no_number_of_rows_is_refused(data, tmp_path, context, message):
@@ -362,6 +362,48 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
         f"'{tmp_path / 'xy'}' holds no activations as SAELens caches them, which are columns of "
         "the type Array2D; its columns are x, y"
     )
+
+
+@pytest.mark.parametrize(
+    ("runs", "name", "message"),
+    [
+        (
+            [],
+            RESID,
+            "holds no activations: its dataset has no rows; let SAELens cache some",
+        ),
+        (
+            None,  # a file of no rows
+            RESID,
+            "holds no activations: its dataset has no rows; let SAELens cache some",
+        ),
+        (
+            [[[0.0, 1.0]] * 4],
+            "token",
+            "has activations in a column 'token', which is the name of another column of a data "
+            "set; give it the hook's, by rename_column('token', ...) of datasets",
+        ),
+    ],
+)
+def test_what_makes_no_data_set_is_refused_before_it_is_written(tmp_path, runs, name, message):
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({name: datasets.Array2D(shape=(4, 2), dtype="float32")})
+    made = datasets.Dataset.from_dict({name: runs or []}, features=features)
+    made.save_to_disk(tmp_path / "cached")
+    if runs is None:
+        schema = features.arrow_schema
+        with datasets.arrow_writer.ArrowWriter(
+            path=str(tmp_path / "cached" / "none.arrow"), features=features
+        ) as writer:
+            writer.write_table(schema.empty_table())
+            writer.finalize()
+        state = json.loads((tmp_path / "cached" / "state.json").read_text())
+        state["_data_files"] = [{"filename": "none.arrow"}]
+        (tmp_path / "cached" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DataError) as caught:
+        ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
+    assert str(caught.value) == f"'{tmp_path / 'cached'}' {message}"
+    assert [each.name for each in tmp_path.iterdir()] == ["cached"]
 
 
 def test_datasets_is_asked_for_where_it_is_not_installed(data, tmp_path, monkeypatch):

@@ -251,8 +251,8 @@ def reads(monkeypatch):
     """The numbers of rows of the reads, as they end."""
     seen, read = [], StoredRows.read_into
 
-    def reading(self, batch, place, rows):
-        read(self, batch, place, rows)
+    def reading(self, batch, rows, **place):
+        read(self, batch, rows, **place)
         seen.append(len(rows))
 
     monkeypatch.setattr(StoredRows, "read_into", reading)
@@ -295,8 +295,8 @@ def test_a_loader_of_a_large_file_holds_little():
 
 
 MESSAGES = [
-    ({"batch_size": 0}, "batch_size=0 is too few; give 1 or more"),
-    ({"batch_size": 4, "workers": -1}, "workers=-1 is too few; give 0 or more"),
+    ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
+    ({"batch_size": 4, "workers": -1}, "workers=-1 is too small; give 0 or more"),
     ({"batch_size": 4, "seed": None}, "seed=None is no whole number; give 0 or more"),
     ({"batch_size": 4, "seed": 0.5}, "seed=0.5 is no whole number; give 0 or more"),
     ({"batch_size": True}, "batch_size=True is no whole number; give 1 or more"),

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import Mlp, bridge, huggingface, tokens
-from test_extract import RESID, Read, Z, refusal
+from test_extract import RESID, Read, Z, refusal, sequences
 
 from actctx import DataError, Site
 from actctx._fingerprint import describe_model
 from actctx._inputs import Batch
+from actctx._target import Target
 from actctx._writer import commit_seconds
 from actctx.extract import extract
 
@@ -35,6 +36,13 @@ from models import bridge, tokens
 from actctx import _writer
 from actctx.extract import extract
 _writer._COMMIT_BYTES = 10_000
+append = _writer.Target.append
+
+def told(self, batches):
+    append(self, batches)
+    print("committed", flush=True)
+
+_writer.Target.append = told
 
 def batches():
     print("begun", flush=True)
@@ -81,10 +89,12 @@ def child(out):
     )
 
 
-def killed_at(out, seconds):
-    """Kill an extraction so many seconds after it began, and tell whether it had ended."""
+def killed_at(out, seconds, commits):
+    """Kill an extraction so many seconds after as many commits, and tell whether it had ended."""
     process = child(out)
     assert process.stdout.readline() == "begun\n"
+    for _ in range(commits):
+        process.stdout.readline()
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     return "ended" in process.communicate()[0]
@@ -94,8 +104,8 @@ def check_kills(tmp_path, seed, kills):
     out, draw = tmp_path / "acts.lance", random.Random(seed)  # noqa: S311
     wanted = unbroken(tmp_path / "whole.lance")
     counts = []
-    for _ in range(kills):
-        if killed_at(out, draw.uniform(0, 0.5)):
+    for number in range(kills):
+        if killed_at(out, draw.uniform(0, 0.1), commits=number):
             break
         if (out / "_versions").is_dir() and [*(out / "_versions").glob("*.manifest")]:
             read = Read(out)
@@ -103,6 +113,7 @@ def check_kills(tmp_path, seed, kills):
             rows = wanted.table.slice(0, len(read))
             assert read.table.equals(rows.cast(read.table.schema))
     assert counts == sorted(counts)
+    assert any(0 < count < len(wanted) for count in counts)
     unbroken(out)
     assert same(Read(out), wanted)
     assert not any(name.suffix != ".lance" for name in (out / "data").iterdir())
@@ -351,6 +362,29 @@ def test_digests_tell_apart_what_is_given_in_any_shape():
     assert digests(attention_mask=torch.ones(2, 3)) == digests()
 
 
+MASKED = {"input_ids": SENTENCES[0], "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
+OTHERWISE = {**MASKED, "attention_mask": torch.tensor([[1, 0, 0], [1, 1, 1]])}
+
+
+def test_another_mask_is_another_input_where_padding_leaves_rows(out):
+    extract(bridge(), [MASKED], RESID, out, mask=None)
+    for add, site in ((False, RESID), (True, Z)):
+        message = refusal(DataError, bridge(), [OTHERWISE] * 2, site, out, mask=None, add=add)
+        assert message.startswith(
+            "the rows on disk came from another input: row 0 is token 1 of sequence 0, position 0 "
+            "in both, but its sequence has other tokens, or other arguments of the forward"
+        )
+    assert extract(bridge(), [MASKED] * 2, RESID, out, mask=None).new_rows == 6
+
+
+def test_other_tokens_to_pool_are_another_input(out):
+    rows = [{"input_ids": [1, 2, 9], "kept": kept} for kept in ([0, 1, 1], [1, 1, 1])]
+    options = {"mask": "kept", "pool": "mean"}
+    extract(bridge(), rows[:1], RESID, out, **options)
+    message = refusal(DataError, bridge(), rows[1:], RESID, out, **options)
+    assert message == OTHER.format(row=0)
+
+
 def test_the_same_sequences_padded_otherwise_are_the_same_input(out):
     ids, mask = torch.tensor([[1, 2, 9, 0], [3, 4, 5, 9]]), torch.tensor([[1, 1, 1, 0], [1] * 4])
     extract(bridge(), [{"input_ids": ids, "attention_mask": mask}], RESID, out, slice=-1)
@@ -518,7 +552,6 @@ def test_another_tensor_of_the_same_place_is_refused(out, was, now, shown, add):
             [RESID, Z],
             "drop is {'position': [0]}, not {'position': [1]}",
         ),
-        ({"batch_size": 3}, [RESID, Z], "batch_size is 8, not 3"),
     ],
 )
 def test_what_would_make_other_rows_is_refused(out, options, names, message):
@@ -528,6 +561,47 @@ def test_what_would_make_other_rows_is_refused(out, options, names, message):
         f"cannot go on with '{out}': its {message}; give the same, or another path"
     )
     assert len(Read(out)) == 90
+
+
+def whole_and_in_parts(path, data, **options):
+    """Extract with a batch size, and with another that is gone on with; return the rows of both."""
+    whole, out = path / "whole.lance", path / "acts.lance"
+    extract(bridge(), data, RESID, whole, batch_size=8, **options)
+    extract(bridge(), data, RESID, out, batch_size=8, max_tokens=13, **options)
+    assert Read(whole).layout.input["batch_size"] == 8
+    return Read(whole), out
+
+
+@pytest.mark.parametrize("size", [3, 16])
+@pytest.mark.parametrize(
+    ("data", "options"),
+    [
+        (tokens(30), {}),
+        (tokens(30).numpy(), {}),
+        (sequences(), {"pack": True, "context": 4}),
+        (sequences(), {}),
+        (sequences(), {"pool": "mean"}),
+    ],
+)
+def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, data, options, size):
+    monkeypatch.setattr("actctx._inputs._WINDOW", 2)
+    wanted, out = whole_and_in_parts(tmp_path, data, **options)
+    model, ran = bridge(), []
+    hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
+    extract(model, data, RESID, out, batch_size=size, **options)
+    hook.remove()
+    read = Read(out)
+    columns = ["token", "sequence", "position", "_input"]
+    assert read.table.select(columns).equals(wanted.table.select(columns))
+    torch.testing.assert_close(read[RESID], wanted[RESID], atol=1e-5, rtol=0)
+    assert max(ran) <= size
+
+
+def test_sites_are_added_with_another_batch_size(tmp_path):
+    wanted, out = whole_and_in_parts(tmp_path, sequences())
+    extract(bridge(), sequences(), Z, out, batch_size=3, add=True)
+    extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
+    assert Read(out)["sequence"] == wanted["sequence"]
 
 
 def test_a_model_in_another_dtype_is_refused(out):
@@ -654,14 +728,6 @@ def test_other_files_in_a_data_set_do_not_matter(out):
     assert (out / "notes.txt").exists()
 
 
-def test_tags_and_branches_of_a_data_set_stay(out):
-    unbroken(out, 2)
-    first = lance.dataset(str(out))
-    first.tags.create("first", first.version)
-    assert len(unbroken(out, 3)) == 90
-    assert lance.dataset(str(out), version="first").count_rows() == 60
-
-
 def test_a_dataset_of_others_is_refused(out):
     import pyarrow as pa
 
@@ -727,6 +793,37 @@ def test_a_directory_that_does_not_exist_is_named(tmp_path):
     )
 
 
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_directory_that_cannot_be_written_to_is_named(out, monkeypatch, number):
+    def fails(self, **_):
+        raise OSError(number, os.strerror(number), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", fails)
+    assert refusal(DataError, bridge(), batches(), RESID, out) == (
+        f"cannot write to '{out}': {os.strerror(number)}; give another path"
+    )
+
+
+def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
+    append, read, seen = Target.append, [], []
+
+    def slow(self, rows):
+        while not seen or len(read) > seen[-1]:
+            seen.append(len(read))
+            time.sleep(0.3)
+        append(self, rows)
+
+    def counted():
+        for batch in batches():
+            read.append(batch)
+            yield batch
+
+    monkeypatch.setattr(Target, "append", slow)
+    extract(bridge(), counted(), [RESID, Z], out)
+    assert max(seen) <= 12  # 4 and 4 that wait, and those that are being read, run and written
+    assert len(Read(out)) == BATCHES * 35
+
+
 def test_two_writers_at_once_are_refused(tmp_path):
     out = tmp_path / "acts.lance"
     process = child(out)
@@ -736,7 +833,7 @@ def test_two_writers_at_once_are_refused(tmp_path):
         f"'{out}' is being written to by another process; wait until it has ended, or give "
         "another path"
     )
-    assert process.communicate()[0] == "ended\n"
+    assert process.communicate()[0].endswith("ended\n")
     assert process.returncode == 0
     assert same(Read(out), unbroken(tmp_path / "whole.lance"))
 
