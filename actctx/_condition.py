@@ -103,11 +103,16 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
         if part[1] is None or part[1] in others:
             return part[0]
         try:
-            return f"`{find_site(sites, part[1], others).column}`"
+            site = find_site(sites, part[1], others)
         except NotCapturedError as error:
             raise OptionError(f"where={where!r} is no condition on rows: {error}") from None
+        _refuse_bfloat16(where, site)
+        return f"`{site.column}`"
 
     bare = _QUOTED.sub(" ", where)
+    for name, site in sites.items():
+        if name == site.column and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
+            _refuse_bfloat16(where, site)
     for name in sorted(sites, key=len, reverse=True):
         if name != sites[name].column and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
             raise OptionError(
@@ -115,6 +120,26 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
                 f"write `{name}`"
             )
     return _QUOTED.sub(column, where)
+
+
+def _refuse_bfloat16(where: str, site: StoredSite) -> None:
+    if site.dtype == "bfloat16":
+        raise OptionError(
+            f"where={where!r} compares {site.name!r}, which is bfloat16, as Lance cannot; read the "
+            f"rows and compare them, as in data[:][{site.name!r}] > 0"
+        )
+
+
+def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
+    """Say what is wrong with a condition, in place of what Lance says."""
+    unknown = re.match(r".*No field named (.+?)\. Valid fields are", reason)
+    if unknown is None:
+        return as_users_write(reason, sites)
+    there = ", ".join([*others, *(f"`{name}`" for name in sites)])
+    return (
+        f"there is no column {unknown[1]}; there are {there}; a string stands in single quotes, as "
+        "in label = 'yes'"
+    )
 
 
 def as_users_write(text: str, sites: Mapping[str, StoredSite]) -> str:

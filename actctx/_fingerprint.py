@@ -26,7 +26,8 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 ANEW = (
     "a model of which a part is initialised at random when it is loaded, such as a head that was "
-    "not saved, is another each time; call torch.manual_seed() before loading it"
+    "not saved, is another each time, so call torch.manual_seed() before loading it; a model in "
+    "another dtype is another, too"
 )
 """What to do where a model is the same and its fingerprint is not."""
 

@@ -37,7 +37,7 @@ def whole_number(option: str, value: object, *, least: int) -> int:
 
     """
     if not is_int(value):
-        raise OptionError(f"{option}={value!r} is no whole number; give {least} or more")
+        raise OptionError(f"{option}={value!r} is not an int; give {least} or more")
     number = operator.index(value)
     if number < least:
         raise OptionError(f"{option}={number} is too small; give {least} or more")

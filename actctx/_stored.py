@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from actctx._condition import as_lance_reads, as_users_write
+from actctx._condition import as_lance_reads, why_refused
 from actctx._errors import DataError, OptionError
 from actctx._file import reason_of
 from actctx._layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
@@ -110,7 +110,7 @@ class StoredRows:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
         except (ValueError, OSError) as error:
-            reason = as_users_write(reason_of(error), sites)
+            reason = why_refused(reason_of(error), sites, self.others)
             raise OptionError(f"where={where!r} is no condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 

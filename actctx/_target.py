@@ -75,7 +75,7 @@ class Target:
             self._lock.acquire()
         except Timeout:
             raise DataError(
-                f"'{path}' is being written to by another process; wait until it has ended, or "
+                f"'{path}' is being written to by another extraction; wait until it has ended, or "
                 "give another path"
             ) from None
         except OSError as error:
@@ -248,6 +248,8 @@ def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     remedy = "give another path"
     if rows:
         remedy = f"{rows} rows are on disk, and running it again goes on after them"
+    elif "No space left" in reason_of(error):
+        remedy = "make room there and run it again, or give another path"
     elif isinstance(error, FileNotFoundError) and not path.parent.exists():
         remedy = f"make the directory '{path.parent}' first"
     return cannot_write(path, error, remedy)

@@ -255,11 +255,11 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     def to_saelens(
         self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
-    ) -> None:
+    ) -> int:
         """Write what SAELens trains from with `use_cached_activations=True`.
 
-        The rows are cut into runs of `context`, in their order; what fills no run at the end is
-        left out. Each site is a column under its name, its heads flattened as SAELens flattens
+        The rows are cut into runs of `context`, in their order; rows at the end that fill no run
+        are left out. Each site is a column under its name, its heads flattened as SAELens flattens
         them. bfloat16, which these files do not have, becomes float32, with a warning. A few
         megabytes of rows are in memory at a time.
 
@@ -269,6 +269,9 @@ class ActivationDataset(Dataset[StoredBatch]):
             context: The `context_size` of SAELens' config, in rows.
             rename: SAELens' `hook_name` for sites that have another name here, by their name.
 
+        Returns:
+            The number of rows that were left out.
+
         Raises:
             DataError: There is something at the path already, or it cannot be written to.
             OptionError: `context` is no number of rows, or there are fewer; `rename` names no site
@@ -276,10 +279,12 @@ class ActivationDataset(Dataset[StoredBatch]):
 
         Example:
             >>> data.to_saelens("cached", context=7)
+            0
 
         """
         context = whole_number("context", context, least=1)
         write_saelens(self._rows, path, context=context, rename=rename or {})
+        return len(self) % context
 
     @classmethod
     def from_saelens(

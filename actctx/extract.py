@@ -129,7 +129,7 @@ def extract(
     Raises:
         DataError: The input is no input, or another than the data set came from, as is the model
             or an option; there is something else at the path, or it cannot be written to, or
-            another process does; it has more rows than `max_tokens`; a value is not finite.
+            another extraction does; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option makes no sense.
         ActctxError: As `capture`.
 

@@ -1,10 +1,13 @@
 """Conditions on the rows of a data set that make no sense."""
 
 import pytest
+import torch
+from models import bridge, tokens
 from stored import RESID, Z, write
 
 from actctx import OptionError
 from actctx.dataset import ActivationDataset
+from actctx.extract import extract
 
 
 @pytest.fixture(scope="module")
@@ -14,11 +17,35 @@ def data(tmp_path_factory):
 
 def test_a_condition_that_lance_does_not_understand_is_refused(data):
     with pytest.raises(OptionError) as caught:
-        ActivationDataset(data.path, where="positon > 0")
+        ActivationDataset(data.path, where="position >")
     message = str(caught.value)
-    assert message.startswith("where='positon > 0' is no condition on rows: ")
-    assert "No field named positon" in message
+    assert message.startswith("where='position >' is no condition on rows: ")
+    assert "Expected: an expression, found: EOF" in message
     assert "/rust/" not in message
+
+
+def test_a_column_that_is_not_there_is_named_beside_those_that_are(data):
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(data.path, where="text = yes")
+    assert str(caught.value) == (
+        "where='text = yes' is no condition on rows: there is no column yes; there are token, "
+        f"sequence, position, label, text, `{RESID}`, `{Z}`; a string stands in single quotes, as "
+        "in label = 'yes'"
+    )
+
+
+@pytest.mark.parametrize("where", [f"`{RESID}`[1] > 0", "position > 3 AND resid[1] > 0"])
+def test_values_in_bfloat16_are_no_condition(tmp_path, where):
+    name = RESID if RESID in where else "resid"
+    path = tmp_path / "a.lance"
+    extract(bridge(), tokens(), {name: RESID}, path, dtype=torch.bfloat16)
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(path, where=where)
+    assert str(caught.value) == (
+        f"where={where!r} compares {name!r}, which is bfloat16, as Lance cannot; read the rows and "
+        f"compare them, as in data[:][{name!r}] > 0"
+    )
+    assert len(ActivationDataset(path, where="position > 3")) == 9
 
 
 CONDITIONS = [

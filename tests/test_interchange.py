@@ -29,7 +29,7 @@ def data(path):
 
 def test_datasets_reads_what_is_written_for_saelens(data, tmp_path):
     datasets = pytest.importorskip("datasets")
-    data.to_saelens(tmp_path / "cached", context=16)
+    assert data.to_saelens(tmp_path / "cached", context=16) == ROWS % 16 > 0
     cached = datasets.load_from_disk(tmp_path / "cached")
     assert cached.features[Z].shape == (16, 6)
     assert cached.features[Z].dtype == "float16"
@@ -341,7 +341,7 @@ def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
 @pytest.mark.parametrize(
     ("context", "message"),
     [
-        ("16", "context='16' is no whole number; give 1 or more"),
+        ("16", "context='16' is not an int; give 1 or more"),
         (0, "context=0 is too small; give 1 or more"),
     ],
 )

@@ -297,10 +297,10 @@ def test_a_loader_of_a_large_file_holds_little():
 MESSAGES = [
     ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
     ({"batch_size": 4, "workers": -1}, "workers=-1 is too small; give 0 or more"),
-    ({"batch_size": 4, "seed": None}, "seed=None is no whole number; give 0 or more"),
-    ({"batch_size": 4, "seed": 0.5}, "seed=0.5 is no whole number; give 0 or more"),
-    ({"batch_size": True}, "batch_size=True is no whole number; give 1 or more"),
-    ({"batch_size": 4, "pool": 1e6}, "pool=1000000.0 is no whole number; give 1 or more"),
+    ({"batch_size": 4, "seed": None}, "seed=None is not an int; give 0 or more"),
+    ({"batch_size": 4, "seed": 0.5}, "seed=0.5 is not an int; give 0 or more"),
+    ({"batch_size": True}, "batch_size=True is not an int; give 1 or more"),
+    ({"batch_size": 4, "pool": 1e6}, "pool=1000000.0 is not an int; give 1 or more"),
     (
         {"batch_size": 4, "rank": 0.5, "world_size": 2},
         "rank=0.5 is none of 2 ranks; they count from 0",

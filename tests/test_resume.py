@@ -830,7 +830,7 @@ def test_two_writers_at_once_are_refused(tmp_path):
     assert process.stdout.readline() == "begun\n"
     message = refusal(DataError, bridge(), batches(), [RESID, Z], out, drop={"position": [0]})
     assert message == (
-        f"'{out}' is being written to by another process; wait until it has ended, or give "
+        f"'{out}' is being written to by another extraction; wait until it has ended, or give "
         "another path"
     )
     assert process.communicate()[0].endswith("ended\n")
