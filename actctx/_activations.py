@@ -1,8 +1,7 @@
 """The buffer that is handed back: captured tensors by name."""
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +13,12 @@ from actctx._axes import Axes
 from actctx._column import Column, Kept, wait_for
 from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
+from actctx._lookup import find_column, listed, why_empty, why_nothing
 from actctx._select import Owned
+from actctx._spared import Estimate, spared, unknown
 from actctx._stack import layers_of, stack_layers
-from actctx._table import Row, as_html, as_text, counted, format_bytes, shortened
+from actctx._table import Row, as_html, as_text, counted, format_bytes
 from actctx._typed import spec_of
-
-Estimate = Callable[[int, int], int | None]
-"""Tells how many bytes `run_with_cache` would hold after a forward of so many sequences and
-positions, or None where that is not known."""
-
-
-def _unknown(_batch: int, _pos: int) -> None:
-    """Stand in for an estimate where there is no model any more."""
-
 
 if TYPE_CHECKING:
     _Tensors = Mapping[str, Tensor]
@@ -46,10 +38,17 @@ class Activations(_Tensors):
     `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
     alias of it; `acts.resid` does for an alias that is an identifier. With `join=None` a list of
     tensors is read, one for each forward. An edit in place is an edit of the buffer.
+
+    Example:
+        >>> with capture(model, "blocks.*.hook_resid_post") as acts:
+        ...     logits = model(tokens)
+        >>> acts["blocks.0.hook_resid_post"].shape
+        torch.Size([4, 7, 32])
+
     """
 
     def __init__(
-        self, join: str | None = "batch", *, source: str = "", estimate: Estimate = _unknown
+        self, join: str | None = "batch", *, source: str = "", estimate: Estimate = unknown
     ) -> None:
         self._join = join
         self._source = source
@@ -115,7 +114,8 @@ class Activations(_Tensors):
             raise AttributeError(name)
         if name not in self._columns:
             raise AttributeError(
-                f"Activations has no attribute {name!r}; the captured names are {self._listed()}"
+                f"Activations has no attribute {name!r}; the captured names are "
+                f"{listed(self._order)}"
             )
         try:
             return self[name]
@@ -123,7 +123,7 @@ class Activations(_Tensors):
             raise AttributeError(str(error)) from error
 
     def __contains__(self, name: object) -> bool:
-        return bool((column := self._find(name)) and column.firings)
+        return bool((column := find_column(self._columns, name)) and column.firings)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._order)
@@ -149,11 +149,11 @@ class Activations(_Tensors):
                 "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
-            raise NotCapturedError(f"there is no tensor to read: {self._why_empty()}")
+            raise NotCapturedError(f"there is no tensor to read: {why_empty(self._source)}")
         if len(self) > 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
-                f"{self._listed()}; read acts[name]"
+                f"{listed(self._order)}; read acts[name]"
             )
         tensor: Tensor = self[next(iter(self))]
         return tensor
@@ -195,6 +195,14 @@ class Activations(_Tensors):
             NotCapturedError: Nothing was captured under this name.
             JoinError, AxisError: The forwards do not join, or have no axis to join along.
 
+        Example:
+            >>> linear = torch.nn.Linear(2, 2)
+            >>> twice = torch.nn.Sequential(linear, linear)
+            >>> with capture(twice, "0") as acts:
+            ...     output = twice(torch.ones(1, 2))
+            >>> [firing.shape for firing in acts.firings("0")]
+            [torch.Size([1, 2]), torch.Size([1, 2])]
+
         """
         column = self._column(name)
         return [column.joined(k) for k in range(len(column.firings))]
@@ -208,6 +216,13 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: Nothing was captured under this name, or without a mask.
+
+        Example:
+            >>> mask = torch.tensor([[False, True]])
+            >>> with capture(model, "blocks.0.hook_resid_post", mask=mask) as acts:
+            ...     logits = model(tokens[:1, :2])
+            >>> acts.positions("blocks.0.hook_resid_post")
+            tensor([[0, 1]])
 
         """
         column = self._column(name)
@@ -233,6 +248,10 @@ class Activations(_Tensors):
             JoinError: The layers do not have one shape.
             OptionError: With `join=None` there are lists of tensors.
 
+        Example:
+            >>> acts.stack("hook_resid_post").shape
+            torch.Size([2, 4, 7, 32])
+
         """
         if self._join is None:
             raise OptionError(
@@ -243,7 +262,7 @@ class Activations(_Tensors):
 
     def _layers(self, name: str) -> list[str]:
         if not self:
-            raise NotCapturedError(f"there is nothing to stack: {self._why_empty()}")
+            raise NotCapturedError(f"there is nothing to stack: {why_empty(self._source)}")
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:
@@ -255,6 +274,10 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
+
+        Example:
+            >>> acts.spec("blocks.0.hook_resid_post").__name__
+            'Float32[Tensor, "batch pos d_model=32"]'
 
         """
         column = self._column(name)
@@ -274,6 +297,10 @@ class Activations(_Tensors):
 
         Returns:
             A new buffer. Drop this one to free what it holds.
+
+        Example:
+            >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
+            torch.float16
 
         """
         if isinstance(device, torch.dtype):
@@ -311,6 +338,12 @@ class Activations(_Tensors):
             DataError: It cannot be written there.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
+        Example:
+            >>> from safetensors.torch import load_file
+            >>> acts.save("acts.safetensors")
+            >>> [*load_file("acts.safetensors")]
+            ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']
+
         """
         if not self:
             raise NotCapturedError("nothing was captured, so there is nothing to save")
@@ -326,12 +359,8 @@ class Activations(_Tensors):
         return as_text(*self._summary())
 
     def _repr_html_(self) -> str:
-        held = [self._estimate(*tokens) for tokens in self._tokens.elements()]
-        known = [nbytes for nbytes in held if nbytes]
-        # More may be captured than would be cached, since each site has a copy of its own.
-        spared = bool(known) and len(known) == len(held) and sum(known) >= self.nbytes
-        cache = f" of about {format_bytes(sum(known))} that run_with_cache would hold"
-        return as_html(*self._summary(cache if spared else "", drawn=True))
+        cache = spared(self._estimate, self._tokens, self.nbytes)
+        return as_html(*self._summary(cache, drawn=True))
 
     __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
     __hash__ = object.__hash__
@@ -342,59 +371,29 @@ class Activations(_Tensors):
     def __getstate__(self) -> dict[str, object]:
         for column in self._columns.values():
             column.settle()
-        return {**self.__dict__, "_estimate": _unknown}
+        return {**self.__dict__, "_estimate": unknown}
 
     def _summary(self, spared: str = "", *, drawn: bool = False) -> tuple[str, list[Row]]:
         size = format_bytes(self.nbytes) + spared
-        title = f"Activations: {counted(len(self), 'site')}, {size}, {self._ran()}"
+        title = f"Activations: {counted(len(self), 'site')}, {size}, "
+        title += counted(self._forwards, "forward")
         if self._forwards and self.missing:
             title += f", {len(self.missing)} missing"
         return title, [self._columns[key].row(drawn=drawn) for key in self]
-
-    def _ran(self) -> str:
-        return counted(self._forwards, "forward")
 
     def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
         copy = Activations(self._join, source=self._source, estimate=self._estimate)
         copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
         copy._forwards = self._forwards
-        for key, column in self._columns.items():
-            firings = [deque(map(change, chunks)) for chunks in column.firings]
-            copy._columns[key] = replace(
-                column,
-                capacity=None,
-                rooms=[],
-                firings=firings,
-                rows=column.rows.copy(),
-                stack=None,
-            )
+        copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
         return copy
 
-    def _find(self, name: object) -> Column | None:
-        if isinstance(name, str) and name in self._columns:
-            return self._columns[name]
-        alike = [column for column in self._columns.values() if name in column.names]
-        return alike[0] if len(alike) == 1 else None
-
     def _column(self, name: str) -> Column:
-        column = self._find(name)
+        column = find_column(self._columns, name)
         if column is not None and column.firings:
             return column
-        if self._forwards == 0:
-            reason = self._why_empty()
-        elif column is None:
-            alike = [repr(key) for key, each in self._columns.items() if name in each.names]
-            reason = f"the captured names are {self._listed()}"
-            if alike:
-                reason = f"it is captured several times, so read one of {', '.join(alike)}"
-        else:
-            reason = f"it never fired in {self._ran()}"
+        reason = why_empty(self._source)
+        if self._forwards:
+            reason = why_nothing(self._columns, name, self._order, self._forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
-
-    def _why_empty(self) -> str:
-        model = self._source or "the model"
-        return f"no forward of {model} has run since the block began or the buffer was cleared"
-
-    def _listed(self) -> str:
-        return shortened([repr(key) for key in self._order])

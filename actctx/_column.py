@@ -4,8 +4,8 @@ import ctypes
 import itertools
 import sys
 from collections import deque
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -84,6 +84,12 @@ class Column:
                 used = self._used(number) + chunk.value.shape[self.join_dim()]
                 whole = self.rooms[number].narrow(self.join_dim(), 0, used)
                 self.firings[number] = deque([chunk._replace(value=whole)])
+
+    def mapped(self, change: Callable[[Owned], Owned]) -> "Column":
+        """Copy it, with each tensor changed, and without the room for more."""
+        firings = [deque(map(change, chunks)) for chunks in self.firings]
+        rows = self.rows.copy()
+        return replace(self, capacity=None, rooms=[], firings=firings, rows=rows, stack=None)
 
     def _note_rows(self, rows: Rows) -> None:
         """Count sequences over the forwards; with a KV cache a forward goes on with the last."""

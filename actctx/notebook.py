@@ -33,12 +33,14 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     help="What to keep along an axis: pos=-1, pos=0:10 or head=0,3. Repeatable.",
 )
 @argument("--dtype", choices=_DTYPES, help="The dtype to keep; by default the model's.")
-@argument("--device", help="The device to move to; by default they stay.")
+@argument("--device", help="The device to move the activations to; by default the model's.")
 @argument("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
 @argument("--join", default="batch", help="The axis that forwards are joined along, or none.")
-@argument("--capacity", type=int, metavar="N", help="Make room for N at the first forward.")
-@argument("--grad", action="store_true", help="Keep the graph, for gradients through them.")
-@argument("--stop", action="store_true", help="End each forward once all have fired.")
+@argument("--capacity", type=int, metavar="N", help="Make room for N rows at the first forward.")
+@argument(
+    "--grad", action="store_true", help="Keep the graph, for gradients through the activations."
+)
+@argument("--stop", action="store_true", help="End each forward once all names have fired.")
 @argument("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
 def capture_activations(line: str, cell: str) -> object:
     """Run the cell in a capture.
@@ -84,7 +86,7 @@ def _check_variable(variable: str, model: str) -> None:
 
     """
     if not variable.isidentifier() or iskeyword(variable):
-        raise OptionError(f"--as {variable!r} is no name of a variable; give one such as acts")
+        raise OptionError(f"--as {variable!r} is not a valid variable name; give one such as acts")
     if variable in _names_in(model):
         raise OptionError(
             f"--as {variable!r} would take the place of the model; give another name, such as acts"

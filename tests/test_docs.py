@@ -22,6 +22,7 @@ from actctx import (
     _names,
     _places,
     _schema,
+    capture,
     dataset,
     extract,
     plot,
@@ -141,11 +142,14 @@ def test_links_between_pages_lead_somewhere():
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = bridge()
+    with capture(model, "blocks.*.hook_resid_post") as acts:  # as the buffer's own example does
+        model(tokens(4))
     names = {
         **vars(plot),
         **vars(actctx),
         **vars(module),
         "model": model,
+        "acts": acts,
         "tokens": tokens(4),
         "loader": [tokens(4)] * 2,
     }

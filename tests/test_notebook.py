@@ -97,7 +97,7 @@ def test_a_name_that_is_not_there_is_refused_before_the_cell_runs(kernel):
 
 @pytest.mark.parametrize("name", ["1st", "class"])
 def test_a_variable_that_is_none_is_refused(kernel, name):
-    with pytest.raises(CellExecutionError, match=f"--as '{name}' is no name of a variable"):
+    with pytest.raises(CellExecutionError, match=f"--as '{name}' is not a valid variable name"):
         run(kernel, f"%%capture_activations model 0 --as {name}\nmodel(x)")
 
 
@@ -169,9 +169,12 @@ def test_a_semicolon_silences_the_cell(kernel):
 
 
 def test_the_magic_explains_itself(kernel):
-    assert "--slice" in run(
-        kernel, "print(get_ipython().find_cell_magic('capture_activations').__doc__)"
+    shown = run(kernel, "print(get_ipython().find_cell_magic('capture_activations').__doc__)")
+    assert "--slice" in shown
+    assert "The device to move the activations to; by default the model's." in " ".join(
+        shown.split()
     )
+    assert "Make room for N rows at the first forward." in " ".join(shown.split())
 
 
 def test_an_extraction_shows_how_far_it_has_come(kernel, tmp_path):

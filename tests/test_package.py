@@ -31,6 +31,8 @@ ROOMS = (
     "_column",
     "_file",
     "_stack",
+    "_lookup",
+    "_spared",
     "_activations",
     "_schema",
     "_grad",
