@@ -59,11 +59,11 @@ def add_sites(
         )
     facts = extraction.facts
     facts.check_rows(whole)
-    was_added = _clear(whole)
+    _clear(whole)
     staged = Target(_beside(whole, "adding"))
     try:
         _check_half(facts, staged, whole)
-        if _has_them(facts, whole, was_added=was_added):
+        if _has_them(facts, whole):
             return whole.rows
         facts.check(staged, resume=resume, otherwise="delete that directory")
         rows = extraction.run(data, staged, most=whole.rows, progress=progress, against=whole)
@@ -86,11 +86,8 @@ def _beside(whole: Target, word: str) -> Path:
     return Path(f"{whole.path}.{word}")
 
 
-def _clear(whole: Target) -> bool:
+def _clear(whole: Target) -> None:
     """Delete what an addition left that was done with, or had come to nothing.
-
-    Returns:
-        Whether one was done with.
 
     Raises:
         DataError: There is something else in its place.
@@ -99,23 +96,20 @@ def _clear(whole: Target) -> bool:
     adding, done = _beside(whole, "adding"), _beside(whole, "adding.done")
     if found := found_at(done):
         raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
-    was_added = done.exists()
-    if was_added:
+    if done.exists():
         delete(done)
     if not adding.exists():
-        return was_added
+        return
     staged = Target(adding)
     staged.release()
     if staged.layout is None or not staged.rows:
         with contextlib.suppress(OSError):
             delete(adding)
-        return was_added
+        return
     assert whole.layout is not None  # noqa: S101  as it has rows
-    is_done = staged.layout.finished and {*staged.layout.sites} <= {*whole.layout.sites}
-    if is_done:
+    if staged.layout.finished and {*staged.layout.sites} <= {*whole.layout.sites}:
         adding.rename(done)
         delete(done)
-    return was_added or is_done
 
 
 def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
@@ -142,18 +136,18 @@ def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
         )
 
 
-def _has_them(facts: Facts, whole: Target, *, was_added: bool) -> bool:
-    """Tell whether an addition that was done with is what was asked for.
+def _has_them(facts: Facts, whole: Target) -> bool:
+    """Tell whether all that was asked for is there already.
 
     Raises:
-        DataError: A site is there already, by no such addition, or as another.
+        DataError: Some of it is, or a site is there as another.
 
     """
     assert whole.layout is not None  # noqa: S101  as it has rows
     there = {site.name for site in whole.layout.sites}
     asked = facts.names(there)
     known = [name for name in asked if name in there]
-    if known and not (was_added and known == asked):
+    if known and known != asked:
         raise DataError(
             f"'{whole.path}' has {known[0]!r} already; leave it out, or give another an alias, "
             "as in {'resid': ...}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import bridge
 from test_extract import RESID, Read, Z, refusal
-from test_resume import TESTS, batches, other_weights
+from test_resume import TESTS, batches, other_weights, same
 
 from actctx import DataError, OptionError
 from actctx.extract import extract
@@ -350,10 +350,17 @@ def test_an_addition_that_is_half_done_goes_on_in_any_order(out, tmp_path, monke
 
 
 def test_sites_are_not_added_twice(out):
-    assert refusal(DataError, bridge(), batches(6), RESID, out, drop=DROP, add=True) == (
+    before = Read(out)
+    assert refusal(DataError, bridge(), batches(6), [RESID, Z], out, drop=DROP, add=True) == (
         f"'{out}' has '{RESID}' already; leave it out, or give another an alias, as in "
         "{'resid': ...}"
     )
+    assert refusal(
+        DataError, bridge(), batches(6), RESID, out, drop=DROP, add=True, dtype=torch.float16
+    ).startswith(f"cannot add to '{out}': its dtype of '{RESID}' is 'float32', not 'float16'")
+    done = extract(bridge(), batches(6), RESID, out, drop=DROP, add=True)  # a script runs again
+    assert (done.rows, done.new_rows) == (len(before), 0)
+    assert same(Read(out), before)
 
 
 def test_sites_are_added_to_what_there_is(tmp_path):
