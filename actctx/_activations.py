@@ -277,7 +277,7 @@ class Activations(_Tensors):
 
         Example:
             >>> acts.spec("blocks.0.hook_resid_post").__name__
-            'Float32[Tensor, "batch pos d_model=32"]'
+            "Float32[Tensor, 'batch pos d_model=32']"
 
         """
         column = self._column(name)

@@ -2,6 +2,7 @@
 
 import ast
 import doctest
+import inspect
 import os
 import re
 import subprocess
@@ -135,6 +136,18 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def _published_from(module):
+    """List what a module defines but says to be the package's, so that it is not found there."""
+    return [
+        part for name in actctx.__all__ if module.__file__ in _files(part := getattr(actctx, name))
+    ]
+
+
+def _files(part):
+    parts = map(inspect.unwrap, vars(part).values() if isinstance(part, type) else [part])
+    return {each.__code__.co_filename for each in parts if inspect.isfunction(each)}
+
+
 @pytest.mark.parametrize(
     "module",
     [_places, _names, _capture, _decorator, _activations, _schema, plot, extract, dataset],
@@ -160,6 +173,8 @@ def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     found = finder.find(module, globs=names)
+    for part in _published_from(module):
+        found += finder.find(part, module=module, globs=names)
     if module is dataset:  # of which it is a name only
         found += finder.find(dataset.Loader, module=_loader, globs=names)
     for test in found:
