@@ -193,9 +193,11 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
         "layer": _first(lens, "n_layers") or _first(hugging, "num_hidden_layers"),
     }
     grouped = _first(lens, "n_key_value_heads") or _first(hugging, "num_key_value_heads")
-    if getattr(hugging, "multi_query", False):  # one for all, as Falcon's configs say it
-        is_new = getattr(hugging, "new_decoder_architecture", False)
-        grouped = _first(hugging, "num_kv_heads") if is_new else 1
+    # As Falcon's configs say it: so many, or one for all.
+    if getattr(hugging, "new_decoder_architecture", False):
+        grouped = _first(hugging, "num_kv_heads")
+    elif getattr(hugging, "multi_query", False):
+        grouped = 1
     found["kv_head"] = grouped or found["head"]
     if not found["d_head"] and found["d_model"] and found["head"]:
         found["d_head"] = found["d_model"] // found["head"]

@@ -75,9 +75,11 @@ def test_a_model_within_peft_is_told_where_it_is():
         capture(_adapted("LlamaForCausalLM"), "blocks.1.hook_resid_post")
 
 
+@pytest.mark.parametrize("multi_query", [True, False])
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_the_grouped_heads_of_falcon_are_those_that_it_attends_with(groups):
-    model = huggingface("FalconForCausalLM", new_decoder_architecture=True, num_kv_heads=groups)
+def test_the_grouped_heads_of_falcon_are_those_that_it_attends_with(groups, multi_query):
+    options = {"num_kv_heads": groups, "multi_query": multi_query}
+    model = huggingface("FalconForCausalLM", new_decoder_architecture=True, **options)
     joint = "transformer.h.0.self_attention.query_key_value"
     with capture(model, [joint, Q, K, V, Z, "blocks.0.attn.hook_pattern"]) as acts:
         model(tokens())
