@@ -69,7 +69,7 @@ class Batch:
             if self.real is None or name not in MASKS
         }
         if self.kept is not None:
-            given["kept"] = self.kept
+            given["mask of rows"] = self.kept  # which no argument is called
         found = [self._digest(at, given) for at in range(len(self.tokens))]
         return torch.tensor(found, dtype=torch.long)
 
