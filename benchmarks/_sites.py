@@ -84,39 +84,53 @@ if NNSIGHT not in WITHOUT:
 def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
     """Time forwards of a tiny model with all `resid_post` captured, less the same without.
 
-    Cases and forwards without are interleaved, in another order each round.
+    Cases and forwards without are interleaved, in another order each round. What is counted is the
+    time of the processor.
 
     Returns:
-        For each case and number of forwards in a block, the median of the microseconds that a site
-        and forward took. Opening and closing the block is part of it.
+        For each case and number of forwards in a block, the microseconds that a site and forward
+        took: the difference of the lower quartiles. Opening and closing the block is part of it.
 
     Raises:
         RuntimeError: The cases of a model keep other activations than each other.
 
     """
     setup = replace(setup, layers=LAYERS, d_model=64, heads=4, batch=1, tokens=8)
-    kinds = dict.fromkeys(kind for kind, _ in CASES.values())
+    kinds = dict.fromkeys([*(kind for kind, _ in CASES.values()), PLAIN])
     models, tokens = {kind: build(setup, kind) for kind in kinds}, make_tokens(setup)
-    cases: dict[str, tuple[str, Run]] = {**{kind: (kind, _nothing) for kind in kinds}, **CASES}
-    if NNSIGHT in models:  # what it wraps is not run bare: it would pay for the wrapping
-        cases[NNSIGHT] = (PLAIN, _nothing)
     _check_alike(models, tokens)
     chance = random.Random(0)  # noqa: S311  nothing secret
-    taken: dict[str, dict[int, list[float]]] = {name: defaultdict(list) for name in CASES}
+    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
+    bare: dict[tuple[str, int], list[float]] = defaultdict(list)
     for _ in range(rounds):
         for forwards in (FORWARDS, 1):
-            seconds = {}
-            for name in chance.sample(list(cases), len(cases)):
-                kind, run = cases[name]
+            for name in chance.sample(list(CASES), len(CASES)):
+                kind, run = CASES[name]
                 run(models[kind], tokens, 1)
-                seconds[name] = _time(run, models[kind], tokens, forwards)
-            for name, (kind, _) in CASES.items():
-                more = (seconds[name] - seconds[kind]) / forwards / LAYERS * MICROSECONDS
-                taken[name][forwards].append(more)
+                taken[name, forwards].append(_time(run, models[kind], tokens, forwards))
+                seconds = _time(_nothing, models[_bare(kind)], tokens, forwards)
+                bare[_bare(kind), forwards].append(seconds)
     return {
-        name: {str(forwards): statistics.median(each) for forwards, each in found.items()}
-        for name, found in taken.items()
+        name: {
+            str(forwards): (
+                _quick(taken[name, forwards]) - _quick(bare[_bare(CASES[name][0]), forwards])
+            )
+            / (forwards * LAYERS)
+            * MICROSECONDS
+            for forwards in (FORWARDS, 1)
+        }
+        for name in CASES
     }
+
+
+def _bare(kind: str) -> str:
+    """Name what is run bare: what nnsight wraps would pay for the wrapping."""
+    return PLAIN if kind == NNSIGHT else kind
+
+
+def _quick(seconds: list[float]) -> float:
+    """Return the lower quartile, which other work on the machine changes least."""
+    return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
 def _check_alike(models: dict[str, Any], tokens: Tensor) -> None:
@@ -129,9 +143,9 @@ def _check_alike(models: dict[str, Any], tokens: Tensor) -> None:
 
 
 def _time(run: Run, model: Any, tokens: Tensor, forwards: int) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     run(model, tokens, forwards)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def site_rows(found: dict[str, dict[str, float]]) -> str:
