@@ -307,7 +307,7 @@ class ActivationDataset(Dataset[StoredBatch]):
                 can be written there.
 
         Example:
-            >>> data.to_saelens("of_saelens", context=7)
+            >>> left_out = data.to_saelens("of_saelens", context=7)
             >>> len(ActivationDataset.from_saelens("of_saelens", "back.lance"))
             28
 

@@ -192,7 +192,8 @@ def test_an_interrupt_keeps_what_came(out):
 
 
 INTERRUPTED = f"""
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
 sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
