@@ -184,7 +184,7 @@ def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) ->
     """Measure what is tiny: on the CPU and a tiny model, whatever device and model are given."""
     if "sites" in asked:
         say("sites")
-        found = probe(Order(replace(QUICK, threads=1), tiny="sites", repeats=3 if quick else 41))
+        found = probe(Order(replace(QUICK, threads=1), tiny="sites", repeats=2 if quick else 12))
         findings.put("sites", {"microseconds": found})
         print(site_rows(found), *site_targets(found, FORWARDS), sep="\n", end="\n\n")
     if "checks" in asked:
