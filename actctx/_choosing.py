@@ -83,7 +83,7 @@ class Choosing:
     """
 
     tokens: Selector
-    dropped: Mapping[str, list[int]]
+    dropped: Mapping[str, Int64[Tensor, " _"]]
     pools: bool
 
     def choose(self, batch: Batch) -> Work:
@@ -97,9 +97,8 @@ class Choosing:
         positions = real.cumsum(1) - 1
         kept = real if batch.kept is None else real & batch.kept
         for name, values in (("token", batch.tokens), ("position", positions)):
-            if self.dropped.get(name):
-                dropped = torch.tensor(self.dropped[name], dtype=torch.long, device="cpu")
-                kept = kept & ~torch.isin(values, dropped)
+            if name in self.dropped:
+                kept = kept & ~torch.isin(values, self.dropped[name])
         if self.tokens.steps:
             selector = RowSelector(self.tokens.site, 1, self.tokens)
             (some,) = kept.any(1).nonzero(as_tuple=True)

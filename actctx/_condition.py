@@ -110,15 +110,15 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
         return f"`{site.column}`"
 
     bare = _QUOTED.sub(" ", where)
-    for name, site in sites.items():
-        if name == site.column and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
-            _refuse_bfloat16(where, site)
     for name in sorted(sites, key=len, reverse=True):
-        if name != sites[name].column and re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
+        if not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
+            continue
+        if name != sites[name].column:
             raise OptionError(
                 f"where={where!r} names {name!r} without backticks, which names with dots need; "
                 f"write `{name}`"
             )
+        _refuse_bfloat16(where, sites[name])
     return _QUOTED.sub(column, where)
 
 

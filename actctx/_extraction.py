@@ -97,7 +97,10 @@ class Extraction:
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
             tokens=tokens,
-            dropped=drop,
+            dropped={
+                name: torch.tensor(numbers, dtype=torch.long, device="cpu")
+                for name, numbers in drop.items()
+            },
             pools=pool is not None,
         )
         self._layout = Layout(

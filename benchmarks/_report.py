@@ -121,8 +121,7 @@ def rows(results: list[Result]) -> str:
             f"{result.payload_bytes / MIB:.1f}" if result.payload_bytes else "",
             _peak(result),
             "" if memory is None else f"{memory:.2f}",
-            f"{median_seconds(result):.2f}" if time else "",
-            "" if time is None else f"{time.median:.3f}",
+            *_times(result),
             "" if time is None else f"{time.low:.3f} to {time.high:.3f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -136,13 +135,11 @@ def disk_rows(results: list[Result]) -> str:
         "| --- | ---: | ---: | ---: | :---: |",
     ]
     for result in results:
-        time = time_ratio(result)
         ratios = [mine / limit for mine, limit in result.seconds]
         cells = [
             WAYS[result.way].title,
             _peak(result),
-            f"{median_seconds(result):.2f}" if time else "",
-            f"{time.median:.3f}" if time else "",
+            *_times(result),
             f"{min(ratios):.3f} to {max(ratios):.3f}" if ratios else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -157,7 +154,7 @@ def gather_rows(results: list[Result], batches: int) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
-        limit, time = memory_ratio(result, results), time_ratio(result)
+        limit = memory_ratio(result, results)
         one_more = None
         if result.peak_bytes is not None and payload:
             one_more = result.peak_bytes / (payload * (1 + 1 / batches))
@@ -166,11 +163,16 @@ def gather_rows(results: list[Result], batches: int) -> str:
             _peak(result),
             "" if one_more is None else f"{one_more:.2f}",
             "" if limit is None else f"{limit:.2f}",
-            f"{median_seconds(result):.2f}" if time else "",
-            f"{time.median:.3f}" if time else "",
+            *_times(result),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _times(result: Result) -> tuple[str, str]:
+    """Write the median of the seconds, and of the ratios to the limit."""
+    time = time_ratio(result)
+    return ("", "") if time is None else (f"{median_seconds(result):.2f}", f"{time.median:.3f}")
 
 
 def median_seconds(result: Result) -> float | None:
