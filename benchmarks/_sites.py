@@ -6,67 +6,115 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from actctx import capture
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup, build, make_tokens
+from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup, build, make_tokens, resid_name
 from benchmarks._plain import WITHOUT
 
 LAYERS = 24
-NAMES = "blocks.*.hook_resid_post"
 FORWARDS = 50
 MICROSECONDS = 1e6
 
-Run = Callable[[Any, Tensor, int], Iterable[Tensor]]
+
+@dataclass(frozen=True)
+class Subject:
+    """What is hooked.
+
+    Attributes:
+        model: The model.
+        given: What it is given.
+        names: What its sites are captured by.
+        places: The modules and hook points that they are.
+
+    """
+
+    model: Any
+    given: Tensor
+    names: str
+    places: list[Any]
+
+
+def _transformer(setup: Setup, kind: str) -> Subject:
+    model = build(setup, kind)
+    names = [resid_name(layer) for layer in range(LAYERS)]
+    places = [model.hook_dict[name] for name in names] if kind == BRIDGE else model.transformer.h
+    return Subject(model, make_tokens(setup), "blocks.*.hook_resid_post", list(places))
+
+
+def _blocks(setup: Setup, kind: str) -> Subject:
+    """Make blocks that do nothing, beside which a hook is all that there is to be timed.
+
+    Of a transformer's forward it is a twentieth, and lost in how those scatter.
+    """
+    from transformer_lens.hook_points import HookPoint
+    from transformer_lens.HookedRootModule import HookedRootModule
+
+    class Blocks(HookedRootModule if kind == BRIDGE else nn.Module):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                HookPoint() if kind == BRIDGE else nn.Identity() for _ in range(LAYERS)
+            )
+
+        def forward(self, activation: Tensor) -> Tensor:
+            for block in self.blocks:
+                activation = block(activation)
+            return activation
+
+    model: Any = Blocks()
+    if kind == BRIDGE:
+        model.setup()
+    elif kind == NNSIGHT:
+        from nnsight import NNsight
+
+        model = NNsight(model)
+    given = torch.rand(setup.batch, setup.tokens, setup.d_model)
+    return Subject(model, given, "blocks.*", list(model.blocks))
+
+
+Run = Callable[[Subject, int], Iterable[Tensor]]
 """Runs so many forwards, and gives what it kept of the last or of all of them."""
 
 
-def _nothing(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
+def _nothing(subject: Subject, forwards: int) -> Iterable[Tensor]:
     with torch.no_grad():
         for _ in range(forwards):
-            model(tokens)
+            subject.model(subject.given)
     return []
 
 
-def _capture(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
-    with capture(model, NAMES) as acts:
+def _capture(subject: Subject, forwards: int) -> Iterable[Tensor]:
+    with capture(subject.model, subject.names) as acts:
         for _ in range(forwards):
-            model(tokens)
+            subject.model(subject.given)
     return acts.values()  # not read here, since joining forwards is no part of a site
 
 
-def _hook(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
+def _hook(subject: Subject, forwards: int) -> Iterable[Tensor]:
     kept: list[Tensor] = []
 
     def keep(_module: object, _args: object, activation: Tensor) -> None:
         kept.append(activation.clone())
 
-    plain = hasattr(model, "transformer")
-    places = (
-        model.transformer.h if plain else [model.hook_dict[_name(layer)] for layer in range(LAYERS)]
-    )
     with ExitStack() as hooks:
-        for place in places:
+        for place in subject.places:
             hooks.callback(place.register_forward_hook(keep).remove)
-        _nothing(model, tokens, forwards)
+        _nothing(subject, forwards)
     return kept
 
 
-def _name(layer: int) -> str:
-    return NAMES.replace("*", str(layer))
-
-
-def _trace(model: Any, tokens: Tensor, forwards: int) -> Iterable[Tensor]:
+def _trace(subject: Subject, forwards: int) -> Iterable[Tensor]:
     import nnsight
 
     kept: list[list[Tensor]] = []
     for _ in range(forwards):
-        with torch.no_grad(), model.trace(tokens):
-            outputs = nnsight.save([layer.output for layer in model.transformer.h])
+        with torch.no_grad(), subject.model.trace(subject.given):
+            outputs = nnsight.save([place.output for place in subject.places])
         kept.append(outputs)
     return kept[-1]
 
@@ -80,9 +128,12 @@ CASES: dict[str, tuple[str, Run]] = {
 if NNSIGHT not in WITHOUT:
     CASES["nnsight: `trace`, `save`"] = (NNSIGHT, _trace)
 
+SUBJECTS = {FORWARDS: _blocks, 1: _transformer}
+"""What is hooked, by the number of forwards in a block."""
+
 
 def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Time forwards of a tiny model with all `resid_post` captured, less the same without.
+    """Time forwards with all sites captured, less the same without.
 
     Cases and forwards without are interleaved, in another order each round. What is counted is the
     time of the processor.
@@ -97,30 +148,25 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
     """
     setup = replace(setup, layers=LAYERS, d_model=64, heads=4, batch=1, tokens=8)
     kinds = dict.fromkeys(kind for kind, _ in CASES.values())
-    models, tokens = {kind: build(setup, kind) for kind in kinds}, make_tokens(setup)
-    _check_alike(models, tokens)
     chance = random.Random(0)  # noqa: S311  nothing secret
-    taken: dict[tuple[str, int], list[float]] = defaultdict(list)
-    bare: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for _ in range(rounds):
-        for forwards in (FORWARDS, 1):
+    found: dict[str, dict[str, float]] = {name: {} for name in CASES}
+    for forwards, make in SUBJECTS.items():
+        torch.manual_seed(setup.seed)
+        subjects = {kind: make(setup, kind) for kind in kinds}
+        _check_alike(subjects)
+        taken: dict[str, list[float]] = defaultdict(list)
+        without: dict[str, list[float]] = defaultdict(list)
+        for _ in range(rounds):
             for name in chance.sample(list(CASES), len(CASES)):
                 kind, run = CASES[name]
-                run(models[kind], tokens, 1)
-                taken[name, forwards].append(_time(run, models[kind], tokens, forwards))
-                seconds = _time(_nothing, models[_bare(kind)], tokens, forwards)
-                bare[_bare(kind), forwards].append(seconds)
-    return {
-        name: {
-            str(forwards): (
-                _quick(taken[name, forwards]) - _quick(bare[_bare(CASES[name][0]), forwards])
-            )
-            / (forwards * LAYERS)
-            * MICROSECONDS
-            for forwards in (FORWARDS, 1)
-        }
-        for name in CASES
-    }
+                run(subjects[kind], 1)
+                taken[name].append(_time(run, subjects[kind], forwards))
+                bare = subjects[_bare(kind)]
+                without[_bare(kind)].append(_time(_nothing, bare, forwards))
+        for name, (kind, _) in CASES.items():
+            seconds = _quick(taken[name]) - _quick(without[_bare(kind)])
+            found[name][str(forwards)] = seconds / (forwards * LAYERS) * MICROSECONDS
+    return found
 
 
 def _bare(kind: str) -> str:
@@ -133,18 +179,18 @@ def _quick(seconds: list[float]) -> float:
     return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
-def _check_alike(models: dict[str, Any], tokens: Tensor) -> None:
+def _check_alike(subjects: dict[str, Subject]) -> None:
     for model in (PLAIN, BRIDGE):
         cases = [(kind, run) for kind, run in CASES.values() if _bare(kind) == model]
-        kept = [list(run(models[kind], tokens, 1)) for kind, run in cases]
+        kept = [list(run(subjects[kind], 1)) for kind, run in cases]
         alike = all(map(torch.equal, each, kept[0]) for each in kept)
         if not all(len(each) == LAYERS and alike for each in kept):
             raise RuntimeError(f"the ways to capture from a {model} model keep different things")
 
 
-def _time(run: Run, model: Any, tokens: Tensor, forwards: int) -> float:
+def _time(run: Run, subject: Subject, forwards: int) -> float:
     start = time.process_time()
-    run(model, tokens, forwards)
+    run(subject, forwards)
     return time.process_time() - start
 
 
