@@ -70,9 +70,14 @@ class Column:
         self.rows.clear()
         self.sequences = 0
 
-    def write(self, firings: Iterable[Owned]) -> None:
+    def write(self, firings: Sequence[Owned]) -> None:
         """Take what the site left in one forward, a tensor for each firing."""
         self.stack = None
+        if len(firings) == len(self.firings) == 1 and self.capacity is None:
+            (chunk,) = firings
+            if chunk.rows is None:  # what the rest comes to, for what is most often written
+                self.firings[0].append(chunk)
+                return
         for number, chunk in enumerate(firings):
             if number == 0 and chunk.rows is not None:
                 self._note_rows(chunk.rows)

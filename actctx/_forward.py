@@ -18,7 +18,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Never, Protocol, runtime_checkable
@@ -72,8 +72,8 @@ class Frame:
     """One call of an intercepted forward, and what its watchers have staged.
 
     Attributes:
-        inputs: Tells what the forward was called with, its parameters by name.
         staged: What the sites of each watcher have left so far, firing by firing.
+        waiting: The sites that each watcher waits for.
         counts: How often each site of each watcher has fired.
         masks: What watchers have found out about the padding of this forward.
 
@@ -83,43 +83,30 @@ class Frame:
         self,
         watchers: list[Watcher],
         parent: "Frame | None",
-        inputs: Callable[[], dict[str, Any]],
+        name_inputs: Callable[[], dict[str, Any]],
     ) -> None:
         self.parent = parent
-        self.inputs = inputs
+        self._name_inputs = name_inputs
+        self._inputs: dict[str, Any] | None = None
         self.staged: dict[Watcher, dict[str, list[Owned]]] = {watcher: {} for watcher in watchers}
-        self.counts: Counter[tuple[Watcher, str]] = Counter()
+        self.counts: defaultdict[tuple[Watcher, str], int] = defaultdict(int)
         self.masks: dict[object, Any] = {}
         self.waiting = {watcher: set(watcher.awaited) for watcher in watchers}
         self.stop: bool = any(watcher.stop for watcher in watchers) or (
             parent is not None and parent.stop
         )
 
+    def inputs(self) -> dict[str, Any]:
+        """Tell what the forward was called with, its parameters by name."""
+        # Asked for by every site that is masked, and not cheap to tell.
+        if self._inputs is None:
+            self._inputs = self._name_inputs()
+        return self._inputs
+
     def count(self, watcher: Watcher, key: str) -> int:
         """Count a firing of a site, and return how often it fired before."""
         self.counts[watcher, key] += 1
         return self.counts[watcher, key] - 1
-
-    def satisfy(self, watcher: Watcher, key: str) -> None:
-        """Wait for a site no longer, and stop the forward if it was the last.
-
-        Raises:
-            StopForward: Nothing waits for the rest of this forward.
-
-        """
-        waiting = self.waiting[watcher]
-        waiting.discard(key)
-        if waiting:
-            return
-        innermost = _FRAME.get()
-        if innermost is None or not innermost.stop:
-            return
-        outermost = innermost
-        for frame in innermost.chain():
-            outermost = frame
-            if any(frame.waiting.values()):
-                return
-        raise StopForward(outermost, key)
 
     def write(self) -> None:
         """Have each watcher keep what it has staged, at the end or the stop of the forward."""
@@ -142,6 +129,21 @@ def frame_of(watcher: Watcher) -> Frame | None:
     while frame is not None and watcher not in frame.staged:
         frame = frame.parent
     return frame
+
+
+def stop_if_satisfied(key: str) -> None:
+    """Stop the running forward if it was asked to stop, and nothing waits for the rest of it.
+
+    Raises:
+        StopForward: Nothing does, now that the site of this key has fired.
+
+    """
+    innermost = _FRAME.get()
+    if innermost is None or not innermost.stop:
+        return
+    chain = innermost.chain()
+    if not any(waiting for frame in chain for waiting in frame.waiting.values()):
+        raise StopForward(chain[-1], key)
 
 
 class Interceptor:
@@ -197,8 +199,7 @@ class Interceptor:
         watchers = [w for w in alive if w not in seen and w.is_visible()]
         if not watchers:
             return self._forward(*args, **kwargs)
-        # Asked for by every site that is masked, and not cheap to tell.
-        inputs = functools.cache(functools.partial(self._inputs, args, kwargs))
+        inputs = functools.partial(self._inputs, args, kwargs)
         return self._run(Frame(watchers, parent, inputs), args, kwargs)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -118,9 +118,14 @@ class _OwnHook:
         self._made_for = made_for
         self._hook = hook
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        self._made_for.check(module)
-        return self._hook(module, args, output)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        made_for = self._made_for
+        if module is not made_for._module():
+            made_for.check(module)
+        if module.__dict__.get("hook_conversion", made_for) is None:
+            made_for._fire(output)  # what TransformerLens' own would come to
+        else:
+            self._hook(module, args, output)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (_idle, ())

@@ -15,7 +15,14 @@ from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
-from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame
+from actctx._forward import (
+    Frame,
+    Interceptor,
+    Watcher,
+    frame_of,
+    running_frame,
+    stop_if_satisfied,
+)
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
@@ -209,7 +216,7 @@ class Opening(Generic[B]):
                 forward[key] = last[:1]
         self._fired.update(forward)
         if forward:
-            self.buffer.write(forward, max(self._seen[key].tokens for key in forward))
+            self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
 
     def fire(self, seen: Seen, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
@@ -229,7 +236,10 @@ class Opening(Generic[B]):
         else:
             firings.append(self._own(seen, value, frame, len(firings)))
         if seen.is_known_at_once:
-            frame.satisfy(self, site.key)
+            waiting = frame.waiting[self]
+            waiting.discard(site.key)
+            if not waiting:
+                stop_if_satisfied(site.key)
         else:
             del firings[: site.firing]
 
@@ -251,6 +261,8 @@ class Opening(Generic[B]):
             with plain_mode():
                 return self._take(seen, activation, frame, number)
         if seen.is_whole:  # what `_take` comes to, at once
+            if activation.is_contiguous():
+                return Owned(activation.clone())  # torch takes a while to read the option below
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
