@@ -131,7 +131,7 @@ def frame_of(watcher: Watcher) -> Frame | None:
     return frame
 
 
-def stop_if_satisfied(key: str) -> None:
+def stop_if_done(key: str) -> None:
     """Stop the running forward if it was asked to stop, and nothing waits for the rest of it.
 
     Raises:

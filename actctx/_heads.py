@@ -30,7 +30,10 @@ class Heads:
     d_head: int
     index: Int64[Tensor, " i"] | None = None
 
-    def __call__(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    def __call__(
+        self, activation: Shaped[Tensor, "*batch features"]
+    ) -> Shaped[Tensor, "*batch head d_head"]:
+        """Split features into heads: a view, but of features that lie without a rule."""
         if self.index is None:
             return _split(activation, -1, self.d_head)
         features = len(self.index)

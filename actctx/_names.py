@@ -264,10 +264,12 @@ def _of_the_lens(name: str, *, is_translated: bool) -> str:
 def _unknown_names(unknown: list[str], places: Places) -> str:
     listed = [name for names in places.listed() for name in names]
     hooked = [name for name in unknown if "hook_" in name and not places.hook_points]
+    reasons: dict[str, list[str]] = {}
     for name in hooked:
-        reason = places.why_not_translated(name)
-        if reason:
-            return f"no hook point matches {name!r}: {reason}"
+        reasons.setdefault(places.why_not_translated(name), []).append(repr(name))
+    told = [f"no hook point matches {', '.join(reasons[why])}: {why}" for why in reasons if why]
+    if told:
+        return "; ".join(told)
     if hooked:
         listed += [name for names in places.listed_translated() for name in names]
     closest = dict.fromkeys(

@@ -15,14 +15,7 @@ from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
-from actctx._forward import (
-    Frame,
-    Interceptor,
-    Watcher,
-    frame_of,
-    running_frame,
-    stop_if_satisfied,
-)
+from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
@@ -239,7 +232,7 @@ class Opening(Generic[B]):
             waiting = frame.waiting[self]
             waiting.discard(site.key)
             if not waiting:
-                stop_if_satisfied(site.key)
+                stop_if_done(site.key)
         else:
             del firings[: site.firing]
 

@@ -98,6 +98,11 @@ class Translation:
                 "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
                 "module by its own name (see named_modules()), or from a TransformerBridge"
             )
+        if name.startswith("unembed."):
+            return (
+                "a model without a head, as AutoModel loads it, has no unembedding; load it with "
+                "one, as AutoModelForCausalLM does"
+            )
         return (
             "a module of Hugging Face does not expose it; capture it from a TransformerBridge of "
             "the model"
@@ -189,6 +194,7 @@ def _walked(
     walk = _Walk(found, named, adapter.cfg.d_head, is_eager=attention == "eager")
     for root in (model, _with_head(model)):
         if not found.points:
+            found.inside.clear()  # of a walk that came to nothing
             walk.over(adapter.component_mapping, "", root)
     _add_aliases(found, "", aliases)
     return found
@@ -233,8 +239,10 @@ def _adapter(model: nn.Module, architecture: str) -> Any:
     config = build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
     try:
         return ArchitectureAdapterFactory.select_architecture_adapter(config)
-    except ValueError:  # it has none
-        return None
+    except ValueError as error:
+        if "Unsupported architecture" in str(error):
+            return None
+        raise
 
 
 def _with_head(model: nn.Module) -> nn.Module:

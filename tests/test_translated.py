@@ -264,6 +264,17 @@ def test_a_model_without_its_head_has_the_same_names(name):
     with capture(model, "blocks.1.hook_resid_post") as expected:
         model(tokens())
     assert torch.equal(acts.tensor, expected.tensor)
+    assert _refused(headless, "unembed.hook_out") == (
+        "no hook point matches 'unembed.hook_out': a model without a head, as AutoModel loads it, "
+        "has no unembedding; load it with one, as AutoModelForCausalLM does"
+    )
+
+
+def test_each_name_is_refused_for_its_own_reason():
+    scales, model = ["blocks.0.ln1.hook_scale", "blocks.1.ln1.hook_scale"], "LlamaForCausalLM"
+    said = _refused(huggingface(model, "sdpa"), [scales[0], PATTERN, scales[1]])
+    assert said.startswith(f"no hook point matches {scales[0]!r}, {scales[1]!r}: a module of ")
+    assert f"; no hook point matches {PATTERN!r}: the attention of this {model} is 'sdpa'" in said
 
 
 def test_a_model_without_an_adapter_is_refused():
@@ -287,6 +298,15 @@ def test_a_model_that_its_adapter_fails_on_is_refused():
         )
         assert said.endswith("); give the names of its modules (see actctx.hook_names(model))")
     assert hook_names(Own(), "**.hook_*") == []
+
+
+@pytest.mark.skipif(GENERATION < 4, reason="the adapter refuses it since TransformerLens 4")
+def test_what_an_adapter_refuses_is_said_as_it_says_it():
+    config = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=2, vocab_size=50, max_position_embeddings=8
+    )
+    said = _refused(transformers.BartForConditionalGeneration(config), "unembed.hook_out")
+    assert "only supports symmetric configs for now: encoder_layers=1, decoder_layers=2" in said
 
 
 def test_a_wrong_hook_name_is_told_the_closest():
