@@ -27,14 +27,12 @@ def why_not(table: Table, setup: Setup) -> str:
         return f"it asks for {table.x} layers below the last, the model has {setup.layers}"
     if _reach(table, setup) > setup.context:
         return f"it needs {_reach(table, setup)} positions, the model has {setup.context}"
-    usual, own = asdict(USUAL), asdict(table.setup) | table.varied
-    other = [
-        f"{what} of {own[what]}, not {getattr(setup, what)}"
-        for what in SIZES
-        if own[what] not in {usual[what], getattr(setup, what)}
-    ]
+    usual, has = asdict(USUAL), asdict(setup)
+    own = {what: n for what, n in asdict(table.setup).items() if n != usual[what]} | table.varied
+    other = [what for what in SIZES if what in own and own[what] != has[what]]
     if setup.model and other:
-        return f"it is of a model with {', '.join(other)} as {setup.model} has"
+        its_own, theirs = (", ".join(f"{of[what]} {what}" for what in other) for of in (own, has))
+        return f"it is of a model of {its_own}, {setup.model} has {theirs}"
     return ""
 
 
