@@ -74,14 +74,16 @@ class Findings:
         """Keep the results of ways, beside those of the table's other ways.
 
         A result stays if it has times, or is one at all, and the new one has none (yet) or failed.
+        On what those of other runs were measured is kept under `earlier`, by their ways.
 
         Returns:
             The ways whose earlier results stay though there are new ones.
 
         """
         before = self.tables.get(table.name, {"results": []})
-        where = {what: before[what] for what in ("machine", "load") if what in before}
-        earlier = {each["way"]: where | each for each in before["results"]}
+        earlier = {each["way"]: each for each in before["results"]}
+        last = {what: before[what] for what in ("machine", "load") if what in before}
+        where = dict.fromkeys(earlier, last) | before.get("earlier", {})
         new = {each.way: asdict(each) for each in results}
         stay = [way for way in new if way in earlier and _is_less(new[way], earlier[way])]
         merged = earlier | {way: new[way] for way in new if way not in stay}
@@ -89,7 +91,9 @@ class Findings:
         gone = [way for way in merged if way not in ways]  # of other versions of the table
         if gone:
             print(f"{table.name} has no ways {', '.join(gone)} any more: they are taken out\n")
-        self.put(table.name, {"setup": asdict(setup), "results": [merged[way] for way in ways]})
+        found = {"setup": asdict(setup), "results": [merged[way] for way in ways]}
+        kept = {way: where[way] for way in ways if merged[way] is earlier.get(way)}
+        self.put(table.name, found | ({"earlier": kept} if kept else {}))
         return stay
 
 

@@ -43,6 +43,10 @@ TIME = {
     "capture-stop": Bound("time, bridge: capture(stop=True) / limit", MOST_TIME),
     "plain-capture-stop": Bound("time, plain model: the same", MOST_TIME),
 }
+LAST = {
+    "bridge-last": "memory, last position of a bridge: capture / (bare forward + captured)",
+    "plain-last": "memory, last position of a plain model: capture / (bare forward + captured)",
+}
 LOAD = Bound("rate: data.loader / datasets", 3, least=True)
 OURS = "plain-capture-stop"
 CACHE, CACHE_NOGRAD = "plain-cache", "plain-cache-nograd"
@@ -69,6 +73,7 @@ def targets(results: list[Result], *, batches: int = 1) -> list[str]:
     if "gather-64-capture" in found:
         ratio = batch_ratio(found["gather-64-capture"], results, batches)
         verdicts.append(GATHERED.verdict(ratio))
+    verdicts += [_of_its_own(found, way) for way in LAST if {way, f"{way}-bare"} <= found.keys()]
     for way, bound in TIME.items():
         time = time_ratio(found[way]) if way in found else None
         verdicts += [bound.verdict(time.median)] if time else []
@@ -77,6 +82,13 @@ def targets(results: list[Result], *, batches: int = 1) -> list[str]:
         verdicts.append(LOAD.verdict(rate))
     asked = OURS in found and any(way in found for way in LENS)
     return verdicts + (_against_the_lens(found) if asked else [])
+
+
+def _of_its_own(found: dict[str, Result], way: str) -> str:
+    """Say whether it costs no more than its own bytes beside a forward that keeps nothing."""
+    mine, bare = found[way], found[f"{way}-bare"].peak_bytes
+    ratio = mine.peak_bytes / (bare + mine.payload_bytes) if mine.peak_bytes and bare else None
+    return Bound(LAST[way], MOST_MEMORY).verdict(ratio)
 
 
 def _against_the_lens(found: dict[str, Result]) -> list[str]:

@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks._report import Result
 from benchmarks._sites import FORWARDS
+from benchmarks._tables import WAYS
 from benchmarks._targets import site_targets, targets
 
 HOOK, SITE = "bare hook that clones, plain model", "**`capture`, plain model**"
@@ -32,6 +33,18 @@ def test_what_is_gathered_is_held_against_both_bounds():
         "at most 1.03: reached",
         "memory, 64 batches: capture / (all that is captured + what is captured of one batch): "
         "1.000, at most 1.03: reached",
+    ]
+
+
+def test_the_last_position_is_held_against_its_own_bytes_beside_a_bare_forward(
+    monkeypatch,
+):
+    monkeypatch.setitem(WAYS, "plain-last-bare", WAYS["plain-last"])
+    results = [Result("plain-last", 103, 1, "a"), Result("plain-last-bare", 100)]
+    by_hand = Result("plain-last-by-hand", 100, 1, "a")
+    assert targets([*results, by_hand])[1:] == [
+        "memory, last position of a plain model: capture / (bare forward + captured): 1.020, "
+        "at most 1.03: reached"
     ]
 
 
