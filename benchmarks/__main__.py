@@ -1,10 +1,8 @@
 """The command: `python -m benchmarks`."""
 
-import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,8 +10,11 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks._devices import meter_of
+from benchmarks._findings import Findings, FindingsError
+from benchmarks._machine import machine
 from benchmarks._measure import ProbeError, measure_memory, measure_time, probe, say
-from benchmarks._models import Setup, of_model
+from benchmarks._models import Setup
+from benchmarks._plain import WITHOUT
 from benchmarks._plots import draw
 from benchmarks._probe import Order
 from benchmarks._report import (
@@ -22,16 +23,15 @@ from benchmarks._report import (
     find_disagreement,
     find_regressions,
     gather_rows,
-    machine,
     rows,
 )
+from benchmarks._setups import QUICK, setup_of, why_not
 from benchmarks._sites import FORWARDS, site_rows
 from benchmarks._sweeps import SWEEPS
 from benchmarks._tables import TABLES, WAYS
 from benchmarks._targets import site_targets, targets
 from benchmarks._ways import Table, Way
 
-QUICK = Setup(batch=2, tokens=128, heads=4, d_model=256, vocab=1001, context=2048)
 QUICK_CASES = (
     "filter-stop",
     "capture-stop",
@@ -40,9 +40,14 @@ QUICK_CASES = (
     "plain-capture-stop",
     "gather-64-capture",
 )
-OTHERS = ("sites", "checks")
+OTHERS = {
+    "sites": "microseconds of a hooked site and forward",
+    "checks": "microseconds of the checks of types",
+}
 USUAL = tuple(name for name, table in TABLES.items() if not table.sweep)
 CASES = ", ".join([*USUAL, *SWEEPS, *OTHERS])
+CHOSEN_IN = {way.name: name for name in reversed(TABLES) for way in TABLES[name].ways}
+"""The table that a way is measured in where it alone is asked for: the first that has it."""
 
 
 def main(
@@ -50,6 +55,9 @@ def main(
     case: Annotated[
         list[str] | None, typer.Option(help=f"A table or a way; repeatable. Tables: {CASES}.")
     ] = None,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="List all tables and their ways, and end.")
+    ] = False,
     quick: Annotated[
         bool,
         typer.Option(
@@ -66,11 +74,19 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = Setup.threads,
     device: Annotated[str, typer.Option(help="Device of the model, such as cuda.")] = Setup.device,
     plot: Annotated[
-        Path | None, typer.Option(help="A folder for plots of all that --json has, or this run.")
+        Path | None,
+        typer.Option(
+            help="A folder for plots of all that --json has, or this run. Without --case, what "
+            "they vary is measured, too."
+        ),
     ] = None,
     json_file: Annotated[
         Path | None,
-        typer.Option("--json", help="Where to write all that was measured, table by table."),
+        typer.Option(
+            "--json",
+            help="Where to write all that is measured, beside what the file has: its tables, and "
+            "the ways of them that are not measured now, are kept.",
+        ),
     ] = None,
 ) -> None:
     """Measure what it costs to get activations of a model like GPT-2 small.
@@ -78,49 +94,50 @@ def main(
     Each way's extra peak memory is measured in a process of its own, its time relative to a bare
     forward that is stopped where capture(stop=True) ends it. See benchmarks/README.md.
     """
+    if list_cases:
+        print(*_listing(), sep="\n")
+        return
     if quick and model:
         raise typer.BadParameter("a quick run has its own tiny model; leave out --quick or --model")
+    if quick and plot and any(plot.glob("*.png")):
+        raise typer.BadParameter(
+            f"{plot} has plots, which those of a quick run would replace; give another folder",
+            param_hint="--plot",
+        )
     try:
         meter_of(device)
     except RuntimeError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
     asked = case or [*(QUICK_CASES if quick else USUAL), *OTHERS, *(SWEEPS if plot else ())]
-    chosen = list(_chosen(asked))
-    findings = Findings(json_file)
     runs = _given(rounds=1, repeats=2) if quick else _given(rounds=rounds, repeats=repeats)
-    sizes = {} if quick else _given(batch=batch, tokens=tokens)
+    given: dict[str, Any] = {"threads": threads, "device": device, "model": model}
+    given |= {} if quick else _given(batch=batch, tokens=tokens)
+    chosen = [(*each, setup_of(each[0], quick=quick, **given)) for each in _chosen(asked)]
+    chosen = [each for each in chosen if _can_be_measured(each[0], each[2])]
+    try:
+        findings = Findings(json_file, quick=quick, device=device)
+        for table, _, setup in chosen:
+            findings.check(table, setup)
+    except FindingsError as error:
+        raise typer.BadParameter(str(error), param_hint="--json") from None
     faults: list[str] = []
-    for table, ways in chosen:
-        base = QUICK if quick else replace(table.setup, **sizes)
-        base = replace(base, threads=threads, device=device, model=model)
-        setup = of_model(replace(base, **_given(**table.varied)))
+    for table, ways, setup in chosen:
         faults += _measure(table, ways, setup, findings, quick=quick, **runs)
     _measure_others(asked, findings, quick=quick)
     if plot:
         draw(findings.tables, plot)
-    print(", ".join(f"{what} {found}" for what, found in machine().items()))
+    print(", ".join(f"{what} {found}" for what, found in machine(device).items()))
     if faults:
         sys.exit("\n".join(faults))
 
 
-class Findings:
-    """All that was measured, kept in a file as it comes, beside what the file has of other tables.
-
-    Attributes:
-        tables: By their names.
-
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        self.tables: dict[str, Any] = json.loads(path.read_text()) if path and path.exists() else {}
-
-    def put(self, name: str, found: dict[str, Any]) -> None:
-        """Keep what was found, and where, in place of what was found before."""
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-        self.tables[name] = found | {"machine": machine(), "load": load}
-        if self._path:
-            self._path.write_text(json.dumps(self.tables, indent=1) + "\n")
+def _can_be_measured(table: Table, setup: Setup) -> bool:
+    """Say why a table is left out, if it is."""
+    missing = [library for library in table.needs if find_spec(library) is None]
+    why = f"not installed: {', '.join(missing)}" if missing else why_not(table, setup)
+    if why:
+        print(f"{table.name} is left out: {why}\n")
+    return not why
 
 
 def _measure(
@@ -134,10 +151,6 @@ def _measure(
     repeats: int | None = None,
 ) -> list[str]:
     """Measure a table, memory first, and return what is wrong with it."""
-    missing = [library for library in table.needs if find_spec(library) is None]
-    if missing:
-        print(f"{table.name} is left out: not installed: {', '.join(missing)}\n")
-        return []
     processes = setup.threads if quick and setup.device == "cpu" else 1
     results = measure_memory(setup, [way.name for way in ways], processes=processes)
     faults = [f"{each.way}: {each.failed}" for each in results if each.failed]
@@ -148,25 +161,25 @@ def _measure(
     disagreement = find_disagreement(results)
     if disagreement:
         return [*faults, f"{table.name}: nothing can be compared: {disagreement}"]
-    _keep(table, setup, results, findings)
+    stay = _keep(table, setup, results, findings)
     if table.rounds:
         runs, passes = rounds or table.rounds, repeats or table.repeats
         try:
             measure_time(setup, results, rounds=runs, repeats=passes)
         except ProbeError as error:
             faults.append(f"{table.name}: {error}")
-        _keep(table, setup, results, findings)
+        stay = _keep(table, setup, results, findings)
+    if stay:
+        print(f"--json keeps what it had, which says more: {', '.join(stay)}\n")
     if not quick and not table.sweep:
-        print(*(f"- {verdict}\n" for verdict in targets(results)), sep="")
+        verdicts = targets(results, batches=setup.batches)
+        print(*(f"- {verdict}\n" for verdict in verdicts), sep="")
     return [*faults, *(find_regressions(results) if quick else [])]
 
 
-def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings) -> None:
-    """Write and print what there is by now."""
-    findings.put(
-        table.name,
-        {"setup": asdict(setup), "results": [asdict(result) for result in results]},
-    )
+def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings) -> list[str]:
+    """Write and print what there is by now, and return of which ways the file says more."""
+    stay = findings.put_results(table, setup, results)
     sizes = f"{setup.batch} x {setup.tokens} tokens, {setup.layers} layers"
     passes = max(len(result.seconds) for result in results)
     how = f"{setup.device}, {setup.threads} threads, {passes} passes"
@@ -178,6 +191,7 @@ def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings)
         print(gather_rows(results, setup.batches) if gathers else rows(results), end="\n\n")
     if all(result.peak_bytes is None for result in results):
         print("Memory was not measured: this system has no /proc/self/clear_refs to reset peaks.")
+    return stay
 
 
 def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> None:
@@ -207,16 +221,43 @@ def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
     asked = set(cases)
     unknown = asked - {*TABLES, *SWEEPS, *WAYS, *OTHERS}
     if unknown:
-        raise typer.BadParameter(
-            f"there is no case {', '.join(sorted(unknown))}; choose from {CASES}, or a way of them",
-            param_hint="--case",
-        )
+        raise typer.BadParameter(_why_unknown(sorted(unknown)), param_hint="--case")
     for table in TABLES.values():
         whole = bool(asked & {table.name, table.sweep})
-        ways = [way for way in table.ways if whole or (way.name in asked and not table.sweep)]
+        ways = [
+            way
+            for way in table.ways
+            if whole or (way.name in asked and CHOSEN_IN[way.name] == table.name)
+        ]
         limits = {way.limit for way in ways}
         if ways:
             yield table, [way for way in table.ways if way in ways or way.name in limits]
+
+
+def _why_unknown(cases: list[str]) -> str:
+    lacking = sorted({kind for kind in WITHOUT for case in cases if kind in case.split("-")})
+    if lacking:
+        installed = "which are" if len(lacking) > 1 else "which is"
+        return (
+            f"{', '.join(cases)} would need {' and '.join(lacking)}, {installed} not installed: "
+            'pip install -e ".[bench]"'
+        )
+    return (
+        f"there is no case {', '.join(cases)}; choose from {CASES}, or a way of them, which "
+        "--list lists"
+    )
+
+
+def _listing() -> Iterator[str]:
+    """List all that can be chosen."""
+    for table in TABLES.values():
+        swept = f" (of {table.sweep})" if table.sweep else ""
+        yield f"{table.name}{swept}: {table.title}"
+        for way in table.ways:
+            if CHOSEN_IN[way.name] == table.name:
+                yield f"    {way.name}: {way.title.replace('*', '')}"
+    for name, why in OTHERS.items():
+        yield f"{name}: {why}"
 
 
 if __name__ == "__main__":

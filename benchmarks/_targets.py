@@ -2,9 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import attrgetter
 
-from benchmarks._report import Result, memory_ratio, time_ratio
+from benchmarks._report import Result, batch_ratio, memory_ratio, time_ratio
 
 MOST_MEMORY = 1.03
 MOST_TIME = 1.02
@@ -18,10 +17,10 @@ class Bound:
     bound: float
     least: bool = False
 
-    def verdict(self, ratio: float | None) -> str:
+    def verdict(self, ratio: float | None, *, lack: str = "") -> str:
         """Say whether it is reached, and by how much it is missed otherwise."""
         if ratio is None:
-            return f"{self.what}: not measured"
+            return f"{self.what}: not measured{f', {lack}' if lack else ''}"
         target = f"{self.what}: {ratio:.3f}, {'at least' if self.least else 'at most'} {self.bound}"
         missed = self.bound / ratio - 1 if self.least else ratio / self.bound - 1
         return f"{target}: {f'MISSED by {missed:.1%}' if missed > 0 else 'reached'}"
@@ -32,15 +31,26 @@ MEMORY = {
     "plain-capture-stop": Bound("memory, plain model: the same", MOST_MEMORY),
     "bridge-last": Bound("memory, last position of a bridge: capture / by hand", MOST_MEMORY),
     "plain-last": Bound("memory, last position of a plain model: the same", MOST_MEMORY),
-    "gather-64-capture": Bound("memory, 64 batches: capture / (bare + captured)", MOST_MEMORY),
+    "gather-64-capture": Bound(
+        "memory, 64 batches: capture / (bare forward + all that is captured)", MOST_MEMORY
+    ),
 }
+GATHERED = Bound(
+    "memory, 64 batches: capture / (all that is captured + what is captured of one batch)",
+    MOST_MEMORY,
+)
 TIME = {
     "capture-stop": Bound("time, bridge: capture(stop=True) / limit", MOST_TIME),
     "plain-capture-stop": Bound("time, plain model: the same", MOST_TIME),
 }
+LAST = {
+    "bridge-last": "memory, last position of a bridge: capture / (bare forward + captured)",
+    "plain-last": "memory, last position of a plain model: capture / (bare forward + captured)",
+}
 LOAD = Bound("rate: data.loader / datasets", 3, least=True)
-PLAIN = "plain-capture-stop"
-LENS = ("plain-cache", "plain-cache-nograd", "plain-filter-stop-nograd")
+OURS = "plain-capture-stop"
+CACHE, CACHE_NOGRAD = "plain-cache", "plain-cache-nograd"
+LENS = (CACHE, CACHE_NOGRAD, "plain-filter-stop-nograd")
 SITES: tuple[tuple[str, str, Bound], ...] = (
     (
         "**`capture`, plain model**",
@@ -52,7 +62,7 @@ SITES: tuple[tuple[str, str, Bound], ...] = (
 )
 
 
-def targets(results: list[Result]) -> list[str]:
+def targets(results: list[Result], *, batches: int = 1) -> list[str]:
     """Say whether what is to be reached is."""
     found = {result.way: result for result in results}
     verdicts = [
@@ -60,29 +70,53 @@ def targets(results: list[Result]) -> list[str]:
         for way, bound in MEMORY.items()
         if way in found
     ]
+    if "gather-64-capture" in found:
+        ratio = batch_ratio(found["gather-64-capture"], results, batches)
+        verdicts.append(GATHERED.verdict(ratio))
+    verdicts += [_of_its_own(found, way) for way in LAST if {way, f"{way}-bare"} <= found.keys()]
     for way, bound in TIME.items():
-        ratio = time_ratio(found[way]) if way in found else None
-        verdicts += [bound.verdict(ratio.median)] if ratio else []
+        time = time_ratio(found[way]) if way in found else None
+        verdicts += [bound.verdict(time.median)] if time else []
     if {"load-loader", "load-datasets"} <= found.keys():
         rate = _times_less([found["load-datasets"]], found["load-loader"], _time)
         verdicts.append(LOAD.verdict(rate))
-    return verdicts + (_against_the_lens(found) if PLAIN in found and LENS[-1] in found else [])
+    asked = OURS in found and any(way in found for way in LENS)
+    return verdicts + (_against_the_lens(found) if asked else [])
+
+
+def _of_its_own(found: dict[str, Result], way: str) -> str:
+    """Say whether it costs no more than its own bytes beside a forward that keeps nothing."""
+    mine, bare = found[way], found[f"{way}-bare"].peak_bytes
+    ratio = mine.peak_bytes / (bare + mine.payload_bytes) if mine.peak_bytes and bare else None
+    return Bound(LAST[way], MOST_MEMORY).verdict(ratio)
 
 
 def _against_the_lens(found: dict[str, Result]) -> list[str]:
-    """Relate TransformerLens on a bridge, the best of it and all of it, to a plain model."""
-    peak: Callable[[Result], float | None] = attrgetter("peak_bytes")
-    lens = [found[way] for way in LENS if way in found]
-    everything = [found[way] for way in LENS[:1] if way in found]
-    return [
-        Bound("memory: the best of TransformerLens / capture, plain model", 4, least=True).verdict(
-            _times_less(lens, found[PLAIN], peak)
-        ),
-        Bound("time: the same", 1.8, least=True).verdict(_times_less(lens, found[PLAIN], _time)),
-        Bound("memory: run_with_cache / capture, plain model", 20, least=True).verdict(
-            _times_less(everything, found[PLAIN], peak)
-        ),
+    """Relate TransformerLens on a bridge, the best of it and all of it, to a plain model.
+
+    What does not fit is not the best; what failed, or was not asked for, might be.
+    """
+    unknown = [way for way in LENS if way not in found or found[way].failed]
+    lack = f"since {', '.join(unknown)} did not run" if unknown else ""
+    lens = [] if unknown else [found[way] for way in LENS]
+    best = "{}: the best of TransformerLens / capture, plain model"
+    verdicts = [
+        Bound(best.format(what), bound, least=True).verdict(
+            _times_less(lens, found[OURS], measure), lack=lack
+        )
+        for what, bound, measure in (("memory", 4, _peak), ("time", 1.8, _time))
     ]
+    everything, title = CACHE, "run_with_cache"
+    if CACHE in found and found[CACHE].does_not_fit:
+        everything, title = CACHE_NOGRAD, "run_with_cache under no_grad, as it does not fit without"
+    ran = [found[everything]] if everything in found else []
+    everything_less = _times_less(ran, found[OURS], _peak)
+    bound = Bound(f"memory: {title} / capture, plain model", 20, least=True)
+    return [*verdicts, bound.verdict(everything_less)]
+
+
+def _peak(result: Result) -> float | None:
+    return result.peak_bytes
 
 
 def _time(result: Result) -> float | None:
@@ -93,15 +127,21 @@ def _time(result: Result) -> float | None:
 def _times_less(
     theirs: list[Result], ours: Result, measure: Callable[[Result], float | None]
 ) -> float | None:
-    more = [taken for each in theirs if (taken := measure(each))]
+    """Relate the least of those that fit, all of which are to be measured, to ours."""
+    more = [measure(each) for each in theirs if not each.does_not_fit]
+    measured = [taken for taken in more if taken]
     less = measure(ours)
-    return min(more) / less if more and less else None
+    return min(measured) / less if less and measured and measured == more else None
 
 
 def site_targets(found: dict[str, dict[str, float]], forwards: int) -> list[str]:
-    """Say whether a site costs as little as it is to cost."""
-    return [
-        bound.verdict(found[ours][str(forwards)] / found[theirs][str(forwards)])
-        for ours, theirs, bound in SITES
-        if theirs in found
-    ]
+    """Say whether a site costs as little as it is to cost.
+
+    What a site costs is a difference of times, and may come out as nothing or less.
+    """
+
+    def verdict(ours: str, theirs: str, bound: Bound) -> str:
+        mine, other = (found[way][str(forwards)] for way in (ours, theirs))
+        return bound.verdict(mine / other if min(mine, other) > 0 else None)
+
+    return [verdict(ours, theirs, bound) for ours, theirs, bound in SITES if theirs in found]

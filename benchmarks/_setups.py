@@ -1,0 +1,41 @@
+"""What each table is measured with, and which tables a model has no part in."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from benchmarks._generate import GENERATE_TABLE, STEPS
+from benchmarks._models import Setup, of_model
+from benchmarks._ways import USUAL, Table
+
+QUICK = Setup(batch=2, tokens=128, heads=4, d_model=256, vocab=1001, context=2048)
+SIZES = ("layers", "heads", "d_model", "vocab")
+"""What of a setup a model that is loaded brings with it."""
+
+
+def setup_of(table: Table, *, quick: bool, **given: Any) -> Setup:
+    """Put together what a table is measured with: what it is about is kept, whatever is given."""
+    kept: dict[str, Any] = given | table.varied
+    setup = of_model(replace(QUICK if quick else table.setup, **kept))
+    return (
+        setup if setup.model else replace(setup, context=max(setup.context, _reach(table, setup)))
+    )
+
+
+def why_not(table: Table, setup: Setup) -> str:
+    """Say why a table cannot be measured with the model of a setup; nothing if it can."""
+    if table.sweep == "asked" and table.x >= setup.layers:
+        return f"it asks for {table.x} layers below the last, the model has {setup.layers}"
+    if _reach(table, setup) > setup.context:
+        return f"it needs {_reach(table, setup)} positions, the model has {setup.context}"
+    usual, has = asdict(USUAL), asdict(setup)
+    own = {what: n for what, n in asdict(table.setup).items() if n != usual[what]} | table.varied
+    other = [what for what in SIZES if what in own and own[what] != has[what]]
+    if setup.model and other:
+        its_own, theirs = (", ".join(f"{of[what]} {what}" for what in other) for of in (own, has))
+        return f"it is of a model of {its_own}, {setup.model} has {theirs}"
+    return ""
+
+
+def _reach(table: Table, setup: Setup) -> int:
+    """Count the positions that a sequence takes."""
+    return setup.tokens + (STEPS if table.name == GENERATE_TABLE.name else 0)
