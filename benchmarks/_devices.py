@@ -115,14 +115,19 @@ def meter_of(device: str) -> Meter:
     return Accelerator(chosen, library)
 
 
-def limit_memory() -> None:
-    """Have torch refuse what the machine has no memory for, instead of being killed for it."""
+def limit_memory(share: int) -> None:
+    """Have torch refuse what the machine has no memory for, instead of being killed for it.
+
+    Args:
+        share: How many processes share the memory that there is.
+
+    """
     available, held = _meminfo_bytes("MemAvailable"), status_bytes("VmData")
     if available is None or held is None:
         return
     import resource
 
-    most = held + int(available * 0.95)
+    most = held + int(available * 0.95 / share)
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,24 @@ def probe(order: Order) -> dict[str, Any]:
 
 
 def measure_memory(setup: Setup, ways: Sequence[str], *, processes: int) -> list[Result]:
-    """Measure the memory of each way in a process of its own."""
+    """Measure the memory of each way in a process of its own, so many of them at once.
 
-    def measure(way: str) -> Result:
+    They share the memory that there is; what does not fit into a share is measured alone.
+    """
+
+    def measure(way: str, share: int) -> Result:
         say(f"memory of {way}")
         try:
-            return Result(way, **probe(Order(setup, (way,))))
+            return Result(way, **probe(Order(setup, (way,), share=share)))
         except ProbeError as error:
             say(str(error))
             return Result(way, failed=str(error))
 
     with ThreadPoolExecutor(processes) as pool:
-        return list(pool.map(measure, ways))
+        results = list(pool.map(partial(measure, share=processes), ways))
+    if processes == 1:
+        return results
+    return [measure(each.way, 1) if each.does_not_fit else each for each in results]
 
 
 def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeats: int) -> None:

@@ -36,7 +36,10 @@ LACKS_MEMORY = (
 
 @dataclass(frozen=True)
 class Order:
-    """What a probe shall do: measure the memory of one way, or time several, or what is tiny."""
+    """What a probe shall do: measure the memory of one way, or time several, or what is tiny.
+
+    It may take one part in `share` of the memory that there is.
+    """
 
     setup: Setup
     ways: tuple[str, ...] = ()
@@ -44,6 +47,7 @@ class Order:
     tiny: str = ""
     repeats: int = 1
     shuffle_seed: int = 0
+    share: int = 1
 
     def dumps(self) -> str:
         """Write the order as JSON."""
@@ -153,7 +157,7 @@ def main(text: str) -> None:
     setup, meter = order.setup, meter_of(order.setup.device)
     torch.set_num_threads(setup.threads)
     if setup.device == "cpu":
-        limit_memory()
+        limit_memory(order.share)
     ways = [WAYS[name] for name in order.ways]
     try:
         if order.tiny:
