@@ -109,7 +109,7 @@ def main(
     except RuntimeError as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
     asked = case or [*(QUICK_CASES if quick else USUAL), *OTHERS, *(SWEEPS if plot else ())]
-    runs = _given(rounds=1, repeats=2) if quick else _given(rounds=rounds, repeats=repeats)
+    runs = _given(rounds=1) if quick else _given(rounds=rounds, repeats=repeats)
     given: dict[str, Any] = {"threads": threads, "device": device, "model": model}
     given |= {} if quick else _given(batch=batch, tokens=tokens)
     chosen = [(*each, setup_of(each[0], quick=quick, **given)) for each in _chosen(asked)]
@@ -163,7 +163,8 @@ def _measure(
         return [*faults, f"{table.name}: nothing can be compared: {disagreement}"]
     stay = _keep(table, setup, results, findings)
     if table.rounds:
-        runs, passes = rounds or table.rounds, repeats or table.repeats
+        runs = rounds or table.rounds
+        passes = min(2, table.repeats) if quick else repeats or table.repeats
         try:
             measure_time(setup, results, rounds=runs, repeats=passes)
         except ProbeError as error:
