@@ -176,7 +176,7 @@ SWEEP_TABLES = (
     ),
     *(_plain_table("batch", x, Setup(), batch=x) for x in (1, 4, 16)),
     *(_plain_table("depth", x, Setup(), layers=x) for x in (6, 12, 24)),
-    *(_asked_table(x) for x in (1, 4, 11)),
+    *(_asked_table(x) for x in (1, 3, 11)),
     *(
         gather_table(NEURONS, x, prefix="gather", name=f"batches-{x}", sweep="batches", x=x, **ONCE)
         for x in (1, 8)
