@@ -200,9 +200,10 @@ def layer_similarity(
     """Compare the layers with each other, by linear centred kernel alignment (CKA).
 
     1 means that the rows of two layers are the same up to a rotation and a scale, whatever their
-    features are; 0 that no feature of one can be linearly predicted from the other's. With rows X and Y, centred,
-    it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019, "Similarity of
-    Neural Network Representations Revisited", equation 4). Rows are everything but the last axis.
+    features are; 0 that no feature of one can be linearly predicted from the other's. With rows X
+    and Y, centred, it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019,
+    "Similarity of Neural Network Representations Revisited", equation 4). Rows are everything but
+    the last axis.
 
     Sums are taken over some thousand rows at a time: beside what was captured, the layers of these
     rows are held in single precision, and the products of the features of one layer with those of
