@@ -28,7 +28,6 @@ from actctx._forward import Stopped
 from actctx._names import Site
 from actctx._places import hook_names
 from actctx._schema import Schema, site
-from actctx._sink import Sink
 
 __version__ = "0.1.0"
 
@@ -51,7 +50,6 @@ __all__ = [
     "Schema",
     "SelectionError",
     "SeveralFiringsError",
-    "Sink",
     "Site",
     "Stopped",
     "StoppedError",

@@ -99,7 +99,7 @@ class Activations(_Tensors):
         """Read the activations of a site.
 
         Returns:
-            The tensor, joined over the forwards; with `join=None` a list, one a forward.
+            The tensor, joined over the forwards; with `join=None` a list, one per forward.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.

@@ -96,7 +96,7 @@ _ORDER = {part: rank for rank, part in enumerate(_PARTS.split())}
 
 
 def running_order(name: str) -> tuple[int, ...]:
-    """Rank a hook point's name by when it runs in a block that normalizes first.
+    """Rank a hook point's name by when it runs in a pre-norm block.
 
     Parts that are not known run last of their component.
     """

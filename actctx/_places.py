@@ -275,8 +275,8 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
 
     Returns:
         The names, aliases directly behind their canonical name. Hook points come in the order
-        in which a block that normalizes first runs them (one that normalizes last, as BERT's,
-        runs its norms later); modules come in the order of their definition.
+        in which a pre-norm block runs them (a post-norm one, as BERT's, runs its norms later);
+        modules come in the order of their definition.
 
     Example:
         >>> hook_names(model, "blocks.0.hook_resid_*")

@@ -103,8 +103,8 @@ def extract(
         max_tokens: The number of rows to stop at, exactly, including those that are on disk; with
             `add` it is left out.
         tokenizer: What turns texts into tokens; by default the model's own.
-        batch_size: The sequences in a forward, where they are put together here, at most. What is
-            gone on with keeps the order of rows that the first one made.
+        batch_size: The sequences in a forward, where they are put together here, at most. A
+            resumed data set keeps the order of rows that the first one made.
         context: The tokens in a sequence, at most; by default what the model can read. What is
             longer is cut off at the end.
         pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
@@ -121,7 +121,7 @@ def extract(
             new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
-        progress: Whether a progress bar is shown, on a terminal.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook.
 
     Returns:
         What was written.

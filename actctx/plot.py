@@ -200,9 +200,10 @@ def layer_similarity(
     """Compare the layers with each other, by linear centred kernel alignment (CKA).
 
     1 means that the rows of two layers are the same up to a rotation and a scale, whatever their
-    features are; 0 that no feature of one can be told from the other. With rows X and Y, centred,
-    it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019, "Similarity of
-    Neural Network Representations Revisited", equation 4). Rows are everything but the last axis.
+    features are; 0 that no feature of one can be linearly predicted from the other's. With rows X
+    and Y, centred, it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019,
+    "Similarity of Neural Network Representations Revisited", equation 4). Rows are everything but
+    the last axis.
 
     Sums are taken over some thousand rows at a time: beside what was captured, the layers of these
     rows are held in single precision, and the products of the features of one layer with those of
@@ -319,8 +320,8 @@ def _share(value: float, most: float) -> float:
 def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> ColouredTokens:
     """Colour each token of a text by a number, such as a neuron's activation there.
 
-    Positive values are orange, negative ones blue, the stronger the larger; in a notebook the
-    pointer shows them. In plain text they stand in brackets.
+    Positive values are orange, negative ones blue, the stronger the larger; in a notebook, hover
+    over a token to see its value. In plain text they stand in brackets.
 
     Args:
         tokens: The tokens as they are to be read, such as `model.to_str_tokens(text)`.

@@ -366,12 +366,6 @@ def test_lists_are_not_saved(gpt2, ids, tmp_path):
         acts.tensor  # noqa: B018
 
 
-def test_a_sink_is_anything_with_write():
-    from actctx import Sink
-
-    assert isinstance(Activations(), Sink)
-
-
 def test_forwards_of_a_module_do_not_join_along_a_batch_that_a_slice_dropped(mlp, ids):
     with capture(mlp, "block", slice=(0,)) as acts:
         mlp(ids)
