@@ -2,35 +2,18 @@
 
 import tempfile
 from collections.abc import Iterable
-from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks._models import PLAIN, Setup, block_path, middle, resid_name
-from benchmarks._ways import EndForward, Run, Table, Way, end_forward, hooked
+from benchmarks._models import PLAIN, Setup, middle, resid_name
+from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
 
 BATCHES = 16
 ROWS = 4096
 """The first rows, which are compared."""
-
-
-def stopped(model: nn.Module, tokens: Tensor, *, keep: Any = None, batches: int = BATCHES) -> None:
-    """Run bare forwards that a plain hook ends behind the layer."""
-    layer = model.get_submodule(block_path(model, middle(model)))
-
-    def end(module: Any, args: Any, output: Any) -> None:
-        if keep is not None:
-            keep(output)
-        end_forward(module, args, output)
-
-    with hooked(layer, end):
-        for batch in tokens.chunk(batches):
-            with suppress(EndForward):
-                model(batch)
 
 
 def extract_rows(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -52,7 +35,12 @@ def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
 def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
     """Keep all of it, and save it at the end, as people do who have no data set."""
     kept: list[Tensor] = []
-    stopped(model, tokens, keep=lambda output: kept.append(output.half().flatten(0, 1)))
+
+    def keep(_module: object, _args: object, output: Tensor) -> None:
+        kept.append(output.half().flatten(0, 1))
+        raise EndForward
+
+    stopped(BATCHES, hook=keep)(model, tokens)
     with tempfile.TemporaryDirectory() as folder:
         rows = torch.cat(kept)
         kept.clear()
@@ -63,13 +51,28 @@ def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
 EXTRACT_TABLE = Table(
     "extract",
     f"one `resid_post` of a plain model, {BATCHES} batches, to disk in float16",
-    tuple(
-        Way(f"extract-{name}", title, run, "extract-bare", PLAIN)
-        for name, title, run in (
-            ("memory", "a list of clones, `torch.cat`, `torch.save`", _in_memory),
-            ("lance", "**`extract(model, batches, name, path)`**", _extract),
-            ("bare", "bare forwards, stopped after the layer", stopped),
-        )
+    (
+        Way(
+            "extract-memory",
+            "a list of clones, `torch.cat`, `torch.save`",
+            _in_memory,
+            "extract-bare",
+            PLAIN,
+        ),
+        Way(
+            "extract-lance",
+            "**`extract(model, batches, name, path)`**",
+            _extract,
+            "extract-bare",
+            PLAIN,
+        ),
+        bare_way(
+            "extract-bare",
+            "bare forwards, stopped after the layer",
+            stopped(BATCHES),
+            "extract-bare",
+            PLAIN,
+        ),
     ),
     varied={"batches": BATCHES},
     repeats=1,
@@ -102,10 +105,10 @@ FLAT_TABLE = Table(
             )
             for many, batches in FLAT.items()
         ),
-        Way(
+        bare_way(
             "flat-bare",
             "a bare forward, stopped after the layer",
-            partial(stopped, batches=1),
+            stopped(),
             "flat-bare",
             PLAIN,
         ),

@@ -1,36 +1,68 @@
 """The ways to gather one activation of many batches."""
 
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import HOOKED, Setup, middle, resid_name
-from benchmarks._ways import EndForward, Run, Table, Way, end_forward, hooked
+from benchmarks._models import (
+    BRIDGE,
+    NNSIGHT,
+    PLAIN,
+    Register,
+    Setup,
+    at_neurons,
+    at_resid,
+    block_path,
+    middle,
+    neurons_name,
+    neurons_path,
+    resid_name,
+    seen,
+)
+from benchmarks._plain import WITHOUT
+from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
 
 MANY = 64
-STORED = 16
-
-Name = Callable[[Any], str]
 
 
-def _neurons(model: Any) -> str:
-    """Name what is gathered: four times as wide, so that a batch of it weighs as a forward."""
-    return f"blocks.{middle(model)}.mlp.hook_post"
+@dataclass(frozen=True)
+class Gathered:
+    """What is gathered.
+
+    Attributes:
+        of: What the tables call it.
+        name: TransformerLens' name of it in a layer.
+        at: Finds where a bare hook sees it in a layer.
+        traced: Finds it in a layer, in a trace of nnsight.
+        pos: The position that is kept of it, if it is not all of them.
+
+    """
+
+    of: str
+    name: Callable[[int], str]
+    at: Callable[[Any, int], Register]
+    traced: Callable[[Any, int], Tensor]
+    pos: int | None = None
+
+    def select(self, activation: Tensor) -> Tensor:
+        """Select what is kept of it, which keeps all of it alive."""
+        return activation if self.pos is None else activation[:, self.pos]
+
+    def cut(self, activation: Tensor) -> Tensor:
+        """Clone a position; all of them need no clone where they are not overwritten."""
+        return activation if self.pos is None else self.select(activation).clone()
 
 
-def resid(model: Any) -> str:
-    """Name the residual stream behind the layer that is asked for."""
-    return resid_name(middle(model))
+def gather(gathered: Gathered, batches: int, *, make_room: bool = False) -> Run:
+    """Capture it of all batches."""
 
-
-def _capture(batches: int, name_of: Name, *, make_room: bool = False) -> Run:
     def run(model: Any, tokens: Tensor) -> Tensor:
-        capacity = len(tokens) if make_room else None
-        with capture(model, name_of(model), stop=True, capacity=capacity) as acts:
+        name, capacity = gathered.name(middle(model)), len(tokens) if make_room else None
+        with capture(model, name, stop=True, slice=gathered.pos, capacity=capacity) as acts:
             for batch in tokens.chunk(batches):
                 model(batch)
         return acts.tensor
@@ -38,124 +70,118 @@ def _capture(batches: int, name_of: Name, *, make_room: bool = False) -> Run:
     return run
 
 
-def _recipe(batches: int) -> Run:
+def _recipe(gathered: Gathered, batches: int) -> Run:
     """Run the recipe that people copy, with forwards that are stopped as those of `capture`."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         kept: list[Tensor] = []
 
-        def keep(_module: object, _args: object, activation: Tensor) -> None:
-            kept.append(activation.detach().clone())
+        def keep(_module: object, args: Any, *output: Tensor) -> None:
+            kept.append(gathered.select(seen(args, output)).clone())
             raise EndForward
 
-        with hooked(model.hook_dict[_neurons(model)], keep):
-            for batch in tokens.chunk(batches):
-                with suppress(EndForward):
-                    model(batch)
+        stopped(batches, at=_place(gathered), hook=keep)(model, tokens)
         return torch.cat(kept)
 
     return run
 
 
-def _cache(batches: int) -> Run:
+def _cache(gathered: Gathered, batches: int) -> Run:
     def run(model: Any, tokens: Tensor) -> Tensor:
-        name, kept = _neurons(model), []
+        name, kept = gathered.name(middle(model)), []
+        options = {} if gathered.pos is None else {"pos_slice": gathered.pos}
         for batch in tokens.chunk(batches):
             with torch.no_grad():
                 _, cache = model.run_with_cache(
-                    batch, names_filter=name, stop_at_layer=middle(model) + 1
+                    batch, names_filter=name, stop_at_layer=middle(model) + 1, **options
                 )
-            kept.append(cache[name])
+            kept.append(gathered.cut(cache[name]))
         return torch.cat(kept)
 
     return run
 
 
-def nothing(batches: int, name_of: Name) -> Run:
-    """Run bare forwards that end at a hook."""
-
-    def run(model: Any, tokens: Tensor) -> None:
-        with hooked(model.hook_dict[name_of(model)], end_forward):
-            for batch in tokens.chunk(batches):
-                with suppress(EndForward):
-                    model(batch)
-
-    return run
-
-
-def _store(batches: int) -> Run:
-    """Have SAELens make the batches of a tokenized data set, and run them."""
-
+def _trace(gathered: Gathered, batches: int) -> Run:
     def run(model: Any, tokens: Tensor) -> Tensor:
-        from datasets import Dataset
-        from sae_lens.training.activations_store import ActivationsStore
+        import nnsight
 
-        batch = max(1, len(tokens) // batches)
-        store = ActivationsStore(
-            model=model,
-            dataset=Dataset.from_dict({"tokens": tokens.tolist()}),
-            streaming=False,
-            hook_name=resid(model),
-            hook_head_index=None,
-            context_size=tokens.shape[1],
-            d_in=model.cfg.d_model,
-            n_batches_in_buffer=batches,
-            total_training_tokens=len(tokens),
-            store_batch_size_prompts=batch,
-            train_batch_size_tokens=batch * tokens.shape[1],
-            prepend_bos=False,
-            normalize_activations="none",
-            device=tokens.device,
-            dtype="float32",
-        )
-        return torch.cat([store.get_raw_llm_batch()[0] for _ in range(len(tokens) // batch)])
+        kept: list[Tensor] = []
+        layer = middle(model._module)
+        for batch in tokens.chunk(batches):
+            with torch.no_grad(), model.trace(batch) as tracer:
+                activation: Tensor = nnsight.save(gathered.cut(gathered.traced(model, layer)))
+                tracer.stop()
+            kept.append(activation)
+        return torch.cat(kept)
 
     return run
 
 
-def gather_table(batches: int, **options: Any) -> Table:
-    """Compare the ways to gather as many batches."""
-    limit = f"gather-{batches}-bare"
-    recipe, ours = "a list of clones, and `torch.cat`", "`capture(model, name, stop=True"
-    roomy = _capture(batches, _neurons, make_room=True)
-    cases = (
-        ("cache", "`run_with_cache`, filtered and stopped, and `torch.cat`", _cache(batches), ""),
-        ("recipe", recipe, _recipe(batches), "hook and torch.cat"),
-        ("capture", f"**{ours})`**", _capture(batches, _neurons), "capture, bridge"),
-        (
-            "capacity",
-            f"**{ours}, capacity=rows)`**",
-            roomy,
-            "",
-        ),
-        ("bare", "bare forwards, stopped at the hook", nothing(batches, _neurons), ""),
+def _place(gathered: Gathered) -> Callable[[Any], Register]:
+    return lambda model: gathered.at(model, middle(model))
+
+
+NEURONS = Gathered(
+    "the neurons of a layer",
+    neurons_name,
+    at_neurons,
+    lambda model, layer: model.get(neurons_path(model._module, layer)).input,
+)
+"""Four times as wide as a `resid_post`, so that a batch of it weighs as a forward."""
+RESID = Gathered(
+    "the `resid_post` of a layer",
+    resid_name,
+    at_resid,
+    lambda model, layer: model.get(block_path(model._module, layer)).output,
+)
+LAST = replace(RESID, of="the last position of a `resid_post`", pos=-1)
+
+
+def gather_table(gathered: Gathered, batches: int, *, prefix: str, **options: Any) -> Table:
+    """Compare the ways to gather as many batches of a bridge, and of the same plain model."""
+    ours = "`capture(model, name, stop=True"
+    roomy = gather(gathered, batches, make_room=True)
+    recipe, ready = _recipe(gathered, batches), gather(gathered, batches)
+    cached = "`run_with_cache`, filtered and stopped, and `torch.cat`"
+    clones = "a list of clones, and `torch.cat`"
+    cases: tuple[tuple[str, str, str, Run, str], ...] = (
+        ("cache", BRIDGE, cached, _cache(gathered, batches), ""),
+        ("recipe", BRIDGE, clones, recipe, "hook and torch.cat"),
+        ("capture", BRIDGE, f"**{ours})`**", ready, "capture, bridge"),
+        ("capacity", BRIDGE, f"**{ours}, capacity=rows)`**", roomy, ""),
+        ("plain-nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`, and `torch.cat`",
+            _trace(gathered, batches), "nnsight, stopped"),
+        ("plain-recipe", PLAIN, f"{clones}, plain model", recipe, ""),
+        ("plain-capture", PLAIN, f"**{ours})`**, plain model", ready, "capture, plain model"),
+    )  # fmt: skip
+    limits = {BRIDGE: f"{prefix}-{batches}-bare", PLAIN: f"{prefix}-{batches}-plain-bare"}
+    near = f"{prefix}-{batches}-plain-capture"
+    captured = (
+        Way(
+            f"{prefix}-{batches}-{name}",
+            title,
+            run,
+            limits[BRIDGE if kind == BRIDGE else PLAIN],
+            kind,
+            near=near if (kind, name) == (BRIDGE, "capture") else "",
+            label=label,
+        )
+        for name, kind, title, run, label in cases
+        if kind not in WITHOUT
+    )
+    nothing = stopped(batches, at=_place(gathered))
+    bare = (
+        bare_way(limit, f"bare forwards, stopped at the hook, {kind}", nothing, limit, kind)
+        for kind, limit in limits.items()
     )
     return Table(
-        title=f"the neurons of a layer of a bridge, {batches} batches",
-        ways=tuple(
-            Way(f"gather-{batches}-{name}", title, run, limit, label=label)
-            for name, title, run, label in cases
-        ),
+        title=f"{gathered.of}, {batches} batches, of a bridge and of the same plain model",
+        ways=(*captured, *bare),
         setup=Setup(tokens=64),
         varied={"batches": batches},
         **options,
     )
 
 
-GATHER_TABLE = gather_table(MANY, name="gathering", rounds=0)
-
-SAELENS_TABLE = Table(
-    "saelens",
-    f"one `resid_post` of a `HookedTransformer`, {STORED} batches",
-    tuple(
-        Way(f"saelens-{name}", title, run, "saelens-bare", HOOKED)
-        for name, title, run in (
-            ("store", "SAELens: `ActivationsStore`, `torch.cat`", _store(STORED)),
-            ("capture", "**`capture(model, name, stop=True)`**", _capture(STORED, resid)),
-            ("bare", "bare forwards, stopped at the hook", nothing(STORED, resid)),
-        )
-    ),
-    varied={"batches": STORED},
-    repeats=1,
-    needs=("sae_lens",),
-)
+GATHER_TABLE = gather_table(NEURONS, MANY, prefix="gather", name="gathering", rounds=1, repeats=1)
+LAST_TABLE = gather_table(LAST, MANY, prefix="last", name="last", rounds=0)

@@ -1,16 +1,22 @@
-"""The ways to get the last position of each step of a generation with a KV cache."""
+"""The ways to get the last position of each step of a generation with a KV cache.
 
+TransformerLens' own is not among them: `generate(return_cache=True)` takes one sequence alone.
+"""
+
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import BRIDGE, PLAIN, middle, resid_name
-from benchmarks._ways import Table, Way
+from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, block_path, middle, resid_name
+from benchmarks._plain import WITHOUT
+from benchmarks._ways import Table, Way, bare_way
 from benchmarks._work import WORK, bare_hooks
 
 STEPS = 32
+LIKELIEST: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
 LAST = WORK["last"]
 
 
@@ -20,14 +26,20 @@ def generate(model: Any, tokens: Tensor, **options: Any) -> Any:
         return model.generate(
             tokens, STEPS, stop_at_eos=False, do_sample=False, return_type="tokens", verbose=False
         )
-    return model.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=STEPS,
-        min_new_tokens=STEPS,
-        do_sample=False,
-        **options,
-    )
+    return model.generate(tokens, attention_mask=torch.ones_like(tokens), **LIKELIEST, **options)
+
+
+def _trace(model: Any, tokens: Tensor) -> Tensor:
+    import nnsight
+
+    module = model._module
+    layer = model.get(block_path(module, middle(module)))
+    options = {"fn": module.generate, "attention_mask": torch.ones_like(tokens)} | LIKELIEST
+    with torch.no_grad(), model.trace(tokens, **options) as tracer:
+        kept: list[Tensor] = nnsight.save([])
+        for _ in tracer.iter[:STEPS]:
+            kept.append(layer.output[:, -1].clone())  # noqa: PERF401  nnsight steps in the loop
+    return torch.stack(kept, dim=1)
 
 
 def _bare(model: Any, tokens: Tensor) -> None:
@@ -58,19 +70,24 @@ def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
     return torch.stack([states[middle(model) + 1][:, -1] for states in steps], dim=1)
 
 
+def _ways() -> Iterator[Way]:
+    nnsight = "nnsight: `trace(tokens, fn=model.generate)`, `iter`, `save`"
+    for kind in (BRIDGE, PLAIN):
+        name, limit = f"generate-{kind}", f"generate-{kind}-bare"
+        if kind == PLAIN:
+            states = "`plain.generate(output_hidden_states=True)`"
+            yield Way(f"{name}-hidden", states, _hidden_states, limit, kind)
+            if NNSIGHT not in WITHOUT:
+                yield Way(f"{name}-nnsight", nnsight, _trace, limit, NNSIGHT)
+        yield Way(f"{name}-recipe", f"{kind}, the hook recipe", _recipe, limit, kind)
+        ours = f"**{kind}, `capture(model, name, slice=-1, join=None)`**"
+        yield Way(f"{name}-capture", ours, _capture, limit, kind)
+        yield bare_way(limit, f"{kind}, nothing captured: the limit", _bare, limit, kind)
+
+
 GENERATE_TABLE = Table(
     "generate",
     f"the last position of each step of `generate()`, {STEPS} tokens",
-    tuple(
-        Way(f"generate-{kind}-{name}", title.format(kind), run, f"generate-{kind}-bare", kind)
-        for kind in (BRIDGE, PLAIN)
-        for name, title, run in (
-            ("hidden", "`{}.generate(output_hidden_states=True)`", _hidden_states),
-            ("recipe", "{}, the hook recipe", _recipe),
-            ("capture", "**{}, `capture(model, name, slice=-1, join=None)`**", _capture),
-            ("bare", "{}, nothing captured: the limit", _bare),
-        )
-        if (kind, name) != (BRIDGE, "hidden")
-    ),
+    tuple(_ways()),
     repeats=3,
 )

@@ -1,5 +1,6 @@
 """The models that are measured, and what they run on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -145,6 +146,16 @@ def resid_name(layer: int) -> str:
     return f"blocks.{layer}.hook_resid_post"
 
 
+def heads_name(layer: int) -> str:
+    """Return its name of the outputs of the heads."""
+    return f"blocks.{layer}.attn.hook_z"
+
+
+def neurons_name(layer: int) -> str:
+    """Return its name of the neurons: four times as wide as what is asked for."""
+    return f"blocks.{layer}.mlp.hook_post"
+
+
 def block_path(module: nn.Module, layer: int) -> str:
     """Find a layer of a plain model: in the list that is as long as the model is deep."""
     layers = depth(module)
@@ -163,3 +174,55 @@ def projection_path(module: nn.Module, layer: int) -> str:
         for path, _ in module.get_submodule(block).named_modules()
         if path.split(".")[-1] in PROJECTIONS and "mlp" not in path
     )
+
+
+def neurons_path(module: nn.Module, layer: int) -> str:
+    """Find the module of a plain model that is given the layer's neurons: its last linear one."""
+    block = block_path(module, layer)
+    *_, last = (
+        path
+        for path, each in module.get_submodule(block).named_modules()
+        if getattr(each, "weight", None) is not None and each.weight.dim() > 1
+    )
+    return f"{block}.{last}"
+
+
+Register = Callable[[Callable[..., None]], Any]
+"""Registers a bare torch hook, and returns its handle."""
+
+
+def at_resid(model: Any, layer: int) -> Register:
+    """Find where a bare hook sees a layer's `resid_post`, of a bridge or of a plain model."""
+    if hasattr(model, "hook_dict"):
+        return _at_hook_point(model, resid_name(layer))
+    register: Register = model.get_submodule(block_path(model, layer)).register_forward_hook
+    return register
+
+
+def at_heads(model: Any, layer: int) -> Register:
+    """Find where it sees the outputs of the layer's heads."""
+    if hasattr(model, "hook_dict"):
+        return _at_hook_point(model, heads_name(layer))
+    return _at_input(model, projection_path(model, layer))
+
+
+def at_neurons(model: Any, layer: int) -> Register:
+    """Find where it sees the layer's neurons."""
+    if hasattr(model, "hook_dict"):
+        return _at_hook_point(model, neurons_name(layer))
+    return _at_input(model, neurons_path(model, layer))
+
+
+def _at_hook_point(model: Any, name: str) -> Register:
+    register: Register = model.hook_dict[name].register_forward_hook
+    return register
+
+
+def _at_input(model: nn.Module, path: str) -> Register:
+    return model.get_submodule(path).register_forward_pre_hook
+
+
+def seen(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> Tensor:
+    """Return what a hook saw: the output behind a module, or the input before one."""
+    activation: Tensor = output[0] if output else args[0]
+    return activation

@@ -1,6 +1,5 @@
 """The ways to get one activation of a plain Hugging Face model, beside those of a bridge."""
 
-from contextlib import suppress
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,17 +9,16 @@ from torch import Tensor
 from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, TORCHLENS, Setup, block_path, middle
 from benchmarks._ways import (
     STOPPED,
-    EndForward,
     Run,
     Table,
     Way,
     bare,
+    bare_way,
     capturing,
-    end_forward,
     everything,
     filtered_stopped,
-    hooked,
     no_grad,
+    stopped,
 )
 
 LIMIT = "plain-bare-stopped"
@@ -49,25 +47,22 @@ def _trace(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _record(model: Any, tokens: Tensor) -> Tensor:
-    """Save one layer; the forward runs on, since `halt=` was not tried behind a module."""
+    """Save one layer, and halt behind it: a selector in `halt=` sees no module, a callable does."""
     import torchlens
 
-    layer = torchlens.module(block_path(model, middle(model)))
+    path = block_path(model, middle(model))
+
+    def left(event: Any) -> bool:
+        return bool(event.kind == "module_exit" and event.address == path)
+
     with torch.no_grad():
-        (saved,) = torchlens.record(model, tokens, save=layer)
+        (saved,) = torchlens.record(model, tokens, save=torchlens.module(path), halt=left)
     activation: Tensor = saved.ram_payload
     return activation
 
 
-def _bare_stopped(model: Any, tokens: Tensor) -> None:
-    """Run a forward to the end of the layer, and keep nothing."""
-    layer = model.get_submodule(block_path(model, middle(model)))
-    with hooked(layer, end_forward), suppress(EndForward):
-        model(tokens)
-
-
 def _ways() -> tuple[Way, ...]:
-    states, stopped = "(output_hidden_states=True)", no_grad(filtered_stopped)
+    states = "(output_hidden_states=True)"
     cases: tuple[tuple[str, str, str, Run, str], ...] = (
         ("cache", BRIDGE, "`run_with_cache(tokens)`", everything, "run_with_cache"),
         (
@@ -81,7 +76,7 @@ def _ways() -> tuple[Way, ...]:
             "filter-stop-nograd",
             BRIDGE,
             f"`{STOPPED}`, no_grad",
-            stopped,
+            no_grad(filtered_stopped),
             "run_with_cache, filtered, stopped",
         ),
         (
@@ -100,7 +95,13 @@ def _ways() -> tuple[Way, ...]:
             "hidden states, no logits",
         ),
         ("nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`", _trace, "nnsight, stopped"),
-        ("torchlens", TORCHLENS, "torchlens: `record(save=module)`", _record, "torchlens"),
+        (
+            "torchlens",
+            TORCHLENS,
+            "torchlens: `record(save=module, halt=...)`",
+            _record,
+            "torchlens",
+        ),
         ("capture", PLAIN, "**`capture(model, name)`**", capturing(stop=False), ""),
         (
             "capture-stop",
@@ -109,16 +110,8 @@ def _ways() -> tuple[Way, ...]:
             capturing(stop=True),
             "capture, plain model",
         ),
-        ("bare", PLAIN, "bare forward, nothing captured", bare, ""),
-        (
-            "bare-stopped",
-            PLAIN,
-            "bare forward, stopped after the layer: the limit",
-            _bare_stopped,
-            "the limit",
-        ),
     )
-    return tuple(
+    captured = (
         Way(
             f"plain-{name}",
             title,
@@ -131,6 +124,18 @@ def _ways() -> tuple[Way, ...]:
         )
         for name, model, title, run, label in cases
         if model not in WITHOUT
+    )
+    return (
+        *captured,
+        bare_way("plain-bare", "bare forward, nothing captured", bare, LIMIT, PLAIN),
+        bare_way(
+            LIMIT,
+            "bare forward, stopped after the layer: the limit",
+            stopped(),
+            LIMIT,
+            PLAIN,
+            label="the limit",
+        ),
     )
 
 

@@ -1,12 +1,11 @@
 """What was measured, drawn: a plot for each sweep, and bars for the plain model."""
 
 import math
-import statistics
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import MIB
+from benchmarks._report import MIB, Result, median_seconds, time_ratio
 from benchmarks._sweeps import SWEEPS
 from benchmarks._tables import TABLES, WAYS
 
@@ -14,8 +13,10 @@ from benchmarks._tables import TABLES, WAYS
 # as light as black paper does.
 LOOKS = {
     "run_with_cache, no_grad": ("#d55e00", "s"),
+    "run_with_cache, filtered, stopped": ("#cc79a7", "v"),
     "hook and torch.cat": ("#d55e00", "s"),
     "hidden states, no logits": ("#b8860b", "D"),
+    "nnsight, stopped": ("#7b6be0", "P"),
     "capture, bridge": ("#3b8fd0", "^"),
     "capture, plain model": ("#009e73", "o"),
 }
@@ -46,6 +47,10 @@ def draw(tables: dict[str, Any], folder: Path) -> None:
         _draw_bars(tables["plain"], folder)
 
 
+def _results(table: dict[str, Any]) -> list[Result]:
+    return [Result(**each) for each in table["results"]]
+
+
 def _is_of(sweep: str, name: str, tables: dict[str, Any]) -> bool:
     return TABLES[name].sweep == sweep and name in tables
 
@@ -56,14 +61,14 @@ def _draw_sweep(sweep: str, found: dict[int, Any], folder: Path) -> None:
     peaks: dict[str, Points] = defaultdict(dict)
     seconds: dict[str, Points] = defaultdict(dict)
     for x, table in found.items():
-        for result in table["results"]:
-            way = WAYS[result["way"]]
+        for result in _results(table):
+            way = WAYS[result.way]
             if not way.label or way.name == way.limit:
                 continue
-            if result["peak_bytes"]:
-                peaks[way.label][x] = result["peak_bytes"] / MIB
-            if result["seconds"]:
-                seconds[way.label][x] = statistics.median(mine for mine, _ in result["seconds"])
+            if result.peak_bytes:
+                peaks[way.label][x] = result.peak_bytes / MIB
+            if taken := median_seconds(result):
+                seconds[way.label][x] = taken
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
     for axes, lines, title in (
         (left, peaks, "extra peak memory, MiB"),
@@ -134,11 +139,12 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
     """Draw the peak of each way with a name, and its time against that of the limit beside it."""
     from matplotlib import pyplot as plt
 
-    results = [each for each in table["results"] if WAYS[each["way"]].label]
-    labels = [WAYS[each["way"]].label for each in results]
-    peaks = [(each["peak_bytes"] or 0) / MIB for each in results]
-    medians = [_ratio(each["seconds"]) for each in results]
-    lack = ["does not fit" if each.get("does_not_fit") else "not measured" for each in results]
+    results = [each for each in _results(table) if WAYS[each.way].label]
+    labels = [WAYS[each.way].label for each in results]
+    peaks = [(each.peak_bytes or 0) / MIB for each in results]
+    ratios = [time_ratio(each) for each in results]
+    medians = [ratio.median if ratio else 0 for ratio in ratios]
+    lack = ["does not fit" if each.does_not_fit else "not measured" for each in results]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.44 * len(labels) + 1), sharey=True)
     for axes, sizes, title, unit in (
         (left, peaks, "extra peak memory", "{:,.0f} MiB"),
@@ -160,10 +166,6 @@ def _draw_bars(table: dict[str, Any], folder: Path) -> None:
         text.set(color=colour, fontweight="bold")
     figure.tight_layout(w_pad=3)
     _save(figure, folder / "plain")
-
-
-def _ratio(seconds: list[list[float]]) -> float:
-    return statistics.median(mine / limit for mine, limit in seconds) if seconds else 0
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,16 +1,25 @@
 """Tables that differ in one number: what plots are drawn from."""
 
-from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._gather import gather_table
-from benchmarks._models import BRIDGE, PLAIN, Setup, block_path, depth, resid_name
-from benchmarks._plain import LIMIT, PLAIN_TABLE
-from benchmarks._ways import EndForward, Run, Table, Way, end_forward, hooked
+from benchmarks._gather import MANY, NEURONS, gather_table
+from benchmarks._models import (
+    BRIDGE,
+    NNSIGHT,
+    PLAIN,
+    Register,
+    Setup,
+    at_resid,
+    block_path,
+    depth,
+    resid_name,
+)
+from benchmarks._plain import LIMIT, PLAIN_TABLE, WITHOUT
+from benchmarks._ways import Run, Table, Way, bare_way, stopped
 
 SWEEPS = {
     "length": "tokens a sequence",
@@ -21,9 +30,16 @@ SWEEPS = {
 }
 """What is varied, as an axis calls it."""
 
-DRAWN = ("plain-cache-nograd", "plain-hidden-base", "plain-bridge", "plain-capture-stop")
-STATES = "hidden states, no logits"
-ONCE: dict[str, Any] = {"rounds": 1, "repeats": 3}
+DRAWN = (
+    "plain-cache-nograd",
+    "plain-filter-stop-nograd",
+    "plain-hidden-base",
+    "plain-nnsight",
+    "plain-bridge",
+    "plain-capture-stop",
+)
+ONCE: dict[str, Any] = {"rounds": 1, "repeats": 2}
+LONG: dict[str, Any] = {"rounds": 1, "repeats": 1}
 
 
 def _plain_table(sweep: str, x: int, setup: Setup, **varied: int) -> Table:
@@ -44,11 +60,14 @@ def _layers(model: Any, asked: int) -> range:
     return range(depth(model) - 1 - asked, depth(model) - 1)
 
 
-def _cache(asked: int) -> Run:
+def _cache(asked: int, *, only: bool) -> Run:
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
+        layers = _layers(model, asked)
+        names = [resid_name(layer) for layer in layers]
+        options = {"names_filter": names, "stop_at_layer": layers[-1] + 1} if only else {}
         with torch.no_grad():
-            _, cache = model.run_with_cache(tokens)
-        return [cache[resid_name(layer)] for layer in _layers(model, asked)]
+            _, cache = model.run_with_cache(tokens, **options)
+        return [cache[name] for name in names]
 
     return run
 
@@ -72,42 +91,78 @@ def _capture(asked: int) -> Run:
     return run
 
 
-def _stopped(model: Any, tokens: Tensor) -> None:
-    layer = model.get_submodule(block_path(model, depth(model) - 2))
-    with hooked(layer, end_forward), suppress(EndForward):
-        model(tokens)
+def _trace(asked: int) -> Run:
+    def run(model: Any, tokens: Tensor) -> list[Tensor]:
+        import nnsight
+
+        module = model._module
+        layers = [model.get(block_path(module, layer)) for layer in _layers(module, asked)]
+        with torch.no_grad(), model.trace(tokens) as tracer:
+            outputs: list[Tensor] = nnsight.save([layer.output for layer in layers])
+            tracer.stop()
+        return outputs
+
+    return run
+
+
+def _at_last(model: Any) -> Register:
+    return at_resid(model, depth(model) - 2)
 
 
 def _asked_table(asked: int) -> Table:
     limit, near = f"asked-{asked}-bare", f"asked-{asked}-hidden"
-    states = "`model.base_model(output_hidden_states=True)`"
+    cases: tuple[tuple[str, str, str, Run, str], ...] = (
+        (
+            "cache",
+            BRIDGE,
+            "`run_with_cache(tokens)`, no_grad",
+            _cache(asked, only=False),
+            "run_with_cache, no_grad",
+        ),
+        (
+            "filter-stop",
+            BRIDGE,
+            "`run_with_cache(tokens, names_filter=names, stop_at_layer=last + 1)`, no_grad",
+            _cache(asked, only=True),
+            "run_with_cache, filtered, stopped",
+        ),
+        (
+            "hidden",
+            PLAIN,
+            "`model.base_model(output_hidden_states=True)`",
+            _hidden_states(asked),
+            "hidden states, no logits",
+        ),
+        (
+            "nnsight",
+            NNSIGHT,
+            "nnsight: `trace`, `save`, `stop`",
+            _trace(asked),
+            "nnsight, stopped",
+        ),
+        *(
+            (kind, kind, f"**`capture(model, names, stop=True)`, {kind}**", _capture(asked), label)
+            for kind, label in ((BRIDGE, "capture, bridge"), (PLAIN, "capture, plain model"))
+        ),
+    )
+    captured = (
+        Way(
+            f"asked-{asked}-{name}",
+            title,
+            run,
+            limit,
+            kind,
+            near=near if kind == BRIDGE else "",
+            label=label,
+        )
+        for name, kind, title, run, label in cases
+        if kind not in WITHOUT
+    )
+    bare = "bare forward, stopped after the last of them"
     return Table(
         f"asked-{asked}",
         f"the `resid_post` of {asked} layers",
-        (
-            Way(
-                f"asked-{asked}-cache",
-                "`run_with_cache(tokens)`, no_grad",
-                _cache(asked),
-                limit,
-                near=near,
-                label="run_with_cache, no_grad",
-            ),
-            Way(near, states, _hidden_states(asked), limit, PLAIN, label=STATES),
-            *(
-                Way(
-                    f"asked-{asked}-{kind}",
-                    f"**`capture(model, names, stop=True)`, {kind}**",
-                    _capture(asked),
-                    limit,
-                    kind,
-                    near=near if kind == BRIDGE else "",
-                    label=f"capture, {label}",
-                )
-                for kind, label in ((BRIDGE, "bridge"), (PLAIN, "plain model"))
-            ),
-            Way(limit, "bare forward, stopped after the last of them", _stopped, limit, PLAIN),
-        ),
+        (*captured, bare_way(limit, bare, stopped(at=_at_last), limit, PLAIN)),
         sweep="asked",
         x=asked,
         **ONCE,
@@ -122,5 +177,11 @@ SWEEP_TABLES = (
     *(_plain_table("batch", x, Setup(), batch=x) for x in (1, 2, 4, 8, 16)),
     *(_plain_table("depth", x, Setup(), layers=x) for x in (6, 12, 24)),
     *(_asked_table(x) for x in (1, 2, 4, 8, 11)),
-    *(gather_table(x, name=f"batches-{x}", sweep="batches", x=x, **ONCE) for x in (1, 4, 16, 64)),
+    *(
+        gather_table(NEURONS, x, prefix="gather", name=f"batches-{x}", sweep="batches", x=x, **ONCE)
+        for x in (1, 4, 16)
+    ),
+    gather_table(
+        NEURONS, MANY, prefix="gather", name=f"batches-{MANY}", sweep="batches", x=MANY, **LONG
+    ),
 )

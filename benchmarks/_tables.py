@@ -1,11 +1,11 @@
 """All that is compared."""
 
 from benchmarks._data import EXTRACT_TABLE, FLAT_TABLE
-from benchmarks._gather import GATHER_TABLE, SAELENS_TABLE
+from benchmarks._gather import GATHER_TABLE, LAST_TABLE
 from benchmarks._generate import GENERATE_TABLE
 from benchmarks._load import LOAD_TABLE
 from benchmarks._plain import PLAIN_TABLE
-from benchmarks._saelens import SAELENS_EXTRACT_TABLE, SAELENS_SMALL_TABLE
+from benchmarks._saelens import SAELENS_EXTRACT_TABLE, SAELENS_SMALL_TABLE, SAELENS_TABLE
 from benchmarks._sweeps import SWEEP_TABLES
 from benchmarks._ways import BRIDGE_TABLE
 from benchmarks._work import WORK_TABLE
@@ -18,6 +18,7 @@ TABLES = {
         WORK_TABLE,
         GENERATE_TABLE,
         GATHER_TABLE,
+        LAST_TABLE,
         SAELENS_TABLE,
         EXTRACT_TABLE,
         FLAT_TABLE,

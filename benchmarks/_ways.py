@@ -3,13 +3,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Never, TypeVar
 
 import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import BRIDGE, Setup, middle, resid_name
+from benchmarks._models import BRIDGE, Register, Setup, at_resid, middle, resid_name
 
 T = TypeVar("T")
 Captured = Tensor | Sequence[Tensor] | None
@@ -33,6 +34,7 @@ class Way:
         label: What plots call it; it is drawn if it has one.
         alone: Whether it leaves a process slower than it was, so that it is timed in its own.
         prepare: Makes what it needs beside the model and the tokens, before anything is measured.
+        captures: Whether it yields anything, which a bare forward does not.
 
     """
 
@@ -45,12 +47,11 @@ class Way:
     label: str = ""
     alone: bool = False
     prepare: Callable[[Setup], object] | None = None
+    captures: bool = True
 
-    @property
-    def captures(self) -> bool:
-        """Whether it yields anything, which a bare forward does not."""
-        return "bare" not in self.name.split("-")
 
+bare_way = partial(Way, captures=False)
+"""Makes a way that captures nothing, for others to be compared with."""
 
 USUAL = Setup()
 
@@ -143,22 +144,44 @@ class EndForward(Exception):  # noqa: N818  a signal, not an error
     """Unwinds a forward."""
 
 
-def _bare_stopped(model: Any, tokens: Tensor) -> None:
-    """Run a forward to the place where `capture(stop=True)` ends it, and keep nothing."""
-    point = model.hook_dict[resid_name(middle(model))]
-    with hooked(point, end_forward), suppress(EndForward):
-        model(tokens)
-
-
 def end_forward(*_: object) -> Never:
     """End the forward that called this hook."""
     raise EndForward
 
 
+def at_middle(model: Any) -> Register:
+    """Find where a bare hook sees what is asked for."""
+    return at_resid(model, middle(model))
+
+
+def stopped(
+    batches: int = 1,
+    *,
+    at: Callable[[Any], Register] = at_middle,
+    hook: Callable[..., None] = end_forward,
+) -> Callable[[Any, Tensor], None]:
+    """Run bare forwards to the place where `capture(stop=True)` ends them, and keep nothing.
+
+    Args:
+        batches: Among how many forwards the tokens are divided.
+        at: Finds where the hook goes.
+        hook: Ends each forward, and may keep what it sees before.
+
+    """
+
+    def run(model: Any, tokens: Tensor) -> None:
+        with hooked(at(model), hook):
+            for batch in tokens.chunk(batches):
+                with suppress(EndForward):
+                    model(batch)
+
+    return run
+
+
 @contextmanager
-def hooked(module: Any, hook: Callable[..., None]) -> Iterator[None]:
-    """Have a bare torch hook on a module, without gradients."""
-    handle = module.register_forward_hook(hook)
+def hooked(register: Register, hook: Callable[..., None]) -> Iterator[None]:
+    """Have a bare torch hook in a model, without gradients."""
+    handle = register(hook)
     try:
         with torch.no_grad():
             yield
@@ -187,29 +210,32 @@ LIMIT = "bare-stopped"
 BRIDGE_TABLE = Table(
     "bridge",
     "one `resid_post` of a bridge",
-    tuple(
-        Way(name, title, run, LIMIT)
-        for name, title, run in (
-            ("cache", "`run_with_cache(tokens)`", everything),
-            ("cache-nograd", "`run_with_cache(tokens)`, no_grad", no_grad(everything)),
-            ("filter", f"`{FILTERED}`", _filtered),
-            (
-                "filter-nograd",
-                "`run_with_cache(tokens, names_filter=name)`, no_grad",
-                no_grad(_filtered),
-            ),
-            ("filter-stop", f"`{STOPPED}`", filtered_stopped),
-            ("filter-stop-nograd", f"`{STOPPED}`, no_grad", no_grad(filtered_stopped)),
-            ("recipe", "the hook recipe", _recipe),
-            ("capture", "**`capture(model, name)`**", capturing(stop=False)),
-            ("capture-stop", "**`capture(model, name, stop=True)`**", capturing(stop=True)),
-            ("bare", "bare forward, nothing captured", bare),
-            (
-                "bare-stop-at-layer",
-                "bare forward, `stop_at_layer=layer + 1`",
-                _bare_stop_at_layer,
-            ),
-            (LIMIT, "bare forward, stopped at the hook: the limit", _bare_stopped),
-        )
+    (
+        *(
+            Way(name, title, run, LIMIT)
+            for name, title, run in (
+                ("cache", "`run_with_cache(tokens)`", everything),
+                ("cache-nograd", "`run_with_cache(tokens)`, no_grad", no_grad(everything)),
+                ("filter", f"`{FILTERED}`", _filtered),
+                ("filter-nograd", f"`{FILTERED}`, no_grad", no_grad(_filtered)),
+                ("filter-stop", f"`{STOPPED}`", filtered_stopped),
+                ("filter-stop-nograd", f"`{STOPPED}`, no_grad", no_grad(filtered_stopped)),
+                ("recipe", "the hook recipe", _recipe),
+                ("capture", "**`capture(model, name)`**", capturing(stop=False)),
+                ("capture-stop", "**`capture(model, name, stop=True)`**", capturing(stop=True)),
+            )
+        ),
+        *(
+            bare_way(name, title, run, LIMIT)
+            for name, title, run in (
+                ("bare", "bare forward, nothing captured", bare),
+                (
+                    "bare-stop-at-layer",
+                    "bare forward, `stop_at_layer=layer + 1`",
+                    _bare_stop_at_layer,
+                ),
+                (LIMIT, "bare forward, stopped at the hook: the limit", stopped()),
+            )
+        ),
     ),
 )
