@@ -2,7 +2,9 @@
 
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -184,13 +186,25 @@ def test_what_does_not_fit_into_a_quick_run_or_is_not_measured_is_a_fault(monkey
     assert find_regressions(unmeasured) == []
 
 
-@pytest.mark.parametrize("name", ["generate", "work", "asked-3", "batches-8", "load"])
-def test_all_ways_of_a_table_yield_the_same(name):
+def yielded(name):
+    """Run all ways of a table, of a tiny model."""
     table, cpu = TABLES[name], meter_of("cpu")
-    for library in table.needs:
-        pytest.importorskip(library)
     setup = replace(TINY, **table.varied)
-    results = [Result(way.name, **measure_memory(setup, way, cpu)) for way in table.ways]
+    return [Result(way.name, **measure_memory(setup, way, cpu)) for way in table.ways]
+
+
+@pytest.fixture(scope="module")
+def apart():
+    """A process of its own: nnsight changes torch where it is imported."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("name", ["generate", "work", "asked-3", "batches-8", "load"])
+def test_all_ways_of_a_table_yield_the_same(name, apart):
+    for library in TABLES[name].needs:
+        pytest.importorskip(library)
+    results = apart.submit(yielded, name).result()
     assert find_disagreement(results) is None
     assert all(each.sha256 for each in results if not each.way.endswith("bare"))
 
