@@ -69,7 +69,7 @@ def _draw_sweep(sweep: str, found: dict[int, Any], folder: Path) -> None:
                 peaks[way.label][x] = result.peak_bytes / MIB
             if taken := median_seconds(result):
                 seconds[way.label][x] = taken
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.6))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(16, 4.8))
     for axes, lines, title in (
         (left, peaks, "extra peak memory, MiB"),
         (right, seconds, "time, s"),
