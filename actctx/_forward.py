@@ -87,7 +87,6 @@ class Frame:
     ) -> None:
         self.parent = parent
         self._name_inputs = name_inputs
-        self._inputs: dict[str, Any] | None = None
         self.staged: dict[Watcher, dict[str, list[Owned]]] = {watcher: {} for watcher in watchers}
         self.counts: defaultdict[tuple[Watcher, str], int] = defaultdict(int)
         self.masks: dict[object, Any] = {}
@@ -96,12 +95,11 @@ class Frame:
             parent is not None and parent.stop
         )
 
+    @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """Tell what the forward was called with, its parameters by name."""
+        """What the forward was called with, its parameters by name."""
         # Asked for by every site that is masked, and not cheap to tell.
-        if self._inputs is None:
-            self._inputs = self._name_inputs()
-        return self._inputs
+        return self._name_inputs()
 
     def count(self, watcher: Watcher, key: str) -> int:
         """Count a firing of a site, and return how often it fired before."""
@@ -214,7 +212,7 @@ class Interceptor:
         for watcher in frame.staged:
             watcher.check_hooks()
         if frame.stop and not (frame.parent and frame.parent.stop):  # what the caller gives
-            self._check_cache(frame.inputs() if len(args) > 1 else kwargs)
+            self._check_cache(frame.inputs if len(args) > 1 else kwargs)
         try:
             _FRAME.set(frame)
             # One capture with `grad=True`, here or around, is enough to keep the graph.

@@ -274,7 +274,7 @@ class Opening(Generic[B]):
         if isinstance(self._options.mask, Chosen):
             return self._options.mask.shape[0]
         frames = [] if frame is None else frame.chain()
-        given = itertools.chain.from_iterable(each.inputs().values() for each in frames)
+        given = itertools.chain.from_iterable(each.inputs.values() for each in frames)
         tensors = (each for each in given if isinstance(each, Tensor) and each.dim() > 1)
         return next(map(len, tensors), None)
 
@@ -328,7 +328,7 @@ class Opening(Generic[B]):
                 "called by itself, as generate() calls an encoder; capture from that part, as in "
                 "capture(model.encoder, ...), or give capture the mask itself"
             )
-        given = [(each.inputs(), each.masks.get("inner", {})) for each in frame.chain()]
+        given = [(each.inputs, each.masks.get("inner", {})) for each in frame.chain()]
         # OPT has a decoder, too, but no encoder beside it.
         encodes = any("decoder_input_ids" in inputs for pair in given for inputs in pair)
         decodes = any(part.startswith("decoder") for part in place.name.split("."))
