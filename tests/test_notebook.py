@@ -1,11 +1,15 @@
 """The cell magic, in a real Jupyter kernel."""
 
 import re
+from pathlib import Path
+from textwrap import dedent
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from actctx.notebook import capture_activations
 
 SETUP = """
 %load_ext actctx
@@ -175,6 +179,16 @@ def test_the_magic_explains_itself(kernel):
         shown.split()
     )
     assert "Make room for N rows at the first forward." in " ".join(shown.split())
+
+
+def test_the_example_of_its_docstring_runs(kernel):
+    folder = str(Path(__file__).parent)
+    run(kernel, f"import sys; sys.path.insert(0, {folder!r})\nfrom models import bridge, tokens")
+    run(kernel, "model, tokens = bridge(), tokens(4)")
+    example = capture_activations.__doc__.partition("Example:\n")[2]
+    run(kernel, dedent(example).split("\n\n")[0])
+    assert run(kernel, "[*resid]") == "['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']"
+    assert run(kernel, "resid['blocks.1.hook_resid_post'].shape[:-1]") == "torch.Size([4])"
 
 
 def test_an_extraction_shows_how_far_it_has_come(kernel, tmp_path):
