@@ -1,6 +1,7 @@
 """The cell magic `%%capture_activations`, for IPython and Jupyter: `%load_ext actctx`."""
 
 import ast
+import functools
 from keyword import iskeyword
 from typing import Any
 
@@ -22,26 +23,34 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
     shell.register_magic_function(capture_activations, "cell")
 
 
+def _unquoted(word: str) -> str:
+    """Take the quotes off that IPython leaves on the words of a line."""
+    return word.strip("\"'")
+
+
+_word = functools.partial(argument, type=_unquoted)
+
+
 @output_can_be_silenced
 @magic_arguments()
-@argument("model", help="The model: a variable or an expression, in quotes if it has spaces.")
-@argument("names", nargs="+", help="Hook names, module names or globs, in quotes or not.")
-@argument(
+@_word("model", help="The model: a variable or an expression, in quotes if it has spaces.")
+@_word("names", nargs="+", help="Hook names, module names or globs, in quotes or not.")
+@_word(
     "--slice",
     action="append",
     metavar="AXIS=INDEX",
     help="What to keep along an axis: pos=-1, pos=0:10 or head=0,3. Repeatable.",
 )
-@argument("--dtype", choices=_DTYPES, help="The dtype to keep; by default the model's.")
-@argument("--device", help="The device to move the activations to; by default the model's.")
-@argument("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
-@argument("--join", default="batch", help="The axis that forwards are joined along, or none.")
+@_word("--dtype", choices=_DTYPES, help="The dtype to keep; by default the model's.")
+@_word("--device", help="The device to move the activations to; by default the model's.")
+@_word("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
+@_word("--join", default="batch", help="The axis that forwards are joined along, or none.")
 @argument("--capacity", type=int, metavar="N", help="Make room for N rows at the first forward.")
 @argument(
     "--grad", action="store_true", help="Keep the graph, for gradients through the activations."
 )
 @argument("--stop", action="store_true", help="End each forward once all names have fired.")
-@argument("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
+@_word("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
 def capture_activations(line: str, cell: str) -> object:
     """Run the cell in a capture.
 
@@ -56,11 +65,10 @@ def capture_activations(line: str, cell: str) -> object:
     """
     shell: Any = get_ipython()
     args = parse_argstring(capture_activations, line)
-    expression = _unquoted(args.model)
-    _check_variable(args.variable, expression)
+    _check_variable(args.variable, args.model)
     capturing = capture(
-        _evaluate(shell, expression),
-        [_unquoted(name) for name in args.names],
+        _evaluate(shell, args.model),
+        args.names,
         slice=parse_words(args.slice or []) or None,
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         device=args.device,
@@ -72,10 +80,6 @@ def capture_activations(line: str, cell: str) -> object:
     )
     with capturing as shell.user_ns[args.variable]:
         return _run(shell, cell)
-
-
-def _unquoted(word: str) -> str:
-    return word.strip("\"'")
 
 
 def _check_variable(variable: str, model: str) -> None:
@@ -127,7 +131,8 @@ def _run(shell: Any, cell: str) -> object:
     body = shell.transform_ast(shell.compile.ast_parse(source, filename=name)).body
     last = body.pop() if body and isinstance(body[-1], ast.Expr) else None
     names = shell.user_ns
-    exec(compile(ast.Module(body, []), name, "exec"), names)  # noqa: S102  it is the user's cell
+    # The shell's own `compile` knows the `from __future__` of earlier cells.
+    exec(shell.compile(ast.Module(body, []), name, "exec"), names)  # noqa: S102  the user's cell
     if last is None:
         return None
-    return eval(compile(ast.Expression(last.value), name, "eval"), names)  # noqa: S307  as above
+    return eval(shell.compile(ast.Expression(last.value), name, "eval"), names)  # noqa: S307  as above

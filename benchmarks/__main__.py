@@ -13,8 +13,7 @@ from benchmarks._devices import meter_of
 from benchmarks._findings import Findings, FindingsError
 from benchmarks._machine import machine
 from benchmarks._measure import ProbeError, measure_memory, measure_time, probe, say
-from benchmarks._models import Setup
-from benchmarks._plain import WITHOUT
+from benchmarks._models import WITHOUT, Setup
 from benchmarks._plots import draw
 from benchmarks._probe import Order
 from benchmarks._report import (
@@ -44,7 +43,7 @@ OTHERS = {
     "sites": "microseconds of a hooked site and forward",
     "checks": "microseconds of the checks of types",
 }
-USUAL = tuple(name for name, table in TABLES.items() if not table.sweep)
+USUAL = tuple(name for name, table in TABLES.items() if table.is_usual)
 CASES = ", ".join([*USUAL, *SWEEPS, *OTHERS])
 CHOSEN_IN = {way.name: name for name in reversed(TABLES) for way in TABLES[name].ways}
 """The table that a way is measured in where it alone is asked for: the first that has it."""
@@ -123,7 +122,7 @@ def main(
     faults: list[str] = []
     for table, ways, setup in chosen:
         faults += _measure(table, ways, setup, findings, quick=quick, **runs)
-    _measure_others(asked, findings, quick=quick)
+    faults += _measure_others(asked, findings, quick=quick)
     if plot:
         draw(findings.tables, plot)
     print(", ".join(f"{what} {found}" for what, found in machine(device).items()))
@@ -137,6 +136,9 @@ def _can_be_measured(table: Table, setup: Setup) -> bool:
     why = f"not installed: {', '.join(missing)}" if missing else why_not(table, setup)
     if why:
         print(f"{table.name} is left out: {why}\n")
+    without = sorted({way.model for way in table.ways} & WITHOUT)
+    if without:
+        print(f"{table.name} is without ways of {' and '.join(without)}: not installed\n")
     return not why
 
 
@@ -172,7 +174,7 @@ def _measure(
         stay = _keep(table, setup, results, findings)
     if stay:
         print(f"--json keeps what it had, which says more: {', '.join(stay)}\n")
-    if not quick and not table.sweep:
+    if not quick and table.is_usual:
         verdicts = targets(results, batches=setup.batches)
         print(*(f"- {verdict}\n" for verdict in verdicts), sep="")
     return [*faults, *(find_regressions(results) if quick else [])]
@@ -195,22 +197,31 @@ def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings)
     return stay
 
 
-def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> None:
+def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> list[str]:
     """Measure what is tiny: on the CPU and a tiny model, whatever device and model are given."""
-    if "sites" in asked:
-        say("sites")
-        found = probe(Order(replace(QUICK, threads=1), tiny="sites", repeats=2 if quick else 12))
-        findings.put("sites", {"microseconds": found})
-        print(site_rows(found), *site_targets(found, FORWARDS), sep="\n", end="\n\n")
-    if "checks" in asked:
-        say("checks")
-        found = probe(Order(replace(QUICK, threads=1), tiny="checks", repeats=5))
-        findings.put("checks", found)
-        print(
-            "checks: {site:.1f} us a site and shape, {field:.0f} us a field and block\n".format(
-                **found
-            )
-        )
+    faults = []
+    for name, measure in (("sites", _measure_sites), ("checks", _measure_checks)):
+        if name in asked:
+            say(name)
+            try:
+                measure(findings, quick=quick)
+            except ProbeError as error:
+                faults.append(f"{name}: {error}")
+    return faults
+
+
+def _measure_sites(findings: Findings, *, quick: bool) -> None:
+    found = probe(Order(replace(QUICK, threads=1), tiny="sites", repeats=2 if quick else 12))
+    findings.put("sites", {"microseconds": found})
+    print(site_rows(found), *site_targets(found, FORWARDS), sep="\n", end="\n\n")
+
+
+def _measure_checks(findings: Findings, *, quick: bool) -> None:
+    found = probe(Order(replace(QUICK, threads=1), tiny="checks", repeats=2 if quick else 5))
+    findings.put("checks", found)
+    print(
+        "checks: {site:.1f} us a site and shape, {field:.0f} us a field and block\n".format(**found)
+    )
 
 
 def _given(**options: int | None) -> dict[str, Any]:
@@ -220,33 +231,27 @@ def _given(**options: int | None) -> dict[str, Any]:
 def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
     """Put the ways that are asked for in the order of their tables, with the limits of them."""
     asked = set(cases)
-    unknown = asked - {*TABLES, *SWEEPS, *WAYS, *OTHERS}
+    unknown = sorted(asked - {*TABLES, *SWEEPS, *WAYS, *OTHERS})
+    lacking = sorted({WAYS[case].model for case in asked & {*WAYS}} & WITHOUT)
     if unknown:
-        raise typer.BadParameter(_why_unknown(sorted(unknown)), param_hint="--case")
+        known = f"choose from {CASES}, or a way of them, which --list lists"
+        raise typer.BadParameter(
+            f"there is no case {', '.join(unknown)}; {known}", param_hint="--case"
+        )
+    if lacking:
+        why = f'not installed: {", ".join(lacking)}; pip install -e ".[bench]"'
+        raise typer.BadParameter(why, param_hint="--case")
     for table in TABLES.values():
         whole = bool(asked & {table.name, table.sweep})
         ways = [
             way
             for way in table.ways
-            if whole or (way.name in asked and CHOSEN_IN[way.name] == table.name)
+            if (whole or (way.name in asked and CHOSEN_IN[way.name] == table.name))
+            and way.model not in WITHOUT
         ]
         limits = {way.limit for way in ways}
         if ways:
             yield table, [way for way in table.ways if way in ways or way.name in limits]
-
-
-def _why_unknown(cases: list[str]) -> str:
-    lacking = sorted({kind for kind in WITHOUT for case in cases if kind in case.split("-")})
-    if lacking:
-        installed = "which are" if len(lacking) > 1 else "which is"
-        return (
-            f"{', '.join(cases)} would need {' and '.join(lacking)}, {installed} not installed: "
-            'pip install -e ".[bench]"'
-        )
-    return (
-        f"there is no case {', '.join(cases)}; choose from {CASES}, or a way of them, which "
-        "--list lists"
-    )
 
 
 def _listing() -> Iterator[str]:

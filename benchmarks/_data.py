@@ -74,13 +74,14 @@ EXTRACT_TABLE = Table(
             PLAIN,
         ),
     ),
+    Setup(tokens=128),
     varied={"batches": BATCHES},
-    repeats=1,
+    rounds=3,
     to_disk=True,
     needs=("lance",),
 )
 
-FLAT = {"10-thousand": 2, "100-thousand": 13, "1-million": 123, "10-million": 1221}
+FLAT = {"16-thousand": 2, "106-thousand": 13, "1-million": 123, "10-million": 1221}
 """How many batches of 64 x 128 tokens are about so many."""
 
 

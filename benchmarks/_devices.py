@@ -41,9 +41,9 @@ class Cpu:
             _CLEAR_REFS.write_text("5")
         except OSError:
             return run(), None
-        before = status_bytes("VmRSS")
+        before = _status_bytes("VmRSS")
         found = run()
-        peak = status_bytes("VmHWM")
+        peak = _status_bytes("VmHWM")
         return found, None if before is None or peak is None else peak - before
 
     def seconds_of(self, run: Callable[[], object]) -> float:
@@ -84,12 +84,13 @@ class Accelerator:
     def seconds_of(self, run: Callable[[], object]) -> float:
         """See `Meter`; from when the device reaches the run to when it is done with it."""
         gc.collect()
-        start, end = (self._library.Event(enable_timing=True) for _ in range(2))
-        self._library.synchronize(self._device)
-        start.record()
-        run()
-        end.record()
-        self._library.synchronize(self._device)
+        with self._library.device(self._device):  # whose stream events are put on
+            start, end = (self._library.Event(enable_timing=True) for _ in range(2))
+            self._library.synchronize()
+            start.record()
+            run()
+            end.record()
+            self._library.synchronize()
         milliseconds: float = start.elapsed_time(end)
         return milliseconds / 1000
 
@@ -103,7 +104,8 @@ def meter_of(device: str) -> Meter:
     """Choose what measures on a device.
 
     Raises:
-        RuntimeError: torch knows no such device, or finds none on this machine.
+        RuntimeError: torch knows no such device, finds none on this machine, or does not tell the
+            peak memory of such.
 
     """
     chosen = torch.device(device)
@@ -112,6 +114,8 @@ def meter_of(device: str) -> Meter:
     library = torch.get_device_module(chosen)
     if not library.is_available():
         raise RuntimeError(f"torch finds no {chosen.type} device on this machine")
+    if not hasattr(library, "max_memory_allocated"):
+        raise RuntimeError(f"torch does not tell the peak memory of {chosen.type} devices")
     return Accelerator(chosen, library)
 
 
@@ -122,7 +126,7 @@ def limit_memory(share: int) -> None:
         share: How many processes share the memory that there is.
 
     """
-    available, held = _meminfo_bytes("MemAvailable"), status_bytes("VmData")
+    available, held = _meminfo_bytes("MemAvailable"), _status_bytes("VmData")
     if available is None or held is None:
         return
     import resource
@@ -131,7 +135,7 @@ def limit_memory(share: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (most, most))
 
 
-def status_bytes(field: str) -> int | None:
+def _status_bytes(field: str) -> int | None:
     """Read one of the sizes that the kernel tells of this process."""
     return _bytes(_STATUS, field)
 

@@ -23,7 +23,6 @@ from benchmarks._models import (
     resid_name,
     seen,
 )
-from benchmarks._plain import WITHOUT
 from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
 
 MANY = 64
@@ -167,7 +166,6 @@ def gather_table(gathered: Gathered, batches: int, *, prefix: str, **options: An
             label=label,
         )
         for name, kind, title, run, label in cases
-        if kind not in WITHOUT
     )
     nothing = stopped(batches, at=_place(gathered))
     bare = (
@@ -183,5 +181,7 @@ def gather_table(gathered: Gathered, batches: int, *, prefix: str, **options: An
     )
 
 
-GATHER_TABLE = gather_table(NEURONS, MANY, prefix="gather", name="gathering", rounds=1, repeats=1)
+GATHER_TABLE = gather_table(
+    NEURONS, MANY, prefix="gather", name="gathering", sweep="batches", x=MANY
+)
 LAST_TABLE = gather_table(LAST, MANY, prefix="last", name="last", rounds=0)

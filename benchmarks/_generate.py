@@ -11,7 +11,6 @@ from torch import Tensor
 
 from actctx import capture
 from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, block_path, middle, resid_name
-from benchmarks._plain import WITHOUT
 from benchmarks._ways import Table, Way, bare_way
 from benchmarks._work import WORK, bare_hooks
 
@@ -77,8 +76,7 @@ def _ways() -> Iterator[Way]:
         if kind == PLAIN:
             states = "`plain.generate(output_hidden_states=True)`"
             yield Way(f"{name}-hidden", states, _hidden_states, limit, kind)
-            if NNSIGHT not in WITHOUT:
-                yield Way(f"{name}-nnsight", nnsight, _trace, limit, NNSIGHT)
+            yield Way(f"{name}-nnsight", nnsight, _trace, limit, NNSIGHT)
         yield Way(f"{name}-recipe", f"{kind}, the hook recipe", _recipe, limit, kind)
         ours = f"**{kind}, `capture(model, name, slice=-1, join=None)`**"
         yield Way(f"{name}-capture", ours, _capture, limit, kind)
@@ -89,5 +87,4 @@ GENERATE_TABLE = Table(
     "generate",
     f"the last position of each step of `generate()`, {STEPS} tokens",
     tuple(_ways()),
-    repeats=3,
 )

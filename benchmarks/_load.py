@@ -193,7 +193,7 @@ LOAD_TABLE = Table(
     f"rows of float16 from disk, in shuffled batches of {BATCH}",
     tuple(_ways()),
     setup=Setup(batch=200, tokens=1000, layers=1, vocab=1000),
-    repeats=2,
+    rounds=3,
     to_disk=True,
     needs=("lance", "datasets"),
 )

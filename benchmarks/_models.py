@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 BRIDGE, PLAIN, NNSIGHT, TORCHLENS, HOOKED = "bridge", "plain", "nnsight", "torchlens", "hooked"
 """A bridge, which computes attention eagerly; Hugging Face's model with sdpa, by itself and for
 libraries that wrap it; TransformerLens' `HookedTransformer`, of the generation before bridges."""
+
+WITHOUT = {kind for kind in (NNSIGHT, TORCHLENS) if find_spec(kind) is None}
+"""The libraries that are not installed, so that their ways are left out."""
 
 PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
 """What Hugging Face calls the projection of the heads' outputs."""

@@ -1,6 +1,5 @@
 """The ways to get one activation of a plain Hugging Face model, beside those of a bridge."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,8 +22,6 @@ from benchmarks._ways import (
 
 LIMIT = "plain-bare-stopped"
 NEAR = "plain-hidden"
-WITHOUT = {kind for kind in (NNSIGHT, TORCHLENS) if find_spec(kind) is None}
-"""The libraries that are not there, so that their cases are left out."""
 
 
 def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
@@ -61,56 +58,64 @@ def _record(model: Any, tokens: Tensor) -> Tensor:
     return activation
 
 
+_CASES: tuple[tuple[str, str, str, Run, str], ...] = (
+    ("cache", BRIDGE, "`run_with_cache(tokens)`", everything, "run_with_cache"),
+    (
+        "cache-nograd",
+        BRIDGE,
+        "`run_with_cache(tokens)`, no_grad",
+        no_grad(everything),
+        "run_with_cache, no_grad",
+    ),
+    (
+        "filter-stop-nograd",
+        BRIDGE,
+        f"`{STOPPED}`, no_grad",
+        no_grad(filtered_stopped),
+        "run_with_cache, filtered, stopped",
+    ),
+    (
+        "bridge",
+        BRIDGE,
+        "**`capture(bridge, name, stop=True)`**",
+        capturing(stop=True),
+        "capture, bridge",
+    ),
+    (
+        "hidden",
+        PLAIN,
+        "`model(output_hidden_states=True)`",
+        no_grad(_hidden_states),
+        "hidden states",
+    ),
+    (
+        "hidden-base",
+        PLAIN,
+        "`model.base_model(output_hidden_states=True)`",
+        no_grad(_hidden_states_of_the_base),
+        "hidden states, no logits",
+    ),
+    ("nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`", _trace, "nnsight, stopped"),
+    (
+        "torchlens",
+        TORCHLENS,
+        "torchlens: `record(save=module, halt=...)`",
+        _record,
+        "torchlens",
+    ),
+    ("capture", PLAIN, "**`capture(model, name)`**", capturing(stop=False), ""),
+    (
+        "capture-stop",
+        PLAIN,
+        "**`capture(model, name, stop=True)`**",
+        capturing(stop=True),
+        "capture, plain model",
+    ),
+)
+"""Of each way its name, its kind of model, its title, what runs it, and its label in plots."""
+
+
 def _ways() -> tuple[Way, ...]:
-    states = "(output_hidden_states=True)"
-    cases: tuple[tuple[str, str, str, Run, str], ...] = (
-        ("cache", BRIDGE, "`run_with_cache(tokens)`", everything, "run_with_cache"),
-        (
-            "cache-nograd",
-            BRIDGE,
-            "`run_with_cache(tokens)`, no_grad",
-            no_grad(everything),
-            "run_with_cache, no_grad",
-        ),
-        (
-            "filter-stop-nograd",
-            BRIDGE,
-            f"`{STOPPED}`, no_grad",
-            no_grad(filtered_stopped),
-            "run_with_cache, filtered, stopped",
-        ),
-        (
-            "bridge",
-            BRIDGE,
-            "**`capture(bridge, name, stop=True)`**",
-            capturing(stop=True),
-            "capture, bridge",
-        ),
-        ("hidden", PLAIN, f"`model{states}`", no_grad(_hidden_states), "hidden states"),
-        (
-            "hidden-base",
-            PLAIN,
-            f"`model.base_model{states}`",
-            no_grad(_hidden_states_of_the_base),
-            "hidden states, no logits",
-        ),
-        ("nnsight", NNSIGHT, "nnsight: `trace`, `save`, `stop`", _trace, "nnsight, stopped"),
-        (
-            "torchlens",
-            TORCHLENS,
-            "torchlens: `record(save=module, halt=...)`",
-            _record,
-            "torchlens",
-        ),
-        ("capture", PLAIN, "**`capture(model, name)`**", capturing(stop=False), ""),
-        (
-            "capture-stop",
-            PLAIN,
-            "**`capture(model, name, stop=True)`**",
-            capturing(stop=True),
-            "capture, plain model",
-        ),
-    )
     captured = (
         Way(
             f"plain-{name}",
@@ -122,8 +127,7 @@ def _ways() -> tuple[Way, ...]:
             label=label,
             alone=model == TORCHLENS,
         )
-        for name, model, title, run, label in cases
-        if model not in WITHOUT
+        for name, model, title, run, label in _CASES
     )
     return (
         *captured,
@@ -144,4 +148,6 @@ PLAIN_TABLE = Table(
     "one `resid_post` of a bridge and of the same plain model",
     _ways(),
     Setup(tokens=1024),
+    rounds=2,
+    repeats=2,
 )

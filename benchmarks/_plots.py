@@ -40,7 +40,9 @@ def draw(tables: dict[str, Any], folder: Path) -> None:
     mpl.rcParams |= {"font.size": 13, "svg.hashsalt": "actctx"}
     folder.mkdir(parents=True, exist_ok=True)
     for sweep in SWEEPS:
-        found = {TABLES[name].x: tables[name] for name in TABLES if _is_of(sweep, name, tables)}
+        names = [name for name in tables if name in TABLES and TABLES[name].sweep == sweep]
+        names.sort(key=lambda name: TABLES[name].x)
+        found = {TABLES[name].x: tables[name] for name in names}
         if len(found) > 1:
             _draw_sweep(sweep, found, folder)
     if "plain" in tables:
@@ -48,11 +50,8 @@ def draw(tables: dict[str, Any], folder: Path) -> None:
 
 
 def _results(table: dict[str, Any]) -> list[Result]:
-    return [Result(**each) for each in table["results"]]
-
-
-def _is_of(sweep: str, name: str, tables: dict[str, Any]) -> bool:
-    return TABLES[name].sweep == sweep and name in tables
+    """Read the results of ways; those of ways that are none any more are passed over."""
+    return [Result(**each) for each in table["results"] if each["way"] in WAYS]
 
 
 def _draw_sweep(sweep: str, found: dict[int, Any], folder: Path) -> None:

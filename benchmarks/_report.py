@@ -1,4 +1,4 @@
-"""What was measured, as a table and against the targets."""
+"""What was measured: results held against each other, and tables of them."""
 
 import statistics
 import sys

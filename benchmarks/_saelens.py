@@ -144,7 +144,6 @@ def _table(name: str, shape: str, setup: Setup, **varied: int) -> Table:
         ),
         setup=setup,
         varied={"batches": BATCHES, **varied},
-        repeats=1,
         to_disk=True,
         needs=("sae_lens", "lance"),
     )
@@ -178,7 +177,6 @@ SAELENS_TABLE = Table(
         ),
     ),
     varied={"batches": STORED},
-    repeats=1,
     needs=("sae_lens",),
 )
 SAELENS_EXTRACT_TABLE = _table(

@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from benchmarks._generate import GENERATE_TABLE, STEPS
+from benchmarks._load import LOAD_TABLE
 from benchmarks._models import Setup, of_model
 from benchmarks._ways import USUAL, Table
 
@@ -22,7 +23,9 @@ def setup_of(table: Table, *, quick: bool, **given: Any) -> Setup:
 
 
 def why_not(table: Table, setup: Setup) -> str:
-    """Say why a table cannot be measured with the model of a setup; nothing if it can."""
+    """Say why a table cannot be measured with the model and device of a setup, if it cannot."""
+    if table.name == LOAD_TABLE.name and setup.device != "cpu":
+        return "it reads into the memory of the CPU"
     if table.sweep == "asked" and table.x >= setup.layers:
         return f"it asks for {table.x} layers below the last, the model has {setup.layers}"
     if _reach(table, setup) > setup.context:

@@ -13,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from actctx import capture
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup, build, make_tokens, resid_name
-from benchmarks._plain import WITHOUT
+from benchmarks._models import (
+    BRIDGE,
+    NNSIGHT,
+    PLAIN,
+    WITHOUT,
+    Setup,
+    build,
+    make_tokens,
+    resid_name,
+)
 
 LAYERS = 24
 FORWARDS = 50
@@ -75,7 +83,8 @@ def _blocks(setup: Setup, kind: str) -> Subject:
         from nnsight import NNsight
 
         model = NNsight(model)
-    given = torch.rand(setup.batch, setup.tokens, setup.d_model)
+    chance = torch.Generator().manual_seed(setup.seed)
+    given = torch.rand(setup.batch, setup.tokens, setup.d_model, generator=chance)
     return Subject(model, given, "blocks.*", list(model.blocks))
 
 
@@ -153,7 +162,6 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
     chance = random.Random(0)  # noqa: S311  nothing secret
     found: dict[str, dict[str, float]] = {name: {} for name in CASES}
     for forwards, make in SUBJECTS.items():
-        torch.manual_seed(setup.seed)
         subjects = {kind: make(setup, kind) for kind in kinds}
         _check_alike(subjects)
         taken: dict[str, list[float]] = defaultdict(list)
@@ -185,8 +193,7 @@ def _check_alike(subjects: dict[str, Subject]) -> None:
     for model in (PLAIN, BRIDGE):
         cases = [(kind, run) for kind, run in CASES.values() if _bare(kind) == model]
         kept = [list(run(subjects[kind], 1)) for kind, run in cases]
-        alike = all(map(torch.equal, each, kept[0]) for each in kept)
-        if not all(len(each) == LAYERS and alike for each in kept):
+        if not all(len(each) == LAYERS and all(map(torch.equal, each, kept[0])) for each in kept):
             raise RuntimeError(f"the ways to capture from a {model} model keep different things")
 
 

@@ -1,12 +1,14 @@
-"""Tables that differ in one number: what plots are drawn from."""
+"""Tables that differ in one number: what plots are drawn from.
+
+Of the batches that are gathered the last table is `gathering`.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from actctx import capture
-from benchmarks._gather import MANY, NEURONS, gather_table
+from benchmarks._gather import NEURONS, gather_table
 from benchmarks._models import (
     BRIDGE,
     NNSIGHT,
@@ -14,12 +16,11 @@ from benchmarks._models import (
     Register,
     Setup,
     at_resid,
-    block_path,
     depth,
-    resid_name,
 )
-from benchmarks._plain import LIMIT, PLAIN_TABLE, WITHOUT
+from benchmarks._plain import LIMIT, PLAIN_TABLE
 from benchmarks._ways import Run, Table, Way, bare_way, stopped
+from benchmarks._work import Work, by_cache, by_capture, by_hidden_states, by_trace, names, whole
 
 SWEEPS = {
     "length": "tokens a sequence",
@@ -38,8 +39,6 @@ DRAWN = (
     "plain-bridge",
     "plain-capture-stop",
 )
-ONCE: dict[str, Any] = {"rounds": 1, "repeats": 2}
-LONG: dict[str, Any] = {"rounds": 1, "repeats": 1}
 
 
 def _plain_table(sweep: str, x: int, setup: Setup, **varied: int) -> Table:
@@ -51,56 +50,21 @@ def _plain_table(sweep: str, x: int, setup: Setup, **varied: int) -> Table:
         varied,
         sweep=sweep,
         x=x,
-        **ONCE,
     )
 
 
-def _layers(model: Any, asked: int) -> range:
+def _work(asked: int) -> Work:
     """Ask for the last layers but one, whose hidden state Hugging Face normalizes."""
-    return range(depth(model) - 1 - asked, depth(model) - 1)
+    return Work(f"{asked} layers", lambda deep: range(deep - 1 - asked, deep - 1), whole)
 
 
-def _cache(asked: int, *, only: bool) -> Run:
-    def run(model: Any, tokens: Tensor) -> list[Tensor]:
-        layers = _layers(model, asked)
-        names = [resid_name(layer) for layer in layers]
-        options = {"names_filter": names, "stop_at_layer": layers[-1] + 1} if only else {}
-        with torch.no_grad():
-            _, cache = model.run_with_cache(tokens, **options)
-        return [cache[name] for name in names]
+def _cache_all(work: Work) -> Run:
+    """Have TransformerLens cache everything."""
 
-    return run
-
-
-def _hidden_states(asked: int) -> Run:
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
         with torch.no_grad():
-            states = model.base_model(tokens, output_hidden_states=True).hidden_states
-        return [states[layer + 1] for layer in _layers(model, asked)]
-
-    return run
-
-
-def _capture(asked: int) -> Run:
-    def run(model: Any, tokens: Tensor) -> list[Tensor]:
-        names = [resid_name(layer) for layer in _layers(model, asked)]
-        with capture(model, names, stop=True) as acts:
-            model(tokens)
-        return [acts[name] for name in names]
-
-    return run
-
-
-def _trace(asked: int) -> Run:
-    def run(model: Any, tokens: Tensor) -> list[Tensor]:
-        import nnsight
-
-        module = model._module
-        layers = [model.get(block_path(module, layer)) for layer in _layers(module, asked)]
-        with torch.no_grad(), model.trace(tokens) as tracer:
-            outputs: list[Tensor] = nnsight.save([layer.output for layer in layers])
-            tracer.stop()
-        return outputs
+            _, cache = model.run_with_cache(tokens)
+        return [cache[name] for name in names(work, model)]
 
     return run
 
@@ -110,38 +74,38 @@ def _at_last(model: Any) -> Register:
 
 
 def _asked_table(asked: int) -> Table:
-    limit, near = f"asked-{asked}-bare", f"asked-{asked}-hidden"
+    work, limit, near = _work(asked), f"asked-{asked}-bare", f"asked-{asked}-hidden"
     cases: tuple[tuple[str, str, str, Run, str], ...] = (
         (
             "cache",
             BRIDGE,
             "`run_with_cache(tokens)`, no_grad",
-            _cache(asked, only=False),
+            _cache_all(work),
             "run_with_cache, no_grad",
         ),
         (
             "filter-stop",
             BRIDGE,
             "`run_with_cache(tokens, names_filter=names, stop_at_layer=last + 1)`, no_grad",
-            _cache(asked, only=True),
+            by_cache(work),
             "run_with_cache, filtered, stopped",
         ),
         (
             "hidden",
             PLAIN,
             "`model.base_model(output_hidden_states=True)`",
-            _hidden_states(asked),
+            by_hidden_states(work),
             "hidden states, no logits",
         ),
         (
             "nnsight",
             NNSIGHT,
             "nnsight: `trace`, `save`, `stop`",
-            _trace(asked),
+            by_trace(work),
             "nnsight, stopped",
         ),
         *(
-            (kind, kind, f"**`capture(model, names, stop=True)`, {kind}**", _capture(asked), label)
+            (kind, kind, f"**`capture(model, names, stop=True)`, {kind}**", by_capture(work), label)
             for kind, label in ((BRIDGE, "capture, bridge"), (PLAIN, "capture, plain model"))
         ),
     )
@@ -156,7 +120,6 @@ def _asked_table(asked: int) -> Table:
             label=label,
         )
         for name, kind, title, run, label in cases
-        if kind not in WITHOUT
     )
     bare = "bare forward, stopped after the last of them"
     return Table(
@@ -165,7 +128,6 @@ def _asked_table(asked: int) -> Table:
         (*captured, bare_way(limit, bare, stopped(at=_at_last), limit, PLAIN)),
         sweep="asked",
         x=asked,
-        **ONCE,
     )
 
 
@@ -178,10 +140,7 @@ SWEEP_TABLES = (
     *(_plain_table("depth", x, Setup(), layers=x) for x in (6, 12, 24)),
     *(_asked_table(x) for x in (1, 3, 11)),
     *(
-        gather_table(NEURONS, x, prefix="gather", name=f"batches-{x}", sweep="batches", x=x, **ONCE)
+        gather_table(NEURONS, x, prefix="gather", name=f"batches-{x}", sweep="batches", x=x)
         for x in (1, 8)
-    ),
-    gather_table(
-        NEURONS, MANY, prefix="gather", name=f"batches-{MANY}", sweep="batches", x=MANY, **LONG
     ),
 )

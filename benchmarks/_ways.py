@@ -68,7 +68,7 @@ class Table:
         varied: What of the setup the table is about, so that a quick run keeps it.
         rounds: The fresh processes to time in; none if memory alone is measured.
         repeats: The passes over all ways in each.
-        sweep: The tables that it is one point of, if it is.
+        sweep: The tables that it is one point of, if it is; most have a name for that alone.
         x: Where it is among them.
         to_disk: Whether what is captured goes to disk, or comes from there, so that it is no part
             of what a way may take of memory.
@@ -81,12 +81,17 @@ class Table:
     ways: tuple[Way, ...]
     setup: Setup = USUAL
     varied: dict[str, int] = field(default_factory=dict)
-    rounds: int = 3
-    repeats: int = 5
+    rounds: int = 1
+    repeats: int = 1
     sweep: str = ""
     x: int = 0
     to_disk: bool = False
     needs: tuple[str, ...] = ()
+
+    @property
+    def is_usual(self) -> bool:
+        """Whether it is no mere point of a sweep, so that it is measured without being named."""
+        return self.name != f"{self.sweep}-{self.x}"
 
 
 def run_with_cache(*, only: bool = False, stop: bool = False) -> Callable[[Any, Tensor], Tensor]:
@@ -238,4 +243,6 @@ BRIDGE_TABLE = Table(
             )
         ),
     ),
+    rounds=2,
+    repeats=2,
 )

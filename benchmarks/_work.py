@@ -27,7 +27,6 @@ from benchmarks._models import (
     resid_name,
     seen,
 )
-from benchmarks._plain import WITHOUT
 from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
 
 HEADS = [0, 3]
@@ -65,12 +64,13 @@ def _heads(z: Tensor, heads: int) -> Tensor:
     return z.view(*z.shape[:2], heads, -1)[:, :, HEADS]
 
 
-def _whole(resid: Tensor, _heads: int) -> Tensor:
+def whole(resid: Tensor, _heads: int) -> Tensor:
+    """Keep all of it."""
     return resid
 
 
 WORK = {
-    "all": Work("all `resid_post`", range, _whole),
+    "all": Work("all `resid_post`", range, whole),
     "last": Work(
         "the last position",
         _middle,
@@ -105,7 +105,7 @@ def by_capture(work: Work) -> Run:
     return run
 
 
-def _by_cache(work: Work) -> Run:
+def by_cache(work: Work) -> Run:
     """Have TransformerLens cache it alone, to its layer and without gradients."""
 
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -119,7 +119,7 @@ def _by_cache(work: Work) -> Run:
     return run
 
 
-def _by_trace(work: Work) -> Run:
+def by_trace(work: Work) -> Run:
     """Have nnsight save it, and stop behind it."""
 
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -142,7 +142,7 @@ def _by_trace(work: Work) -> Run:
     return run
 
 
-def _by_hidden_states(work: Work) -> Run:
+def by_hidden_states(work: Work) -> Run:
     """Have Hugging Face return all layers, without the logits, and cut it out of them."""
 
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
@@ -213,20 +213,17 @@ def _peers(name: str, work: Work, kind: str, limit: str) -> Iterator[Way]:
     """Give what a user could pick instead."""
     if kind == BRIDGE:
         title = f"{work.title}, `run_with_cache`, filtered, stopped, no_grad"
-        yield Way(f"bridge-{name}-cache", title, _by_cache(work), limit)
+        yield Way(f"bridge-{name}-cache", title, by_cache(work), limit)
         return
-    if NNSIGHT not in WITHOUT:
-        title = f"{work.title}, nnsight: `trace`, `save`, `stop`"
-        yield Way(f"plain-{name}-nnsight", title, _by_trace(work), limit, NNSIGHT)
+    title = f"{work.title}, nnsight: `trace`, `save`, `stop`"
+    yield Way(f"plain-{name}-nnsight", title, by_trace(work), limit, NNSIGHT)
     if not work.heads and name != "all":
         title = f"{work.title}, `model.base_model(output_hidden_states=True)`"
-        yield Way(f"plain-{name}-hidden", title, _by_hidden_states(work), limit, PLAIN)
+        yield Way(f"plain-{name}-hidden", title, by_hidden_states(work), limit, PLAIN)
 
 
 WORK_TABLE = Table(
     "work",
     "`capture(stop=True)` of other things, beside a bare hook and what else does it",
     tuple(_ways()),
-    rounds=2,
-    repeats=2,
 )

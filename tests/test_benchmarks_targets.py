@@ -6,7 +6,6 @@ import pytest
 
 from benchmarks._report import Result
 from benchmarks._sites import FORWARDS
-from benchmarks._tables import WAYS
 from benchmarks._targets import site_targets, targets
 
 HOOK, SITE = "bare hook that clones, plain model", "**`capture`, plain model**"
@@ -36,10 +35,7 @@ def test_what_is_gathered_is_held_against_both_bounds():
     ]
 
 
-def test_the_last_position_is_held_against_its_own_bytes_beside_a_bare_forward(
-    monkeypatch,
-):
-    monkeypatch.setitem(WAYS, "plain-last-bare", WAYS["plain-last"])
+def test_the_last_position_is_held_against_its_own_bytes_beside_a_bare_forward():
     results = [Result("plain-last", 103, 1, "a"), Result("plain-last-bare", 100)]
     by_hand = Result("plain-last-by-hand", 100, 1, "a")
     assert targets([*results, by_hand])[1:] == [

@@ -93,6 +93,18 @@ def test_an_interrupted_cell_leaves_no_hooks(kernel):
     assert run(kernel, "hooks(), len(acts)") == "(0, 1)"
 
 
+def test_words_may_be_in_quotes(kernel):
+    magic = '%%capture_activations "model" "0" --dtype "float16" --join "none" --as "kept"\n'
+    run(kernel, magic + "model(x)")
+    assert run(kernel, "kept['0'][0].dtype") == "torch.float16"
+
+
+def test_an_import_from_the_future_of_an_earlier_cell_holds(kernel):
+    run(kernel, "from __future__ import annotations")
+    run(kernel, "%%capture_activations model 0\ndef f(x: nowhere): model(x)\nf(x)")
+    assert run(kernel, "f.__annotations__") == "{'x': 'nowhere'}"
+
+
 def test_a_name_that_is_not_there_is_refused_before_the_cell_runs(kernel):
     with pytest.raises(CellExecutionError, match="no module matches 'nope'"):
         run(kernel, "%%capture_activations model nope\nran = True")
@@ -181,12 +193,22 @@ def test_the_magic_explains_itself(kernel):
     assert "Make room for N rows at the first forward." in " ".join(shown.split())
 
 
-def test_the_example_of_its_docstring_runs(kernel):
+EXAMPLE = dedent(capture_activations.__doc__.partition("Example:\n")[2]).split("\n\n")[0]
+PAGE = Path(__file__).parent.parent / "docs" / "notebooks.md"
+CELLS = re.findall(r"^```text\n(%.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_the_cells_that_the_page_shows_are_found():
+    assert [cell.split()[0] for cell in CELLS] == ["%load_ext", "%%capture_activations"]
+
+
+@pytest.mark.parametrize("cells", [[EXAMPLE], CELLS], ids=["docstring", "page"])
+def test_the_examples_of_the_magic_run(kernel, cells):
     folder = str(Path(__file__).parent)
     run(kernel, f"import sys; sys.path.insert(0, {folder!r})\nfrom models import bridge, tokens")
     run(kernel, "model, tokens = bridge(), tokens(4)")
-    example = capture_activations.__doc__.partition("Example:\n")[2]
-    run(kernel, dedent(example).split("\n\n")[0])
+    for cell in cells:
+        run(kernel, cell)
     assert run(kernel, "[*resid]") == "['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']"
     assert run(kernel, "resid['blocks.1.hook_resid_post'].shape[:-1]") == "torch.Size([4])"
 
