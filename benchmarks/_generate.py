@@ -16,7 +16,6 @@ from benchmarks._work import WORK, bare_hooks
 
 STEPS = 32
 LIKELIEST: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}
-LAST = WORK["last"]
 
 
 def generate(model: Any, tokens: Tensor, **options: Any) -> Any:
@@ -58,7 +57,7 @@ def _recipe(model: Any, tokens: Tensor) -> Tensor:
     def keep(_module: object, _args: object, activation: Tensor) -> None:
         kept.append(activation[:, -1].detach().clone())
 
-    with bare_hooks(LAST, model, keep):
+    with bare_hooks(WORK["last"], model, keep):
         generate(model, tokens)
     return torch.stack(kept, dim=1)
 

@@ -43,12 +43,12 @@ TIME = {
     "capture-stop": Bound("time, bridge: capture(stop=True) / limit", MOST_TIME),
     "plain-capture-stop": Bound("time, plain model: the same", MOST_TIME),
 }
-LAST = {
+LAST_POSITION = {
     "bridge-last": "memory, last position of a bridge: capture / (bare forward + captured)",
     "plain-last": "memory, last position of a plain model: capture / (bare forward + captured)",
 }
 LOAD = Bound("rate: data.loader / datasets", 3, least=True)
-OURS = "plain-capture-stop"
+CAPTURE = "plain-capture-stop"
 CACHE, CACHE_NOGRAD = "plain-cache", "plain-cache-nograd"
 LENS = (CACHE, CACHE_NOGRAD, "plain-filter-stop-nograd")
 SITES: tuple[tuple[str, str, Bound], ...] = (
@@ -73,14 +73,16 @@ def targets(results: list[Result], *, batches: int = 1) -> list[str]:
     if "gather-64-capture" in found:
         ratio = batch_ratio(found["gather-64-capture"], results, batches)
         verdicts.append(GATHERED.verdict(ratio))
-    verdicts += [_of_its_own(found, way) for way in LAST if {way, f"{way}-bare"} <= found.keys()]
+    verdicts += [
+        _of_its_own(found, way) for way in LAST_POSITION if {way, f"{way}-bare"} <= found.keys()
+    ]
     for way, bound in TIME.items():
         time = time_ratio(found[way]) if way in found else None
         verdicts += [bound.verdict(time.median)] if time else []
     if {"load-loader", "load-datasets"} <= found.keys():
         rate = _times_less([found["load-datasets"]], found["load-loader"], _time)
         verdicts.append(LOAD.verdict(rate))
-    asked = OURS in found and any(way in found for way in LENS)
+    asked = CAPTURE in found and any(way in found for way in LENS)
     return verdicts + (_against_the_lens(found) if asked else [])
 
 
@@ -88,7 +90,7 @@ def _of_its_own(found: dict[str, Result], way: str) -> str:
     """Say whether it costs no more than its own bytes beside a forward that keeps nothing."""
     mine, bare = found[way], found[f"{way}-bare"].peak_bytes
     ratio = mine.peak_bytes / (bare + mine.payload_bytes) if mine.peak_bytes and bare else None
-    return Bound(LAST[way], MOST_MEMORY).verdict(ratio)
+    return Bound(LAST_POSITION[way], MOST_MEMORY).verdict(ratio)
 
 
 def _against_the_lens(found: dict[str, Result]) -> list[str]:
@@ -102,7 +104,7 @@ def _against_the_lens(found: dict[str, Result]) -> list[str]:
     best = "{}: the best of TransformerLens / capture, plain model"
     verdicts = [
         Bound(best.format(what), bound, least=True).verdict(
-            _times_less(lens, found[OURS], measure), lack=lack
+            _times_less(lens, found[CAPTURE], measure), lack=lack
         )
         for what, bound, measure in (("memory", 4, _peak), ("time", 1.8, _time))
     ]
@@ -110,7 +112,7 @@ def _against_the_lens(found: dict[str, Result]) -> list[str]:
     if CACHE in found and found[CACHE].does_not_fit:
         everything, title = CACHE_NOGRAD, "run_with_cache under no_grad, as it does not fit without"
     ran = [found[everything]] if everything in found else []
-    everything_less = _times_less(ran, found[OURS], _peak)
+    everything_less = _times_less(ran, found[CAPTURE], _peak)
     bound = Bound(f"memory: {title} / capture, plain model", 20, least=True)
     return [*verdicts, bound.verdict(everything_less)]
 
