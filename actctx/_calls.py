@@ -194,13 +194,18 @@ def model_of(
     """Find the model of a call.
 
     Raises:
-        OptionError: There is none.
+        OptionError: There is none, or `model` is neither one nor a function.
 
     """
     if isinstance(model, nn.Module):
         return model
-    if model is not None:
+    if callable(model):
         return model(*args, **kwargs)
+    if model is not None:
+        raise OptionError(
+            f"@captures(..., model={model!r}) is no model; give one, or what finds it among the "
+            "arguments of a call, as in model=lambda self, *args, **kwargs: self.model"
+        )
     for value in arguments.values():
         nested = value if isinstance(value, tuple) else (value,)
         nested = tuple(value.values()) if isinstance(value, dict) else nested

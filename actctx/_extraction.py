@@ -205,11 +205,10 @@ class Extraction:
         reader.start()
         try:
             unit = f" {self._layout.rows}s"
-            counts = {"total": self._expected, "initial": target.rows, "unit": unit}
-            with (
-                self._capturing as acts,
-                progress_bar(shown=progress, **counts, unit_scale=True) as bar,
-            ):
+            shown = progress_bar(
+                shown=progress, total=self._expected, initial=target.rows, unit=unit
+            )
+            with self._capturing as acts, shown as bar:
                 row = self._row_bytes()
                 if row is not None:
                     self._check_room(row, target, bar)

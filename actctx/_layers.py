@@ -93,7 +93,9 @@ def _listed(given: Any) -> list[Any] | None:
         return None
 
 
-def check_count(name: str, axis: str, words: Sized, wanted: int) -> None:
+def check_count(
+    name: str, axis: str, words: Sized, wanted: int, *, remedy: str = "give one for each"
+) -> None:
     """Refuse words for the places along an axis where each does not have its own.
 
     Raises:
@@ -104,7 +106,7 @@ def check_count(name: str, axis: str, words: Sized, wanted: int) -> None:
     if given != wanted:
         raise OptionError(
             f"{name!r} has {wanted} {axis}, but {given} {'was' if given == 1 else 'were'} given; "
-            "give one for each"
+            f"{remedy}"
         )
 
 

@@ -36,7 +36,8 @@ class Site:
             ones count from the last. By default all.
 
     Raises:
-        OptionError: `io` is neither `"in"` nor `"out"`, or `axes` names an axis twice.
+        OptionError: `io` is neither `"in"` nor `"out"`, `axes` names an axis twice, or `firing`
+            is no int.
 
     Example:
         >>> Site("blocks.*.attn.hook_pattern", slice={"head": [0, 3]}, dtype=torch.float16)
@@ -63,6 +64,11 @@ class Site:
             raise OptionError(
                 f"Site(axes={self.axes!r}) names an axis twice; give each axis a name of its own, "
                 "in their order, as in axes='batch pos d_model'"
+            )
+        if self.firing is not None and type(self.firing) is not int:
+            raise OptionError(
+                f"Site(firing={self.firing!r}) is no number of a firing; give an int, such as 0 "
+                "for the first of each forward or -1 for the last"
             )
 
     def __repr__(self) -> str:
@@ -255,7 +261,7 @@ def _of_the_lens(name: str, *, is_translated: bool) -> str:
     known = not is_glob(name) and hook_axes(name, ()) is not None
     if known and "hook_" in name:
         only = ", or only in a TransformerBridge" if is_translated else ""
-        return f"; TransformerLens has this name, but this architecture may not{only}"
+        return f"; TransformerLens has names that end so, but this architecture may not{only}"
     if not known and hook_axes(f"hook_{last}", ()) is not None:
         return f"; hook names of TransformerLens begin with hook_: '{parent}{dot}hook_{last}'"
     return ""
@@ -272,10 +278,13 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
         return "; ".join(told)
     if hooked:
         listed += [name for names in places.listed_translated() for name in names]
+    lasts = dict.fromkeys(name.rpartition(".")[2] for name in listed)
     closest = dict.fromkeys(
         close
         for name in unknown
-        for close in difflib.get_close_matches(name, listed, n=3 if len(unknown) == 1 else 1)
+        for close in difflib.get_close_matches(
+            name, lasts if name.startswith("hook_") else listed, n=3 if len(unknown) == 1 else 1
+        )
     )
     has_hooks = places.hook_points or (hooked and places.translation.points)
     kind = "hook point" if has_hooks else "module"
@@ -287,6 +296,8 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
         hint += _of_the_lens(unknown[0], is_translated=not places.hook_points)
     if any(is_glob(name) for name in unknown):
         hint += "; in a pattern '*' stays within two dots and '**' spans them"
+    if any("{" in name for name in unknown):
+        hint += "; braces mean nothing in a pattern: give a list of names, or '[0-3]'"
     if kind == "module" and any("hook_" in name for name in unknown):
         hint += (
             "; this model has no hook points, its names are those of named_modules(), such as "

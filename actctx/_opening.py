@@ -337,6 +337,8 @@ class Opening(Generic[B]):
             if isinstance(inputs.get(name), Tensor):
                 mask: Tensor = inputs[name]
                 return mask
+        if frame.unpadded is not None:
+            return frame.unpadded
         raise OptionError(
             f"mask='attention' takes the forward's {name}, but this forward of "
             f"{type(self._model).__name__} got none; pass it to the model, or give capture the "

@@ -4,18 +4,23 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+_MANY = 10_000
 
-def progress_bar(*, shown: bool, **options: Any) -> Any:
+
+def progress_bar(*, shown: bool, total: int | None, **options: Any) -> Any:
     """Make a bar of tqdm's: with widgets in a notebook that has them, otherwise of characters.
 
     Args:
         shown: Whether it is to be seen at all. Where there is neither a notebook nor a terminal, as
             in a batch job, it never is.
-        options: What tqdm takes.
+        total: How far it goes; None where that is not known.
+        options: What else tqdm takes.
 
     """
     from tqdm import tqdm
 
+    # Of a few it would make fractions.
+    options |= {"total": total, "unit_scale": total is None or total >= _MANY}
     if not shown:
         return tqdm(disable=True, **options)
     if not _is_in_a_notebook():

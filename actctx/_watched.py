@@ -328,7 +328,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
     if join not in left and not (join == "pos" and "query" in left):
         raise AxisError(
             f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
-            f"slice, are {' '.join(left)!r}"
+            f"slice, are {' '.join(left)!r}; join along one of them, or keep a list with join=None"
         )
 
 

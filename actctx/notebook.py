@@ -116,8 +116,9 @@ def _evaluate(shell: Any, model: str) -> Any:
         return shell.ev(model)
     except (NameError, SyntaxError, AttributeError, LookupError, TypeError) as error:
         raise OptionError(
-            f"the first word after %%capture_activations is the model, but {model!r} is none: "
-            f"{type(error).__name__}: {error}; give a variable that holds one"
+            f"the first word after %%capture_activations is the model, but {model!r} is not one: "
+            f"{type(error).__name__}: {error}; give a variable that holds one, or an "
+            "expression, in quotes if it has spaces"
         ) from None
 
 

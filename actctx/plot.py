@@ -139,7 +139,8 @@ def plot_pattern(
         tokens = read_tokens(tokens)
         check_count(name, "keys", tokens, keys)
     numbers = [*range(count)] if heads is None else read_integers("heads", heads)
-    check_count(name, "heads", numbers, count)
+    alone = "give one for each, or capture some alone, as with slice={'head': [0, 3]}"
+    check_count(name, "heads", numbers, count, remedy=alone)
     columns = min(count, 4) if tokens is None else min(math.isqrt(count - 1) + 1, 3)
     side = None if tokens is None else _NAMES + _LINE * keys
     figure = _figure(rows=-(-count // columns), columns=columns, side=side)

@@ -124,7 +124,8 @@ def main(
         faults += _measure(table, ways, setup, findings, quick=quick, **runs)
     faults += _measure_others(asked, findings, quick=quick)
     if plot:
-        draw(findings.tables, plot)
+        drawn = ", ".join(draw(findings.tables, plot))
+        print(f"drawn in {plot}: {drawn or 'nothing, since it takes plain or a sweep'}\n")
     print(", ".join(f"{what} {found}" for what, found in machine(device).items()))
     if faults:
         sys.exit("\n".join(faults))
@@ -133,7 +134,8 @@ def main(
 def _can_be_measured(table: Table, setup: Setup) -> bool:
     """Say why a table is left out, if it is."""
     missing = [library for library in table.needs if find_spec(library) is None]
-    why = f"not installed: {', '.join(missing)}" if missing else why_not(table, setup)
+    how = "docs/benchmarks.md says how"
+    why = f"not installed: {', '.join(missing)}; {how}" if missing else why_not(table, setup)
     if why:
         print(f"{table.name} is left out: {why}\n")
     without = sorted({way.model for way in table.ways} & WITHOUT)

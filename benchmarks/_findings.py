@@ -64,6 +64,8 @@ class Findings:
     def put(self, name: str, found: Found) -> None:
         """Keep what was found, and where and when, in place of what was found before."""
         where = {"machine": machine(self._device), "load": self._load}
+        if self._path:
+            self.tables = _read(self._path)  # another environment may have written meanwhile
         self.tables[name] = found | where | ({"quick": True} if self._quick else {})
         if self._path:
             beside = self._path.with_name(f"{self._path.name}.new")
@@ -106,7 +108,7 @@ def _is_less(new: Found, earlier: Found) -> bool:
 
 def _read(path: Path) -> dict[str, Found]:
     if not path.parent.is_dir():
-        raise FindingsError(f"there is no folder {path.parent}")
+        raise FindingsError(f"there is no folder {path.parent}; make it first")
     if not path.exists():
         return {}
     try:

@@ -26,12 +26,15 @@ INK = "#808890"
 Points = dict[int, float]
 
 
-def draw(tables: dict[str, Any], folder: Path) -> None:
+def draw(tables: dict[str, Any], folder: Path) -> list[str]:
     """Write plots as PNG and SVG of what was measured of the tables; what did not fit is left out.
 
     Args:
         tables: What `--json` writes.
         folder: Where the plots go.
+
+    Returns:
+        The names of what was drawn: a sweep of which there are two tables, and `plain`.
 
     """
     import matplotlib as mpl
@@ -39,14 +42,18 @@ def draw(tables: dict[str, Any], folder: Path) -> None:
     mpl.use("Agg")
     mpl.rcParams |= {"font.size": 13, "svg.hashsalt": "actctx"}
     folder.mkdir(parents=True, exist_ok=True)
+    drawn = []
     for sweep in SWEEPS:
         names = [name for name in tables if name in TABLES and TABLES[name].sweep == sweep]
         names.sort(key=lambda name: TABLES[name].x)
         found = {TABLES[name].x: tables[name] for name in names}
         if len(found) > 1:
             _draw_sweep(sweep, found, folder)
+            drawn.append(sweep)
     if "plain" in tables:
         _draw_bars(tables["plain"], folder)
+        drawn.append("plain")
+    return drawn
 
 
 def _results(table: dict[str, Any]) -> list[Result]:

@@ -173,7 +173,8 @@ def _times(result: Result) -> tuple[str, str, str]:
     time, seconds = time_ratio(result), median_seconds(result)
     if time is None or seconds is None:
         return "", "", ""
-    return f"{seconds:.2f}", f"{time.median:.3f}", f"{time.low:.3f} to {time.high:.3f}"
+    spread = f"{time.low:.3f} to {time.high:.3f}" if len(result.seconds) > 1 else "one pass"
+    return f"{seconds:.2f}", f"{time.median:.3f}", spread
 
 
 def _ratio(ratio: float | None) -> str:

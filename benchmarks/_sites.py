@@ -209,5 +209,7 @@ def site_rows(found: dict[str, dict[str, float]]) -> str:
         f"| way | µs a site, {FORWARDS} forwards a block | µs a site, one forward a block |",
         "| --- | ---: | ---: |",
     ]
-    lines += [f"| {way} | {us[str(FORWARDS)]:.1f} | {us['1']:.1f} |" for way, us in found.items()]
+    for way, us in found.items():
+        many, one = (f"{us[n]:.1f}" if us[n] > 0 else "lost in noise" for n in (str(FORWARDS), "1"))
+        lines.append(f"| {way} | {many} | {one} |")
     return "\n".join(lines)

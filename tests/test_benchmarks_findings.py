@@ -65,6 +65,13 @@ def test_ways_that_a_table_has_no_more_are_taken_out_and_named(path, capsys):
     assert "bridge has no ways of-old any more" in capsys.readouterr().out
 
 
+def test_what_another_run_wrote_meanwhile_is_kept(path):
+    one, other = Findings(path), Findings(path)
+    one.put("checks", {"site": 1.0})
+    other.put("sites", {"microseconds": {}})
+    assert list(json.loads(path.read_text())) == ["bridge", "checks", "sites"]
+
+
 def test_a_table_of_another_setup_is_refused(path):
     findings = Findings(path)
     findings.check(BRIDGE, USUAL)
@@ -83,7 +90,7 @@ def test_quick_and_whole_runs_are_not_kept_in_one_file(path, tmp_path):
 
 
 def test_a_file_that_is_none_of_findings_is_refused(tmp_path):
-    with pytest.raises(FindingsError, match=r"^there is no folder .*nowhere$"):
+    with pytest.raises(FindingsError, match=r"^there is no folder .*nowhere; make it first$"):
         Findings(tmp_path / "nowhere" / "found.json")
     other = tmp_path / "notes.json"
     other.write_text("[1]")

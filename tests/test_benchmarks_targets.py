@@ -12,7 +12,7 @@ HOOK, SITE = "bare hook that clones, plain model", "**`capture`, plain model**"
 
 
 def _timed(way, *, peak, seconds):
-    return Result(way, peak, 10, "a", seconds=[(seconds, 1.0)])
+    return Result(way, peak, 10, "a", seconds=[(seconds, 1.0)] * 2)
 
 
 def test_targets_say_by_how_much_they_are_missed():
@@ -23,6 +23,12 @@ def test_targets_say_by_how_much_they_are_missed():
         "MISSED by 2.9%",
         "time, bridge: capture(stop=True) / limit: 1.010, at most 1.02: reached",
     ]
+
+
+def test_one_pass_tells_nothing_of_two_percent():
+    limit = Result("bare-stopped", 90, seconds=[(1.0, 1.0)])
+    once = Result("capture-stop", 90, 10, "a", seconds=[(1.01, 1.0)])
+    assert [verdict.split(",")[0] for verdict in targets([once, limit])] == ["memory"]
 
 
 def test_what_is_gathered_is_held_against_both_bounds():

@@ -54,8 +54,8 @@ def test_an_unknown_module(mlp):
 def test_a_hook_name_that_another_architecture_has():
     assert _said(capture, bridge("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid") == (
         "no hook point matches 'blocks.0.hook_resid_mid'; closest: 'blocks.0.hook_resid_pre', "
-        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has this name, "
-        "but this architecture may not (see actctx.hook_names(model))"
+        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has names that "
+        "end so, but this architecture may not (see actctx.hook_names(model))"
     )
     plain = _said(capture, huggingface("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid")
     assert "but this architecture may not, or only in a TransformerBridge (see" in plain
@@ -67,6 +67,31 @@ def test_a_hook_name_without_its_beginning(gpt2, llama):
             f"no {kind} matches 'resid_post'; hook names of TransformerLens begin with hook_: "
             "'hook_resid_post' (see actctx.hook_names(model))"
         )
+
+
+def test_a_misspelt_last_part_of_hook_names(gpt2):
+    assert "closest: 'hook_pattern'" in _said(capture, gpt2, "hook_patern")
+
+
+def test_braces_in_a_pattern(gpt2):
+    assert "braces mean nothing in a pattern: give a list of names, or '[0-3]' (see" in _said(
+        capture, gpt2, "blocks.{0,1}.hook_resid_post"
+    )
+
+
+def test_a_firing_that_is_no_number():
+    assert _said(Site, "a", firing="last") == (
+        "Site(firing='last') is no number of a firing; give an int, such as 0 for the first of "
+        "each forward or -1 for the last"
+    )
+
+
+def test_a_model_of_a_decorated_call_that_is_none():
+    decorated = captures("block", model="model")(lambda: None)
+    assert _said(decorated) == (
+        "@captures(..., model='model') is no model; give one, or what finds it among the arguments "
+        "of a call, as in model=lambda self, *args, **kwargs: self.model"
+    )
 
 
 def test_a_hook_name_on_a_model_without_hook_points(mlp):
@@ -181,7 +206,8 @@ def test_a_join_that_is_no_axis(gpt2):
 def test_a_join_along_an_axis_that_the_slice_drops(gpt2):
     assert _said(capture, gpt2, RESID, join="pos", slice=-1) == (
         "the forwards of 'blocks.1.hook_resid_post' cannot be joined along 'pos': its axes, "
-        "after the slice, are 'batch d_model'"
+        "after the slice, are 'batch d_model'; join along one of them, or keep a list "
+        "with join=None"
     )
 
 

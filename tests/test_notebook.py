@@ -135,7 +135,7 @@ def test_the_model_keeps_its_name(kernel):
     ],
 )
 def test_a_model_that_is_not_there_is_refused(kernel, word, reason):
-    said = re.escape(f"is the model, but '{word}' is none: {reason}")
+    said = re.escape(f"is the model, but '{word}' is not one: {reason}")
     with pytest.raises(CellExecutionError, match=said):
         run(kernel, f"%%capture_activations {word} 0\nmodel(x)")
 
@@ -224,5 +224,5 @@ words = nn.Sequential(nn.Embedding(9, 4))
 extract(words, [torch.ones(2, 5, dtype=int)] * 3, Site("0", axes="batch pos d"), "{tmp_path}/a")
 """,
     )
-    assert "30.0/30.0 [00:0" in shown
+    assert "30/30 [00:0" in shown
     assert "IProgress" not in shown

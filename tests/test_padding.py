@@ -171,6 +171,22 @@ def test_steps_of_generate_go_on_with_the_sequences_and_positions_of_the_prompt(
     assert acts.positions("model.layers.1").tolist() == once + again
 
 
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_generate_leaves_out_a_mask_without_padding_and_all_rows_are_kept(llama, ids, options):
+    site = Site("model.layers.1", axes="batch pos d_model")
+    options |= {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    with (
+        capture(llama, site, mask="attention") as acts,
+        capture(llama, site, join=None) as plain,
+    ):
+        llama.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    rows = [step.flatten(0, 1) for step in plain["model.layers.1"]]
+    assert torch.equal(acts.tensor, torch.cat(rows))
+    if not options.keys() & {"use_cache", "num_beams"}:
+        positions = acts.positions("model.layers.1").tolist()
+        assert positions[-3:] == [[0, 8], [1, 8], [2, 8]]
+
+
 def test_generate_can_be_joined_into_whole_sequences_by_position(llama, ids):
     site = Site("model.layers.1", axes="batch pos d_model")
     with capture(llama, site, mask="attention") as acts:
