@@ -158,8 +158,7 @@ def _capture(
             result.activations.save(out, metadata=described)
         _note_what_was_lost(result, sequences)
         _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
-        if out is not None:
-            typer.echo(f"saved {out}")
+        typer.echo("not saved, which --out FILE does" if out is None else f"saved {out}")
 
 
 @app.command("extract")
