@@ -214,6 +214,7 @@ def test_the_table_shows_sites_and_what_run_with_cache_would_have_held(tiny, loa
         "blocks.1.hook_resid_post  batch d_model  (4, 32)  float16  256 B\n"
         f"512 B captured; run_with_cache would have held {format_bytes(held)} "
         "for the same 4 texts\n"
+        "not saved, which --out FILE does\n"
     )
 
 
