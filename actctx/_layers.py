@@ -106,7 +106,7 @@ def check_count(
     if given != wanted:
         raise OptionError(
             f"{name!r} has {wanted} {axis}, but {given} {'was' if given == 1 else 'were'} given; "
-            f"{remedy}"
+            + remedy
         )
 
 

@@ -214,9 +214,10 @@ def mask_of_generate(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch pos"] | N
         the forward is none of a `generate()`.
 
     """
-    tokens = next((inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs), None)
+    given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
+    tokens = next((each for each in given if isinstance(each, Tensor)), None)
     positions = inputs.get("position_ids")
-    if not isinstance(tokens, Tensor) or not isinstance(positions, Tensor) or not _is_generating():
+    if tokens is None or not isinstance(positions, Tensor) or not _is_generating():
         return None
     return torch.ones(len(tokens), int(positions.max()) + 1, dtype=torch.bool)
 
