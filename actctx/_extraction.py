@@ -205,10 +205,11 @@ class Extraction:
         reader.start()
         try:
             unit = f" {self._layout.rows}s"
-            shown = progress_bar(
-                shown=progress, total=self._expected, initial=target.rows, unit=unit
-            )
-            with self._capturing as acts, shown as bar:
+            counts: dict[str, Any] = {"total": self._expected, "initial": target.rows}
+            with (
+                self._capturing as acts,
+                progress_bar(shown=progress, unit=unit, **counts) as bar,
+            ):
                 row = self._row_bytes()
                 if row is not None:
                     self._check_room(row, target, bar)

@@ -174,7 +174,7 @@ def test_steps_of_generate_go_on_with_the_sequences_and_positions_of_the_prompt(
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
 def test_generate_leaves_out_a_mask_without_padding_and_all_rows_are_kept(llama, ids, options):
     site = Site("model.layers.1", axes="batch pos d_model")
-    options |= {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    options = options | {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     with (
         capture(llama, site, mask="attention") as acts,
         capture(llama, site, join=None) as plain,
