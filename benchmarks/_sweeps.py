@@ -9,18 +9,19 @@ import torch
 from torch import Tensor
 
 from benchmarks._gather import NEURONS, gather_table
-from benchmarks._models import (
-    BRIDGE,
-    NNSIGHT,
-    PLAIN,
-    Register,
-    Setup,
-    at_resid,
-    depth,
-)
+from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup
 from benchmarks._plain import LIMIT, PLAIN_TABLE
-from benchmarks._ways import Run, Table, Way, bare_way, stopped
-from benchmarks._work import Work, by_cache, by_capture, by_hidden_states, by_trace, names, whole
+from benchmarks._ways import Run, Table, Way, bare_way
+from benchmarks._work import (
+    Work,
+    by_cache,
+    by_capture,
+    by_hidden_states,
+    by_trace,
+    names,
+    stopped_behind,
+    whole,
+)
 
 SWEEPS = {
     "length": "tokens a sequence",
@@ -67,10 +68,6 @@ def _cache_all(work: Work) -> Run:
         return [cache[name] for name in names(work, model)]
 
     return run
-
-
-def _at_last(model: Any) -> Register:
-    return at_resid(model, depth(model) - 2)
 
 
 def _asked_table(asked: int) -> Table:
@@ -125,7 +122,7 @@ def _asked_table(asked: int) -> Table:
     return Table(
         f"asked-{asked}",
         f"the `resid_post` of {asked} layers",
-        (*captured, bare_way(limit, bare, stopped(at=_at_last), limit, PLAIN)),
+        (*captured, bare_way(limit, bare, stopped_behind(work), limit, PLAIN)),
         sweep="asked",
         x=asked,
     )

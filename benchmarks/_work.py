@@ -189,7 +189,7 @@ def by_hand(work: Work) -> Run:
     return run
 
 
-def _stopped(work: Work) -> Run:
+def stopped_behind(work: Work) -> Run:
     """Keep nothing, and end the forward where the others do."""
 
     def at(model: Any) -> Register:
@@ -206,7 +206,7 @@ def _ways() -> Iterator[Way]:
             yield from _peers(name, work, kind, limit)
             yield Way(limit, f"{work.title}, {kind}, by hand", by_hand(work), limit, kind)
             bare = f"bare forward to there, {kind}"
-            yield bare_way(f"{ours}-bare", bare, _stopped(work), limit, kind)
+            yield bare_way(f"{ours}-bare", bare, stopped_behind(work), limit, kind)
 
 
 def _peers(name: str, work: Work, kind: str, limit: str) -> Iterator[Way]:
