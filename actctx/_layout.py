@@ -74,7 +74,7 @@ class StoredSite:
 
     Attributes:
         name: The name that it is read under.
-        column: The name of its column; see the note above.
+        column: The name of its column on disk, with slashes for dots, as in `blocks/6/hook_out`.
         hook: The name that the model itself gives the place.
         axes: The axes of a row, such as `("head", "d_head")`.
         shape: Their sizes, in elements.

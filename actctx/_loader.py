@@ -54,9 +54,7 @@ class Loader:
     """Batches of a data set, in another random order each epoch; made by `data.loader(...)`.
 
     Each iteration is an epoch. What was read ahead is dropped when an iteration ends early, and
-    the next one begins the next epoch. Attributes:
-
-    - `epoch`: The number of the epoch, from 0; it is the next one once an iteration has ended.
+    the next one begins the next epoch.
     """
 
     def __init__(

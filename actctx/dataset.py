@@ -129,7 +129,7 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
-        """The token of each row, read whole: 4 bytes a row."""
+        """The token of each row, all of them in memory, which takes 4 bytes a row."""
         tokens: Tensor = self.read("token")
         return tokens
 

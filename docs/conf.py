@@ -11,6 +11,7 @@ from sphinx.application import Sphinx
 import actctx
 from actctx._calls import ModelOf
 from actctx._decorator import _Decorator
+from actctx._index import Index
 from actctx._names import Names
 from actctx._opening import B
 from actctx._select import Slice
@@ -57,6 +58,7 @@ SHORT = {
     "Names | type[Schema]": Names | type[actctx.Schema],
     "Names": Names,
     "Slice": Slice,
+    "Index": Index,
     "Module | Callable | None": ModelOf | None,
     "Activations | Schema": B,
     "Callable": _Decorator[Any],
