@@ -10,11 +10,12 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
+from actctx._cast import device_of, dtype_of
 from actctx._column import Column, Kept, wait_for
 from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
 from actctx._lookup import find_column, listed, why_empty, why_nothing
-from actctx._select import Owned
+from actctx._select import Owned, own, plain_mode
 from actctx._spared import Estimate, spared, unknown
 from actctx._stack import layers_of, stack_layers
 from actctx._table import Row, as_html, as_text, counted, format_bytes
@@ -298,6 +299,9 @@ class Activations(_Tensors):
         Returns:
             A new buffer. Drop this one to free what it holds.
 
+        Raises:
+            OptionError: There is no such device here, or no such floating-point dtype.
+
         Example:
             >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
             torch.float16
@@ -305,13 +309,8 @@ class Activations(_Tensors):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-
-        def move(chunk: Owned) -> Owned:
-            wait_for(chunk)
-            cast = dtype if chunk.value.is_floating_point() else None
-            return Owned(chunk.value.to(device=device, dtype=cast, copy=True))
-
-        return self._mapped(move)
+        cast, to = dtype_of(dtype), device_of(device)
+        return self._mapped(lambda chunk: own(wait_for(chunk), dtype=cast, device=to))
 
     def clear(self) -> None:
         """Drop what was captured so far; what comes after is captured as before."""
@@ -386,7 +385,8 @@ class Activations(_Tensors):
         copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
         copy._forwards = self._forwards
-        copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
+        with plain_mode():
+            copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
         return copy
 
     def _column(self, name: str) -> Column:

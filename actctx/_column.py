@@ -13,8 +13,9 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
+from actctx._cast import cast_dtype
 from actctx._errors import AxisError, CapacityError, JoinError
-from actctx._select import Owned, Rows, cast_dtype, plain_mode
+from actctx._select import Owned, Rows, plain_mode
 from actctx._sketch import sketch
 from actctx._table import Row, dtype_name
 from actctx._typed import Sizes

@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
+from actctx._cast import device_of
 from actctx._errors import OptionError
 from actctx._index import is_int
 from actctx._shuffle import Order, Pool
 from actctx._stored import StoredBatch, StoredRows
-from actctx._watched import device_of
 
 _AHEAD = 2  # batches that are ready before they are asked for
 

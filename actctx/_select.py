@@ -13,6 +13,7 @@ from jaxtyping import Bool, Int64, Integer, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
+from actctx._cast import cast_dtype
 from actctx._errors import AxisError, OptionError, SelectionError
 
 Index: TypeAlias = (
@@ -360,12 +361,6 @@ def own(
             memory_format=torch.contiguous_format,
         )
     )
-
-
-def cast_dtype(selected: Shaped[Tensor, "..."], dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype to cast to: token ids and other integers keep theirs."""
-    casts = selected.is_floating_point() or selected.is_complex()
-    return dtype if dtype is not None and casts else selected.dtype
 
 
 def _recorded(selected: Shaped[Tensor, "..."]) -> torch.cuda.Event:

@@ -8,6 +8,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from actctx._axes import Axes, fired_axes
+from actctx._cast import device_of, dtype_of
 from actctx._column import Column
 from actctx._errors import AxisError, OptionError, TypedError
 from actctx._names import Request, Site
@@ -209,12 +210,6 @@ def watch_site(
     """
     asked, place = request.site, request.place
     axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
-    dtype = asked.dtype if asked.dtype is not None else defaults.dtype
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise OptionError(
-            f"dtype={dtype!r} is not one of torch's floating-point dtypes; give one, such as "
-            "torch.float16"
-        )
     taken = defaults.slice if asked.slice is None else asked.slice
     if options.mask is None:
         selector, rows = parse_slice(request.key, taken, axes, sizes), None
@@ -233,7 +228,7 @@ def watch_site(
         named_axes=None if asked.axes is None else axes,
         selector=selector,
         rows=rows,
-        dtype=dtype,
+        dtype=dtype_of(asked.dtype if asked.dtype is not None else defaults.dtype),
         device=device_of(asked.device if asked.device is not None else defaults.device),
         sizes=sizes,
     )
@@ -291,24 +286,6 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
             f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
             "count firings from the first"
         )
-
-
-def device_of(device: torch.device | str | None) -> torch.device | None:
-    """Find a device that tensors are to move to; None where they stay.
-
-    Raises:
-        OptionError: There is none of this name here.
-
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, TypeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"device={device!r} cannot hold activations: {reason}") from None
-    return found
 
 
 def _check_join(site: WatchedSite, join: str | None) -> None:

@@ -97,6 +97,22 @@ def test_a_copy_on_a_device_or_in_a_dtype_leaves_the_original(gpt2, ids):
     assert acts[RESID].dtype == torch.float32
     assert acts.to("meta")[RESID].is_meta
     assert half.axes(RESID) == acts.axes(RESID)
+    with torch.inference_mode():
+        assert not acts.to(torch.float16)[RESID].is_inference()
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("nope",), "device='nope' cannot hold activations: Expected one of cpu"),
+        (("cpu", "float16"), "dtype='float16' is not one of torch's floating-point dtypes"),
+        ((torch.int64,), "dtype=torch.int64 is not one of torch's floating-point dtypes"),
+    ],
+)
+def test_a_copy_on_no_device_or_in_no_dtype_is_refused(acts, given, message):
+    with pytest.raises(OptionError, match=message):
+        acts.to(*given)
 
 
 def test_clearing_forgets_and_goes_on(gpt2, ids):

@@ -16,6 +16,7 @@ ROOMS = (
     "_sketch",
     "_table",
     "_axes",
+    "_cast",
     "_heads",
     "_translated",
     "_places",
