@@ -10,7 +10,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._axes import Axes
-from actctx._cast import device_of, dtype_of
+from actctx._cast import read_to
 from actctx._column import Column, Kept, wait_for
 from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
@@ -300,16 +300,14 @@ class Activations(_Tensors):
             A new buffer. Drop this one to free what it holds.
 
         Raises:
-            OptionError: There is no such device here, or no such floating-point dtype.
+            OptionError: There is no such device here, or no such floating-point dtype, or two.
 
         Example:
             >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
             torch.float16
 
         """
-        if isinstance(device, torch.dtype):
-            device, dtype = None, device
-        cast, to = dtype_of(dtype), device_of(device)
+        to, cast = read_to(device, dtype)
         return self._mapped(lambda chunk: own(wait_for(chunk), dtype=cast, device=to))
 
     def clear(self) -> None:

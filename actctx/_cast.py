@@ -40,7 +40,22 @@ def device_of(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
+def read_to(
+    device: torch.device | str | torch.dtype | None, dtype: torch.dtype | None
+) -> tuple[torch.device | None, torch.dtype | None]:
+    """Read what `acts.to` is given: a device and a dtype, or a dtype in the place of the device.
+
+    Raises:
+        OptionError: One of them is none, or there are two dtypes.
+
+    """
+    if isinstance(device, torch.dtype):
+        if dtype is not None:
+            raise OptionError(f"acts.to({device}, {dtype}) names two dtypes; give one")
+        device, dtype = None, device
+    return device_of(device), dtype_of(dtype)
+
+
 def cast_dtype(selected: Shaped[Tensor, "..."], dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype to cast to: token ids and other integers keep theirs."""
-    casts = selected.is_floating_point() or selected.is_complex()
-    return dtype if dtype is not None and casts else selected.dtype
+    """Return the dtype to cast to: integers, such as token ids, and complex numbers keep theirs."""
+    return dtype if dtype is not None and selected.is_floating_point() else selected.dtype

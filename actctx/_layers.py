@@ -199,11 +199,7 @@ def norms_at_positions(acts: Source, keys: list[str]) -> Float[Tensor, "layer po
     """Take the mean norm at each position, NaN where there is no row; None without positions."""
     axes = axes_of(acts, keys[0])
     if isinstance(acts, Activations) and "pos" in axes[:-1]:
-        dim = axes.index("pos") - len(axes) + 1
-        norms = {key: vector_norm(joined(acts, key), dim=-1, dtype=torch.float32) for key in keys}
-        return stack_layers(
-            {key: norm.movedim(dim, -1).flatten(0, -2).mean(0).cpu() for key, norm in norms.items()}
-        )
+        return stack_layers({key: _captured_norms(acts, key).cpu() for key in keys})
     positions = _positions(acts, keys[0])
     if positions is None:
         return None
@@ -211,6 +207,18 @@ def norms_at_positions(acts: Source, keys: list[str]) -> Float[Tensor, "layer po
     positions = positions.repeat_interleave(rows.shape[1] // len(positions))
     sums = torch.zeros(len(keys), int(positions.max()) + 1).index_add(1, positions, rows)
     return sums / positions.bincount()
+
+
+def _captured_norms(acts: Activations, key: str) -> Float[Tensor, " pos"]:
+    axes = axes_of(acts, key)
+    if "pos" not in axes[:-1]:
+        raise JoinError(
+            f"{key!r} has the axes {' '.join(axes)!r}, but other layers have positions; capture "
+            "all of them with one slice"
+        )
+    norms = vector_norm(joined(acts, key), dim=-1, dtype=torch.float32)
+    means: Tensor = norms.movedim(axes.index("pos"), 0).unsqueeze(1).flatten(1).mean(1)
+    return means
 
 
 def norms_of_rows(acts: Source, keys: list[str]) -> Float[Tensor, "layer row"]:
@@ -268,7 +276,7 @@ def _axes_with_queries(data: ActivationDataset, name: str) -> Axes:
 
 def _captured_pattern(acts: Activations, name: str, sequence: int) -> Shaped[Tensor, "..."]:
     found = joined(acts, name)
-    if not -len(found) <= sequence < len(found):
+    if not 0 <= sequence < len(found):
         raise OptionError(
             f"there is no sequence {sequence} of {name!r}; there are {len(found)}, from 0"
         )

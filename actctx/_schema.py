@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from html import escape
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -255,7 +256,7 @@ class Schema:
         return f"{type(self).__name__} of {self.activations!r}"
 
     def _repr_html_(self) -> str:
-        return f"<div>{type(self).__name__}</div>{self.activations._repr_html_()}"
+        return f"<div>{escape(type(self).__name__)}</div>{self.activations._repr_html_()}"
 
 
 def _hints(schema: type[Schema]) -> dict[str, Any]:

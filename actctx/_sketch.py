@@ -11,6 +11,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 _BINS = 12
 _MOST = 2**14
 """As many values are looked at, evenly spread, so that showing a buffer stays quick."""
+_PARTS = 2**8  # tensors are looked at, if there are more
 _MANY = 1000
 
 
@@ -21,8 +22,8 @@ def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
     stream are so large that they would press all others into one bar. Values that are not finite
     are counted apart.
     """
-    wanted = max(_MOST // max(len(tensors), 1), 1)
-    samples = [_sampled(tensor, wanted) for tensor in tensors]
+    tensors = tensors[:: -(-len(tensors) // _PARTS) or 1]
+    samples = [_sampled(tensor, _MOST // len(tensors), at) for at, tensor in enumerate(tensors)]
     values = torch.cat(samples) if samples else torch.empty(0)
     finite = values[values.isfinite()]
     wrong = len(values) - len(finite)
@@ -42,11 +43,15 @@ def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
     return f"{low:.2g} {''.join(_BARS[height] for height in heights)} {high:.2g}{note}"
 
 
-def _sampled(tensor: Tensor, most: int) -> Tensor:
+def _sampled(tensor: Tensor, most: int, start: int) -> Tensor:
     """Take values evenly spread over a tensor to the host, real and in double precision."""
-    flat = tensor.detach().flatten()
-    step = max(flat.numel() // most, 1)
+    tensor = tensor.detach()
+    step = max(tensor.numel() // most, 1)
     while any(math.gcd(step, size) > 1 for size in tensor.shape):  # it would meet few features only
         step += 1
-    taken = flat[::step]
+    start %= step  # so that small tensors do not all show the same features
+    if tensor.is_contiguous():
+        taken = tensor.flatten()[start::step]
+    else:  # flattening would copy all of it
+        taken = tensor.take(torch.arange(start, tensor.numel(), step, device=tensor.device))
     return (taken.abs() if taken.is_complex() else taken).cpu().double()

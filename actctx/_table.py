@@ -72,9 +72,10 @@ def as_text(title: str, rows: list[Row]) -> str:
 def as_html(title: str, rows: list[Row]) -> str:
     """Draw the table in HTML, without colours of its own, so that every theme can show it."""
     style = 'style="text-align:left;padding:0.2em 0.6em;white-space:nowrap"'
-    head = "".join(f"<th {style}>{escape(cell)}</th>" for cell in _HEADER)
+    shown = len(_HEADER) if any(row.values for row in rows) else -1
+    head = "".join(f"<th {style}>{escape(cell)}</th>" for cell in _HEADER[:shown])
     body = "".join(
-        "<tr>" + "".join(f"<td {style}>{escape(cell)}</td>" for cell in line) + "</tr>"
+        "<tr>" + "".join(f"<td {style}>{escape(cell)}</td>" for cell in line[:shown]) + "</tr>"
         for line in _lines(rows)
     )
     return (

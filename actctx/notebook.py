@@ -24,8 +24,9 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 
 def _unquoted(word: str) -> str:
-    """Take the quotes off that IPython leaves on the words of a line."""
-    return word.strip("\"'")
+    """Take the quotes off that IPython leaves around the words of a line."""
+    quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "\"'"
+    return word[1:-1] if quoted else word
 
 
 _word = functools.partial(argument, type=_unquoted)

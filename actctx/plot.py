@@ -6,7 +6,6 @@ figure is the caller's, to be changed, saved and closed.
 
 import math
 from collections.abc import Sequence
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actctx._activations import Activations
+from actctx._coloured import ColouredTokens
 from actctx._errors import OptionError
 from actctx._layers import (
     check_count,
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes as Picture
     from matplotlib.figure import Figure
 
-_STRONGEST = 0.5  # so that text is read on it, black or light grey
 _NAMES, _LINE = 1.4, 0.19  # inches: room for names beside a picture, and for a row of it
+_LARGEST = 24.0
+ColouredTokens.__module__ = __name__  # where users find it
 
 
 def plot_norms(
@@ -77,11 +78,18 @@ def plot_norms(
         'position'
 
     """
+    _pyplot()
     keys = layers_in(acts, name)
-    grid = norms_at_positions(acts, keys)
     if positions is not None:
         positions = read_integers("positions", positions)
-        check_count(keys[0], "positions", positions, 0 if grid is None else grid.shape[1])
+    grid = norms_at_positions(acts, keys)
+    if positions is not None:
+        if grid is None:
+            raise OptionError(
+                f"the positions of {keys[0]!r} are not known, so they have no place in the "
+                "picture; leave out positions="
+            )
+        check_count(keys[0], "positions", positions, grid.shape[1])
     picture = _picture(ax)
     picture.set_title(name, parse_math=False)
     if grid is None:
@@ -106,7 +114,8 @@ def plot_pattern(
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
     All heads share one scale of colours, from 0 to 1. With `tokens`, the pictures grow with their
-    number, so that each can be read.
+    number, to 24 inches at most, so that each of some hundred can be read. Queries that a slice or
+    a filter selected have no numbers and no names.
 
     Args:
         acts: What was captured, `batch head query key`, or a selection of heads; or a data set of
@@ -142,7 +151,7 @@ def plot_pattern(
     alone = "give one for each, or capture some alone, as with slice={'head': [0, 3]}"
     check_count(name, "heads", numbers, count, remedy=alone)
     columns = min(count, 4) if tokens is None else min(math.isqrt(count - 1) + 1, 3)
-    side = None if tokens is None else _NAMES + _LINE * keys
+    side = None if tokens is None else min(_NAMES + _LINE * keys, _LARGEST)
     figure = _figure(rows=-(-count // columns), columns=columns, side=side)
     every = figure.axes
     pictures = every[:count]
@@ -184,14 +193,16 @@ def plot_similarity(
         'layer'
 
     """
+    _pyplot()
     square = layer_similarity(acts, name).numpy()
     picture = _picture(ax)
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer")
     picture.set_title(name, parse_math=False)
+    numbers = layer_numbers(acts, layers_in(acts, name))
     for axis in (picture.xaxis, picture.yaxis):
-        _number(axis, layer_numbers(acts, layers_in(acts, name)))
+        _number(axis, numbers)
     return picture
 
 
@@ -289,35 +300,6 @@ def _draw_quartiles(
     _number(picture.xaxis, numbers)
 
 
-class ColouredTokens:
-    """Tokens that show in a notebook what number each of them has; made by `colour_tokens`."""
-
-    def __init__(self, tokens: Sequence[str], values: Sequence[float]) -> None:
-        self.tokens = tuple(tokens)
-        self.values = tuple(values)
-
-    def __repr__(self) -> str:
-        return " ".join(
-            f"{token!r}({value:.2g})" for token, value in zip(self.tokens, self.values, strict=True)
-        )
-
-    def _repr_html_(self) -> str:
-        finite = [abs(value) for value in self.values if math.isfinite(value)]
-        most = max(finite, default=0) or 1
-        spans = (
-            f'<span title="{value:.4g}" style="white-space:pre-wrap;background:'
-            f'rgba({"230,120,0" if value > 0 else "0,114,200"},{_share(value, most):.2f})">'
-            f"{escape(token)}</span>"
-            for token, value in zip(self.tokens, self.values, strict=True)
-        )
-        return f'<div style="line-height:1.8">{"".join(spans)}</div>'
-
-
-def _share(value: float, most: float) -> float:
-    share = abs(value) / most if math.isfinite(value) else float(math.isinf(value))
-    return _STRONGEST * share
-
-
 def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> ColouredTokens:
     """Colour each token of a text by a number, such as a neuron's activation there.
 
@@ -357,7 +339,7 @@ def _picture(ax: "Picture | None") -> "Picture":
     return _figure(rows=1, columns=1).axes[0] if ax is None else ax
 
 
-def _figure(*, rows: int, columns: int, side: float | None = None) -> "Figure":
+def _pyplot() -> Any:
     try:
         from matplotlib import pyplot as plt
     except ModuleNotFoundError as error:
@@ -365,9 +347,13 @@ def _figure(*, rows: int, columns: int, side: float | None = None) -> "Figure":
             f"pictures need {error.name}, which is not installed; install it with: pip install "
             "'actctx[plot]'"
         ) from None
+    return plt
+
+
+def _figure(*, rows: int, columns: int, side: float | None = None) -> "Figure":
     side = side or (5.0 if rows * columns == 1 else 3.0)
     size = (side * columns, side * rows)
-    figure: Figure = plt.figure(figsize=size, layout="constrained")
+    figure: Figure = _pyplot().figure(figsize=size, layout="constrained")
     figure.subplots(rows, columns)
     return figure
 
@@ -388,8 +374,10 @@ def _name_positions(
     if tokens is None:
         _number(picture.xaxis, range(keys))
         _number(picture.yaxis, range(queries))
-        return
-    shown = [token.strip() or "·" for token in tokens]
-    picture.set_xticks(range(len(shown)), shown, rotation=90, parse_math=False)
-    if queries == len(shown):  # those that were selected are others
-        picture.set_yticks(range(len(shown)), shown, parse_math=False)
+    else:
+        shown = [token.strip() or "·" for token in tokens]
+        picture.set_xticks(range(keys), shown, rotation=90, parse_math=False)
+        if queries == keys:
+            picture.set_yticks(range(keys), shown, parse_math=False)
+    if queries != keys:  # which of them were selected is not known
+        picture.set_yticks([])

@@ -7,8 +7,12 @@ NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e-?\d+)?")
 
 
 def alike(text, other):
-    """Whether two texts are the same, but for numbers that are close."""
+    """Whether two texts are the same, but for numbers that are close: to a tenth, or two digits."""
     numbers = zip(NUMBER.findall(text), NUMBER.findall(other), strict=False)
-    return NUMBER.split(text) == NUMBER.split(other) and all(
-        math.isclose(float(one), float(two), rel_tol=0.1, abs_tol=0.05) for one, two in numbers
-    )
+    return NUMBER.split(text) == NUMBER.split(other) and all(_close(*pair) for pair in numbers)
+
+
+def _close(one, two):
+    decimals = len(one.partition(".")[2])
+    rounding = 2 * 10**-decimals if decimals else 0
+    return math.isclose(float(one), float(two), rel_tol=0.1, abs_tol=rounding)

@@ -108,11 +108,24 @@ def test_a_copy_on_a_device_or_in_a_dtype_leaves_the_original(gpt2, ids):
         (("nope",), "device='nope' cannot hold activations: Expected one of cpu"),
         (("cpu", "float16"), "dtype='float16' is not one of torch's floating-point dtypes"),
         ((torch.int64,), "dtype=torch.int64 is not one of torch's floating-point dtypes"),
+        (
+            (torch.float16, torch.float32),
+            r"acts.to\(torch.float16, torch.float32\) names two dtypes; give one",
+        ),
     ],
 )
 def test_a_copy_on_no_device_or_in_no_dtype_is_refused(acts, given, message):
     with pytest.raises(OptionError, match=message):
         acts.to(*given)
+
+
+def test_complex_activations_keep_their_dtype():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2, dtype=torch.complex64))
+    x = torch.ones(3, 2, dtype=torch.complex64)
+    with capture(model, "0", dtype=torch.float16) as acts:
+        output = model(x)
+    assert torch.equal(acts.tensor, output)
+    assert torch.equal(acts.to(torch.float16).tensor, output)
 
 
 def test_clearing_forgets_and_goes_on(gpt2, ids):

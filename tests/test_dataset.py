@@ -354,6 +354,7 @@ def test_its_repr_is_a_short_table(data):
 
 def test_in_a_notebook_it_is_a_table_of_html(data):
     assert "<td" in data._repr_html_()
+    assert ">bytes</th></tr>" in data._repr_html_()
 
 
 def test_an_unfinished_data_set_is_read_and_says_so(tmp_path):

@@ -21,6 +21,7 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 STEADY = ["find-directions", "fine-tune-and-see-what-moved"]
 SPAN = re.compile(r'<span title="([^"]+)" style="[^"]*">([^<]*)</span>')
 TAG = re.compile(r"<[^>]+>")
+HEADER = re.compile(r"<th[^>]*>([^<]*)</th>")
 
 
 def read(path):
@@ -84,6 +85,16 @@ def test_only_close_numbers_are_alike():
     assert not alike("0.92 of 32", "0.74 of 32")
     assert not alike("0.92 of 32", "0.92 in 32")
     assert not alike("0.92", "")
+    assert not alike("0.015", "0.000")
+    assert not alike("3 of 32", "2 of 32")
+
+
+def test_buffers_and_coloured_tokens_are_shown():
+    assert [path.stem for path in NOTEBOOKS if html(path)] == [
+        "find-directions",
+        "train-a-sparse-autoencoder",
+        "which-tokens-excite-which-neurons",
+    ]
 
 
 @pytest.mark.parametrize("path", [*filter(html, NOTEBOOKS)], ids=lambda path: path.stem)
@@ -91,12 +102,13 @@ def test_the_html_of_a_notebook_is_as_it_is_made_today(path):
     model = bridge()
     with capture(model, "blocks.0.hook_resid_post") as acts:
         model(tokens())
-    tags = set(TAG.findall(acts._repr_html_()))
+    tags, headers = set(TAG.findall(acts._repr_html_())), HEADER.findall(acts._repr_html_())
     for stored in html(path):
         if "<span" in stored:
             assert alike(stored, coloured_today(stored))
         else:
             assert set(TAG.findall(stored)) == tags
+            assert HEADER.findall(stored) == headers
 
 
 def test_html_of_other_colours_is_not_as_it_is_made_today():

@@ -71,6 +71,7 @@ ROOMS = (
     "_interchange",
     "dataset",
     "_layers",
+    "_coloured",
     "plot",
     "_corpus",
     "_options",

@@ -106,6 +106,8 @@ def test_its_buffer_is_behind_it(gpt2, ids):
     assert repr(acts).startswith("Acts of Activations: 5 sites, ")
     assert acts._repr_html_().startswith("<div>Acts</div><div ")
     assert ">Activations: 5 sites, " in acts._repr_html_()
+    type(acts).__name__ = "<Acts>"
+    assert acts._repr_html_().startswith("<div>&lt;Acts&gt;</div>")
 
 
 def test_it_is_copied_and_pickled(gpt2, ids):

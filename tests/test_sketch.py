@@ -27,6 +27,17 @@ def test_one_feature_of_many_is_not_met_more_often_than_others():
     assert float(high) == pytest.approx(2.6, abs=0.3)
 
 
+def test_all_features_of_many_small_tensors_are_met():
+    values = torch.zeros(10_000, 1, 384)
+    values[..., 5] = 1
+    assert sketch([*values]) == "0 █▁▁▁▁▁▁▁▁▁▁▂ 1"
+
+
+def test_a_view_is_drawn_as_what_it_shows():
+    room = torch.arange(64.0).view(4, 16)
+    assert sketch([room[:, 4:8]]) == sketch([room[:, 4:8].contiguous()])
+
+
 def test_outliers_of_many_values_do_not_hide_the_rest():
     values = NORMAL.clone()
     values[:50] = 1e6
