@@ -1,6 +1,6 @@
 """The site: `sphinx-build -W -n -c docs . build/site`, from the root of the repository.
 
-Sphinx starts at the root, so that pages may link to the README and to the benchmarks.
+Sphinx starts at the root, so that pages may link to the results of the benchmarks.
 """
 
 import re
