@@ -114,8 +114,8 @@ def plot_pattern(
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
     All heads share one scale of colours, from 0 to 1. With `tokens`, the pictures grow with their
-    number, to 24 inches at most, so that each of some hundred can be read. Queries that a slice or
-    a filter selected have no numbers and no names.
+    number, to 24 inches at most, so that each of some hundred can be read. Queries that are not as
+    many as the keys have no numbers and no names, since which of them were selected is not known.
 
     Args:
         acts: What was captured, `batch head query key`, or a selection of heads; or a data set of
@@ -379,5 +379,5 @@ def _name_positions(
         picture.set_xticks(range(keys), shown, rotation=90, parse_math=False)
         if queries == keys:
             picture.set_yticks(range(keys), shown, parse_math=False)
-    if queries != keys:  # which of them were selected is not known
+    if queries != keys:  # they may be a selection
         picture.set_yticks([])
