@@ -14,5 +14,5 @@ def alike(text, other):
 
 def _close(one, two):
     decimals = len(one.partition(".")[2])
-    rounding = 2 * 10**-decimals if decimals else 0
+    rounding = min(2 * 10**-decimals, 0.05) if decimals else 0
     return math.isclose(float(one), float(two), rel_tol=0.1, abs_tol=rounding)

@@ -21,6 +21,11 @@ x = torch.randn(3, 4)
 def hooks():
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 """
+MODELS = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from models import bridge, tokens
+"""
 
 
 @pytest.fixture(scope="module")
@@ -167,8 +172,7 @@ def test_gradients_and_room_are_asked_for(kernel, option, gives):
 
 
 def test_padding_is_left_out_and_what_is_kept_is_moved(kernel):
-    folder = str(Path(__file__).parent)
-    run(kernel, f"import sys; sys.path.insert(0, {folder!r})\nfrom models import bridge, tokens")
+    run(kernel, MODELS)
     run(kernel, "model, tokens = bridge(), tokens(2, 3)")
     run(kernel, "mask = torch.tensor([[1, 1, 1], [1, 0, 0]])")
     magic = "%%capture_activations model blocks.0.hook_resid_post --mask attention --device meta\n"
@@ -219,8 +223,7 @@ def test_the_cells_that_the_page_shows_are_found():
 
 @pytest.mark.parametrize("cells", [[EXAMPLE], CELLS], ids=["docstring", "page"])
 def test_the_examples_of_the_magic_run(kernel, cells):
-    folder = str(Path(__file__).parent)
-    run(kernel, f"import sys; sys.path.insert(0, {folder!r})\nfrom models import bridge, tokens")
+    run(kernel, MODELS)
     run(kernel, "model, tokens = bridge(), tokens(4)")
     for cell in cells:
         run(kernel, cell)
