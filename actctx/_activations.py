@@ -65,6 +65,11 @@ class Activations(_Tensors):
         self._columns[key] = Column(key, names, self._join, capacity)
         return self._columns[key]
 
+    @property
+    def columns(self) -> list[Column]:
+        """What the sites that fired have left."""
+        return [self._columns[key] for key in self._order]
+
     def single(self, name: str) -> Column:
         """Return what a site left that fires once in a forward.
 
@@ -183,7 +188,9 @@ class Activations(_Tensors):
             NotCapturedError: Nothing was captured under this name.
 
         """
-        return self._column(name).axes
+        column = self._column(name)
+        column.settle_axes()
+        return column.axes
 
     def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
         """Read a site that fires more than once in a forward, such as a shared module.
@@ -282,6 +289,7 @@ class Activations(_Tensors):
 
         """
         column = self._column(name)
+        column.settle_axes()
         dtype = column.firings[0][0].value.dtype
         return spec_of(dtype, column.axes, column.fixed_sizes())
 

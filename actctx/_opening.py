@@ -18,12 +18,13 @@ from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
-from actctx._outputs import Inputs, tensor_of
+from actctx._outputs import Inputs
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import Chosen, RowSelector, as_mask, find_rows
 from actctx._schema import Schema
 from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
+from actctx._told import Numbers, Teller, numbers_of, plainly_told, proposed_axes
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._watched import Options, Seen, WatchedSite, why_silent
@@ -159,8 +160,8 @@ class Opening(Generic[B]):
         # It is there for the shallow copies of the model that it refuses.
         yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
         inner = getattr(self._model, "original_model", None)
-        if self._options.mask == "attention" and isinstance(inner, nn.Module):
-            # A bridge makes a mask of its own for texts.
+        if isinstance(inner, nn.Module):
+            # A bridge makes tokens, and a mask of its own, for texts.
             yield Hook(inner, "original_model", _note_mask, io="in")
 
     def _lend(self) -> B:
@@ -245,9 +246,13 @@ class Opening(Generic[B]):
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
         is_it = seen.is_plain and isinstance(value, Tensor)
-        activation: Tensor = value if is_it else self._activation(seen.site, value, frame)
+        activation: Tensor = value if is_it else seen.site.reader(value)
+        if not is_it and seen.site.is_flattened(activation):
+            activation = self._by_sequence(activation, frame)
+        if activation.dim() != seen.rank or not seen.column.firings:
+            self._tell_axes(seen, activation, frame)
         if activation.shape != seen.shape or not seen.column.firings:
-            seen.check(activation.shape, sizes=self._options.check)
+            seen.check(activation.shape)
         if activation.requires_grad and not self.grad:
             activation = activation.detach()
         if torch.is_inference_mode_enabled():
@@ -259,24 +264,47 @@ class Opening(Generic[B]):
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
-    def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
-        activation = tensor_of(site.shown, value, site.output)
-        if site.place.reading is not None:
-            activation = site.place.reading.of(activation)
-        if site.needs_sequences and site.is_flattened(activation):
-            sequences = self._sequences(frame)
-            if sequences and len(activation) % sequences == 0:
-                activation = activation.reshape(sequences, -1, *activation.shape[1:])
+    def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
+        """Divide an activation that has one row a token, if it does, into sequences."""
+        numbers = self._numbers(frame)
+        for pos in numbers.positions:
+            if numbers.batch is not None and len(activation) == numbers.batch * pos:
+                return activation.reshape(numbers.batch, pos, *activation.shape[1:])
         return activation
 
-    def _sequences(self, frame: Frame | None) -> int | None:
-        """Tell how many sequences the forward was given, as far as that is known."""
+    def _tell_axes(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
+        """Settle where the axes of a site lie, for activations of so many axes.
+
+        Raises:
+            AxisError: Something depends on it, and it cannot be told.
+
+        """
+        site, shape = seen.site, activation.shape
+        site.check_axes(shape)
+        numbers = self._numbers(frame)
+        axes = plainly_told(site, shape, numbers)
+        teller = Teller.of(self._model, site)
+        if axes is None and site.needs_axes:
+            axes = teller.axes(site.place.name, shape, numbers)
+            if axes is None:
+                raise site.refuse_axes(shape)
+        if site.needs_axes and axes is not None and axes != site.known_axes:
+            seen.take(site.along(axes))
+        seen.site.selector.check(shape)
+        if not seen.column.firings:
+            seen.column.tell = None if axes is not None else teller.later(seen.site, shape, numbers)
+            seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
+        seen.rank = len(shape)
+
+    def _numbers(self, frame: Frame | None) -> Numbers:
+        """Tell how much the running forward was given."""
         if isinstance(self._options.mask, Chosen):
-            return self._options.mask.shape[0]
+            batch, pos = self._options.mask.shape
+            return Numbers(batch, frozenset({pos}))
         frames = [] if frame is None else frame.chain()
-        given = itertools.chain.from_iterable(each.inputs.values() for each in frames)
-        tensors = (each for each in given if isinstance(each, Tensor) and each.dim() > 1)
-        return next(map(len, tensors), None)
+        return numbers_of(
+            given for each in frames for given in (each.inputs, each.masks.get("inner", {}))
+        )
 
     def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         site = seen.site

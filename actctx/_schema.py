@@ -232,8 +232,20 @@ class Schema:
         if self._sizes is not None:
             parts = self._parts.values()
             claims = [claim for part in parts for claim in part.claims(self.activations)]
-            hold([*more, *claims], self._sizes)
+            hold([*more, *claims], self._own_sizes(self._sizes))
             self._checked = self.activations.forwards
+
+    def _own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of axes: those that the sites have, else what the config says."""
+        own: dict[str, set[int]] = {}
+        for column in self.activations.columns:
+            for axis, size in column.named.whole.items():
+                own.setdefault(axis, set()).add(size)
+        # Where sites differ, their fields are compared with each other.
+        alike = {axis: min(found) for axis, found in own.items() if len(found) == 1}
+        return {
+            axis: alike.get(axis, sizes[axis]) for axis in sizes if axis in alike or axis not in own
+        }
 
     def _read(self, field: Field) -> Any:
         part = self._parts[field.name]

@@ -211,9 +211,9 @@ def test_a_join_along_an_axis_that_the_slice_drops(gpt2):
     )
 
 
-def test_a_join_along_an_axis_that_is_not_known(mlp):
-    assert _said(capture, mlp, "block", join="pos") == (
-        "the axes of 'block' are not known, so its forwards cannot be joined along 'pos'; name "
+def test_a_join_along_an_axis_that_is_not_known(linear):
+    assert _said(capture, linear, "0", join="pos") == (
+        "the axes of '0' are not known, so its forwards cannot be joined along 'pos'; name "
         "them, as in Site(..., axes='batch pos d_model')"
     )
 
@@ -228,9 +228,9 @@ def test_an_axis_that_a_site_does_not_have(gpt2):
     )
 
 
-def test_an_axis_of_a_module(mlp):
-    assert _said(capture, mlp, "block", slice=-1) == (
-        "the axes of the module 'block' are not known, so there is no 'pos' to select from; name "
+def test_an_axis_of_a_module(linear):
+    assert _said(capture, linear, "0", slice=-1) == (
+        "the axes of the module '0' are not known, so there is no 'pos' to select from; name "
         "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, as "
         "in slice=np.s_[:, -1]"
     )
@@ -306,9 +306,8 @@ def test_a_hook_point_that_fires_with_other_axes_than_are_known():
     with capture(model, name, slice=-1):
         said = _said(model.blocks[0].ln2, torch.randn(21, 32))  # of how many sequences is not known
     assert said == (
-        "'blocks.0.ln2.hook_normalized' fired with the shape (21, 32), but a slice was asked for "
-        "along its axes 'batch pos d_model'; select by position with a tuple, or name the axes it "
-        "has with Site(axes=...)"
+        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; select "
+        "along one of these, or by position with a tuple"
     )
 
 

@@ -307,11 +307,11 @@ def test_what_is_no_mask_is_refused_before_any_forward(gpt2, mask, options, said
     assert str(caught.value) == said
 
 
-def test_a_site_without_positions_is_refused(mlp):
+def test_a_site_without_positions_is_refused():
     with pytest.raises(AxisError) as caught:
-        capture(mlp, "block", mask="attention")
+        capture(torch.nn.Sequential(torch.nn.Linear(4, 5)), "0", mask="attention")
     assert str(caught.value) == (
-        "mask= keeps real tokens, but 'block' has no 'batch' and 'pos' axes to find them by: its "
+        "mask= keeps real tokens, but '0' has no 'batch' and 'pos' axes to find them by: its "
         "axes are not known; name them with Site(axes='batch pos ...'), or capture it without "
         "mask="
     )
