@@ -255,7 +255,7 @@ def _grown_axis(grows: frozenset[str]) -> str | None:
 
 
 def _along(growth: Growth, along: list[int], proposed: Axes | None) -> list[str]:
-    """Name the axes that grow with the positions: a query, which comes first, has keys beside it."""
+    """Name the axes that grow with the positions: one, or a query and its keys."""
     names = [proposed[dim] for dim in along] if proposed is not None else []
     if len(along) == 1:
         return names if {*names} <= POSITIONS and names else ["pos"]

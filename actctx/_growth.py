@@ -25,7 +25,6 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -363,30 +362,28 @@ def _emptied(value: Any) -> Any:
         return _Shape(value.shape, value.dtype)
     if isinstance(value, Inputs):
         return Inputs(None, _emptied(value.args), _emptied(value.kwargs))  # type: ignore[arg-type]
-    if isinstance(value, torch.Size):
-        return value
+    if is_dataclass(value):
+        value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         return {key: _emptied(inner) for key, inner in value.items()}
-    if is_dataclass(value):
-        return {each.name: _emptied(getattr(value, each.name)) for each in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(_emptied, value))
-    if isinstance(value, tuple | list):
-        return type(value)(map(_emptied, value))
-    return None
+    is_sequence = isinstance(value, tuple | list) and not isinstance(value, torch.Size)
+    return _mapped(value, _emptied) if is_sequence else None
 
 
 def _filled(value: Any, module: nn.Module) -> Any:
     """Put tensors of these shapes, which have no values, in their place again."""
     if isinstance(value, _Shape):
-        empty: Shaped[Tensor, ...] = torch.empty(value.shape, dtype=value.dtype, device="meta")
-        return empty
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, Inputs):
         return Inputs(module, _filled(value.args, module), _filled(value.kwargs, module))
     if isinstance(value, dict):
         return {key: _filled(inner, module) for key, inner in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_filled(inner, module) for inner in value))
-    if isinstance(value, tuple | list) and not isinstance(value, torch.Size):
-        return type(value)(_filled(inner, module) for inner in value)
+    if isinstance(value, tuple | list):
+        return _mapped(value, functools.partial(_filled, module=module))
     return value
+
+
+def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Change what a list, a tuple or a named tuple holds."""
+    changed = map(change, value)
+    return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)

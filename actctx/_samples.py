@@ -127,7 +127,7 @@ def _fixed(
     positions: tuple[int, int],
 ) -> Iterator[Sample]:
     """Give inputs of a size that the model may fix, by a table of positions."""
-    usual, larger = sizes
+    usual, _ = sizes
     yield _sample(config, make, sizes, lambda _hollow: None)
     yield _sample(config, make, sizes, lambda hollow: _stretch(hollow, sizes, positions))
     yield _sample(config, make, (usual, usual), lambda _hollow: None)
