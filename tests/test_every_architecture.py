@@ -1,0 +1,251 @@
+"""What every architecture of TransformerLens' factory must hold, as a plain model and as a bridge.
+
+The oracle is bare hooks, on forwards with other numbers of sequences and of positions.
+"""
+
+import functools
+import re
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import GENERATION
+from torch import Tensor
+
+if GENERATION < 4:
+    pytest.skip("the factory of TransformerLens 4 and later", allow_module_level=True)
+
+import architectures
+from architectures import BATCH, HEADS, POS
+from grown import MORE_BATCH, Matrix, Truth, captured
+
+from actctx import AxisError, capture
+
+Failures = Iterator[tuple[str, str]]
+CASES = [(name, kind) for kind in ("plain", "bridge") for name in architectures.built(kind)]
+POSITIONS = {"pos", "query", "key"}
+
+
+@functools.lru_cache(maxsize=1)
+def matrix_of(name: str, kind: str) -> Matrix:
+    return Matrix(name, kind)
+
+
+def values_are_those_of_bare_hooks(matrix: Matrix) -> Failures:
+    """Every site is captured bit for bit."""
+    with capture(matrix.model, _everything(matrix), check=True) as acts:
+        matrix.run(matrix.inputs())
+    for name, firings in matrix.fired.items():
+        if name in matrix.translated:
+            continue  # by another capture
+        got = acts.firings(name) if name in acts else []
+        if len(got) != len(firings) or not all(map(torch.equal, got, firings)):
+            yield name, f"value: {len(got)} firings for {len(firings)}"
+
+
+def axes_lie_where_they_grow(matrix: Matrix) -> Failures:
+    """No axis of a whole capture has a wrong name; one that is not known is `_`."""
+    for given in (matrix.inputs(), matrix.inputs(HEADS, HEADS)):
+        with capture(matrix.model, _everything(matrix), check=False) as acts:
+            matrix.run(given)
+        for name in matrix.truths:
+            yield from _axes(matrix, name, acts, may_be_unknown=True)
+
+
+def axes_are_told_where_sizes_coincide(matrix: Matrix) -> Failures:
+    """With as many sequences and positions as heads no size tells, and a slice has to know."""
+    given = matrix.inputs(HEADS, HEADS)
+    fired = matrix.bare(given)
+    acts, _ = captured(matrix, _one_of_each(matrix, _with_pos(matrix)), given, slice=slice(None))
+    for name in acts:
+        yield from _axes(matrix, name, acts)
+        if not all(map(torch.equal, acts.firings(name), fired[name])):
+            yield name, "value of a whole slice"
+
+
+def positions_are_selected(matrix: Matrix) -> Failures:
+    """The last position of every site that has positions, by exact names and by globs."""
+    for by_glob, given in ((False, matrix.inputs()), (True, matrix.inputs(HEADS, HEADS))):
+        what = "glob pos" if by_glob else "pos"
+        fired = matrix.bare(given)
+        wanted = _one_of_each(matrix, _with_pos(matrix))
+        acts, refused = captured(matrix, wanted, given, by_glob=by_glob, slice=-1)
+        for name, error in refused.items():
+            if matrix.truths[name].own:
+                yield name, f"{what} refused: {type(error).__name__}: {error}"
+        for name in acts:
+            axis = matrix.truths[name].pos[0]  # of the queries, which come first
+            yield from _same(name, what, acts.firings(name), fired[name], axis, -1)
+
+
+def positions_are_refused_where_there_are_none(matrix: Matrix) -> Failures:
+    """By exact names as by globs; where sizes coincide, too."""
+    others = [name for name, truth in matrix.truths.items() if not truth.pos]
+    given = matrix.inputs(HEADS, HEADS)
+    for name in _one_of_each(matrix, others):
+        for names in (name, [name].__contains__):
+            try:
+                with capture(matrix.model, names, slice={"pos": -1}) as acts:
+                    matrix.run(given)
+            except AxisError:
+                continue
+            except Exception as error:
+                yield name, f"pos is refused otherwise: {type(error).__name__}: {error}"
+            else:
+                if name in acts:
+                    yield name, f"pos is selected where there is none: {acts.axes(name)}"
+
+
+def heads_are_selected(matrix: Matrix) -> Failures:
+    """The first head of every site that is known to have heads, by exact names and by globs."""
+    given = matrix.inputs(HEADS, HEADS)
+    fired = matrix.bare(given)
+    with capture(matrix.model, _everything(matrix), check=False) as whole:
+        matrix.run(given)
+    for axis in ("head", "kv_head"):
+        named = [name for name in matrix.truths if axis in whole.axes(name)]
+        for by_glob in (False, True):
+            what = f"glob {axis}" if by_glob else axis
+            wanted = _one_of_each(matrix, named)
+            acts, refused = captured(matrix, wanted, given, by_glob=by_glob, slice={axis: 0})
+            for name, error in refused.items():
+                yield name, f"{what} refused: {type(error).__name__}: {error}"
+            for name in acts:
+                where = matrix.truths[name].head
+                where = whole.axes(name).index(axis) if where is None else where
+                yield from _same(name, what, acts.firings(name), fired[name], where, 0)
+
+
+def forwards_join_along_the_sequences(matrix: Matrix) -> Failures:
+    """Two forwards with other numbers of sequences are one tensor."""
+    few, many = matrix.inputs(BATCH), matrix.inputs(MORE_BATCH, seed=1)
+    parts = matrix.bare(few), matrix.bare(many)
+    wanted = [
+        name
+        for name, truth in matrix.truths.items()
+        if (truth.batch is not None or truth.flat is not None) and len(matrix.fired[name]) == 1
+    ]
+    with capture(matrix.model, _everything(matrix)) as acts:
+        matrix.run(few)
+        matrix.run(many)
+    for name in wanted:
+        truth = matrix.truths[name]
+        axis = truth.flat if truth.batch is None else truth.batch
+        whole = torch.cat([part[name][0] for part in parts], axis)
+        try:
+            if not torch.equal(acts[name], whole):
+                yield name, f"join: {tuple(acts[name].shape)} for {tuple(whole.shape)}"
+        except Exception as error:
+            yield name, f"join refused: {type(error).__name__}: {error}"
+
+
+def masks_keep_the_rows_of_real_tokens(matrix: Matrix) -> Failures:
+    """With padding on the right; a decoder has other positions than the mask."""
+    given = matrix.inputs()
+    if "input_ids" not in given:
+        return
+    mask = torch.ones(BATCH, POS, dtype=torch.long)
+    mask[1, -2:] = mask[2, -3:] = 0
+    given["attention_mask"] = mask
+    fired = matrix.bare(given)
+    wanted = [
+        name
+        for name, truth in matrix.truths.items()
+        if truth.batch is not None
+        and len(truth.pos) == 1
+        and fired[name][0].shape[truth.pos[0]] == POS
+        and len(fired[name]) == 1
+    ]
+    acts, refused = captured(matrix, _one_of_each(matrix, wanted), given, mask="attention")
+    for name, error in refused.items():
+        yield name, f"mask refused: {type(error).__name__}: {error}"
+    for name in acts:
+        truth = matrix.truths[name]
+        rows = fired[name][0].movedim((truth.batch, truth.pos[0]), (0, 1))[mask.bool()]
+        if not torch.equal(acts[name], rows):
+            yield name, f"mask: {tuple(acts[name].shape)} for {tuple(rows.shape)}"
+
+
+CHECKS = (
+    values_are_those_of_bare_hooks,
+    axes_lie_where_they_grow,
+    axes_are_told_where_sizes_coincide,
+    positions_are_selected,
+    positions_are_refused_where_there_are_none,
+    heads_are_selected,
+    forwards_join_along_the_sequences,
+    masks_keep_the_rows_of_real_tokens,
+)
+
+
+def failures(name: str, kind: str) -> Iterator[tuple[str, str, str]]:
+    """List what does not hold of an architecture: the check, the site and what is wrong."""
+    matrix = matrix_of(name, kind)
+    for check in CHECKS:
+        try:
+            for site, what in check(matrix):
+                yield check.__name__, site, what
+        except Exception as error:  # of a capture that is refused as a whole
+            yield check.__name__, "**", f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
+def test_every_site_is_what_bare_hooks_say(name, kind):
+    assert not list(failures(name, kind))
+
+
+def _axes(matrix, name, acts, *, may_be_unknown: bool = False) -> Failures:
+    axes, truth = acts.axes(name), matrix.truths[name]
+    value = acts.firings(name)[0]
+    if len(axes) != truth.rank:
+        yield name, f"axes {axes} of rank {truth.rank}"
+    elif wrong := "; ".join(_wrong(axes, truth, value, {"_"} if may_be_unknown else set())):
+        yield name, f"axes {axes} of {tuple(value.shape)}: {wrong}"
+
+
+def _wrong(axes: tuple[str, ...], truth: Truth, value: Tensor, also: set[str]) -> Iterator[str]:
+    named = dict(zip(range(truth.rank), axes, strict=True))
+    grown = {truth.batch, *truth.pos, *truth.odd} - {None}
+    if truth.batch is not None and named[truth.batch] not in {"batch"} | also:
+        yield f"batch is axis {truth.batch}"
+    if truth.own and len(truth.pos) == 1 and named[truth.pos[0]] not in POSITIONS | also:
+        yield f"pos is axis {truth.pos[0]}"
+    if truth.own and len(truth.pos) == 2 and not {"query", "key"} | also >= {
+        named[axis] for axis in truth.pos
+    }:
+        yield f"query and key are axes {truth.pos}"
+    if truth.flat is not None and named[truth.flat] not in {"token", "_"}:
+        yield f"flattened rows are axis {truth.flat}"
+    if truth.head is not None and named[truth.head] not in {"head", "kv_head", "_"}:
+        yield f"head is axis {truth.head}"
+    for axis, called in named.items():
+        fixed = value.shape[axis] == 1 and axis not in grown
+        if called == "batch" and axis != truth.batch and not fixed:
+            yield f"axis {axis} is not batch"
+        if called in POSITIONS and axis not in truth.pos and not fixed:
+            yield f"axis {axis} is not {called}"
+        if called == "token" and axis not in truth.odd:
+            yield f"axis {axis} is not token"
+        if axis in grown and called not in {"batch", "token", "_", *POSITIONS}:
+            yield f"axis {axis} is not {called}"
+
+
+def _with_pos(matrix: Matrix) -> list[str]:
+    return [name for name, truth in matrix.truths.items() if truth.pos]
+
+
+def _same(name, what, got: list[Tensor], fired: list[Tensor], axis: int, index: int) -> Failures:
+    expected = [value.select(axis, index) for value in fired]
+    if len(got) != len(expected) or not all(map(torch.equal, got, expected)):
+        shapes = [tuple(value.shape) for value in (*got[:1], *expected[:1])]
+        yield name, f"{what}: {shapes}, of axis {axis}"
+
+
+def _one_of_each(matrix: Matrix, names: list[str]) -> list[str]:
+    """Choose one site of those whose names differ by numbers alone, and whose axes are alike."""
+    kinds = {(re.sub(r"\d+", "0", name), matrix.truths[name]): name for name in reversed(names)}
+    return [name for name in names if name in kinds.values()]
+
+
+def _everything(matrix: Matrix) -> list[str]:
+    return list(matrix.fired)
