@@ -94,6 +94,10 @@ _OPTIONS = {
             "window_size": 2,
         }
     },
+    "Gemma4ForCausalLM": {"global_head_dim": 16},
+    "Gemma4ForConditionalGeneration Gemma4UnifiedForConditionalGeneration": {
+        "text_config": {"global_head_dim": 16}
+    },
     "GraniteMoeHybridForCausalLM": {
         "layer_types": ["mamba", "attention"],
         "position_embedding_type": "rope",
@@ -117,6 +121,7 @@ _OPTIONS = {
     },
     "Llama4ForCausalLM": {"interleave_moe_layer_step": 2},
     "Llama4ForConditionalGeneration": {"text_config": {"interleave_moe_layer_step": 2}},
+    "LongT5ForConditionalGeneration": {"local_radius": 2},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8},
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "RecurrentGemmaForCausalLM": {"num_hidden_layers": 3},

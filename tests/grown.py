@@ -21,7 +21,7 @@ MORE_BATCH, MORE_POS = 5, 11
 Fired = dict[str, list[Tensor]]
 
 # Where heads have an axis of their own, which is before the last one unless it is a pattern's.
-_PER_HEAD = re.compile(r"hook_(?:rot_)?[qkvz]$")
+_PER_HEAD = re.compile(r"hook_(?:rot_)?[qkvz]$|\.[qkv]\.hook_out$|\.o\.hook_in$")
 _PATTERN = re.compile(r"hook_(?:pattern|attn_scores)$")
 
 
@@ -64,7 +64,7 @@ class Matrix:
 
     """
 
-    def __init__(self, name: str, kind: str) -> None:
+    def __init__(self, name: str, kind: str, *, alone: bool = False) -> None:
         self.name, self.kind = name, kind
         self.model = getattr(architectures, kind)(name)
         self.translated: list[str] = []
@@ -72,6 +72,8 @@ class Matrix:
         if kind == "plain":
             self._translate()
         self.fired = self.bare(self.inputs())
+        if alone:
+            return
         wider = self.bare(self.inputs(MORE_BATCH))
         longer = self.bare(self.inputs(BATCH, MORE_POS))
         self.grows = any(_shapes(self.fired[name]) != _shapes(longer[name]) for name in self.fired)
@@ -105,6 +107,11 @@ class Matrix:
                 run()
             fired |= {name: acts.firings(name) for name in acts}
         return fired
+
+    def by_alias(self) -> Fired:
+        """List what every hook point of a bridge yields, by all of its names."""
+        points = self.model.hook_dict.items()
+        return {name: self.fired[point.name] for name, point in points if point.name in self.fired}
 
     def _translate(self) -> None:
         given, hooks = self.inputs(), lambda name: "hook_" in name

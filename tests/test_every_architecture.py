@@ -22,6 +22,12 @@ from grown import MORE_BATCH, Matrix, Truth, captured
 from actctx import AxisError, capture
 
 Failures = Iterator[tuple[str, str]]
+# Where TransformerLens' bridge is wrong itself, as docs/known-wrong-bridges.md says: names, by parts.
+WRONG = {
+    "FalconForCausalLM/grouped": "blocks.",
+    "RwkvForCausalLM": "channel_mix.in.hook_in",
+    "SwitchTransformersForConditionalGeneration": "hook_pattern",
+}
 CASES = [(name, kind) for kind in ("plain", "bridge") for name in architectures.built(kind)]
 POSITIONS = {"pos", "query", "key"}
 
@@ -41,6 +47,27 @@ def values_are_those_of_bare_hooks(matrix: Matrix) -> Failures:
         got = acts.firings(name) if name in acts else []
         if len(got) != len(firings) or not all(map(torch.equal, got, firings)):
             yield name, f"value: {len(got)} firings for {len(firings)}"
+
+
+def plain_values_are_those_of_a_bridge(matrix: Matrix) -> Failures:
+    """TransformerLens' names on a plain model mean what they mean on a bridge."""
+    if matrix.kind == "bridge" or matrix.name in architectures.NO_BRIDGE:
+        return
+    for site, error in matrix.refused.items():
+        yield site, f"refused: {type(error).__name__}: {error}"
+    if not matrix.translated:
+        yield "**", "has none of TransformerLens' names"
+    expected = Matrix(matrix.name, "bridge", alone=True).by_alias()
+    for name in matrix.translated:
+        got, wanted = matrix.fired[name], expected.get(name)
+        if wanted is None:  # what a bridge yields there is no tensor, or it never fires
+            continue
+        if WRONG.get(matrix.name, "no name") in name:
+            continue
+        if len(got) != len(wanted) or not all(map(_alike, got, wanted)):
+            yield name, f"{_shapes(got)} for a bridge's {_shapes(wanted)}"
+        elif (off := max(map(_distance, got, wanted))) > 1e-4:
+            yield name, f"off by {off:.2g} from a bridge's"
 
 
 def axes_lie_where_they_grow(matrix: Matrix) -> Failures:
@@ -78,9 +105,25 @@ def positions_are_selected(matrix: Matrix) -> Failures:
             yield from _same(name, what, acts.firings(name), fired[name], axis, -1)
 
 
+def positions_are_selected_from_flattened_rows(matrix: Matrix) -> Failures:
+    """Where rows are flattened sequences, the last of each is meant, or nothing is selected."""
+    for by_glob, given in ((False, matrix.inputs()), (True, matrix.inputs(HEADS, HEADS))):
+        fired = matrix.bare(given)
+        flat = [name for name, truth in matrix.truths.items() if truth.flat is not None]
+        flat = _one_of_each(matrix, flat)
+        acts, _ = captured(matrix, flat, given, by_glob=by_glob, slice={"pos": -1})
+        batch = len(next(iter(given.values())))
+        for name in acts:
+            axis = matrix.truths[name].flat
+            whole = [value.unflatten(axis, (batch, -1)) for value in fired[name]]
+            yield from _same(name, "pos of rows", acts.firings(name), whole, axis + 1, -1)
+
+
 def positions_are_refused_where_there_are_none(matrix: Matrix) -> Failures:
     """By exact names as by globs; where sizes coincide, too."""
-    others = [name for name, truth in matrix.truths.items() if not truth.pos]
+    others = [
+        name for name, truth in matrix.truths.items() if not truth.pos and truth.flat is None
+    ]
     given = matrix.inputs(HEADS, HEADS)
     for name in _one_of_each(matrix, others):
         for names in (name, [name].__contains__):
@@ -168,9 +211,11 @@ def masks_keep_the_rows_of_real_tokens(matrix: Matrix) -> Failures:
 
 CHECKS = (
     values_are_those_of_bare_hooks,
+    plain_values_are_those_of_a_bridge,
     axes_lie_where_they_grow,
     axes_are_told_where_sizes_coincide,
     positions_are_selected,
+    positions_are_selected_from_flattened_rows,
     positions_are_refused_where_there_are_none,
     heads_are_selected,
     forwards_join_along_the_sequences,
@@ -192,6 +237,37 @@ def failures(name: str, kind: str) -> Iterator[tuple[str, str, str]]:
 @pytest.mark.parametrize(("name", "kind"), CASES, ids=["-".join(case) for case in CASES])
 def test_every_site_is_what_bare_hooks_say(name, kind):
     assert not list(failures(name, kind))
+
+
+@pytest.mark.parametrize("name", architectures.NOT_BUILT)
+def test_what_is_listed_as_not_built_cannot_be(name):
+    with pytest.raises((AttributeError, ImportError)):
+        architectures.plain(name)
+
+
+@pytest.mark.parametrize("name", architectures.NO_BRIDGE.keys() - architectures.NOT_BUILT.keys())
+def test_what_is_listed_as_without_a_bridge_has_none(name):
+    with pytest.raises((AttributeError, ImportError, NotImplementedError)):
+        architectures.bridge(name)
+
+
+def test_every_architecture_of_the_factory_is_built_or_said_not_to_be():
+    from transformer_lens.factories.architecture_adapter_factory import SUPPORTED_ARCHITECTURES
+
+    named = {name.partition("/")[0] for name, _ in CASES} | architectures.NOT_BUILT.keys()
+    assert named == set(SUPPORTED_ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bridges_that_the_docs_call_wrong_are(name):
+    plain, bridge = (Matrix(name, kind, alone=True) for kind in ("plain", "bridge"))
+    expected = bridge.by_alias()
+    off = [
+        _distance(plain.fired[site][0], expected[site][0])
+        for site in plain.translated
+        if WRONG[name] in site and site in expected
+    ]
+    assert max(off) > 0.1
 
 
 def _axes(matrix, name, acts, *, may_be_unknown: bool = False) -> Failures:
@@ -228,6 +304,25 @@ def _wrong(axes: tuple[str, ...], truth: Truth, value: Tensor, also: set[str]) -
             yield f"axis {axis} is not token"
         if axis in grown and called not in {"batch", "token", "_", *POSITIONS}:
             yield f"axis {axis} is not {called}"
+
+
+def _shapes(firings: list[Tensor]) -> list[tuple[int, ...]]:
+    return [tuple(value.shape) for value in firings]
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    """Whether shapes agree: a bridge repeats a batch of one, and gives flattened rows their axes."""
+    return one.numel() == other.numel() or one[0].shape == other[0].shape
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart, of the size of the other's largest element."""
+    if other.numel() == 0:
+        return 0.0
+    one, other = (value.double().nan_to_num(0, 0, 0) for value in (one, other))
+    if one.numel() == other.numel():
+        one = one.reshape(other.shape)
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1))
 
 
 def _with_pos(matrix: Matrix) -> list[str]:
