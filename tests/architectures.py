@@ -14,6 +14,7 @@ from models import VOCAB, bridge_of
 from torch import Tensor, nn
 
 BATCH, POS, HEADS = 3, 7, 4
+PICTURE = 4  # tokens
 # Token ids below are never padding, nor do they stand for pictures or sound.
 _FIRST, _LAST, _PICTURE, _FILM = 4, 40, 45, 46
 
@@ -132,6 +133,12 @@ _OPTIONS = {
         "attention_head_dim": 16,
     },
     "FalconForCausalLM/grouped": {"new_decoder_architecture": True, "multi_query": False},
+    # With a picture, whose four embeddings take the place of the first tokens.
+    "LlavaForConditionalGeneration/pictures": {"vision_config": {"image_size": 8}},
+    "Gemma3ForConditionalGeneration/pictures": {
+        "vision_config": {"image_size": 16},
+        "mm_tokens_per_image": 4,
+    },
     "FalconForCausalLM/alibi": {"alibi": True, "multi_query": False, "num_kv_heads": HEADS},
 }
 _OPTION = {name: options for names, options in _OPTIONS.items() for name in names.split()}
@@ -211,6 +218,8 @@ def plain(name: str, seed: int = 0) -> nn.Module:
     config = _shrunk(kind.config_class, **_OPTION.get(name, _OPTION.get(architecture, {})))
     config.architectures = [architecture]
     config._attn_implementation = "eager"
+    if name.endswith("/pictures"):
+        config._picture = config.vision_config.image_size
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as of kernels that are not installed
@@ -252,6 +261,9 @@ def inputs(model: nn.Module, batch: int = BATCH, pos: int = POS, seed: int = 0) 
     if name == "input_values":
         return {name: torch.randn(batch, 8 * pos + 4, generator=draw)}
     found = {"input_ids": torch.randint(_FIRST, _LAST, (batch, pos), generator=draw)}
+    if config is not None and (size := getattr(config, "_picture", None)):
+        found["input_ids"][:, :PICTURE] = _PICTURE
+        found["pixel_values"] = torch.randn(batch, 3, size, size, generator=draw)
     if getattr(config, "is_encoder_decoder", False):
         found["decoder_input_ids"] = torch.randint(_FIRST, _LAST, (batch, pos + 2), generator=draw)
     return found

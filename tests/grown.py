@@ -77,10 +77,15 @@ class Matrix:
         wider = self.bare(self.inputs(MORE_BATCH))
         longer = self.bare(self.inputs(BATCH, MORE_POS))
         self.grows = any(_shapes(self.fired[name]) != _shapes(longer[name]) for name in self.fired)
-        self.truths = {
+        truths = {
             name: self._truth(name, firings[0], wider[name][0], longer[name][0])
             for name, firings in self.fired.items()
             if all(len(_shapes(fired[name])) == 1 for fired in (self.fired, wider, longer))
+        }
+        # What becomes of a picture beside the text does not tell by its size what is what.
+        pictured = name.endswith("/pictures")
+        self.truths = {
+            site: truth for site, truth in truths.items() if not pictured or truth.pos or truth.odd
         }
 
     def inputs(self, batch: int = BATCH, pos: int = POS, **options: int) -> dict[str, Tensor]:
@@ -133,7 +138,7 @@ class Matrix:
         axes = range(value.ndim)
         by_batch = {a for a in axes if value.shape[a] != wider.shape[a]}
         by_pos = {a for a in axes if value.shape[a] != longer.shape[a]}
-        if not self.grows:  # pictures of one size
+        if not by_pos:  # pictures have one size
             by_pos = {a for a in axes if value.shape[a] == self._frames} - by_batch
         both = by_batch & by_pos
         batch = [a for a in by_batch - both if value.shape[a] == BATCH]
@@ -155,12 +160,13 @@ class Matrix:
         )
 
     @functools.cached_property
-    def _frames(self) -> int:
-        """The number of positions of a model of pictures: of its last norm, which has them all."""
-        config = self.model.config if self.kind == "plain" else self.model.original_model.config
-        if config.model_type == "audio-spectrogram-transformer":
-            return 22
-        return (config.image_size // config.patch_size) ** 2 + 1 + (config.model_type == "deit")
+    def _frames(self) -> int | None:
+        """The number of positions of what is given in one size: pictures, spectrograms."""
+        config = getattr(getattr(self.model, "original_model", self.model), "config", None)
+        own = {"vit": 17, "deit": 18, "audio-spectrogram-transformer": 22}
+        if self.name.endswith("/pictures"):
+            return {"llava": 5, "gemma3": 16}[config.model_type]
+        return own.get(getattr(config, "model_type", None))
 
 
 def _head(name: str, value: Tensor, grown: Collection[int]) -> int | None:
