@@ -162,8 +162,7 @@ _NOT_BUILT = {
     "GiddForDiffusionLM GPT2LMHeadCustomModel HyenaDNAForCausalLM InternLM2ForCausalLM "
     "LLaDA2MoeModelLM LLaDAModelLM OpenELMForCausalLM OuroForCausalLM QwenForCausalLM "
     "RavenForCausalLM RWKV7ForCausalLM": _REMOTE,
-    "MinGPTForCausalLM NanoGPTForCausalLM NeelSoluOldForCausalLM "
-    "TransformerLensPretrain": _OWN,
+    "MinGPTForCausalLM NanoGPTForCausalLM NeelSoluOldForCausalLM TransformerLensPretrain": _OWN,
 }
 _NO_BRIDGE = {
     "BloomModel": "TransformerLens' adapter looks for its parts under `transformer`",
@@ -245,7 +244,9 @@ def _native(seed: int) -> nn.Module:
     return model.eval()
 
 
-def inputs(model: nn.Module, batch: int = BATCH, pos: int = POS, seed: int = 0) -> dict[str, Tensor]:
+def inputs(
+    model: nn.Module, batch: int = BATCH, pos: int = POS, seed: int = 0
+) -> dict[str, Tensor]:
     """Draw what a model's forward takes: `pos` tokens, or what makes about as many positions.
 
     A decoder gets two tokens more than its encoder. Pictures and the frames of an audio spectrogram

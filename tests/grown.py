@@ -82,10 +82,12 @@ class Matrix:
             for name, firings in self.fired.items()
             if all(len(_shapes(fired[name])) == 1 for fired in (self.fired, wider, longer))
         }
-        # What becomes of a picture beside the text does not tell by its size what is what.
-        pictured = name.endswith("/pictures")
+        # What becomes of a picture, which has one size, does not tell where its positions are.
+        pictured = not self.grows or name.endswith("/pictures")
         self.truths = {
-            site: truth for site, truth in truths.items() if not pictured or truth.pos or truth.odd
+            site: truth
+            for site, truth in truths.items()
+            if not pictured or truth.pos or truth.odd or truth.rank == 2
         }
 
     def inputs(self, batch: int = BATCH, pos: int = POS, **options: int) -> dict[str, Tensor]:
