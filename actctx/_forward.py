@@ -24,11 +24,9 @@ from contextvars import ContextVar
 from typing import Any, Never, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from actctx._errors import StoppedError
-from actctx._rows import mask_of_generate
 from actctx._select import Owned
 
 
@@ -102,11 +100,6 @@ class Frame:
         """What the forward was called with, its parameters by name."""
         # Asked for by every site that is masked, and not cheap to tell.
         return self._name_inputs()
-
-    @functools.cached_property
-    def unpadded(self) -> Bool[Tensor, "batch pos"] | None:
-        """The mask that it would have been called with, had `generate()` not left it out."""
-        return mask_of_generate(self.inputs)
 
     def count(self, watcher: Watcher, key: str) -> int:
         """Count a firing of a site, and return how often it fired before."""
