@@ -49,6 +49,9 @@ class Watcher(Protocol):
     def is_visible(self) -> bool:
         """Whether the forwards of this thread and context are its own."""
 
+    def miss(self) -> None:
+        """Note that a forward ran in another thread or context, which nobody captured."""
+
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed its hooks."""
 
@@ -196,6 +199,9 @@ class Interceptor:
         alive = [watcher for reference in self._watchers if (watcher := reference())]
         watchers = [w for w in alive if w not in seen and w.is_visible()]
         if not watchers:
+            for watcher in alive:
+                if watcher not in seen:
+                    watcher.miss()
             return self._forward(*args, **kwargs)
         inputs = functools.partial(self._inputs, args, kwargs)
         return self._run(Frame(watchers, parent, inputs), args, kwargs)

@@ -6,7 +6,7 @@ filled it: both are of one line, and have its number. It is the same line if it 
 object, and it holds what the last forward left there. A copy of a cache, one that was filled while
 nobody captured, and one that was cut back or is frozen to be used again, each begin a line of their
 own. Only `generate()` cuts a cache back and goes on with the same sequences, as it does to take
-back tokens that it had guessed. Such a forward repeats positions.
+back tokens that it guessed. Such a forward repeats positions.
 
 What a cache holds is asked of it before the forward runs, which changes it.
 """
@@ -70,13 +70,14 @@ class Lines:
 
     def begin(self, inputs: Mapping[str, Any]) -> Start:
         """Tell what a forward continues that is about to run."""
+        limit = None
         for cache in _caches(inputs):
             anchor, length = _anchor(cache), _length_of(cache, self._layer)
+            limit = _limit_of(cache)
             left = self._left.get(id(anchor))
             known = left is not None and left.cache() is anchor
             if length == 0 or (length is None and not known and not _is_filled(cache)):
                 continue
-            limit = _limit_of(cache)
             if left is None or not known:
                 return Start(next(self._numbers), length, limit, is_cached=True)
             before = left.length if length is None else length
@@ -85,7 +86,7 @@ class Lines:
             if not _is_frozen(cache) and generating() is not None:
                 return Start(left.line, before, limit, repeats=True, is_cached=True)
             return Start(next(self._numbers), before, limit, is_cached=True)
-        return Start(next(self._numbers))
+        return Start(next(self._numbers), limit=limit)
 
     def end(self, start: Start, inputs: Mapping[str, Any], output: Any) -> None:
         """Note which caches a forward has left."""
@@ -132,8 +133,6 @@ def _length_of(cache: Any, layer: int) -> int | None:
         first = cache[0]
         if isinstance(first, tuple | list) and first and isinstance(first[0], Tensor):
             return int(first[0].shape[-2])  # keys, `batch head pos d_head`
-        if isinstance(first, Tensor) and first.dim() == 3:  # noqa: PLR2004  mems, `pos batch d_model`
-            return int(first.shape[0])
     return None
 
 
@@ -147,6 +146,17 @@ def generating() -> FrameType | None:
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
     return frame
+
+
+def is_batching() -> bool:
+    """Tell whether the thread that is running is one of Hugging Face's `generate_batch()`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("transformers.generation.continuous_batching"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def has_cache(inputs: Mapping[str, Any]) -> bool:

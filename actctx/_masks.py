@@ -236,8 +236,10 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
         if mask is None:
-            if self._is_unpadded(side, frame):
-                return _Given(torch.ones(shape, dtype=torch.bool), self._before(side, frame) or 0)
+            before = self._before(side, frame)
+            made = _mask_of_generate(side, before, shape, self._inputs(frame))
+            if made is not None:
+                return _Given(made, before or 0)
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
                 f"mask='attention' takes the forward's {name}, but this forward of "
@@ -267,17 +269,6 @@ class Padding:
         """Tell how many positions came in earlier forwards, on one side; encoders have no cache."""
         start: Start = frame.masks[self, "start"]
         return 0 if side == "encoder" else start.before
-
-    def _is_unpadded(self, side: Side | None, frame: Frame) -> bool:
-        """Tell whether `generate()` left a mask out since it has no zeros."""
-        running = generating()
-        known = None if running is None else running.f_locals.get("model_kwargs")
-        placeholders = any("target_mapping" in inputs for inputs in self._inputs(frame))  # XLNet's
-        if not isinstance(known, dict) or placeholders or side == "encoder":
-            return False
-        if side == "decoder":
-            return known.get("decoder_attention_mask") is None
-        return "attention_mask" in known and known["attention_mask"] is None
 
     def _aligned(
         self,
@@ -315,10 +306,11 @@ class Padding:
         frames = None if side == "decoder" else self._frames(given, pos, site)
         if frames is None and given.shape[0] == shape[0]:
             holds = f"its cache holds {before} positions" if before else "no cache holds the rest"
+            why = f", and {holds}" if width > pos else ""
             raise SelectionError(
-                f"{site.shown} has {shape[1]} positions, but the forward's mask has {width}, and "
-                f"{holds}: they count different things, as frames and samples of sound do; capture "
-                "it without mask=, or give capture a mask of its positions"
+                f"{site.shown} has {pos} positions, but the forward's mask has {width}{why}: they "
+                "count different things, as frames and samples of sound do; capture it without "
+                "mask=, or give capture a mask of its positions"
             )
         return _Given(given if frames is None else frames, 0)
 
@@ -359,7 +351,7 @@ class Padding:
         frame = self._frame()
         if "left" in self._warned or frame is None or not isinstance(value, Tensor):
             return
-        if self._has_positions(frame) or frame.masks[self, "start"].is_cached:
+        if frame.masks[self, "start"].is_cached:
             return
         for mask in self._padded_left(frame):
             if counts_padding(value, mask, self._widths):
@@ -416,9 +408,10 @@ class Padding:
     def _warn_repeats(self) -> None:
         self._warn(
             "repeats",
-            "generate() takes back tokens that it guessed, and runs their positions again: what it "
-            "ran first is captured, too; of rows that acts.positions() says are of one position, "
-            "take the last, or generate without an assistant and without prompt lookup",
+            "generate() takes back tokens that it guessed and runs their positions again, and what "
+            "it took back is captured, too; of the rows of one position, which acts.positions() "
+            "tells, only the last is of the text, and none is behind its end; or generate without "
+            "guesses of an assistant or a prompt lookup",
         )
 
     def _check_joined(self, start: Start, previous: Start) -> None:
@@ -436,6 +429,39 @@ class Padding:
 
 _LIBRARIES = {"actctx", "torch", "transformers", "transformer_lens", "contextlib"}
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
+
+
+def _mask_of_generate(
+    side: Side | None,
+    before: int | None,
+    shape: tuple[int, int],
+    given: Iterable[Mapping[str, Any]],
+) -> Bool[Tensor, "batch pos"] | None:
+    """Make the mask of a forward that `generate()` gave none, of what it was given itself.
+
+    Returns:
+        The mask of what is run now; None where there is no `generate()`, or it does not say.
+
+    """
+    running = generating()
+    known = None if running is None else running.f_locals.get("model_kwargs")
+    placeholders = any("target_mapping" in inputs for inputs in given)  # XLNet's
+    if not isinstance(known, dict) or placeholders or side == "encoder":
+        return None
+    name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
+    if side != "decoder" and name not in known:
+        return None
+    prompt = known.get(name)
+    real = torch.ones(shape, dtype=torch.bool)  # as all is that it generates
+    if prompt is None:
+        return real
+    if not isinstance(prompt, Tensor) or before is None or len(shape) != prompt.dim():
+        return None
+    ran = prompt.detach().bool().cpu()[:, before : before + shape[1]]
+    if shape[0] % len(ran):
+        return None
+    real[:, : ran.shape[1]] = ran.repeat_interleave(shape[0] // len(ran), 0)
+    return real
 
 
 def _selects_positions(site: WatchedSite) -> bool:

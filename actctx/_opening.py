@@ -18,6 +18,7 @@ from actctx._errors import HooksRemovedError, NeverFiredError
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
+from actctx._lines import is_batching
 from actctx._masks import Padding
 from actctx._outputs import Inputs, tensor_of
 from actctx._places import why_it_never_fires
@@ -98,6 +99,7 @@ class Opening(Generic[B]):
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
+        self._misses_batches = False
         self._fired: set[str] = set()
         self._hooks: dict[str, Hook] = {}
         self._undo: list[Action] = []
@@ -181,6 +183,10 @@ class Opening(Generic[B]):
     def is_visible(self) -> bool:
         """Whether the running thread and context are those that opened the capture."""
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
+
+    def miss(self) -> None:
+        """Note that a forward of another thread ran; the one of `generate_batch()` was wanted."""
+        self._misses_batches = self._misses_batches or is_batching()
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed the hooks."""
@@ -309,7 +315,8 @@ class Opening(Generic[B]):
         """Check what the block has left, together with `more` where it is typed.
 
         Raises:
-            NeverFiredError: A forward ran, and a site that must fire did not.
+            NeverFiredError: A forward ran, and a site that must fire did not; or all that ran was
+                `generate_batch()`, whose forwards run in another thread.
             TypedError: A field of a `Schema`, or one of `more`, does not fit its annotation.
 
         """
@@ -319,6 +326,12 @@ class Opening(Generic[B]):
             self.handed.check(more)
 
     def _check_fired(self) -> None:
+        if self._misses_batches and not self._ran:
+            raise NeverFiredError(
+                f"no forward of {type(self._model).__name__} was captured: generate_batch() runs "
+                "them in a thread of its own, and a capture sees those of the thread that opened "
+                "it; call generate(), or the model itself"
+            )
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
         if self._ran and silent:
             names = shortened([site.shown for site in silent])
