@@ -84,7 +84,7 @@ def counts_padding(
     padding = int(begins[longest])
     if len(table) not in {1, batch} or not _is_numbered(table[longest % len(table), padding:]):
         return False
-    if len(table) == 1:
+    if len(table) < batch:
         return True
     for row, begin in enumerate(begins.tolist()):
         both = mask[row] & mask[longest]

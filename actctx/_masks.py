@@ -236,10 +236,10 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
         if mask is None:
-            before = self._before(side, frame)
-            made = _mask_of_generate(side, before, shape, self._inputs(frame))
+            ran = self._before(side, frame)
+            made = _mask_of_generate(side, ran, shape, self._inputs(frame))
             if made is not None:
-                return _Given(made, before or 0)
+                return _Given(made, ran or 0)
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
                 f"mask='attention' takes the forward's {name}, but this forward of "
@@ -315,8 +315,8 @@ class Padding:
         return _Given(given if frames is None else frames, 0)
 
     def _frames(
-        self, mask: Bool[Tensor, "batch pos"], count: int, site: WatchedSite
-    ) -> Bool[Tensor, "batch pos"] | None:
+        self, mask: Bool[Tensor, "batch samples"], count: int, site: WatchedSite
+    ) -> Bool[Tensor, "batch frames"] | None:
         """Make a mask of frames of one of samples, by what the model says of their numbers."""
         lengths = mask.sum(1)
         if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
@@ -383,9 +383,13 @@ class Padding:
     # What is said, once for each capture.
 
     def _warn(self, what: str, said: str) -> None:
-        if what not in self._warned:
-            self._warned.add(what)
-            warnings.warn(said, UserWarning, stacklevel=_depth_of_caller())
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        frame, depth = sys._getframe(), 1  # up to the code that runs the forward
+        while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+            frame, depth = frame.f_back, depth + 1
+        warnings.warn(said, UserWarning, stacklevel=depth)
 
     def _warn_left(self) -> None:
         takes = "position_ids" in _parameters(self._model)
@@ -427,7 +431,15 @@ class Padding:
             )
 
 
-_LIBRARIES = {"actctx", "torch", "transformers", "transformer_lens", "contextlib"}
+_LIBRARIES = (
+    "actctx",
+    "torch",
+    "transformers",
+    "transformer_lens",
+    "contextlib",
+    "jaxtyping",
+    "beartype",
+)
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
@@ -535,14 +547,8 @@ def _signature(function: Callable[..., Any]) -> tuple[str, ...]:
         return ()
 
 
-def _depth_of_caller() -> int:
-    """Tell how far up the code lies that runs the forward, past libraries, as `warn` counts."""
-    frame, depth = sys._getframe(1), 1
-    while frame.f_back is not None:
-        if frame.f_globals.get("__name__", "").partition(".")[0] not in _LIBRARIES:
-            return depth
-        frame, depth = frame.f_back, depth + 1
-    return depth
+def _is_library(name: str) -> bool:
+    return name.partition(".")[0] in _LIBRARIES
 
 
 def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:

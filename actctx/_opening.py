@@ -202,7 +202,7 @@ class Opening(Generic[B]):
         """Capture what the model itself is given or returns, which lies in its forward."""
         frame = running_frame()
         if frame is not None and io == "in":
-            self._padding.begin(frame, is_first=not self.buffer.nbytes)
+            self._padding.begin(frame, is_first=not self.buffer.forwards)
         elif frame is not None:
             self._padding.end(frame, value)
         for site in self._roots:
