@@ -51,6 +51,7 @@ class Column:
         rooms: With a capacity, for each firing the tensor that is filled in place.
         rows: With a mask, the sequences and positions of the kept rows, forward by forward.
         sequences: With a mask, the number of sequences of all forwards.
+        lines: With a mask, the first sequence of each line of forwards, and the number of them.
         stack: What its one tensor is a layer of, if layers were stacked.
         batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
             are not known.
@@ -68,6 +69,7 @@ class Column:
     rooms: list[Tensor] = field(default_factory=list)
     rows: deque[Int64[Tensor, "token 2"]] = field(default_factory=deque)
     sequences: int = 0
+    lines: dict[int, tuple[int, int]] = field(default_factory=dict)
     stack: Tensor | None = None
     batch_dropped: bool = False
     tell: Callable[[], Named | None] | None = None
@@ -91,6 +93,7 @@ class Column:
         self.rooms.clear()
         self.rows.clear()
         self.sequences = 0
+        self.lines.clear()
 
     def write(self, firings: Sequence[Owned]) -> None:
         """Take what the site left in one forward, a tensor for each firing."""
@@ -115,9 +118,11 @@ class Column:
     def mapped(self, change: Callable[[Owned], Owned]) -> "Column":
         """Copy it, with each tensor changed, and without the room for more."""
         firings = [deque(map(change, chunks)) for chunks in self.firings]
-        rows = self.rows.copy()
+        rows, lines = self.rows.copy(), self.lines.copy()
         self.settle_axes()
-        return replace(self, capacity=None, rooms=[], firings=firings, rows=rows, stack=None)
+        return replace(
+            self, capacity=None, rooms=[], firings=firings, rows=rows, lines=lines, stack=None
+        )
 
     def settle_axes(self) -> None:
         """Have the model tell where the axes lie, unless it is known."""
@@ -126,11 +131,14 @@ class Column:
             self.named = tell() or self.named
 
     def _note_rows(self, rows: Rows) -> None:
-        """Count sequences over the forwards; with a KV cache a forward goes on with the last."""
-        if not rows.before or self.sequences < rows.sequences:
+        """Count sequences over the forwards; those of one line have the same sequences."""
+        first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
+        if count != rows.sequences:
+            first = self.sequences
             self.sequences += rows.sequences
-        first = torch.tensor([self.sequences - rows.sequences, rows.before])
-        self.rows.append(rows.where + first)
+            if rows.line is not None:
+                self.lines[rows.line] = first, rows.sequences
+        self.rows.append(rows.where + torch.tensor([first, rows.before]))
 
     def room(
         self,
