@@ -12,7 +12,7 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._cast import read_to
 from actctx._column import Column, Kept, wait_for
-from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
+from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
 from actctx._lookup import find_column, listed, why_empty, why_nothing
 from actctx._select import Owned, own, plain_mode
@@ -57,6 +57,7 @@ class Activations(_Tensors):
         self._columns: dict[str, Column] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
+        self._silent = 0
         self._tokens: Counter[tuple[int, int]] = Counter()
         self._kept = Kept()
 
@@ -96,8 +97,15 @@ class Activations(_Tensors):
                 self._kept.add(firings)
         self._kept.trim()
 
+    def note_silent_forward(self) -> None:
+        """Count a forward that left nothing."""
+        self._silent += 1
+
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
+
+        Args:
+            name: Its name, an alias, or an ending or a glob that means no other captured site.
 
         Returns:
             The tensor, joined over the forwards; with `join=None` a list, one per forward.
@@ -114,6 +122,11 @@ class Activations(_Tensors):
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
             raise AttributeError(name)
         if name not in self._columns:
+            if any(key.startswith(f"{name}.") and key in self._order for key in self._columns):
+                raise AttributeError(
+                    f"{name!r} stands for several sites, so read acts.stack({name!r}), or one of "
+                    f"{listed(key for key in self._order if key.startswith(f'{name}.'))}"
+                )
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are "
                 f"{listed(self._order)}"
@@ -124,7 +137,11 @@ class Activations(_Tensors):
             raise AttributeError(str(error)) from error
 
     def __contains__(self, name: object) -> bool:
-        return bool((column := find_column(self._columns, name)) and column.firings)
+        try:
+            column = find_column(self._columns, name)
+        except HookNameError:  # a pattern that means nothing
+            return False
+        return bool(column and column.firings)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._order)
@@ -150,7 +167,7 @@ class Activations(_Tensors):
                 "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
-            raise NotCapturedError(f"there is no tensor to read: {why_empty(self._source)}")
+            raise NotCapturedError(f"there is no tensor to read: {why_empty(self._source, self._silent)}")
         if len(self) > 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
@@ -263,7 +280,7 @@ class Activations(_Tensors):
 
     def _layers(self, name: str) -> list[str]:
         if not self:
-            raise NotCapturedError(f"there is nothing to stack: {why_empty(self._source)}")
+            raise NotCapturedError(f"there is nothing to stack: {why_empty(self._source, self._silent)}")
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:
@@ -315,7 +332,7 @@ class Activations(_Tensors):
         for column in self._columns.values():
             column.clear()
         self._order.clear()
-        self._forwards = 0
+        self._forwards = self._silent = 0
         self._tokens.clear()
         self._kept = Kept()
 
@@ -382,7 +399,7 @@ class Activations(_Tensors):
         copy = Activations(self._join, source=self._source, estimate=self._estimate)
         copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
-        copy._forwards = self._forwards
+        copy._forwards, copy._silent = self._forwards, self._silent
         with plain_mode():
             copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
         return copy
@@ -392,6 +409,7 @@ class Activations(_Tensors):
         if column is not None and column.firings:
             return column
         reason = why_empty(self._source)
-        if self._forwards:
-            reason = why_nothing(self._columns, name, self._order, self._forwards)
+        if self._forwards or self._silent:
+            forwards = self._forwards + self._silent
+            reason = why_nothing(self._columns, name, self._order, forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")

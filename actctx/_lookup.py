@@ -3,15 +3,23 @@
 from collections.abc import Iterable, Mapping
 
 from actctx._column import Column
+from actctx._globs import meant
 from actctx._table import counted, shortened
 
 
 def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
-    """Find what a site left by its key, or by a name that no other site has."""
-    if isinstance(name, str) and name in columns:
+    """Find what a site left that a name means, if it means one.
+
+    Raises:
+        HookNameError: It is a pattern that means nothing.
+
+    """
+    if not isinstance(name, str):
+        return None
+    if name in columns:
         return columns[name]
-    alike = [column for column in columns.values() if name in column.names]
-    return alike[0] if len(alike) == 1 else None
+    found = _meant(columns, name)
+    return columns[found[0]] if len(found) == 1 else None
 
 
 def why_nothing(
@@ -20,18 +28,39 @@ def why_nothing(
     """Say why nothing is found under a name, though there were forwards."""
     if find_column(columns, name) is not None:
         return f"it never fired in {counted(forwards, 'forward')}"
-    alike = [repr(key) for key, each in columns.items() if name in each.names]
-    if alike:
-        return f"it is captured several times, so read one of {', '.join(alike)}"
-    return f"the captured names are {listed(fired)}"
+    found = _meant(columns, name)
+    if not found:
+        names = [*fired]
+        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
+    alike = listed(found)
+    if any(name in columns[key].names for key in found):
+        return f"it is captured several times, so read one of {alike}"
+    return (
+        f"it means {len(found)} of the captured sites, so read one of {alike}, or "
+        f"acts.stack({name!r}) for its layers"
+    )
 
 
-def why_empty(source: str) -> str:
-    """Say why there is nothing at all, of a model of this class."""
+def why_empty(source: str, silent: int = 0) -> str:
+    """Say why there is nothing at all, of a model of this class.
+
+    Args:
+        source: The class of the model.
+        silent: The forwards that have run and left nothing.
+
+    """
     model = source or "the model"
+    if silent:
+        return f"none of the sites fired in {counted(silent, 'forward')} of {model}"
     return f"no forward of {model} has run since the block began or the buffer was cleared"
 
 
 def listed(keys: Iterable[str]) -> str:
     """List some of the names."""
     return shortened([*map(repr, keys)])
+
+
+def _meant(columns: Mapping[str, Column], name: str) -> list[str]:
+    """List the keys that a name means, of those that have fired if some have."""
+    found = [*meant(name, {key: column.names for key, column in columns.items()})]
+    return [key for key in found if columns[key].firings] or found

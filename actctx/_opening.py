@@ -15,11 +15,12 @@ from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
+from actctx._flags import is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
-from actctx._places import Place, why_it_never_fires
+from actctx._places import Place
 from actctx._rows import Chosen, RowSelector, as_mask, find_rows
 from actctx._schema import Schema
 from actctx._select import Owned, Rows, own, plain_mode
@@ -76,7 +77,7 @@ class Opening(Generic[B]):
         self.stop = options.stop
         self.grad = options.grad
         self.awaited = frozenset(
-            site.key for site in sites if not why_it_never_fires(model, site.place)
+            site.key for site in sites if not is_switched_off(model, site.place)
         )
         self._model = model
         self._sites = sites
@@ -208,7 +209,9 @@ class Opening(Generic[B]):
             if last and len(last) == -firing:
                 forward[key] = last[:1]
         self._fired.update(forward)
-        if forward:
+        if not forward:
+            self.buffer.note_silent_forward()
+        else:
             self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
 
     def fire(self, seen: Seen, value: Any) -> None:

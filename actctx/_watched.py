@@ -11,8 +11,9 @@ from actctx._axes import Axes, fired_axes
 from actctx._cast import device_of, dtype_of
 from actctx._column import Column
 from actctx._errors import AxisError, OptionError, TypedError
+from actctx._flags import why_it_never_fired
 from actctx._names import Request, Site
-from actctx._places import Place, why_it_never_fires
+from actctx._places import Place
 from actctx._rows import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select import Selector, parse_slice
 from actctx._typed import Sizes
@@ -34,6 +35,7 @@ class WatchedSite:
     dtype: torch.dtype | None
     device: torch.device | None
     sizes: Mapping[str, int]
+    pattern: str | None = None
 
     @property
     def shown(self) -> str:
@@ -231,6 +233,7 @@ def watch_site(
         dtype=dtype_of(asked.dtype if asked.dtype is not None else defaults.dtype),
         device=device_of(asked.device if asked.device is not None else defaults.device),
         sizes=sizes,
+        pattern=request.pattern,
     )
     _check_firing(site, options)
     _check_join(site, options.join)
@@ -311,7 +314,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
 
 def why_silent(model: nn.Module, site: WatchedSite) -> str:
     """Say why a site never fired, and what to do."""
-    reason = why_it_never_fires(model, site.place)
+    reason = why_it_never_fired(model, site.place)
     if reason:
         return reason
     if site.firing is not None:

@@ -129,11 +129,17 @@ def test_a_module_of_another_model(gpt2):
     )
 
 
-def test_an_alias_for_several_places(gpt2):
-    assert _said(capture, gpt2, {"resid": "*hook_resid_post"}) == (
-        "the alias 'resid' stands for one place, but '*hook_resid_post' matches 2: "
-        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_post', ...; give the pattern without "
-        "an alias"
+def test_an_alias_of_several_places_that_is_read_as_one(gpt2):
+    acts = _run(gpt2, {"resid": "*hook_resid_post"})
+    several = "'resid.blocks.0.hook_resid_post', 'resid.blocks.1.hook_resid_post'"
+    assert _said(acts.__getitem__, "resid") == (
+        f"nothing was captured from 'resid': it means 2 of the captured sites, so read one of "
+        f"{several}, or acts.stack('resid') for its layers"
+    )
+    with pytest.raises(AttributeError) as caught:
+        acts.resid  # noqa: B018
+    assert str(caught.value) == (
+        f"'resid' stands for several sites, so read acts.stack('resid'), or one of {several}"
     )
 
 
@@ -154,9 +160,11 @@ def test_a_module_that_is_named_like_an_attribute_of_the_buffer_is_captured():
 
 
 def test_one_place_with_two_sets_of_options(gpt2):
-    assert _said(capture, gpt2, [Site(RESID, slice=0), Site(RESID, slice=1)]) == (
+    glob = "blocks.*.hook_resid_post"
+    assert _said(capture, gpt2, [Site(glob, slice=0), Site(RESID, slice=1)]) == (
         "'blocks.1.hook_resid_post' is asked for twice with different options; name each with a "
-        "mapping, such as {'first': Site('blocks.1.hook_resid_post', ...), 'second': Site(...)}"
+        "mapping, such as {'first': Site('blocks.*.hook_resid_post', ...), 'second': "
+        "Site('blocks.1.hook_resid_post', ...)}"
     )
 
 
