@@ -167,7 +167,9 @@ class Activations(_Tensors):
                 "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
-            raise NotCapturedError(f"there is no tensor to read: {why_empty(self._source, self._silent)}")
+            raise NotCapturedError(
+                f"there is no tensor to read: {why_empty(self._source, self._silent)}"
+            )
         if len(self) > 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
@@ -280,7 +282,9 @@ class Activations(_Tensors):
 
     def _layers(self, name: str) -> list[str]:
         if not self:
-            raise NotCapturedError(f"there is nothing to stack: {why_empty(self._source, self._silent)}")
+            raise NotCapturedError(
+                f"there is nothing to stack: {why_empty(self._source, self._silent)}"
+            )
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from actctx._axes import axis_sizes
-from actctx._hooks import Hook
 from actctx._flags import is_switched_off
+from actctx._hooks import Hook
 from actctx._places import Places
 
 # Hook points that fire with a storage that another one fired with before: what a component is

@@ -5,8 +5,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from actctx._errors import NotCapturedError, OptionError
-from actctx._layout import StoredSite
 from actctx._globs import meant
+from actctx._layout import StoredSite
 from actctx._table import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.

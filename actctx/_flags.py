@@ -80,27 +80,41 @@ def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
     if not _is_bridge(model):
         grouped = flag == "use_attn_in" and getattr(model.cfg, "n_key_value_heads", None)
         return "TransformerLens has it only for models without grouped queries" if grouped else ""
-    cannot = "this architecture's bridge cannot switch it on"
-    validate = getattr(model, "_validate_attention_fork_supported", None)
-    if flag in _SUPPORT and validate is not None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of layers that cannot, where others can
-            try:
-                validate(flag)
-            except NotImplementedError:
-                return cannot
+    if flag in _SUPPORT and _is_refused(model, flag):
+        return "this architecture's bridge cannot switch it on"
+    name = _block_of(place)
+    if not name.startswith("blocks."):
+        return "a bridge switches it on in its 'blocks' alone"
+    if flag in _SUPPORT:
+        attention = _submodule(model, f"{name}.attn")
+        return "" if getattr(attention, _SUPPORT[flag], True) else "this layer cannot switch it on"
+    block = _submodule(model, name)
+    is_there = "ln2" in getattr(block, "submodules", {"ln2": None})
+    is_there |= getattr(block, "mlp_reads_resid_directly", False)
+    return "" if is_there else "its blocks have no norm of their own before the MLP"
+
+
+def _is_refused(model: nn.Module, flag: str) -> bool:
+    """Tell whether a bridge raises when a flag is switched on, or in the next forward."""
     if flag != "use_attn_result" and getattr(model.cfg, "gated_q_proj", False):
-        return cannot if flag in _SUPPORT else ""
-    block = _block_of(place)
-    parts = dict(model.named_modules()) if block else {}
-    if flag in _SUPPORT and (attention := parts.get(f"{block}.attn")) is not None:
-        return "" if getattr(attention, _SUPPORT[flag], True) else cannot
-    layer = parts.get(block)
-    if flag == "use_hook_mlp_in" and hasattr(layer, "mlp_reads_resid_directly"):
-        reads = bool(getattr(layer, "mlp_reads_resid_directly", False))
-        has_source = f"{block}.mlp" in parts if reads else f"{block}.ln2" in parts
-        return "" if has_source else "its blocks have no norm of their own before the MLP"
-    return ""
+        return True
+    validate = getattr(model, "_validate_attention_fork_supported", None)
+    if validate is None:
+        return False
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of layers that cannot, where others can
+        try:
+            validate(flag)
+        except NotImplementedError:
+            return True
+    return False
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
 
 
 def _block_of(place: Place) -> str:

@@ -118,10 +118,10 @@ def _part(part: str, pattern: str) -> str:
     for token, before, behind in zip(tokens, ["", *tokens], [*tokens[1:], ""], strict=False):
         if token.startswith("["):
             regex += _bracket(token, before, behind, pattern)
-        elif token.startswith("*"):
-            regex += "[^.]*"
+        elif token.startswith(("*", "?")):
+            regex += "[^.]*" if token.startswith("*") else "[^.]"
         else:
-            regex += "[^.]" if token == "?" else re.escape(token)
+            regex += re.escape(token)
     return regex
 
 

@@ -283,6 +283,23 @@ def _is_deeper(places: Places, name: str) -> bool:
     return is_glob(name) and "." in name and bool(places.matching(matcher(f"**.{name}")))
 
 
+def _how_to_write(unknown: list[str], places: Places) -> str:
+    """Say how a pattern is written, where an unknown name looks like one that is not."""
+    indexed = next((name for name in unknown if re.search(r"\w\[\d+\]", name)), None)
+    deep = next((f"**.{name}" for name in unknown if _is_deeper(places, name)), None)
+    hint = ""
+    if indexed:
+        dotted = re.sub(r"\[(\d+)\]", r".\1", indexed)
+        hint += f"; a number is a part of a name: {dotted!r}"
+    elif deep:
+        hint += f"; a pattern with a dot matches whole names: {deep!r} matches at any depth"
+    elif any(is_glob(name) for name in unknown):
+        hint += "; in a pattern '*' stays within two dots and '**' spans them"
+    if any("{" in name for name in unknown):
+        hint += "; braces mean nothing in a pattern: give a list of names, or '[0-3]'"
+    return hint
+
+
 def _unknown_names(unknown: list[str], places: Places) -> str:
     listed = [name for names in places.listed() for name in names]
     hooked = [name for name in unknown if "hook_" in name and not places.hook_points]
@@ -310,17 +327,7 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
         hint += f"; it has layers {min(layers)} to {max(layers)}"
     elif has_hooks or "hook_" not in unknown[0]:
         hint += _of_the_lens(unknown[0], is_translated=not places.hook_points)
-    deep = next((f"**.{name}" for name in unknown if _is_deeper(places, name)), None)
-    indexed = next((name for name in unknown if re.search(r"\w\[\d+\]", name)), None)
-    if indexed:
-        dotted = re.sub(r"\[(\d+)\]", r".\1", indexed)
-        hint += f"; a number is a part of a name: {dotted!r}"
-    elif deep:
-        hint += f"; a pattern with a dot matches whole names: {deep!r} matches at any depth"
-    elif any(is_glob(name) for name in unknown):
-        hint += "; in a pattern '*' stays within two dots and '**' spans them"
-    if any("{" in name for name in unknown):
-        hint += "; braces mean nothing in a pattern: give a list of names, or '[0-3]'"
+    hint += _how_to_write(unknown, places)
     if kind == "module" and any("hook_" in name for name in unknown):
         hint += (
             "; this model has no hook points, its names are those of named_modules(), such as "

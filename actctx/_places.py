@@ -16,6 +16,7 @@ from actctx._translated import (
     why_wrapped,
 )
 
+
 @dataclass(frozen=True, eq=False)
 class Place:
     """One hook point or module of a model, under all of its names.

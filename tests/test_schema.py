@@ -215,19 +215,16 @@ def test_a_class_variable_is_no_field(gpt2, ids):
 
 
 def test_a_family_leaves_out_what_never_fires(gpt2, ids):
-    hint = dict[str, Float[Tensor, "batch pos head d_head"]]
-    with capture(gpt2, one(hint, "blocks.*.attn.hook_[zr]*")) as acts:
+    hint = dict[str, Float[Tensor, "batch pos d_model"]]
+    with capture(gpt2, one(hint, "blocks.0.hook_mlp_*")) as acts:
         gpt2(ids)
-    assert [*acts.x] == ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
-    assert acts.activations.missing == (
-        "x.blocks.0.attn.hook_result",
-        "x.blocks.1.attn.hook_result",
-    )
+    assert [*acts.x] == ["blocks.0.hook_mlp_out"]
+    assert acts.activations.missing == ("x.blocks.0.hook_mlp_in",)
 
 
 def test_a_family_of_which_all_is_switched_off_is_refused(gpt2):
     hint = dict[str, Float[Tensor, "batch pos head d_model"]]
-    with pytest.raises(NeverFiredError, match="use_attn_result is off: call model.set_use_attn"):
+    with pytest.raises(NeverFiredError, match="use_attn_result is off: call"):
         capture(gpt2, one(hint, "blocks.*.attn.hook_result")).__enter__()
 
 
