@@ -75,7 +75,7 @@ class Activations(_Tensors):
 
         """
         column = self._column(name)
-        if len(column.firings) > 1:
+        if len(column.firings) > 1 and not column.is_one:
             raise SeveralFiringsError(
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
                 f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
@@ -380,7 +380,21 @@ class Activations(_Tensors):
         cache = spared(self._estimate, self._tokens, self.nbytes)
         return as_html(*self._summary(cache, drawn=True))
 
-    __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same buffer.
+
+        Raises:
+            OptionError: It is another buffer or mapping, whose tensors have no one truth value.
+
+        """
+        if self is not other and isinstance(other, Mapping):
+            raise OptionError(
+                "buffers are not compared with ==, since tensors have no one truth value; compare "
+                "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+                "atol=0), or one with torch.equal(acts[name], other[name])"
+            )
+        return self is other
+
     __hash__ = object.__hash__
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Activations":

@@ -40,6 +40,7 @@ class Column:
         stack: What its one tensor is a layer of, if layers were stacked.
         batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
             are not known.
+        repeats: Whether a forward is known to compute the same several times.
 
     """
 
@@ -55,6 +56,17 @@ class Column:
     sequences: int = 0
     stack: Tensor | None = None
     batch_dropped: bool = False
+    repeats: bool = False
+
+    @property
+    def is_one(self) -> bool:
+        """Whether its firings are one tensor: there is one, or a repeated one of equal values."""
+        if len(self.firings) == 1:
+            return True
+        if not self.repeats or any(each.value.requires_grad for each in self.firings[0]):
+            return False
+        first, *others = (self.joined(number) for number in range(len(self.firings)))
+        return all(_is_equal(first, other) for other in others)
 
     @property
     def nbytes(self) -> int:
@@ -310,6 +322,14 @@ def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
                 f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
                 f"on {other.device}; give capture a dtype= and a device="
             )
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(_is_equal, first, second))
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _others(tensor: Tensor, dim: int) -> list[int]:

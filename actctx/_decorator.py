@@ -68,7 +68,7 @@ def captures(
 ) -> _Decorator[Activations]: ...
 def captures(
     names: Names | type[Schema],
-    *,
+    *_misplaced: object,
     model: ModelOf | None = None,
     slice: Slice = None,  # noqa: A002  as in `capture`
     dtype: torch.dtype | None = None,
@@ -125,7 +125,7 @@ def captures(
         torch.Size([4])
 
     """
-    check_names(names)
+    check_names(names, _misplaced)
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
     handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations

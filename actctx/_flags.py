@@ -65,6 +65,17 @@ def why_it_never_fired(model: nn.Module, place: Place) -> str | None:
     )
 
 
+def is_repeated(model: nn.Module, place: Place) -> bool:
+    """Tell whether a hook point fires several times a forward with the same values.
+
+    `HookedTransformer` norms what queries, keys and values are given one by one, though it is one
+    tensor unless `use_split_qkv_input` makes copies of it.
+    """
+    is_of_norm = place.is_hook_point and ".ln1.hook_" in place.name
+    splits = getattr(getattr(model, "cfg", None), "use_split_qkv_input", True)
+    return is_of_norm and not splits and not _is_bridge(model)
+
+
 def _flag_of(place: Place) -> str | None:
     if not place.is_hook_point:
         return None

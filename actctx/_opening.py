@@ -15,7 +15,7 @@ from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
-from actctx._flags import is_switched_off
+from actctx._flags import is_repeated, is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
@@ -112,6 +112,8 @@ class Opening(Generic[B]):
             )
             for site in sites
         }
+        for site in sites:
+            self._seen[site.key].column.repeats = is_repeated(model, site.place)
 
     def attach(self) -> B:
         """Put the hooks on, all or none.

@@ -612,3 +612,52 @@ def test_a_stack_of_nothing_is_refused(gpt2):
         "there is nothing to stack: no forward of TransformerBridge has run since the block began "
         "or the buffer was cleared"
     )
+
+
+def test_two_buffers_compared_with_an_operator(gpt2):
+    first, second = _run(gpt2, RESID), _run(gpt2, RESID)
+    for other in (second, dict(second)):
+        assert _said(lambda other=other: first == other) == (
+            "buffers are not compared with ==, since tensors have no one truth value; compare "
+            "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+            "atol=0), or one with torch.equal(acts[name], other[name])"
+        )
+        torch.testing.assert_close(first, other, rtol=0, atol=0)
+    assert first == first  # noqa: PLR0124
+    assert first is not None
+    assert first != "acts"
+
+
+def test_a_buffer_whose_forwards_left_nothing(gpt2):
+    acts = _run(gpt2, "blocks.0.attn.qkv.hook_[i]*")
+    assert _said(lambda: acts.tensor) == (
+        "there is no tensor to read: none of the sites fired in 1 forward of TransformerBridge"
+    )
+    assert _said(acts.__getitem__, "blocks.0.attn.qkv.hook_in") == (
+        "nothing was captured from 'blocks.0.attn.qkv.hook_in': it never fired in 1 forward"
+    )
+    assert _said(acts.stack, "hook_in") == (
+        "there is nothing to stack: none of the sites fired in 1 forward of TransformerBridge"
+    )
+    acts.clear()
+    assert "no forward of TransformerBridge has run since" in _said(lambda: acts.tensor)
+
+
+def test_a_pattern_of_what_is_switched_off(gpt2):
+    assert _said(capture(gpt2, ["hook_result", "hook_z"]).__enter__) == (
+        "'hook_result' would never fire, since it means only 'blocks.0.attn.hook_result', "
+        "'blocks.1.attn.hook_result': use_attn_result is off: call "
+        "model.set_use_attn_result(True) first"
+    )
+    off = capture(gpt2, lambda name: name.endswith("hook_mlp_in"))
+    assert _said(off.__enter__).startswith("what was asked for would never fire, since it means ")
+
+
+def test_a_name_of_several_captured_sites(gpt2):
+    acts = _run(gpt2, "hook_z")
+    for name in ("hook_z", "attn.hook_z", "blocks.*.attn.hook_z", "blocks.[0-1].**"):
+        assert _said(acts.__getitem__, name) == (
+            f"nothing was captured from {name!r}: it means 2 of the captured sites, so read one of "
+            f"'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
+            "layers"
+        )
