@@ -14,7 +14,7 @@ from actctx._cast import read_to
 from actctx._column import Column, Kept, wait_for
 from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
-from actctx._lookup import find_column, listed, why_empty, why_nothing
+from actctx._lookup import are_layers, find_column, listed, why_empty, why_nothing
 from actctx._select import Owned, own, plain_mode
 from actctx._spared import Estimate, spared, unknown
 from actctx._stack import layers_of, stack_layers
@@ -122,10 +122,11 @@ class Activations(_Tensors):
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
             raise AttributeError(name)
         if name not in self._columns:
-            if any(key.startswith(f"{name}.") and key in self._order for key in self._columns):
+            several = [key for key in self._order if key.startswith(f"{name}.")]
+            if several:
+                stacked = f"acts.stack({name!r}) or " * are_layers(self._columns, name)
                 raise AttributeError(
-                    f"{name!r} stands for several sites, so read acts.stack({name!r}), or one of "
-                    f"{listed(key for key in self._order if key.startswith(f'{name}.'))}"
+                    f"{name!r} stands for several sites, so read {stacked}one of {listed(several)}"
                 )
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are "

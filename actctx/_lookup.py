@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Mapping
 
 from actctx._column import Column
+from actctx._errors import HookNameError, NotCapturedError
 from actctx._globs import meant
+from actctx._stack import layers_of
 from actctx._table import counted, shortened
 
 
@@ -35,10 +37,19 @@ def why_nothing(
     alike = listed(found)
     if any(name in columns[key].names for key in found):
         return f"it is captured several times, so read one of {alike}"
-    return (
-        f"it means {len(found)} of the captured sites, so read one of {alike}, or "
-        f"acts.stack({name!r}) for its layers"
-    )
+    stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
+    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
+
+
+def are_layers(columns: Mapping[str, Column], name: str) -> bool:
+    """Tell whether what a name means can be stacked over layers."""
+    fired = {key: column for key, column in columns.items() if column.firings}
+    if any(column.join is None for column in fired.values()):
+        return False
+    try:
+        return bool(layers_of({key: column.names for key, column in fired.items()}, name))
+    except (HookNameError, NotCapturedError):
+        return False
 
 
 def why_empty(source: str, silent: int = 0) -> str:

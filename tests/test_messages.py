@@ -139,7 +139,7 @@ def test_an_alias_of_several_places_that_is_read_as_one(gpt2):
     with pytest.raises(AttributeError) as caught:
         acts.resid  # noqa: B018
     assert str(caught.value) == (
-        f"'resid' stands for several sites, so read acts.stack('resid'), or one of {several}"
+        f"'resid' stands for several sites, so read acts.stack('resid') or one of {several}"
     )
 
 
