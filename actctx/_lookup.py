@@ -21,7 +21,7 @@ def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
     if name in columns:
         return columns[name]
     found = _meant(columns, name)
-    return columns[found[0]] if len(found) == 1 else None
+    return columns[next(iter(found))] if len(found) == 1 else None
 
 
 def why_nothing(
@@ -34,7 +34,8 @@ def why_nothing(
     if not found:
         names = [*fired]
         return f"the captured names are {listed(names)}" if names else "nothing else was, either"
-    alike = listed(found)
+    # By the names that were meant, where these tell them apart.
+    alike = listed(found.values() if len({*found.values()}) == len(found) else found)
     if any(name in columns[key].names for key in found):
         return f"it is captured several times, so read one of {alike}"
     stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
@@ -71,7 +72,7 @@ def listed(keys: Iterable[str]) -> str:
     return shortened([*map(repr, keys)])
 
 
-def _meant(columns: Mapping[str, Column], name: str) -> list[str]:
-    """List the keys that a name means, of those that have fired if some have."""
-    found = [*meant(name, {key: column.names for key, column in columns.items()})]
-    return [key for key in found if columns[key].firings] or found
+def _meant(columns: Mapping[str, Column], name: str) -> dict[str, str]:
+    """Find what a name means, of what has fired if some has; see `meant`."""
+    found = meant(name, {key: column.names for key, column in columns.items()})
+    return {key: each for key, each in found.items() if columns[key].firings} or found

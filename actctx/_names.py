@@ -195,7 +195,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
         return [_find_module(places, alias, site, site.name)]
     pattern = site.name
     # A glob is hardly ever a name, too, for which all modules would have to be listed.
-    matched = places.matching(matcher(pattern)) if is_glob(pattern) else []
+    matched = _matching(places, pattern) if is_glob(pattern) else []
     if not matched and pattern in places:
         return [Request(alias or pattern, places[pattern], site, exact=True)]
     if not is_glob(pattern):
@@ -208,6 +208,17 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
         Request(key or name, places[name], site, exact=False, pattern=pattern)
         for key, name in zip(keys, matched, strict=True)
     ]
+
+
+def _matching(places: Places, glob: str) -> list[str]:
+    """List what a glob matches; a name with a bracket that means nothing is none."""
+    try:
+        accept = matcher(glob)
+    except HookNameError:
+        if glob in places:
+            return []
+        raise
+    return places.matching(accept)
 
 
 def _find_module(places: Places, alias: str | None, site: Site, module: nn.Module) -> Request:

@@ -181,7 +181,10 @@ class Places:
         self, named: Mapping[str, nn.Module], accept: Callable[[str], bool]
     ) -> list[list[str]]:
         modules = {id(named[name]): named[name] for name in filter(accept, named)}
-        return [*map(self.names_of, modules.values())]
+        # Without the names that a bridge has for what it wrapped.
+        return [
+            [name for name in self.names_of(module) if name in named] for module in modules.values()
+        ]
 
     def _unique(self, named: Mapping[str, nn.Module]) -> list[list[str]]:
         unique = {id(module): module for module in named.values()}
