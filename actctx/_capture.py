@@ -19,9 +19,10 @@ from actctx._errors import (
     TypedError,
 )
 from actctx._expected import Expected, refuse_dtype, refuse_impossible
+from actctx._flags import is_switched_off, why_it_never_fires
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Scope
-from actctx._places import uncompiled, why_it_never_fires
+from actctx._places import uncompiled
 from actctx._schema import Part, Schema, parts_of
 from actctx._select import Slice
 from actctx._table import shortened
@@ -281,10 +282,7 @@ class Capture(Generic[B]):
 
     def prepared(self, scope: Scope = "block") -> Opening[B]:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
-        for site in self._sites:
-            reason = why_it_never_fires(self._model, site.place)
-            if site.exact and reason:
-                raise NeverFiredError(f"{site.shown} would never fire: {reason}")
+        _refuse_what_is_off(self._model, self._sites)
         return Opening(
             self._model, self._sites, self._options, scope=scope, hand_over=self._hand_over
         )
@@ -370,10 +368,37 @@ def _expected(
     return Expected(axes, left, sizes, because if dropped else "")
 
 
+def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
+    """Refuse a site that was asked for by its name and is switched off, or a pattern of such.
+
+    Raises:
+        NeverFiredError: There is one.
+
+    """
+    off: dict[str | None, list[WatchedSite]] = {}
+    awake = set()
+    for site in sites:
+        if not is_switched_off(model, site.place):
+            awake.add(site.pattern)
+        elif site.exact:
+            reason = why_it_never_fires(model, site.place)
+            raise NeverFiredError(f"{site.shown} would never fire: {reason}")
+        else:
+            off.setdefault(site.pattern, []).append(site)
+    for pattern, silent in off.items():
+        if pattern in awake or (pattern is None and awake):
+            continue
+        asked = "what was asked for" if pattern is None else repr(pattern)
+        names = shortened([site.shown for site in silent])
+        reason = why_it_never_fires(model, silent[0].place)
+        raise NeverFiredError(f"{asked} would never fire, since it means only {names}: {reason}")
+
+
 def _check_alias(request: Request) -> None:
     """Refuse an alias under which `acts.alias` would find something else."""
-    if request.key not in request.place.names and hasattr(Activations, request.key):
+    alias = request.key.partition(".")[0]
+    if request.key not in request.place.names and hasattr(Activations, alias):
         raise HookNameError(
-            f"the alias {request.key!r} is an attribute that the buffer has already, so "
-            f"acts.{request.key} could not read the site; give another alias"
+            f"the alias {alias!r} is an attribute that the buffer has already, so "
+            f"acts.{alias} could not read the site; give another alias"
         )

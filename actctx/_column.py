@@ -57,6 +57,7 @@ class Column:
             are not known.
         tell: Tells the axes by what the model does, where so far there is only what the name
             proposes.
+        repeats: Whether a forward is known to compute the same several times.
 
     """
 
@@ -73,11 +74,22 @@ class Column:
     stack: Tensor | None = None
     batch_dropped: bool = False
     tell: Callable[[], Named | None] | None = None
+    repeats: bool = False
 
     @property
     def axes(self) -> Axes:
         """The axes of each of its tensors."""
         return self.named.axes
+
+    @property
+    def is_one(self) -> bool:
+        """Whether its firings are one tensor: there is one, or a repeated one of equal values."""
+        if len(self.firings) == 1:
+            return True
+        if not self.repeats or any(each.value.requires_grad for each in self.firings[0]):
+            return False
+        first, *others = (self.joined(number) for number in range(len(self.firings)))
+        return all(_is_equal(first, other) for other in others)
 
     @property
     def nbytes(self) -> int:
@@ -348,6 +360,14 @@ def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
                 f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
                 f"on {other.device}; give capture a dtype= and a device="
             )
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(_is_equal, first, second))
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _others(tensor: Tensor, dim: int) -> list[int]:

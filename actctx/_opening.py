@@ -15,13 +15,13 @@ from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError
+from actctx._flags import is_repeated, is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._lines import is_batching
 from actctx._masks import Padding
 from actctx._outputs import Inputs
-from actctx._places import why_it_never_fires
 from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
@@ -79,7 +79,7 @@ class Opening(Generic[B]):
         self.stop = options.stop
         self.grad = options.grad
         self.awaited = frozenset(
-            site.key for site in sites if not why_it_never_fires(model, site.place)
+            site.key for site in sites if not is_switched_off(model, site.place)
         )
         self._model = model
         self._sites = sites
@@ -116,6 +116,8 @@ class Opening(Generic[B]):
             )
             for site in sites
         }
+        for site in sites:
+            self._seen[site.key].column.repeats = is_repeated(model, site.place)
 
     def attach(self) -> B:
         """Put the hooks on, all or none.
@@ -219,7 +221,9 @@ class Opening(Generic[B]):
             if last and len(last) == -firing:
                 forward[key] = last[:1]
         self._fired.update(forward)
-        if forward:
+        if not forward:
+            self.buffer.note_silent_forward()
+        else:
             self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
 
     def fire(self, seen: Seen, value: Any) -> None:

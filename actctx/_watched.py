@@ -13,9 +13,10 @@ from actctx._axes import POSITIONS, Axes
 from actctx._cast import device_of, dtype_of
 from actctx._column import Column, Named
 from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._flags import why_it_never_fired
 from actctx._names import Request, Site
 from actctx._outputs import tensor_of
-from actctx._places import Place, why_it_never_fires
+from actctx._places import Place
 from actctx._rows import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select import Selector, Slice, parse_slice
 from actctx._translated import Reading
@@ -39,6 +40,7 @@ class WatchedSite:
     device: torch.device | None
     asked: Slice
     options: "Options"
+    pattern: str | None = None
     told_axes: Axes | None = None
 
     @property
@@ -288,6 +290,7 @@ def watch_site(
         device=device_of(asked.device if asked.device is not None else defaults.device),
         asked=defaults.slice if asked.slice is None else asked.slice,
         options=options,
+        pattern=request.pattern,
     )
     _check_firing(site, options)
     try:
@@ -393,7 +396,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
 
 def why_silent(model: nn.Module, site: WatchedSite) -> str:
     """Say why a site never fired, and what to do."""
-    reason = why_it_never_fires(model, site.place)
+    reason = why_it_never_fired(model, site.place)
     if reason:
         return reason
     if site.firing is not None:

@@ -213,11 +213,17 @@ def test_a_class_variable_is_no_field(gpt2, ids):
 
 
 def test_a_family_leaves_out_what_never_fires(gpt2, ids):
-    hint = dict[str, Float[Tensor, "batch pos head d_model"]]
-    with capture(gpt2, one(hint, "blocks.*.attn.hook_result")) as acts:
+    hint = dict[str, Float[Tensor, "batch pos d_model"]]
+    with capture(gpt2, one(hint, "blocks.0.hook_mlp_*")) as acts:
         gpt2(ids)
-    assert acts.x == {}
-    assert len(acts.activations.missing) == 2
+    assert [*acts.x] == ["blocks.0.hook_mlp_out"]
+    assert acts.activations.missing == ("x.blocks.0.hook_mlp_in",)
+
+
+def test_a_family_of_which_all_is_switched_off_is_refused(gpt2):
+    hint = dict[str, Float[Tensor, "batch pos head d_model"]]
+    with pytest.raises(NeverFiredError, match="use_attn_result is off: call"):
+        capture(gpt2, one(hint, "blocks.*.attn.hook_result")).__enter__()
 
 
 def test_what_was_not_captured_yet_says_so(gpt2):
@@ -637,7 +643,7 @@ def test_a_stack_of_two_sites_of_a_layer_is_refused(gpt2):
     with pytest.raises(HookNameError) as caught:
         capture(gpt2, one(Float[Tensor, "layer b p d"], "blocks.*.hook_resid_*"))
     assert str(caught.value) == (
-        "One.x stacks layers, but 'blocks.*.hook_resid_*' matches two sites of one layer: "
+        "One.x stacks layers, but 'blocks.*.hook_resid_*' matches more than one site of a layer: "
         "'blocks.0.hook_resid_pre' and 'blocks.0.hook_resid_mid'; narrow the pattern, or annotate "
         'the field as dict[str, Float[Tensor, "b p d"]]'
     )
