@@ -260,9 +260,11 @@ class Opening(Generic[B]):
         return self._take(seen, activation, frame, number)
 
     def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
-        activation = tensor_of(site.shown, value, site.output)
-        if site.place.reading is not None:
-            activation = site.place.reading.of(activation)
+        reading = site.place.reading
+        if reading is None:
+            activation = tensor_of(site.shown, value, site.output)
+        else:
+            activation = reading.of(reading.found(site.shown, value))
         if site.needs_sequences and site.is_flattened(activation):
             sequences = self._sequences(frame)
             if sequences and len(activation) % sequences == 0:
