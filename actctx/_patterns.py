@@ -1,8 +1,5 @@
 """Which of the outputs of an attention module is the attention pattern."""
 
-import ast
-import inspect
-import textwrap
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ class Pattern:
         place: Where TransformerLens expects it among the outputs.
         is_part: Whether its rows may add up to less: of attention with sinks, or a part of a joint
             pattern.
-        remedy: What to do where there is none.
+        is_optional: Whether the module returns it only if it is asked to.
 
     """
 
@@ -42,7 +39,7 @@ class Pattern:
     attention: weakref.ref[nn.Module]
     place: int
     is_part: bool
-    remedy: str
+    is_optional: bool
 
     def __call__(self, value: Any) -> Tensor:
         """Find it.
@@ -58,11 +55,16 @@ class Pattern:
         fitting = [each for each in returned[1:] if self._fits(each)]
         if len(fitting) == 1 and not self.is_part:
             return fitting[0]
+        remedy = (
+            "call the model with output_attentions=True"
+            if self.is_optional
+            else "capture it from a TransformerBridge of the model"
+        )
         shapes = ", ".join(str(tuple(each.shape)) for each in returned)
         raise OutputError(
             f"{self.name!r} is looked for among what {self.module!r} returns, but of its tensors "
             f"({shapes}) {'none is' if not fitting else 'several can be'} an attention pattern, "
-            f"whose rows add up to 1; {self.remedy}"
+            f"whose rows add up to 1; {remedy}"
         )
 
     def _fits(self, tensor: Tensor) -> bool:
@@ -80,20 +82,6 @@ class Pattern:
         most = torch.inf if drops else 1 + tolerance
         is_positive = (tensor.detach().nan_to_num() >= 0).all()
         return bool(((sums >= least) & (sums <= most)).all() & is_positive)
-
-
-def returns_no_pattern(attention: nn.Module) -> bool:
-    """Tell whether an attention module says that it returns its output alone."""
-    forward = inspect.unwrap(type(attention).forward)
-    try:
-        said = inspect.signature(forward).return_annotation
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (TypeError, ValueError, OSError, SyntaxError):
-        return False
-    returned = [each.value for each in ast.walk(tree) if isinstance(each, ast.Return)]
-    return said in (Tensor, "torch.Tensor", "Tensor") and not any(
-        isinstance(value, ast.Tuple) for value in returned
-    )
 
 
 def _has(value: Any, place: int) -> bool:

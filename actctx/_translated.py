@@ -18,16 +18,19 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
+from actctx._dry_run import DryRun, dry_run
 from actctx._heads import Heads, heads_of, joint_heads_of
 from actctx._outputs import tensor_of
-from actctx._patterns import Pattern, returns_no_pattern
+from actctx._patterns import Pattern
 from actctx._stand_in import stand_in
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
 # Components whose modules Hugging Face calls with other shapes, or for other outputs.
 _INSIDE = {"rotary_emb", "q_norm", "k_norm"}
+_PATTERN_RANK = 4
 _PROJECTIONS = {"q.hook_out": "q", "k.hook_out": "k", "v.hook_out": "v", "o.hook_in": "z"}
 
 
@@ -130,11 +133,11 @@ class _Known:
     It holds none of them, so that a model is freed as if nobody had asked.
     """
 
-    attention: str | None
+    attention: tuple[str | None, ...]
     modules: dict[str, weakref.ref[nn.Module]]
     found: Translation
 
-    def holds(self, attention: str | None, modules: Mapping[str, nn.Module]) -> bool:
+    def holds(self, attention: tuple[str | None, ...], modules: Mapping[str, nn.Module]) -> bool:
         """Tell whether it is still right."""
         return (
             self.attention == attention
@@ -158,7 +161,8 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         why there are none. Nothing is raised, whatever an adapter raises.
 
     """
-    attention = getattr(model.config, "_attn_implementation", None)
+    configs = {id(held): held for each in modules.values() if (held := vars(each).get("config"))}
+    attention = tuple(getattr(each, "_attn_implementation", None) for each in configs.values())
     known = _KNOWN.get(model)
     if known is None or not known.holds(attention, modules):
         held = {name: weakref.ref(module) for name, module in modules.items()}
@@ -178,6 +182,7 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
         failed = failed or why
         if found.points:
+            _drop(found, dry_run(model), name)
             return found
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
@@ -195,9 +200,10 @@ def _by(
     """Find the names that the adapter of an architecture has for a model, or why it fails."""
     failed = ""
     for number in range(len(_roots(model))):
-        whole = stand_in(model)  # a fresh one, since an adapter changes it
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
         try:
-            found = _walked(architecture, whole, _roots(whole)[number], modules, aliases)
+            found = _walked(architecture, mode, whole, _roots(whole)[number], modules, aliases)
         except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
             failed = failed or _told(error)
             continue
@@ -226,6 +232,7 @@ def _told(error: Exception) -> str:
 
 def _walked(
     architecture: str,
+    mode: FakeTensorMode,
     whole: nn.Module,
     root: nn.Module,
     modules: Mapping[str, nn.Module],
@@ -235,6 +242,7 @@ def _walked(
 
     Args:
         architecture: The name by which the adapter is found.
+        mode: That of the stand-in's tensors.
         whole: The stand-in of the model, under whose names its modules are.
         root: What the adapter is given for the model.
         modules: The modules of the model itself.
@@ -247,17 +255,48 @@ def _walked(
     adapter = _adapter(whole, architecture)
     if adapter is None:
         return None
-    with torch.device("meta"):
+    with mode:
         adapter.prepare_model(root)
     # Backwards, so that of several names of a module the first stays.
     listed = reversed([*whole.named_modules(remove_duplicate=False)])
     named = {module: name for name, module in listed if name in modules}
     found = Translation()
-    _Walk(found, named, modules, adapter.cfg, whole.config).over(
-        adapter.component_mapping, "", root
-    )
+    walk = _Walk(found, named, modules, adapter.cfg, mode)
+    walk.over(adapter.component_mapping, "", root)
     _add_aliases(found, "", aliases)
     return found
+
+
+def _drop(found: Translation, run: DryRun, kind: str) -> None:
+    """Drop the points that no forward reaches, and say so where they are asked for."""
+    for point, (module, reading) in [*found.points.items()]:
+        call = run.calls.get(module)
+        shapes = None if call is None else call.returned
+        has_pattern = shapes is None or any(len(shape) == _PATTERN_RANK for shape in shapes[1:])
+        if run.is_passed_by(module):
+            why = (
+                f"no forward of this {kind} calls {module!r}, which it may only take the weights "
+                "of; capture from a TransformerBridge of the model, or from the module around it"
+            )
+        elif reading.io == "in" and call is not None and not call.is_given_tensor:
+            why = f"what {module!r} is given first is no tensor"
+        elif reading.pattern is not None and not has_pattern and not reading.pattern.is_optional:
+            why = (
+                f"{module!r} returns no attention pattern of the shape batch head query key; "
+                "capture it from a TransformerBridge of the model"
+            )
+        else:
+            continue
+        _lack(found, point, why)
+        for alias in [alias for alias, name in found.aliases.items() if name == point]:
+            del found.aliases[alias]
+            _lack(found, alias, why)
+
+
+def _lack(found: Translation, name: str, why: str) -> None:
+    found.points.pop(name, None)
+    found.inside.append(name)
+    found.lacks_heads[name] = why
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -298,12 +337,16 @@ def _adapter(model: Any, architecture: str) -> Any:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-    if architecture not in ArchitectureAdapterFactory._adapters:
-        ArchitectureAdapterFactory.discover_entry_points()
-        if architecture not in ArchitectureAdapterFactory._adapters:
-            return None
-    config = build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
-    return ArchitectureAdapterFactory.select_architecture_adapter(config)
+    ArchitectureAdapterFactory.discover_entry_points()
+    # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
+    spelled = {name.lower(): name for name in ArchitectureAdapterFactory._adapters}
+    known = ArchitectureAdapterFactory._adapters
+    name = architecture if architecture in known else spelled.get(architecture.lower())
+    if name is None:
+        return None
+    # Libraries that load a model's pictures are not needed for one that is loaded.
+    kind = type(known[name].__name__, (known[name],), {"required_libraries": []})
+    return kind(build_bridge_config_from_hf(model.config, name, name, torch.float32))
 
 
 def _with_head(model: nn.Module) -> nn.Module:
@@ -323,7 +366,7 @@ class _Walk:
         named: The name of each module of the stand-in.
         modules: The modules of the model itself, by name.
         sizes: The adapter's config.
-        config: The model's.
+        mode: That of the stand-in's tensors.
         divided: How joint projections divide, by what they have in common.
 
     """
@@ -332,7 +375,7 @@ class _Walk:
     named: Mapping[nn.Module, str]
     modules: Mapping[str, nn.Module]
     sizes: Any
-    config: Any
+    mode: FakeTensorMode
     divided: dict[Any, dict[str, Heads | str]] = field(default_factory=dict)
 
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
@@ -354,7 +397,7 @@ class _Walk:
     def _add(self, component: Any, path: str, module: nn.Module) -> None:
         points = self.found.points
         if component.name is not None:
-            with contextlib.suppress(Exception), torch.device("meta"):
+            with contextlib.suppress(Exception), self.mode:
                 # What it raises is for a bridge, such as that it cannot split its weights.
                 component.set_original_component(module)
         self.over(component.submodules, f"{path}.", module)
@@ -371,10 +414,22 @@ class _Walk:
         else:
             points[f"{path}.hook_in"] = (name, Reading("in"))
             points[f"{path}.hook_out"] = (name, _returned(component))
+            self._read_as_bridges(component, path, name)
         if hasattr(component, "hook_pattern"):
             self._split_heads(component, path, module)
             self._add_patterns(component, path, module)
         self._add_aliases(component, f"{path}.", module)
+
+    def _read_as_bridges(self, component: Any, path: str, name: str) -> None:
+        """Read parts of a component where it reads them itself, rather than where they are."""
+        points = self.found.points
+        if hasattr(component, "mirror_placeholder_hooks") and f"{path}.in.hook_in" in points:
+            # A bridge's MLP reads it off what the whole is given, as of RWKV.
+            points[f"{path}.in.hook_in"] = (name, Reading("in"))
+        if hasattr(component, "hook_kv_latent") and f"{path}.kv_b_proj.hook_in" in points:
+            for io in ("in", "out"):  # in Hugging Face's, with an axis for the one head
+                module, _ = points[f"{path}.kv_b_proj.hook_{io}"]
+                points[f"{path}.kv_b_proj.hook_{io}"] = (module, Reading(io, part=_without_heads))
 
     def _hide(self, path: str, *names: str) -> None:
         self.found.inside.extend(f"{path}.{name}" for name in names)
@@ -409,14 +464,13 @@ class _Walk:
                 points[name] = (projection, Reading(reading.io, part=split))
             else:
                 verb = "is given" if reading.io == "in" else "returns"
-                self._lack(name, why.format(split, projection, verb))
+                _lack(self.found, name, why.format(split, projection, verb))
                 if is_joint and key in "qkv":
-                    self._lack(name.replace("hook_out", "hook_in"), why.format(split, projection))
-
-    def _lack(self, name: str, why: str) -> None:
-        self.found.points.pop(name, None)
-        self.found.inside.append(name)
-        self.found.lacks_heads[name] = why
+                    _lack(
+                        self.found,
+                        name.replace("hook_out", "hook_in"),
+                        why.format(split, projection),
+                    )
 
     def _joint_heads(self, component: Any, module: nn.Module) -> dict[str, Heads | str]:
         """Divide a joint projection, or say why that fails."""
@@ -426,15 +480,14 @@ class _Walk:
             try:
                 self.divided[alike] = joint_heads_of(component, module, self.sizes)
             except Exception as error:  # noqa: BLE001  as above
-                self.divided[alike] = dict.fromkeys("qkv", _told(error))
+                why = dict.fromkeys("qkv", _told(error))
+                self.divided[alike] = {**heads_of(component, module, self.sizes), **why}
         return self.divided[alike]
 
     def _add_patterns(self, component: Any, path: str, module: nn.Module) -> None:
         """Add the attention patterns of a layer, if it computes any."""
-        name, kind = self.named[module], type(module).__name__
-        attention = getattr(
-            getattr(module, "config", None) or self.config, "_attn_implementation", None
-        )
+        name = self.named[module]
+        attention = self._implementation(name)
         # T5's returns a position bias before it.
         first = 2 if getattr(component, "requires_relative_position_bias", False) else 1
         is_merged = hasattr(component, "hook_cross_pattern")
@@ -442,30 +495,30 @@ class _Walk:
             if not hasattr(component, point):
                 continue
             if attention != "eager":
-                self._lack(
-                    f"{path}.{point}",
-                    f"the attention of this {kind} is {attention!r}, which computes no pattern; "
-                    "load the model with attn_implementation='eager', or capture from a "
-                    "TransformerBridge of it",
+                why = (
+                    f"the attention of this {type(self.modules['']).__name__} is {attention!r}, "
+                    "which computes no pattern; load the model with attn_implementation='eager', "
+                    "or capture from a TransformerBridge of it"
                 )
-            elif returns_no_pattern(module):
-                self._lack(
-                    f"{path}.{point}",
-                    f"this {kind} returns no pattern; capture it from a TransformerBridge of the "
-                    "model",
-                )
-            else:
-                has_sinks = getattr(module, "sinks", None) is not None
-                pattern = Pattern(
-                    name=f"{path}.{point}",
-                    module=name,
-                    attention=weakref.ref(self.modules[name]),
-                    place=place,
-                    is_part=is_merged or has_sinks,
-                    remedy=_remedy(module),
-                )
-                reading = Reading("out", place, pattern=pattern)
-                self.found.points[f"{path}.{point}"] = (name, reading)
+                _lack(self.found, f"{path}.{point}", why)
+                continue
+            pattern = Pattern(
+                name=f"{path}.{point}",
+                module=name,
+                attention=weakref.ref(self.modules[name]),
+                place=place,
+                is_part=is_merged or getattr(module, "sinks", None) is not None,
+                is_optional="output_attentions" in inspect.signature(module.forward).parameters,
+            )
+            reading = Reading("out", place, pattern=pattern)
+            self.found.points[f"{path}.{point}"] = (name, reading)
+
+    def _implementation(self, name: str) -> str | None:
+        """Tell how an attention module attends: towers of one model may do so in different ways."""
+        while name and "config" not in vars(self.modules[name]):
+            name = name.rpartition(".")[0]
+        config: Any = self.modules[name].config
+        return getattr(config, "_attn_implementation", None)
 
     def _add_aliases(self, component: Any, prefix: str, module: nn.Module) -> None:
         """Add the aliases of a component, but those of parts that the layer does not have."""
@@ -488,18 +541,17 @@ def _is_optional(component: Any) -> bool:
     return bool(getattr(component, "optional", False))
 
 
-def _remedy(attention: nn.Module) -> str:
-    """Say what helps where an attention module returned no pattern."""
-    if "output_attentions" in inspect.signature(attention.forward).parameters:
-        return "call the model with output_attentions=True"
-    return "capture it from a TransformerBridge of the model"
-
-
 def _returned(component: Any) -> Reading:
     """Read what a component hands out: of a router its logits, of an embedding what is scaled."""
     scale = getattr(component, "_output_contribution_scale", 1.0)
     part = None if scale == 1 else functools.partial(torch.mul, other=scale)
+    if hasattr(component, "hook_comb"):  # of a hyper-connection, what it makes of its streams
+        return Reading("out", 2)
     return Reading("out", getattr(component, "logits_index", None) or None, part)
+
+
+def _without_heads(latent: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    return latent.squeeze(1) if latent.dim() == _PATTERN_RANK else latent
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:

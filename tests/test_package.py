@@ -21,6 +21,7 @@ ROOMS = (
     "_heads",
     "_patterns",
     "_stand_in",
+    "_dry_run",
     "_translated",
     "_places",
     "_names",
