@@ -182,7 +182,7 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
         failed = failed or why
         if found.points:
-            _drop(found, dry_run(model), name)
+            _drop(found, dry_run(model))
             return found
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
@@ -203,7 +203,8 @@ def _by(
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
         try:
-            found = _walked(architecture, mode, whole, _roots(whole)[number], modules, aliases)
+            root = _roots(whole)[number]
+            found = _walked(architecture, mode, (whole, root), modules, aliases)
         except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
             failed = failed or _told(error)
             continue
@@ -233,8 +234,7 @@ def _told(error: Exception) -> str:
 def _walked(
     architecture: str,
     mode: FakeTensorMode,
-    whole: nn.Module,
-    root: nn.Module,
+    models: tuple[nn.Module, nn.Module],
     modules: Mapping[str, nn.Module],
     aliases: Mapping[str, Any],
 ) -> Translation | None:
@@ -243,8 +243,8 @@ def _walked(
     Args:
         architecture: The name by which the adapter is found.
         mode: That of the stand-in's tensors.
-        whole: The stand-in of the model, under whose names its modules are.
-        root: What the adapter is given for the model.
+        models: The stand-in of the model, under whose names its modules are; and what of it the
+            adapter is given for the model.
         modules: The modules of the model itself.
         aliases: Those of a bridge.
 
@@ -252,6 +252,7 @@ def _walked(
         The names, or None where there is no adapter.
 
     """
+    whole, root = models
     adapter = _adapter(whole, architecture)
     if adapter is None:
         return None
@@ -267,30 +268,40 @@ def _walked(
     return found
 
 
-def _drop(found: Translation, run: DryRun, kind: str) -> None:
+def _drop(found: Translation, run: DryRun) -> None:
     """Drop the points that no forward reaches, and say so where they are asked for."""
+    whose: dict[str, list[str]] = {}
+    for alias, name in found.aliases.items():
+        whose.setdefault(name, []).append(alias)
     for point, (module, reading) in [*found.points.items()]:
-        call = run.calls.get(module)
-        shapes = None if call is None else call.returned
-        has_pattern = shapes is None or any(len(shape) == _PATTERN_RANK for shape in shapes[1:])
-        if run.is_passed_by(module):
-            why = (
-                f"no forward of this {kind} calls {module!r}, which it may only take the weights "
-                "of; capture from a TransformerBridge of the model, or from the module around it"
-            )
-        elif reading.io == "in" and call is not None and not call.is_given_tensor:
-            why = f"what {module!r} is given first is no tensor"
-        elif reading.pattern is not None and not has_pattern and not reading.pattern.is_optional:
-            why = (
-                f"{module!r} returns no attention pattern of the shape batch head query key; "
-                "capture it from a TransformerBridge of the model"
-            )
-        else:
-            continue
-        _lack(found, point, why)
-        for alias in [alias for alias, name in found.aliases.items() if name == point]:
-            del found.aliases[alias]
-            _lack(found, alias, why)
+        why = _why_never(run, module, reading)
+        for name in (point, *whose.get(point, ())) if why else ():
+            found.aliases.pop(name, None)
+            _lack(found, name, why)
+
+
+def _why_never(run: DryRun, module: str, reading: Reading) -> str:
+    """Say why a point is never read, if that is so."""
+    call = run.calls.get(module)
+    if run.is_passed_by(module):
+        return (
+            f"no forward of this {type(run.model).__name__} calls {module!r} (it may take its "
+            "weights alone); capture the module around it, or capture from a TransformerBridge of "
+            "the model"
+        )
+    if reading.io == "in" and not run.is_given_tensor(module):
+        return f"what {module!r} is given first is no tensor"
+    if reading.pattern is None or call is None or call.has_pattern:
+        return ""
+    if reading.pattern.is_optional:
+        asked = run.with_attentions
+        asked_call = asked.calls.get(module)
+        if not asked.is_whole or asked_call is None or asked_call.has_pattern:
+            return ""
+    return (
+        f"{module!r} returns no attention pattern of the shape batch head query key; capture what "
+        "it returns by that name, or capture from a TransformerBridge of the model"
+    )
 
 
 def _lack(found: Translation, name: str, why: str) -> None:
