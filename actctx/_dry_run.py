@@ -89,8 +89,9 @@ class DryRun:
         if not _may_call(type(parent), attribute):
             return True
         has_run = holder in self.calls and self.calls[holder].returned is not None
-        # A model may hold towers for what it was not given.
+        # A model may hold towers for what it was not given; of tokens it was.
         is_tower = hasattr(type(parent), "base_model_prefix")
+        is_tower = is_tower and not isinstance(self.modules[name], nn.Embedding)
         return self.is_whole and has_run and not is_tower and name not in self._of_long.calls
 
     def is_given_tensor(self, name: str) -> bool:
@@ -219,6 +220,8 @@ def _set_runnable(module: nn.Module) -> None:
         config._attn_implementation = "eager"
     if getattr(config, "_experts_implementation", None) is not None:
         config._experts_implementation = "batched_mm"  # others look at which experts were chosen
+    if hasattr(config, "pad_token_id") and config.pad_token_id is None:
+        config.pad_token_id = 0  # classifiers take no batch without one
 
 
 def _note_inputs(

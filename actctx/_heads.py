@@ -145,6 +145,9 @@ def _divided_by(
         # A gate is beside the queries, but not in what is mixed.
         told = mixed if gated else queries
         count = None if told is None or told % depth else told // depth
+        usual = getattr(config, "n_heads", None)
+        if count is None and queries is None and usual is not None and usual * depth == mixed:
+            count = usual
     if depth is None and count is not None and queries is not None and not gated:
         depth = None if queries % count else queries // count
     if depth is None and count is None:

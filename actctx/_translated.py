@@ -456,16 +456,8 @@ class _Walk:
                 points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
                 points[f"{path}.{key}.hook_out"] = (joint, Reading("out"))
             heads = self._joint_heads(component, module)
-            why = (
-                f"TransformerLens' adapter cannot divide {joint!r} into queries, keys and values "
-                "({}); capture {!r}, and divide what it returns"
-            )
         else:
             heads = heads_of(component, module, self.sizes)
-            why = (
-                "what {1!r} {2} cannot be divided into heads for certain ({0}); capture {1!r} by "
-                "that name"
-            )
         for ending, key in _PROJECTIONS.items():
             name = f"{path}.{ending}"
             if key not in heads or name not in points:
@@ -473,15 +465,20 @@ class _Walk:
             split, (projection, reading) = heads[key], points[name]
             if isinstance(split, Heads):
                 points[name] = (projection, Reading(reading.io, part=split))
+            elif is_joint and key in "qkv":
+                why = (
+                    f"TransformerLens' adapter cannot divide {projection!r} into queries, keys and "
+                    f"values ({split}); capture {projection!r}, and divide what it returns"
+                )
+                _lack(self.found, name, why)
+                _lack(self.found, name.replace("hook_out", "hook_in"), why)
             else:
-                verb = "is given" if reading.io == "in" else "returns"
-                _lack(self.found, name, why.format(split, projection, verb))
-                if is_joint and key in "qkv":
-                    _lack(
-                        self.found,
-                        name.replace("hook_out", "hook_in"),
-                        why.format(split, projection),
-                    )
+                verb, io = ("is given", ", io='in'") if reading.io == "in" else ("returns", "")
+                why = (
+                    f"what {projection!r} {verb} cannot be divided into heads for certain "
+                    f"({split}); capture it whole, by Site({projection!r}{io})"
+                )
+                _lack(self.found, name, why)
 
     def _joint_heads(self, component: Any, module: nn.Module) -> dict[str, Heads | str]:
         """Divide a joint projection, or say why that fails."""
