@@ -1,5 +1,12 @@
 """How features divide into heads, and the outputs of a joint projection into queries, keys, values.
 
+# NOTE [Sizes of a layer]
+Layers of one model may have heads of different sizes and numbers, and a model may hold several
+towers. So heads are split by what the attention module of the layer says of itself, held against
+the widths of its projections: queries are `heads * d_head` wide, or twice that where the adapter
+says that a gate lies beside each query; keys are as deep as queries; values and what is mixed of
+them are `heads * d_value` wide. What does not add up is refused, not guessed.
+
 # NOTE [Dividing by labels]
 TransformerLens' adapters divide weights, not activations. So one is given a projection whose
 weights are the numbers of its outputs, and the numbers that come back as the weights of the queries
@@ -9,7 +16,8 @@ weights than these would give any features for the heads.
 
 import copy
 import functools
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -65,13 +73,157 @@ def _regular(start: int, stride: int, heads: int, d_head: int) -> Int64[Tensor, 
     return (rows[:, None] + torch.arange(d_head)).flatten()
 
 
-def divided(component: Any, attention: nn.Module, d_head: int) -> list[Heads]:
-    """Tell how the outputs of a joint projection are queries, keys and values; see the note above.
+_DEPTHS = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+"""What attention modules of Hugging Face's call the size of a query."""
+
+_COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+"""What they call the number of query heads."""
+
+
+def heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
+    """Tell how the projections of an attention module divide into heads.
 
     Args:
         component: The adapter's part for the attention.
         attention: The attention, as Hugging Face has it.
-        d_head: The size of a head.
+        config: The adapter's config, which tells of gates, and the sizes where a module does not.
+
+    Returns:
+        For `"q"`, `"k"`, `"v"` and `"z"`, as far as the attention has them: how it divides, or why
+        that is not known.
+
+    """
+    sides = {"q": ("q", "out"), "k": ("k", "out"), "v": ("v", "out"), "z": ("o", "in")}
+    told = {key: _width_of(component, attention, *side) for key, side in sides.items()}
+    widths = {key: width for key, width in told.items() if width is not None}
+    return _divided_by(widths, attention, config)
+
+
+def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
+    """Tell how a joint projection divides into queries, keys and values, and those into heads.
+
+    Args:
+        component: The adapter's part for the attention.
+        attention: The attention, as Hugging Face has it.
+        config: The adapter's config.
+
+    Returns:
+        As `heads_of`.
+
+    Raises:
+        ValueError: What the adapter gives is no division of the outputs. It raises other errors
+            of its own.
+
+    """
+    parts = dict(zip("qkv", labelled(component, attention), strict=True))
+    widths: dict[str, int | str] = {key: len(part) for key, part in parts.items()}
+    width = _width_of(component, attention, "o", "in")
+    if width is not None:
+        widths["z"] = width
+    return {
+        key: replace(heads, index=parts[key])
+        if isinstance(heads, Heads) and key in parts
+        else heads
+        for key, heads in _divided_by(widths, attention, config, is_joint=True).items()
+    }
+
+
+def _divided_by(
+    widths: Mapping[str, int | str], attention: Any, config: Any, *, is_joint: bool = False
+) -> dict[str, Heads | str]:
+    """Divide features of these widths, by the sizes that an attention module has."""
+    unknown = next((width for width in widths.values() if isinstance(width, str)), "")
+    if unknown:
+        return {
+            key: str(width) if isinstance(width, str) else unknown for key, width in widths.items()
+        }
+    known = {key: int(width) for key, width in widths.items()}
+    depth, count = _first_of(attention, _DEPTHS), _first_of(attention, _COUNTS)
+    queries, mixed = known.get("q"), known.get("z")
+    gated = bool(getattr(config, "gated_q_proj", False)) and not is_joint
+    if count is None and depth is not None:
+        # A gate is beside the queries, but not in what is mixed.
+        told = mixed if gated else queries
+        count = None if told is None or told % depth else told // depth
+        usual = getattr(config, "n_heads", None)
+        if count is None and queries is None and usual is not None and usual * depth == mixed:
+            count = usual
+    if depth is None and count is not None and queries is not None and not gated:
+        depth = None if queries % count else queries // count
+    if depth is None and count is None:
+        depth, count = getattr(config, "d_head", None), getattr(config, "n_heads", None)
+    why = f"the {type(attention).__name__} says neither the number nor the size of its heads"
+    if count is None:
+        return dict.fromkeys(known, why)
+    found: dict[str, Heads | str] = {}
+    if queries is not None and depth is not None:
+        found["q"] = _queries(queries, count, depth, gated=gated)
+    elif queries is not None:
+        found["q"] = why
+    if queries is not None and isinstance(found["q"], str):
+        return dict.fromkeys(known, found["q"])
+    return {**found, **_keys_and_values(known, count, depth)}
+
+
+def _queries(width: int, count: int, depth: int, *, gated: bool) -> Heads | str:
+    if width == count * depth:
+        return Heads(depth)
+    if gated and width == 2 * count * depth:
+        return Heads(depth, _regular(0, 2 * depth, count, depth))
+    return f"{width} features are not {count} heads of {depth}"
+
+
+def _keys_and_values(
+    widths: Mapping[str, int], count: int, depth: int | None
+) -> dict[str, Heads | str]:
+    found: dict[str, Heads | str] = {}
+    keys, values, mixed = (widths.get(key) for key in "kvz")
+    d_value = None if mixed is None or mixed % count else mixed // count
+    if keys is not None:
+        whole = depth is not None and keys % depth == 0
+        found["k"] = (
+            Heads(depth) if whole and depth else f"{keys} features are not heads of {depth}"
+        )
+        if values is not None and depth and whole:
+            groups = keys // depth
+            d_value = d_value if values % groups else values // groups
+    for key, width in (("v", values), ("z", mixed)):
+        if width is None:
+            continue
+        whole = d_value is not None and width % d_value == 0
+        if key == "z":
+            whole = whole and width == count * (d_value or 0)
+        found[key] = (
+            Heads(d_value) if whole and d_value else f"{width} features are not whole heads"
+        )
+    return found
+
+
+def _first_of(attention: Any, names: tuple[str, ...]) -> int | None:
+    told = (getattr(attention, name, None) for name in names)
+    return next((size for size in told if isinstance(size, int) and size > 0), None)
+
+
+def _width_of(component: Any, attention: nn.Module, part: str, side: str) -> int | str | None:
+    """Tell how many features a projection takes or returns, or why that is not known."""
+    name = getattr(component.submodules.get(part), "name", None)
+    if name is None:
+        return None
+    try:
+        projection: Any = _unwrapped(attention.get_submodule(name))
+    except AttributeError:
+        return None
+    sizes = ("out_features", "nf") if side == "out" else ("in_features", "nx")
+    width = _first_of(projection, sizes)
+    return (
+        f"the {type(projection).__name__} {name!r} does not say its width"
+        if width is None
+        else width
+    )
+
+
+def labelled(component: Any, attention: nn.Module) -> list[Int64[Tensor, " _"]]:
+    """List which outputs of a joint projection are queries, keys and values; see the note above.
 
     Raises:
         ValueError: What the adapter gives is no division of the outputs. It raises other errors
@@ -88,11 +240,11 @@ def divided(component: Any, attention: nn.Module, d_head: int) -> list[Heads]:
     else:
         inputs = projection.nx if is_conv1d else projection.in_features
         weight = numbers.expand(inputs, -1) if is_conv1d else numbers[:, None].expand(-1, inputs)
-        labelled = copy.copy(attention)
-        labelled._modules = {**attention._modules, name: _bare(weight.clone(), numbers)}
-        parts = [part.weight[:, 0].detach() for part in component.split_qkv_matrix(labelled)]
-    _check(parts, numbers, d_head)
-    return [Heads(d_head, part.long()) for part in parts]
+        labels = copy.copy(attention)
+        labels._modules = {**attention._modules, name: _bare(weight.clone(), numbers)}
+        parts = [part.weight[:, 0].detach() for part in component.split_qkv_matrix(labels)]
+    _check(parts, numbers)
+    return [part.long() for part in parts]
 
 
 def _unwrapped(projection: nn.Module) -> nn.Module:
@@ -119,10 +271,7 @@ def _of_falcon(attention: Any, numbers: Float[Tensor, " outputs"]) -> list[Float
     return [torch.tensor([*dict.fromkeys(part.flatten().tolist())]) for part in parts]
 
 
-def _check(
-    parts: list[Float[Tensor, " _"]], numbers: Float[Tensor, " outputs"], d_head: int
-) -> None:
+def _check(parts: list[Float[Tensor, " _"]], numbers: Float[Tensor, " outputs"]) -> None:
     given = torch.cat(parts).tolist()
-    are_outputs = len({*given} & {*numbers.tolist()}) == len(given)
-    if not are_outputs or any(len(part) % d_head for part in parts):
-        raise ValueError("what it gives is no division of the outputs into heads")
+    if len({*given} & {*numbers.tolist()}) != len(given):
+        raise ValueError("what it gives is no division of the outputs")

@@ -1,5 +1,6 @@
 """One opening of a capture: the hooks it puts on, and what they tell it."""
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
-from actctx._errors import HooksRemovedError, NeverFiredError
+from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
 from actctx._flags import is_repeated, is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
@@ -159,6 +160,8 @@ class Opening(Generic[B]):
     def _hook(self, site: WatchedSite) -> Hook:
         io = "point" if site.place.is_hook_point else site.io
         fire = _firing(weakref.ref(self), self._seen[site.key])
+        if site.place.reading is not None and not site.exact:
+            fire = _wishing(fire)
         return Hook(site.place.module, site.place.name, fire, io=io)
 
     def _notes(self) -> Iterator[Hook]:
@@ -382,6 +385,19 @@ def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any
             opening.fire(seen, value)
 
     return fire
+
+
+def _wishing(fire: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Leave out what a module does not return this time, such as a pattern that it must be asked.
+
+    A glob over TransformerLens' names is a wish: what it leaves out is among `acts.missing`.
+    """
+
+    def wish(value: Any) -> None:
+        with contextlib.suppress(OutputError):
+            fire(value)
+
+    return wish
 
 
 def _ignore(_value: object) -> None:

@@ -6,8 +6,10 @@ which aliases its hook points have, and how a joint projection divides into quer
 values. The adapter of the model is asked for all of that; there is no table of architectures here.
 """
 
+import contextlib
 import copy
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,15 +18,20 @@ from typing import Any
 import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from actctx._errors import OutputError
-from actctx._heads import Heads, divided
+from actctx._dry_run import DryRun, dry_run
+from actctx._heads import Heads, heads_of, joint_heads_of
+from actctx._outputs import tensor_of
+from actctx._patterns import Pattern
+from actctx._stand_in import stand_in
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
 # Components whose modules Hugging Face calls with other shapes, or for other outputs.
 _INSIDE = {"rotary_emb", "q_norm", "k_norm"}
 _PATTERN_RANK = 4
+_PROJECTIONS = {"q.hook_out": "q", "k.hook_out": "k", "v.hook_out": "v", "o.hook_in": "z"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,12 +42,25 @@ class Reading:
         io: Whether it is given to the module (`"in"`), or returned by it (`"out"`).
         output: Where in a tuple it is returned, by default the first tensor.
         part: What makes the value of it, such as splitting it into heads.
+        pattern: How the value is found among all that is returned, where that takes a look at it.
 
     """
 
     io: str
     output: int | None = None
     part: Part | None = None
+    pattern: Pattern | None = None
+
+    def found(self, site: str, value: Any) -> Tensor:
+        """Find the tensor that is read in what a module was given or returned.
+
+        Raises:
+            OutputError: There is none.
+
+        """
+        if self.pattern is not None:
+            return self.pattern(value)
+        return tensor_of(site, value, self.output)
 
     def of(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
         """Read the value: a view of what the module was given or returned, where that is enough."""
@@ -57,8 +77,8 @@ class Translation:
         aliases: The canonical name of each alias.
         inside: The hook points that a bridge has beside the points.
         lacks: Why there are no names at all.
-        lacks_pattern: Why there are no attention patterns.
-        lacks_heads: Why queries, keys and values are not among the points, by the name of each.
+        lacks_heads: Why a point is not among them, by its name, where there is a reason of its own,
+            such as for queries that cannot be divided into heads.
 
     """
 
@@ -66,7 +86,6 @@ class Translation:
     aliases: dict[str, str] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     lacks: str = ""
-    lacks_pattern: str = ""
     lacks_heads: dict[str, str] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str | None:
@@ -91,8 +110,6 @@ class Translation:
         """Say why a hook point of a bridge is not among them, and what to do."""
         if name in self.lacks_heads:
             return self.lacks_heads[name]
-        if name.endswith("hook_pattern"):
-            return self.lacks_pattern
         if not _INSIDE.isdisjoint(name.split(".")):
             return (
                 "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
@@ -116,11 +133,11 @@ class _Known:
     It holds none of them, so that a model is freed as if nobody had asked.
     """
 
-    attention: str | None
+    attention: tuple[str | None, ...]
     modules: dict[str, weakref.ref[nn.Module]]
     found: Translation
 
-    def holds(self, attention: str | None, modules: Mapping[str, nn.Module]) -> bool:
+    def holds(self, attention: tuple[str | None, ...], modules: Mapping[str, nn.Module]) -> bool:
         """Tell whether it is still right."""
         return (
             self.attention == attention
@@ -144,33 +161,70 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         why there are none. Nothing is raised, whatever an adapter raises.
 
     """
-    attention = getattr(model.config, "_attn_implementation", None)
+    configs = {id(held): held for each in modules.values() if (held := vars(each).get("config"))}
+    attention = tuple(getattr(each, "_attn_implementation", None) for each in configs.values())
     known = _KNOWN.get(model)
     if known is None or not known.holds(attention, modules):
         held = {name: weakref.ref(module) for name, module in modules.items()}
-        known = _KNOWN[model] = _Known(attention, held, _translate(model, attention, modules))
+        known = _KNOWN[model] = _Known(attention, held, _translate(model, modules))
     return known.found
 
 
-def _translate(
-    model: nn.Module, attention: str | None, modules: Mapping[str, nn.Module]
-) -> Translation:
+def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation:
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
         return Translation(lacks="TransformerLens 3 or later tells them; install it")
     name = type(model).__name__
     remedy = "give the names of its modules (see actctx.hook_names(model))"
-    try:
-        adapters = map(functools.partial(_adapter, model), _relatives(model))
-        adapter = next(filter(None, adapters), None)
-        if adapter is None:
-            return Translation(lacks=f"TransformerLens has no adapter for {name}; {remedy}")
-        return _walked(adapter, model, attention, modules, TransformerBridge.hook_aliases)
-    except Exception as error:  # noqa: BLE001  what an adapter raises for a model that it cannot do
-        return Translation(
-            lacks=f"TransformerLens' adapter fails on this {name} ({_told(error)}); {remedy}"
-        )
+    failed = ""
+    for architecture in _relatives(model):
+        found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
+        failed = failed or why
+        if found.points:
+            _drop(found, dry_run(model))
+            return found
+    if failed:
+        lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
+    else:
+        lacks = f"TransformerLens has no adapter for {name}; {remedy}"
+    return Translation(lacks=lacks)
+
+
+def _by(
+    architecture: str,
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    aliases: Mapping[str, Any],
+) -> tuple[Translation, str]:
+    """Find the names that the adapter of an architecture has for a model, or why it fails."""
+    failed = ""
+    for number in range(len(_roots(model))):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
+        try:
+            root = _roots(whole)[number]
+            found = _walked(architecture, mode, (whole, root), modules, aliases)
+        except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
+            failed = failed or _told(error)
+            continue
+        if found is None:
+            return Translation(), failed
+        if found.points:
+            return found, ""
+    return Translation(), failed
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """List what an adapter may take for the whole model.
+
+    That is the model itself; the same as the body of a model with a head, which it has under a name
+    such as `transformer` of GPT-2; and the body alone, where the adapter refuses the head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    bodies = [model] if body is None else [model, body]
+    return [root for each in bodies for root in (each, _with_head(each))]
 
 
 def _told(error: Exception) -> str:
@@ -178,26 +232,82 @@ def _told(error: Exception) -> str:
 
 
 def _walked(
-    adapter: Any,
-    model: nn.Module,
-    attention: str | None,
+    architecture: str,
+    mode: FakeTensorMode,
+    models: tuple[nn.Module, nn.Module],
     modules: Mapping[str, nn.Module],
     aliases: Mapping[str, Any],
-) -> Translation:
-    name = type(model).__name__
-    found = Translation(
-        lacks_pattern=f"the attention of this {name} is {attention!r}, which computes no pattern; "
-        "load the model with attn_implementation='eager', or capture from a TransformerBridge of it"
-    )
+) -> Translation | None:
+    """Go through the components of an adapter, beside the modules of a stand-in.
+
+    Args:
+        architecture: The name by which the adapter is found.
+        mode: That of the stand-in's tensors.
+        models: The stand-in of the model, under whose names its modules are; and what of it the
+            adapter is given for the model.
+        modules: The modules of the model itself.
+        aliases: Those of a bridge.
+
+    Returns:
+        The names, or None where there is no adapter.
+
+    """
+    whole, root = models
+    adapter = _adapter(whole, architecture)
+    if adapter is None:
+        return None
+    with mode:
+        adapter.prepare_model(root)
     # Backwards, so that of several names of a module the first stays.
-    named = {module: name for name, module in reversed([*modules.items()])}
-    walk = _Walk(found, named, adapter.cfg.d_head, is_eager=attention == "eager")
-    for root in (model, _with_head(model)):
-        if not found.points:
-            found.inside.clear()  # of a walk that came to nothing
-            walk.over(adapter.component_mapping, "", root)
+    listed = reversed([*whole.named_modules(remove_duplicate=False)])
+    named = {module: name for name, module in listed if name in modules}
+    found = Translation()
+    walk = _Walk(found, named, modules, adapter.cfg, mode)
+    walk.over(adapter.component_mapping, "", root)
     _add_aliases(found, "", aliases)
     return found
+
+
+def _drop(found: Translation, run: DryRun) -> None:
+    """Drop the points that no forward reaches, and say so where they are asked for."""
+    whose: dict[str, list[str]] = {}
+    for alias, name in found.aliases.items():
+        whose.setdefault(name, []).append(alias)
+    for point, (module, reading) in [*found.points.items()]:
+        why = _why_never(run, module, reading)
+        for name in (point, *whose.get(point, ())) if why else ():
+            found.aliases.pop(name, None)
+            _lack(found, name, why)
+
+
+def _why_never(run: DryRun, module: str, reading: Reading) -> str:
+    """Say why a point is never read, if that is so."""
+    call = run.calls.get(module)
+    if run.is_passed_by(module):
+        return (
+            f"no forward of this {type(run.model).__name__} calls {module!r} (it may take its "
+            "weights alone); capture the module around it, or capture from a TransformerBridge of "
+            "the model"
+        )
+    if reading.io == "in" and not run.is_given_tensor(module):
+        return f"what {module!r} is given first is no tensor"
+    if reading.pattern is None or call is None or call.has_pattern:
+        return ""
+    if reading.pattern.is_optional:
+        asked = run.with_attentions
+        asked_call = asked.calls.get(module)
+        if not asked.is_whole or asked_call is None or asked_call.has_pattern:
+            return ""
+    return (
+        f"{module!r} returns no attention pattern of the shape batch head query key; capture what "
+        "it returns by that name, or capture from a TransformerBridge of the model"
+    )
+
+
+def _lack(found: Translation, name: str, why: str) -> None:
+    found.points.pop(name, None)
+    found.inside.append(name)
+    found.lacks_heads[name] = why
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -219,147 +329,237 @@ def why_wrapped(model: nn.Module) -> str:
 
 
 def _relatives(model: nn.Module) -> list[str]:
-    """Name the architectures that have the modules of a model: itself, and those with a head."""
+    """Name the architectures whose modules a model has: its own, and others of its kind."""
     from transformers.models.auto import modeling_auto as auto
 
-    kinds = (
-        auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-        auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    )
     config: Any = model.config
-    with_head = [kind[config.model_type] for kind in kinds if config.model_type in kind]
-    return [type(model).__name__, *with_head]
+    kinds = sorted(name for name in vars(auto) if name.endswith("_MAPPING_NAMES"))
+    # Of several, what most people load: a decoder first, then an encoder, then both.
+    first = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    kinds = [*(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in first), *kinds]
+    found = dict.fromkeys(each.__name__ for each in type(model).__mro__)
+    for kind in kinds:
+        known = getattr(auto, kind, {}).get(config.model_type, ())
+        found |= dict.fromkeys([known] if isinstance(known, str) else known)
+    return [*found]
 
 
-def _adapter(model: nn.Module, architecture: str) -> Any:
+def _adapter(model: Any, architecture: str) -> Any:
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
-    config = build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
-    try:
-        return ArchitectureAdapterFactory.select_architecture_adapter(config)
-    except ValueError as error:
-        if "Unsupported architecture" in str(error):
-            return None
-        raise
+    ArchitectureAdapterFactory.discover_entry_points()
+    # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
+    spelled = {name.lower(): name for name in ArchitectureAdapterFactory._adapters}
+    known = ArchitectureAdapterFactory._adapters
+    name = architecture if architecture in known else spelled.get(architecture.lower())
+    if name is None:
+        return None
+    # Libraries that load a model's pictures are not needed for one that is loaded.
+    kind = type(known[name].__name__, (known[name],), {"required_libraries": []})
+    return kind(build_bridge_config_from_hf(model.config, name, name, torch.float32))
 
 
 def _with_head(model: nn.Module) -> nn.Module:
     """Put a model that has no head where a model with one has it, as `transformer` of GPT-2."""
-    whole = nn.Module()
+    whole: Any = nn.Module()
     whole.add_module(getattr(model, "base_model_prefix", "") or "model", model)
-    return whole
+    whole.config = model.config
+    return whole  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, eq=False)
 class _Walk:
-    """Goes through the components of an adapter, beside the modules that they stand for."""
+    """Goes through the components of an adapter, beside the modules that they stand for.
+
+    Attributes:
+        found: What it finds.
+        named: The name of each module of the stand-in.
+        modules: The modules of the model itself, by name.
+        sizes: The adapter's config.
+        mode: That of the stand-in's tensors.
+        divided: How joint projections divide, by what they have in common.
+
+    """
 
     found: Translation
     named: Mapping[nn.Module, str]
-    d_head: int
-    is_eager: bool
-    divided: dict[Any, list[Heads] | str] = field(default_factory=dict)
+    modules: Mapping[str, nn.Module]
+    sizes: Any
+    mode: FakeTensorMode
+    divided: dict[Any, dict[str, Heads | str]] = field(default_factory=dict)
 
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
+        """Go through the components of one module."""
         for key, component in components.items():
             target = module if component.name is None else _submodule(module, component.name)
-            if target is None:  # a part of a joint module, or of another model of the family
-                self.found.inside.extend(f"{prefix}{key}.{io}" for io in ("hook_in", "hook_out"))
-                continue
-            if component.is_list_item and isinstance(target, nn.ModuleList):
+            if target is None:  # a part of a joint module, or of another model
+                if not _is_optional(component):
+                    self._hide(f"{prefix}{key}", "hook_in", "hook_out")
+            elif component.is_list_item and isinstance(target, nn.ModuleList):
                 for number, child in enumerate(target):
-                    self._add(component, f"{prefix}{key}.{number}", child)
+                    # As on a bridge, whose layers may have other parts, and other aliases for them.
+                    # A copy of the config would be as right, but takes longer.
+                    layer = copy.deepcopy(component, {id(self.sizes): self.sizes})
+                    self._add(layer, f"{prefix}{key}.{number}", child)
             else:
                 self._add(component, prefix + key, target)
 
     def _add(self, component: Any, path: str, module: nn.Module) -> None:
         points = self.found.points
+        if component.name is not None:
+            with contextlib.suppress(Exception), self.mode:
+                # What it raises is for a bridge, such as that it cannot split its weights.
+                component.set_original_component(module)
         self.over(component.submodules, f"{path}.", module)
-        if f"{path}.qkv.hook_out" in points and hasattr(component, "split_qkv_matrix"):
-            self._divide(component, path, module)
         own = (name for name in component._modules if name.startswith("hook_"))
-        self.found.inside.extend(f"{path}.{name}" for name in own)
-        if path.rpartition(".")[2] in _INSIDE:
+        self._hide(path, *own)
+        name = self.named.get(module)
+        if name is None or path.rpartition(".")[2] in _INSIDE:
+            self._hide(path, "hook_in", "hook_out")
             return
         if component.name is None:  # a container that is no module is what its parts are
             for io, part in (("hook_in", "in"), ("hook_out", "out")):
                 if f"{path}.{part}.{io}" in points:
                     points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]
         else:
-            points[f"{path}.hook_in"] = (self.named[module], Reading("in"))
-            points[f"{path}.hook_out"] = (self.named[module], _returned(component))
+            points[f"{path}.hook_in"] = (name, Reading("in"))
+            points[f"{path}.hook_out"] = (name, _returned(component))
+            self._read_as_bridges(component, path, name)
         if hasattr(component, "hook_pattern"):
-            for name in ("q.hook_out", "k.hook_out", "v.hook_out", "o.hook_in"):
-                self._split_heads(f"{path}.{name}")
-            if self.is_eager:
-                pattern = Reading("out", -1, functools.partial(_as_pattern, path))
-                points[f"{path}.hook_pattern"] = (self.named[module], pattern)
-        _add_aliases(self.found, f"{path}.", _aliases_of(component, module))
+            self._split_heads(component, path, module)
+            self._add_patterns(component, path, module)
+        self._add_aliases(component, f"{path}.", module)
 
-    def _divide(self, component: Any, path: str, module: nn.Module) -> None:
-        """Put queries, keys and values in the place of a joint projection."""
+    def _read_as_bridges(self, component: Any, path: str, name: str) -> None:
+        """Read parts of a component where it reads them itself, rather than where they are."""
         points = self.found.points
-        joint, _ = points.pop(f"{path}.qkv.hook_out")
-        del points[f"{path}.qkv.hook_in"]
-        if component not in self.divided:  # it stands for the attention of all layers
-            self.divided[component] = self._division(component, module)
-        division = self.divided[component]
-        if isinstance(division, str):
-            self._lack_heads(path, joint, division)
-            return
-        for key, heads in zip("qkv", division, strict=True):
-            points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
-            points[f"{path}.{key}.hook_out"] = (joint, Reading("out", part=heads))
+        if hasattr(component, "mirror_placeholder_hooks") and f"{path}.in.hook_in" in points:
+            # A bridge's MLP reads it off what the whole is given, as of RWKV.
+            points[f"{path}.in.hook_in"] = (name, Reading("in"))
+        if hasattr(component, "hook_kv_latent") and f"{path}.kv_b_proj.hook_in" in points:
+            for io in ("in", "out"):  # in Hugging Face's, with an axis for the one head
+                module, _ = points[f"{path}.kv_b_proj.hook_{io}"]
+                points[f"{path}.kv_b_proj.hook_{io}"] = (module, Reading(io, part=_without_heads))
 
-    def _division(self, component: Any, module: nn.Module) -> list[Heads] | str:
+    def _hide(self, path: str, *names: str) -> None:
+        self.found.inside.extend(f"{path}.{name}" for name in names)
+
+    def _split_heads(self, component: Any, path: str, module: nn.Module) -> None:
+        """Split queries, keys, values and what is mixed of them into heads."""
+        points = self.found.points
+        is_joint = f"{path}.qkv.hook_out" in points and hasattr(component, "split_qkv_matrix")
+        if is_joint:
+            joint, _ = points.pop(f"{path}.qkv.hook_out")
+            del points[f"{path}.qkv.hook_in"]
+            for key in "qkv":
+                points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
+                points[f"{path}.{key}.hook_out"] = (joint, Reading("out"))
+            heads = self._joint_heads(component, module)
+        else:
+            heads = heads_of(component, module, self.sizes)
+        for ending, key in _PROJECTIONS.items():
+            name = f"{path}.{ending}"
+            if key not in heads or name not in points:
+                continue
+            split, (projection, reading) = heads[key], points[name]
+            if isinstance(split, Heads):
+                points[name] = (projection, Reading(reading.io, part=split))
+            elif is_joint and key in "qkv":
+                why = (
+                    f"TransformerLens' adapter cannot divide {projection!r} into queries, keys and "
+                    f"values ({split}); capture {projection!r}, and divide what it returns"
+                )
+                _lack(self.found, name, why)
+                _lack(self.found, name.replace("hook_out", "hook_in"), why)
+            else:
+                verb, io = ("is given", ", io='in'") if reading.io == "in" else ("returns", "")
+                why = (
+                    f"what {projection!r} {verb} cannot be divided into heads for certain "
+                    f"({split}); capture it whole, by Site({projection!r}{io})"
+                )
+                _lack(self.found, name, why)
+
+    def _joint_heads(self, component: Any, module: nn.Module) -> dict[str, Heads | str]:
         """Divide a joint projection, or say why that fails."""
-        try:
-            return divided(component, module, self.d_head)
-        except Exception as error:  # noqa: BLE001  as above
-            return _told(error)
+        shapes = tuple(tuple(each.shape) for each in module.parameters())
+        alike = (type(component), component.name, shapes)
+        if alike not in self.divided:
+            try:
+                self.divided[alike] = joint_heads_of(component, module, self.sizes)
+            except Exception as error:  # noqa: BLE001  as above
+                why = dict.fromkeys("qkv", _told(error))
+                self.divided[alike] = {**heads_of(component, module, self.sizes), **why}
+        return self.divided[alike]
 
-    def _lack_heads(self, path: str, joint: str, why: str) -> None:
-        names = [f"{path}.{key}.{io}" for key in "qkv" for io in ("hook_in", "hook_out")]
-        self.found.inside.extend(names)
-        self.found.lacks_heads.update(
-            dict.fromkeys(
-                names,
-                f"TransformerLens' adapter cannot divide {joint!r} into queries, keys and values "
-                f"({why}); capture {joint!r}, and divide what it returns",
+    def _add_patterns(self, component: Any, path: str, module: nn.Module) -> None:
+        """Add the attention patterns of a layer, if it computes any."""
+        name = self.named[module]
+        attention = self._implementation(name)
+        # T5's returns a position bias before it.
+        first = 2 if getattr(component, "requires_relative_position_bias", False) else 1
+        is_merged = hasattr(component, "hook_cross_pattern")
+        for point, place in (("hook_pattern", first), ("hook_cross_pattern", 2)):
+            if not hasattr(component, point):
+                continue
+            if attention != "eager":
+                why = (
+                    f"the attention of this {type(self.modules['']).__name__} is {attention!r}, "
+                    "which computes no pattern; load the model with attn_implementation='eager', "
+                    "or capture from a TransformerBridge of it"
+                )
+                _lack(self.found, f"{path}.{point}", why)
+                continue
+            pattern = Pattern(
+                name=f"{path}.{point}",
+                module=name,
+                attention=weakref.ref(self.modules[name]),
+                place=place,
+                is_part=is_merged or getattr(module, "sinks", None) is not None,
+                is_optional="output_attentions" in inspect.signature(module.forward).parameters,
             )
-        )
+            reading = Reading("out", place, pattern=pattern)
+            self.found.points[f"{path}.{point}"] = (name, reading)
 
-    def _split_heads(self, name: str) -> None:
-        module, reading = self.found.points.get(name, (None, None))
-        if module is not None and reading is not None and reading.part is None:
-            self.found.points[name] = (module, Reading(reading.io, part=Heads(self.d_head)))
+    def _implementation(self, name: str) -> str | None:
+        """Tell how an attention module attends: towers of one model may do so in different ways."""
+        while name and "config" not in vars(self.modules[name]):
+            name = name.rpartition(".")[0]
+        config: Any = self.modules[name].config
+        return getattr(config, "_attn_implementation", None)
+
+    def _add_aliases(self, component: Any, prefix: str, module: nn.Module) -> None:
+        """Add the aliases of a component, but those of parts that the layer does not have."""
+        absent = {
+            key
+            for key, part in component.submodules.items()
+            if _is_optional(part) and _submodule(module, part.name or "") is None
+        }
+        usual = type(component).hook_aliases
+        aliases = {}
+        for alias, targets in component.hook_aliases.items():
+            listed = [targets] if isinstance(targets, str) else targets
+            left = [each for each in listed if each.partition(".")[0] not in absent]
+            fallback = usual.get(alias, ())
+            aliases[alias] = left or ([fallback] if isinstance(fallback, str) else [*fallback])
+        _add_aliases(self.found, prefix, aliases)
+
+
+def _is_optional(component: Any) -> bool:
+    return bool(getattr(component, "optional", False))
 
 
 def _returned(component: Any) -> Reading:
     """Read what a component hands out: of a router its logits, of an embedding what is scaled."""
     scale = getattr(component, "_output_contribution_scale", 1.0)
     part = None if scale == 1 else functools.partial(torch.mul, other=scale)
+    if hasattr(component, "hook_comb"):  # of a hyper-connection, what it makes of its streams
+        return Reading("out", 2)
     return Reading("out", getattr(component, "logits_index", None) or None, part)
 
 
-def _as_pattern(attention: str, returned: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-    if returned.dim() != _PATTERN_RANK:
-        raise OutputError(
-            f"'{attention}.hook_pattern' is what its module returns last, but that has the shape "
-            f"{tuple(returned.shape)} and is no pattern; call the model with output_attentions=True"
-        )
-    return returned
-
-
-def _aliases_of(component: Any, module: nn.Module) -> Mapping[str, Any]:
-    """Tell the aliases of a component, which may depend on whether a layer is a mixture."""
-    if hasattr(component, "DENSE_SUBMODULE_KEYS"):
-        component = copy.deepcopy(component)  # it stands for all layers
-        component.set_original_component(module)
-    aliases: Mapping[str, Any] = component.hook_aliases
-    return aliases
+def _without_heads(latent: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    return latent.squeeze(1) if latent.dim() == _PATTERN_RANK else latent
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module | None:
@@ -370,12 +570,16 @@ def _submodule(module: nn.Module, name: str) -> nn.Module | None:
 
 
 def _add_aliases(found: Translation, prefix: str, aliases: Mapping[str, Any]) -> None:
+    """Add aliases, each of the first of its targets that a bridge has."""
+    inside = {*found.inside}
     for alias, targets in aliases.items():
-        named = [targets] if isinstance(targets, str) else targets
-        known = next((name for each in named if (name := prefix + each) in found.points), None)
-        lacking = next((name for each in named if (name := prefix + each) in found.lacks_heads), "")
-        if known is not None:
-            found.aliases[prefix + alias] = known
-        elif lacking:
-            found.inside.append(prefix + alias)
-            found.lacks_heads[prefix + alias] = found.lacks_heads[lacking]
+        listed = [prefix + each for each in ([targets] if isinstance(targets, str) else targets)]
+        target = next((each for each in listed if each in found.points or each in inside), None)
+        if target is None:
+            continue
+        if target in found.points:
+            found.aliases[prefix + alias] = target
+            continue
+        found.inside.append(prefix + alias)
+        if target in found.lacks_heads:
+            found.lacks_heads[prefix + alias] = found.lacks_heads[target]

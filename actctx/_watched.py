@@ -176,8 +176,9 @@ def named_after(
 
 
 def _read(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
-    activation = tensor_of(site, value, output)
-    return activation if reading is None else reading.of(activation)
+    if reading is None:
+        return tensor_of(site, value, output)
+    return reading.of(reading.found(site, value))
 
 
 def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:

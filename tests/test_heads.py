@@ -10,7 +10,7 @@ from models import GENERATION, OLD_CACHE, bridge_of, huggingface, plainly_hooked
 from torch import nn
 
 from actctx import HookNameError, capture, hook_names
-from actctx._heads import Heads, divided
+from actctx._heads import Heads, joint_heads_of, labelled
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
 Q, K, V, Z = (f"blocks.0.attn.hook_{key}" for key in "qkvz")
@@ -172,17 +172,31 @@ def test_what_is_no_division_of_the_outputs_is_refused(starts):
     component = types.SimpleNamespace(
         submodules={"qkv": types.SimpleNamespace(name="qkv")}, split_qkv_matrix=split
     )
-    with pytest.raises(ValueError, match="what it gives is no division of the outputs into heads"):
-        divided(component, attention, 4)
+    with pytest.raises(ValueError, match="what it gives is no division of the outputs"):
+        labelled(component, attention)
 
 
 def test_parts_that_are_no_whole_heads_are_refused():
     model = huggingface("CodeGenForCausalLM")
-    component = types.SimpleNamespace(
-        submodules={"qkv": types.SimpleNamespace(name="qkv_proj")},
-        split_qkv_matrix=lambda attention: [attention.qkv_proj],
-    )
     attention = model.transformer.h[0].attn
-    assert len(divided(component, attention, 32)) == 1
-    with pytest.raises(ValueError, match="no division of the outputs into heads"):
-        divided(component, attention, 36)
+
+    def sized(*widths):
+        def split(attention):
+            starts = [0, widths[0], widths[0] + widths[1]]
+            parts = [nn.Linear(1, width) for width in widths]
+            for part, start in zip(parts, starts, strict=True):
+                part.weight.data = start + torch.arange(len(part.weight))[:, None].float()
+            return parts
+
+        return types.SimpleNamespace(
+            submodules={"qkv": types.SimpleNamespace(name="qkv_proj")}, split_qkv_matrix=split
+        )
+
+    whole = joint_heads_of(sized(32, 32, 32), attention, None)
+    assert [heads.d_head for heads in whole.values()] == [8, 8, 8]
+    assert joint_heads_of(sized(28, 34, 34), attention, None) == dict.fromkeys(
+        "qkv", "28 features are not 4 heads of 8"
+    )
+    assert joint_heads_of(sized(32, 36, 28), attention, None)["k"] == (
+        "36 features are not heads of 8"
+    )

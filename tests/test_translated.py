@@ -104,8 +104,9 @@ def test_a_module_that_returns_no_pattern_unless_asked_says_so():
     ):
         model(tokens())
     assert str(caught.value) == (
-        "'blocks.0.attn.hook_pattern' is what its module returns last, but that has the shape "
-        "(3, 7, 32) and is no pattern; call the model with output_attentions=True"
+        "'blocks.0.attn.hook_pattern' is looked for among what 'transformer.h.0.attn' returns, but "
+        "of its tensors ((3, 7, 32)) none is an attention pattern, whose rows add up to 1; call the "
+        "model with output_attentions=True"
     )
     with capture(model, PATTERN) as acts:
         model(tokens(), output_attentions=True)
@@ -176,9 +177,9 @@ def test_an_encoder_and_a_decoder_are_captured_as_on_a_bridge(attention):
         torch.testing.assert_close(
             acts[name], wanted, atol=max(1e-5, TOLERANCE[attention]), rtol=1e-4
         )
+    assert acts.missing == ()
     # Encoder and decoder embed with modules of their own, on a bridge as well.
-    assert acts.missing == ("embed.hook_in", "embed.hook_out")
-    assert expected.keys().isdisjoint(acts.missing)
+    assert expected.keys().isdisjoint({"embed.hook_in", "embed.hook_out"})
 
 
 def test_only_the_part_of_a_joint_projection_lives_on():
