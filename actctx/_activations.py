@@ -395,3 +395,6 @@ class Activations(_Tensors):
         if self._forwards:
             reason = why_nothing(self._columns, name, self._order, self._forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
+
+
+Activations.__module__ = "actctx"  # where users find it

@@ -133,6 +133,9 @@ def capture(
     return Capture(model, names, options, slice=slice, dtype=dtype, device=device)
 
 
+capture.__module__ = "actctx"  # where users find it
+
+
 class Capture(Generic[B]):
     """A context manager that captures activations; made by `capture`.
 
@@ -306,6 +309,9 @@ class Capture(Generic[B]):
         names = shortened([repr(site.key) for site in self._sites], most=3)
         state = "open" if self._opening else "not open"
         return f"<capture of {names} from {type(self._model).__name__}, {state}>"
+
+
+Capture.__module__ = "actctx"  # where users find it
 
 
 def _as_it_is(buffer: Activations) -> Activations:

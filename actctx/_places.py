@@ -294,6 +294,9 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
     return []
 
 
+hook_names.__module__ = "actctx"  # where users find it
+
+
 def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
     """Say why a hook point can never fire as the model is set up now, and how to change that."""
     if not place.is_hook_point:
