@@ -19,6 +19,7 @@ from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
+from actctx._parallel import pieces_of
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import Chosen, RowSelector, as_mask, find_rows
 from actctx._schema import Schema
@@ -26,6 +27,7 @@ from actctx._select import Owned, Rows, own, plain_mode
 from actctx._table import counted, shortened
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
+from actctx._values import check_capturable
 from actctx._watched import Options, Seen, WatchedSite, why_silent
 
 B = TypeVar("B")
@@ -93,6 +95,7 @@ class Opening(Generic[B]):
         }
         self._options = options
         self._scope = scope
+        self._pieces = pieces_of(model)
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
@@ -244,9 +247,11 @@ class Opening(Generic[B]):
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
-        is_it = seen.is_plain and isinstance(value, Tensor)
+        is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
         activation: Tensor = value if is_it else self._activation(seen.site, value, frame)
-        if activation.shape != seen.shape or not seen.column.firings:
+        if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
+            site = seen.site
+            check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
             seen.check(activation.shape, sizes=self._options.check)
         if activation.requires_grad and not self.grad:
             activation = activation.detach()
@@ -261,6 +266,8 @@ class Opening(Generic[B]):
 
     def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
         activation = tensor_of(site.shown, value, site.output)
+        if self._pieces is not None:
+            self._pieces.check(site.shown, site.place.module, activation, io=site.io)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
         if site.needs_sequences and site.is_flattened(activation):

@@ -14,8 +14,10 @@ PACKAGE = Path(actctx.__file__).parent
 # Imports go down this list only.
 ROOMS = (
     "_errors",
-    "_sketch",
     "_table",
+    "_values",
+    "_sketch",
+    "_parallel",
     "_axes",
     "_cast",
     "_heads",
