@@ -77,11 +77,11 @@ class Pieces:
         behind = self._piece_of(module, tensor, io)
         if behind is None:
             return
-        where = self._names.get(behind) or type(behind).__name__
+        where = self._names.get(behind)
+        instead = f"capture {where!r}, whose output is whole, or " if where else ""
         raise OutputError(
             f"{site} is, or may be, only this process's piece of the features or heads, since the "
-            f"model is tensor-parallel; capture {where!r}, whose output is whole, or capture from "
-            "a model that lies on one device"
+            f"model is tensor-parallel; {instead}capture from a model that lies on one device"
         )
 
     def _piece_of(self, module: nn.Module, tensor: Tensor, io: str) -> nn.Module | None:
