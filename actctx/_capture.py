@@ -13,6 +13,7 @@ from actctx._activations import Activations
 from actctx._axes import axis_sizes
 from actctx._errors import CaptureStateError, HookNameError, NeverFiredError, OptionError
 from actctx._expected import Expected, refuse_dtype, refuse_impossible
+from actctx._known_faults import faults_of, warn
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Scope
 from actctx._places import uncompiled, why_it_never_fires
@@ -180,6 +181,7 @@ class Capture(Generic[B]):
                 _check_alias(request)
             self._sites = [*map(watch, requests)]
         self._opening: Opening[B] | None = None
+        warn(*faults_of(model, [site.place.name for site in self._sites]))
 
     def __enter__(self) -> B:
         """Put the hooks on, until the block is left.

@@ -18,6 +18,7 @@ from actctx._errors import HooksRemovedError, NeverFiredError, OptionError
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
+from actctx._known_faults import is_given_cache, lost_cache, warn
 from actctx._outputs import Inputs, tensor_of
 from actctx._parallel import pieces_of
 from actctx._places import Place, why_it_never_fires
@@ -96,6 +97,7 @@ class Opening(Generic[B]):
         self._options = options
         self._scope = scope
         self._pieces = pieces_of(model)
+        self._asked_of_cache = False
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
@@ -198,6 +200,9 @@ class Opening(Generic[B]):
 
     def receive(self, value: Any, io: str) -> None:
         """Capture what the model itself is given or returns, which lies in its forward."""
+        if io == "in" and not self._asked_of_cache and is_given_cache(value[1]):
+            self._asked_of_cache = True
+            warn(lost_cache(self._model))
         for site in self._roots:
             if site.io == io:
                 given = Inputs(self._model, *value) if io == "in" else value

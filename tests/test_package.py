@@ -18,6 +18,7 @@ ROOMS = (
     "_values",
     "_sketch",
     "_parallel",
+    "_known_faults",
     "_axes",
     "_cast",
     "_heads",
