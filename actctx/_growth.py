@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._hooks import Hook
 from actctx._outputs import Inputs
+from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
 
@@ -214,6 +215,8 @@ def _settings(model: nn.Module) -> object:
 
 
 def _grown(model: nn.Module) -> Grown | None:
+    if is_cut(model):  # whose processes would have to run together
+        return None
     for ways in (_without_values(answer=False), _without_values(answer=True), _with_values):
         for sample in samples_of(model):
             with contextlib.suppress(Exception):  # whatever a model raises that lacks values
@@ -239,6 +242,8 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
 
 
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the weights lie elsewhere")
     hollow, copies = _copied(model, _same)
     return _watched(hollow, copies, sample)
 
@@ -302,7 +307,7 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 _LENS_HOOKS = ("fwd_hooks", "bwd_hooks")
-_SHARED = ("tokenizer", "processor", "generation_config")
+_SHARED = ("tokenizer", "processor", "generation_config", "_hf_hook")
 
 
 def _copied(
@@ -326,6 +331,9 @@ def _copied(
         memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
     with torch.inference_mode(mode=False):
         copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        if "_old_forward" in vars(module):  # of accelerate, which would fetch the weights
+            vars(module)["forward"] = vars(module)["_old_forward"]
     return copied, {module: memo[id(module)] for module in kept if id(module) in memo}
 
 
