@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from actctx._activations import Activations
 from actctx._axes import hugging_face_config
+from actctx._batches import Batch, with_padding_behind
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
-from actctx._inputs import Batch, Reading
+from actctx._inputs import Reading
 from actctx._layout import TAKEN, Layout, StoredSite, check_rows, column_name
 from actctx._pipe import Pipe
 from actctx._places import uncompiled
@@ -111,6 +112,7 @@ class Extraction:
                 "context": reading.context,
                 "pack": reading.pack,
                 "batch_size": reading.batch_size,
+                "equal_lengths": reading.equal_lengths,
                 "tokenizer": reading.tokenizer,
                 "mask": reading.mask,
                 "pool": pool,
@@ -268,8 +270,8 @@ class Extraction:
         return target.rows
 
     def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
-        batch = work.batch
-        self._chosen.choose(work.where, (batch.tokens.shape[0], batch.tokens.shape[1]))
+        batch, where = with_padding_behind(work.batch, work.where)
+        self._chosen.choose(where, (batch.tokens.shape[0], batch.tokens.shape[1]))
         given = {
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in batch.given.items()

@@ -53,6 +53,7 @@ ROOMS = (
     "_layout",
     "_fingerprint",
     "_items",
+    "_batches",
     "_inputs",
     "_reading",
     "_choosing",
