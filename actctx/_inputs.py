@@ -50,6 +50,7 @@ class Reading:
         tokenize: Turns texts into token ids.
         batch_size: The sequences in a batch that is put together here, at most.
         context: The tokens of a sequence, at most; None where there is no limit.
+        limit: The tokens that the model says it reads at once; None where it does not.
         cuts: Whether the context was asked for.
         pack: Whether sequences are joined, and cut into as many tokens as the context has.
         separator: The token between texts that are joined.
@@ -87,6 +88,7 @@ class Reading:
     ordered_as: int | None = None
     tells_all: bool = False
     equal_lengths: bool = False
+    limit: int | None = None
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -188,16 +190,16 @@ class Reading:
             if self.equal_lengths:
                 yield from in_equal_lengths(batch)
             else:
-                self._check_is_told(batch)
+                if batch.unpadded is not None and not self.is_told(batch):
+                    _check_unmasked(batch.unpadded, count)
                 yield batch
             count += len(tokens)
 
-    def _check_is_told(self, batch: Batch) -> None:
-        """See to padding that a forward cannot be told of."""
+    def is_told(self, batch: Batch) -> bool:
+        """Tell whether the model's forward is told of padding, under any name."""
         shape = tuple(batch.tokens.shape)
-        is_told = any(is_mask_of_tokens(name, mask, shape) for name, mask in batch.given.items())
-        if self.takes_mask is None and batch.unpadded is not None and not is_told:
-            _check_unmasked(batch.unpadded, int(batch.sequences[0]))
+        masks = (is_mask_of_tokens(name, mask, shape) for name, mask in batch.given.items())
+        return self.takes_mask is not None or any(masks)
 
     def _renamed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Give the attention mask under the name that the model has for it."""

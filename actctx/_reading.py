@@ -85,13 +85,14 @@ def reading_of(
         tokenize=tokenize,
         batch_size=batch_size,
         context=context or limit,
+        limit=limit,
         cuts=context is not None,
         pack=pack,
         separator=getattr(using, "eos_token_id", None),
         carry=carry,
         takes=takes,
         takes_mask=takes_mask,
-        tells_all=_is_hooked(model) or is_hugging_face(_innermost(model)),
+        tells_all=_is_hooked(model) or is_hugging_face(innermost(model)),
         equal_lengths=equal_lengths,
         mask=mask,
         vocabulary=vocabulary,
@@ -119,7 +120,7 @@ def taken_by(model: Any) -> frozenset[str]:
 
 def _passed_on_by(model: Any) -> frozenset[str]:
     """Name what a forward might take that does not say what it takes."""
-    inner = _innermost(model)
+    inner = innermost(model)
     if is_hugging_face(inner) or not _takes_anything(inner):
         return frozenset()
     return _USUAL
@@ -144,7 +145,8 @@ def _is_hooked(model: Any) -> bool:
     return False
 
 
-def _innermost(model: Any) -> Any:
+def innermost(model: Any) -> Any:
+    """Find the model within wrappers that pass on what they are given."""
     while (within := _within(model)) is not None:
         model = within
     return model
@@ -174,7 +176,7 @@ def _only_child(model: Any) -> nn.Module | None:
 
 def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
     """Choose the token id that fills up sequences; a mask tells that it is padding."""
-    config = getattr(_innermost(model), "config", None)
+    config = getattr(innermost(model), "config", None)
     for padding in (getattr(each, "pad_token_id", None) for each in (tokenizer, config)):
         if isinstance(padding, int) and 0 <= padding < (vocabulary or padding + 1):
             return padding
@@ -201,7 +203,7 @@ def _numbered_behind_padding(model: nn.Module) -> list[int]:
 
 
 def _vocabulary_of(model: Any) -> int | None:
-    inner = _innermost(model)
+    inner = innermost(model)
     # It is not always as long as the config's vocabulary: some models were given more tokens.
     try:
         size = inner.get_input_embeddings().num_embeddings
