@@ -101,8 +101,8 @@ class Extraction:
         self._is_compared = False
         self._device = torch.device("cpu")
         self._dtype = next((each.dtype for each in model.parameters()), torch.float32)
-        self._check_names()
         check_sides(model, self._sites)
+        self._check_names()
         slices = {site.key: slice_of(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
@@ -135,6 +135,11 @@ class Extraction:
     def _check_names(self) -> None:
         names = [*self._reading.carry, *(site.key for site in self._sites)]
         for name in names:
+            if not name:
+                raise OptionError(
+                    f"a column needs a name, which {name!r} is not; give the site an alias, as in "
+                    "{'resid': ...}"
+                )
             if name in TAKEN or names.count(name) > 1:
                 raise OptionError(
                     f"{name!r} is the name of another column; give the site an alias, as in "

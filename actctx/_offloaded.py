@@ -33,13 +33,13 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         OptionError: The weights of one are nowhere.
 
     """
-    modules = dict(model.named_modules())
-    tied = _tied_in(model)
+    if not any(weights.is_meta for weights in model.parameters()):
+        yield from ((name, weights.detach()) for name, weights in model.named_parameters())
+        return
+    modules, tied = dict(model.named_modules()), _tied_in(model)
     for name, weights in model.named_parameters():
-        if not weights.is_meta:
-            yield name, weights.detach()
-        elif name not in tied:
-            yield name, _kept(modules, name)
+        if name not in tied:
+            yield name, _kept(modules, name) if weights.is_meta else weights.detach()
 
 
 def _kept(modules: dict[str, nn.Module], name: str) -> Tensor:
