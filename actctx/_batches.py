@@ -175,31 +175,47 @@ def _some(batch: Batch, rows: Int64[Tensor, " _"], places: Int64[Tensor, "_ _"])
 def given_at(
     batch: Batch, rows: Int64[Tensor, " _"], places: Int64[Tensor, "_ _"]
 ) -> dict[str, Any]:
-    """Take what a forward is given of tokens of some sequences.
+    """Take what a forward is given of tokens of some sequences, or of all in another place.
 
     Raises:
         DataError: It is not known which of it belongs to which tokens.
 
     """
-    batch_size, width = batch.tokens.shape
-    found: dict[str, Any] = {}
-    for name, value in batch.given.items():
-        if isinstance(value, list) and len(value) == batch_size:
-            found[name] = [value[row] for row in rows]
-        elif not isinstance(value, Tensor) or not value.dim():
-            found[name] = value
-        elif is_of_tokens(name, value, batch):
-            found[name] = value[rows[:, None], places]
-        elif len(value) == batch_size and (width not in value.shape[1:] or is_elsewhere(name)):
-            found[name] = value[rows]
-        else:
-            raise DataError(
-                f"from sequence {int(batch.sequences[0])} on, the input has padding, and "
-                f"{name!r} of the shape {tuple(value.shape)}, of which it is not known what "
-                "belongs to which token; give single sequences, or batches without padding before "
-                "the tokens"
-            )
-    return found
+    is_all = torch.equal(rows, torch.arange(len(batch.tokens)))
+    return {
+        name: value
+        if is_all and not _has_places(name, value, batch)
+        else _at(name, value, batch, rows, places)
+        for name, value in batch.given.items()
+    }
+
+
+def _has_places(name: str, value: Any, batch: Batch) -> bool:
+    """Tell whether what a forward is given may lie along the tokens."""
+    if not isinstance(value, Tensor) or not value.dim() or is_elsewhere(name):
+        return False
+    count, width = batch.tokens.shape
+    return width in (value.shape[1:] if len(value) == count else value.shape)
+
+
+def _at(
+    name: str, value: Any, batch: Batch, rows: Int64[Tensor, " _"], places: Int64[Tensor, "_ _"]
+) -> Any:
+    if not isinstance(value, list | Tensor) or (isinstance(value, Tensor) and not value.dim()):
+        return value
+    is_one_each = len(value) == len(batch.tokens)
+    if isinstance(value, list) and is_one_each:
+        return [value[row] for row in rows]
+    if isinstance(value, Tensor) and is_of_tokens(name, value, batch):
+        return value[rows[:, None], places]
+    if isinstance(value, Tensor) and is_one_each and not _has_places(name, value, batch):
+        return value[rows]
+    shape = f" of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
+    raise DataError(
+        f"from sequence {int(batch.sequences[0])} on, the input has padding, and {name!r}{shape}, "
+        "of which it is not known what belongs to which token; give single sequences, or batches "
+        "without padding before the tokens"
+    )
 
 
 def is_of_tokens(name: str, value: Tensor, batch: Batch) -> bool:

@@ -21,6 +21,12 @@ TOKENS = ("input_ids", "tokens", "text")
 MASKS = ("attention_mask", "one_zero_attention_mask")
 """What a mask is called, by models and in dicts, which is 1 where tokens are no padding."""
 
+_ELSEWHERE = (
+    *("decoder", "cross", "head", "past"),
+    *("pixel", "image", "video", "second_per", "audio", "feature", "input_features"),
+)
+"""How the names begin of what a forward takes that is not about the tokens of its input."""
+
 _MOST = 2**63
 
 
@@ -383,7 +389,7 @@ def is_mask_of_tokens(name: str, mask: Any, shape: tuple[int, ...]) -> bool:
 
 def is_elsewhere(name: str) -> bool:
     """Tell whether an argument of a forward is about other things than its tokens."""
-    return name.startswith(("decoder", "cross", "head", "pixel", "image", "input_features"))
+    return name.startswith(_ELSEWHERE)
 
 
 def _as_given(value: Any) -> Any:

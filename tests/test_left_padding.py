@@ -32,9 +32,7 @@ def left(entries, padding=0):
 
 
 def in_order(read, name):
-    order = sorted(
-        range(len(read)), key=lambda row: (read["sequence"][row], read["position"][row])
-    )
+    order = sorted(range(len(read)), key=lambda row: (read["sequence"][row], read["position"][row]))
     return read[name][order]
 
 
@@ -180,6 +178,20 @@ def test_what_cannot_be_moved_along_is_refused(out):
         "which it is not known what belongs to which token; give single sequences, or batches "
         "without padding before the tokens"
     )
+
+
+def test_what_is_of_no_token_stays_as_it_is(out):
+    class Pictured(Told):
+        def forward(self, ids, attention_mask=None, pixel_values=None, scale=None):
+            assert pixel_values.shape == (5, 7)
+            return super().forward(ids, attention_mask) * scale[:, None, None]
+
+    given = {"pixel_values": torch.zeros(5, 7), "scale": torch.tensor([1.0, 2.0, 3.0])}
+    model = Pictured()
+    batch = {"input_ids": left(IDS), "attention_mask": left(MASK).long(), **given}
+    extract(model, [batch], Site("block", axes="batch pos d"), out)
+    told = Told()
+    torch.testing.assert_close(Read(out)["block"], alone(told, told.block))
 
 
 # What a forward is told.

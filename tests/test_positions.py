@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from models import VOCAB, bridge, huggingface, tokens, tiny_transformer
+from models import VOCAB, bridge, huggingface, tiny_transformer, tokens
 from test_extract import Read, refusal
 from test_left_padding import bart
 from torch import nn
