@@ -139,6 +139,8 @@ def test_a_hooked_encoder_decoder_has_both_sides(out, name):
         use_attn_scale=False,
     )
     model = HookedEncoderDecoder(config).eval()
+    for weight in model.parameters():  # which are made without values
+        nn.init.normal_(weight, std=0.1)
     assert refused(model, name, out)
     batch = {"input_ids": tokens(2), "decoder_input": tokens(2, 3)}
     assert extract(model, [batch], "encoder.0.hook_resid_post", out).rows == 14
