@@ -130,6 +130,14 @@ Context = Annotated[
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join the texts and cut them into --context tokens each.")
 ]
+EqualLengths = Annotated[
+    bool,
+    typer.Option(
+        "--equal-lengths",
+        help="Run only texts of one length together, so that no forward sees padding: for models "
+        "that let it into the tokens beside it, such as CANINE and ConvBERT.",
+    ),
+]
 Drop = Annotated[
     list[str] | None,
     typer.Option(
