@@ -42,7 +42,7 @@ def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def has_bare_table(model: nn.Module) -> bool:
     """Tell whether a model has a table of absolute positions that is no module."""
     return any(
-        isinstance(vars(module).get(name), Tensor)
+        isinstance({**vars(module), **module._buffers}.get(name), Tensor)
         for module in core_of(model).modules()
         for name in _NO_MODULES
     )
