@@ -17,6 +17,7 @@ import contextlib
 import copy
 import functools
 import logging
+import types
 import warnings
 import weakref
 from collections import OrderedDict
@@ -334,7 +335,34 @@ def _copied(
     for module in copied.modules():
         if "_old_forward" in vars(module):  # of accelerate, which would fetch the weights
             vars(module)["forward"] = vars(module)["_old_forward"]
-    return copied, {module: memo[id(module)] for module in kept if id(module) in memo}
+    copies = {module: memo[id(module)] for module in kept if id(module) in memo}
+    for module in filter(is_hook_point, kept):
+        _pass_on(module, copies)
+    return copied, copies
+
+
+def _pass_on(point: Any, copies: Mapping[nn.Module, Any]) -> None:
+    """Have the copy of a hook point run another one, where TransformerLens' own hook does that."""
+    for handle in point.fwd_hooks:
+        if getattr(handle, "is_permanent", False):
+            registered = point._forward_hooks.get(handle.hook.id)
+            held = [cell.cell_contents for cell in getattr(registered, "__closure__", None) or ()]
+            for function in held:
+                is_function = isinstance(function, types.FunctionType)
+                if is_function and function.__module__.startswith("transformer_lens"):
+                    copies[point].add_hook(_within(function, copies), is_permanent=True)
+
+
+def _within(function: types.FunctionType, copies: Mapping[nn.Module, Any]) -> Any:
+    """Return a function that refers to copies of the modules that it refers to."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = [
+        types.CellType(copies.get(each, each) if isinstance(each, nn.Module) else each)
+        for each in held
+    ]
+    return types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, closure=tuple(cells)
+    )
 
 
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:
