@@ -14,13 +14,10 @@ runs for real, on a few tokens.
 """
 
 import contextlib
-import copy
 import functools
 import logging
-import types
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
@@ -35,6 +32,7 @@ from actctx._outputs import Inputs
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
+from actctx._stand_in import stand_in
 
 
 class _Shape(NamedTuple):
@@ -230,7 +228,7 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        hollow, copies = _copied(model, mode.from_tensor)
+        hollow, copies = stand_in(model, mode.from_tensor)
         for module in hollow.modules():
             # The kernel that is usual for experts has no rule for the shapes of float32.
             config: Any = vars(module).get("config")
@@ -245,7 +243,7 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("the weights lie elsewhere")
-    hollow, copies = _copied(model, _same)
+    hollow, copies = stand_in(model, _same)
     return _watched(hollow, copies, sample)
 
 
@@ -296,73 +294,6 @@ class _Answers(TorchFunctionMode):
         if func in {torch.Tensor.__bool__, torch.equal, torch.allclose, torch.Tensor.equal}:
             return self._answer
         return func(*args, **(kwargs or {}))
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-_LENS_HOOKS = ("fwd_hooks", "bwd_hooks")
-_SHARED = ("tokenizer", "processor", "generation_config", "_hf_hook")
-
-
-def _copied(
-    model: nn.Module, instead: Callable[[Tensor], Tensor]
-) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """Copy a model without its hooks, and with other tensors in place of its weights.
-
-    Returns:
-        The copy, and the copy of each module.
-
-    """
-    memo: dict[int, Any] = {}
-    kept = [*model.modules()]  # so that no `id` is used again
-    for module in kept:
-        own = vars(module)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = instead(tensor)
-        memo.update({id(own[name]): OrderedDict() for name in _HOOKS if name in own})
-        memo.update({id(own[name]): [] for name in _LENS_HOOKS if name in own})
-        memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
-    with torch.inference_mode(mode=False):
-        copied = copy.deepcopy(model, memo)
-    for module in copied.modules():
-        if "_old_forward" in vars(module):  # of accelerate, which would fetch the weights
-            vars(module)["forward"] = vars(module)["_old_forward"]
-    copies = {module: memo[id(module)] for module in kept if id(module) in memo}
-    for module in filter(is_hook_point, kept):
-        _pass_on(module, copies)
-    return copied, copies
-
-
-def _pass_on(point: Any, copies: Mapping[nn.Module, Any]) -> None:
-    """Have the copy of a hook point run another one, where TransformerLens' own hook does that."""
-    for handle in point.fwd_hooks:
-        if getattr(handle, "is_permanent", False):
-            registered = point._forward_hooks.get(handle.hook.id)
-            held = [cell.cell_contents for cell in getattr(registered, "__closure__", None) or ()]
-            for function in held:
-                is_function = isinstance(function, types.FunctionType)
-                if is_function and function.__module__.startswith("transformer_lens"):
-                    copies[point].add_hook(_within(function, copies), is_permanent=True)
-
-
-def _within(function: types.FunctionType, copies: Mapping[nn.Module, Any]) -> Any:
-    """Return a function that refers to copies of the modules that it refers to."""
-    held = [cell.cell_contents for cell in function.__closure__ or ()]
-    cells = [
-        types.CellType(copies.get(each, each) if isinstance(each, nn.Module) else each)
-        for each in held
-    ]
-    return types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, closure=tuple(cells)
-    )
 
 
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:

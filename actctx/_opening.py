@@ -324,16 +324,20 @@ class Opening(Generic[B]):
         site.check_axes(shape)
         numbers = self._numbers(frame)
         axes = plainly_told(site, shape, numbers)
-        teller = Teller.of(self._model, site)
-        if axes is None and site.needs_axes:
-            axes = teller.axes(site.place.name, shape, numbers)
-            if axes is None:
-                raise site.refuse_axes(shape)
+        tell = None
+        if axes is None:
+            teller = Teller.of(self._model, site)
+            if site.needs_axes:
+                axes = teller.axes(site.place.name, shape, numbers)
+                if axes is None:
+                    raise site.refuse_axes(shape)
+            else:
+                tell = teller.later(site, shape, numbers)
         if site.needs_axes and axes is not None and axes != site.known_axes:
             seen.take(site.along(axes))
         seen.site.selector.check(shape)
         if not seen.column.firings:
-            seen.column.tell = None if axes is not None else teller.later(seen.site, shape, numbers)
+            seen.column.tell = tell
             seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
         seen.rank = len(shape)
 
@@ -342,8 +346,16 @@ class Opening(Generic[B]):
         if isinstance(self._options.mask, Chosen):
             batch, pos = self._options.mask.shape
             return Numbers(batch, frozenset({pos}))
-        frames = [] if frame is None else frame.chain()
-        return numbers_of(given for each in frames for given in self._padding.inputs(each))
+        if frame is None:
+            return Numbers()
+        known: Numbers | None = frame.masks.get("numbers")
+        if known is None:
+            known = numbers_of(
+                given for each in frame.chain() for given in self._padding.inputs(each)
+            )
+            if known.batch is not None:  # a bridge makes tokens of texts only in its forward
+                frame.masks["numbers"] = known
+        return known
 
     def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         site = seen.site

@@ -1,18 +1,17 @@
-"""A stand-in of a model: the same modules under the same names, with fake tensors for its weights.
+"""A stand-in of a model: the same modules under the same names, with other tensors for its weights.
 
 TransformerLens' adapters prepare a model for a bridge: they replace its modules and forwards,
-change its config, and split its weights. A stand-in takes all of that, so that the model itself
-stays as it is, and nothing is computed or held twice. It also runs, without values, to tell which
-of its modules a forward calls.
+change its config, and split its weights. A stand-in takes all of that, and runs that are to tell
+what a model does, so that the model itself stays as it is, and nothing is held twice.
 """
 
 import copy
+import types
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
 _HOOKS = (
     "_forward_hooks",
@@ -23,62 +22,80 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_LENS_HOOKS = ("fwd_hooks", "bwd_hooks")
+_SHARED = ("tokenizer", "processor", "adapter", "_hf_hook")
 
 
-def stand_in(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+def stand_in(
+    model: nn.Module, instead: Callable[[Tensor], Tensor]
+) -> tuple[Any, dict[nn.Module, nn.Module]]:
     """Make a stand-in of a model.
 
     Args:
-        model: The model, which is left as it is.
-        mode: The mode that its tensors belong to, in which alone it can run.
+        model: The model, which is left as it is, also for other threads.
+        instead: Makes what stands in the place of a parameter or buffer.
 
     Returns:
-        A model of the same classes with the same modules, fake tensors on the CPU for all
-        parameters and buffers, and copies of its configs; with no hooks, and not in training.
-        Modules that are shared are shared.
+        A model of the same classes with the same modules and copies of its configs, with no hooks
+        but those by which TransformerLens itself passes values on; and the stand-in of each
+        module. Modules and weights that are shared are shared.
 
     """
-    with mode:
-        return _copied(model, {}, {})
+    kept = [*model.modules()]  # held, so that no `id` is used again
+    # Not `copy.deepcopy` of a module, which some change while they copy it, and some refuse.
+    made = {module: object.__new__(type(module)) for module in kept}
+    memo: dict[int, Any] = {id(module): new for module, new in made.items()}
+    for module in kept:
+        own = vars(module)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = instead(tensor)
+        memo.update({id(own[name]): OrderedDict() for name in _HOOKS if name in own})
+        memo.update({id(own[name]): [] for name in _LENS_HOOKS if name in own})
+        memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
+        for value in own.values():
+            owner = getattr(value, "__self__", None)
+            if owner is not None and not isinstance(owner, nn.Module):
+                memo.setdefault(id(owner), owner)  # such as the adapter that a bridge was made by
+    for module, new in made.items():
+        for name, value in [*vars(module).items()]:
+            new.__dict__[name] = _copied(value, memo)
+        if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
+            new.__dict__["forward"] = new.__dict__["_old_forward"]
+    for module in kept:
+        for handle in vars(module).get("fwd_hooks", ()):
+            _pass_on(module, handle, made)
+    return made[model], made
 
 
-def _copied(module: nn.Module, made: dict[int, nn.Module], memo: dict[int, Any]) -> nn.Module:
-    if id(module) in made:
-        return made[id(module)]
-    # Not `copy.copy`, which a module may refuse, as one does that computes its weights.
-    new = made[id(module)] = object.__new__(type(module))
-    new.__dict__.update(vars(module))
-    new.__dict__["_parameters"] = {
-        name: None if each is None else nn.Parameter(_fake(each), requires_grad=False)
-        for name, each in module._parameters.items()
-    }
-    new.__dict__["_buffers"] = {
-        name: None if each is None else _fake(each) for name, each in module._buffers.items()
-    }
-    new.__dict__["_modules"] = {
-        name: None if each is None else _copied(each, made, memo)
-        for name, each in module._modules.items()
-    }
-    for name, value in vars(module).items():
-        if name in _HOOKS:
-            new.__dict__[name] = OrderedDict()
-        elif name not in {"_parameters", "_buffers", "_modules"}:
-            new.__dict__[name] = _own(value, made, memo)
-    new.__dict__.pop("forward", None)  # of a capture that is open, or of a library that offloads
-    new.__dict__["training"] = False
-    return new
-
-
-def _own(value: Any, made: dict[int, nn.Module], memo: dict[int, Any]) -> Any:
-    """Copy what a forward or an adapter may change, and modules that are held as attributes."""
-    if isinstance(value, nn.Module):
-        return _copied(value, made, memo)
-    if hasattr(value, "model_type"):  # a config
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    try:
         return copy.deepcopy(value, memo)
-    if type(value) in {list, tuple}:
-        return type(value)(_own(each, made, memo) for each in value)
-    return copy.copy(value) if type(value) in {dict, set} else value
+    except Exception:  # noqa: BLE001  what cannot be copied is not what a forward changes
+        return value
 
 
-def _fake(tensor: Tensor) -> Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+def _pass_on(point: Any, handle: Any, made: Mapping[nn.Module, Any]) -> None:
+    """Have the stand-in of a hook point run another one, where TransformerLens' own hook does."""
+    if not getattr(handle, "is_permanent", False):
+        return
+    registered = point._forward_hooks.get(handle.hook.id)
+    for function in _held(registered):
+        is_function = isinstance(function, types.FunctionType)
+        if is_function and function.__module__.startswith("transformer_lens"):
+            made[point].add_hook(_within(function, made), is_permanent=True)
+
+
+def _within(function: types.FunctionType, made: Mapping[nn.Module, Any]) -> types.FunctionType:
+    """Return a function that refers to the stand-ins of the modules that it refers to."""
+    cells = [
+        types.CellType(made.get(each, each) if isinstance(each, nn.Module) else each)
+        for each in _held(function)
+    ]
+    return types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, closure=tuple(cells)
+    )
+
+
+def _held(function: Any) -> list[Any]:
+    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]

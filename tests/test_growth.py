@@ -1,0 +1,214 @@
+"""Where axes lie: told by names where sizes leave no doubt, else by a run of the model."""
+
+import threading
+
+import pytest
+import torch
+from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
+from torch import nn
+
+from actctx import AxisError, SelectionError, Site, capture
+from actctx._axes import grown_axes
+from actctx._growth import grown, growth_at
+
+BATCH, POS, BOTH, ROWS = (
+    frozenset(each) for each in (["batch"], ["pos"], ["rows", "pos"], ["rows"])
+)
+NONE = frozenset[str]()
+
+
+class Swapped(nn.Module):
+    """A model of somebody's own, whose layer runs on `pos batch d`, as fairseq's do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 8)
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, ids):
+        return self.layer(self.embed(ids).transpose(0, 1)).transpose(0, 1)
+
+
+def hidden_of(model, name, ids):
+    found = []
+    handle = model.get_submodule(name).register_forward_hook(lambda *call: found.append(call[2]))
+    with torch.no_grad():
+        model(ids)
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("growth", "proposed", "shape", "axes"),
+    [
+        ((BATCH, POS, NONE), ("batch", "pos", "d_model"), (4, 4, 8), "batch pos d_model"),
+        ((BATCH, POS, NONE), None, (4, 4, 8), "batch pos _"),
+        ((POS, BATCH, NONE), None, (4, 4, 8), "pos batch _"),
+        (
+            (NONE, BATCH, POS, NONE),
+            ("batch", "pos", "d_model"),
+            (4, 4, 4, 8),
+            "_ batch pos d_model",
+        ),
+        (
+            (BATCH, POS, NONE, NONE),
+            ("batch", "head", "pos", "d_head"),
+            (4, 4, 4, 8),
+            "batch pos head d_head",
+        ),
+        ((BATCH, NONE, POS, POS), None, (4, 4, 7, 7), "batch _ query key"),
+        ((BATCH, NONE), ("batch", "pos", "d_vocab"), (4, 8), "batch _"),
+        ((BATCH, POS, NONE), ("query", "key", "head"), (4, 4, 8), "batch pos _"),
+        ((NONE, POS, NONE), ("batch", "pos", "d_rotary"), (1, 7, 8), "batch pos d_rotary"),
+        ((BOTH, NONE), ("token", "expert"), (28, 4), "token expert"),
+        ((ROWS, POS, POS), None, (16, 7, 7), "_ query key"),
+    ],
+)
+def test_axes_are_named_by_what_grows(growth, proposed, shape, axes):
+    assert grown_axes(growth, proposed, shape) == tuple(axes.split())
+
+
+def test_more_axes_than_can_be_told_apart_are_not_named():
+    assert grown_axes((BATCH, POS, POS, POS), None, (2, 7, 7, 7)) is None
+    assert grown_axes((BATCH, BATCH, POS), None, (2, 2, 7)) is None
+
+
+@pytest.mark.parametrize("pos", [4, 7])
+def test_a_position_of_any_module_is_selected_where_it_lies(pos):
+    model, ids = Swapped(), tokens(4, pos)
+    with capture(model, "layer", slice={"pos": -1}) as acts:
+        model(ids)
+    assert torch.equal(acts.tensor, hidden_of(model, "layer", ids)[-1])
+    assert acts.axes("layer") == ("batch", "_")
+
+
+def test_forwards_join_along_the_sequences_wherever_they_lie():
+    model, ids = Swapped(), (tokens(4), tokens(2))
+    with capture(model, "layer") as acts:
+        for each in ids:
+            model(each)
+    expected = torch.cat([hidden_of(model, "layer", each) for each in ids], 1)
+    assert torch.equal(acts.tensor, expected)
+
+
+@pytest.mark.parametrize("by_glob", [False, True])
+def test_what_cannot_be_told_is_refused(by_glob):
+    linear = nn.Sequential(nn.Linear(4, 4))
+    names = (lambda name: name == "0") if by_glob else "0"
+    with pytest.raises(AxisError, match="are not known"):
+        capture(linear, names, slice={"pos": -1})
+
+
+def test_a_module_that_runs_on_features_is_not_taken_to_read_tokens():
+    model = nn.Sequential(nn.ReLU())  # which runs on token ids as well
+    with (
+        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        capture(model, "0", slice={"pos": -1}),
+    ):
+        model(torch.ones(2, 3, 4))
+
+
+def test_a_position_outside_of_an_axis_is_refused_before_any_forward_where_the_model_tells():
+    with pytest.raises(SelectionError, match="has the size 4 along 'head'"):
+        capture(bridge(), "blocks.0.attn.hook_z", slice={"head": 4})
+
+
+def test_a_size_that_only_the_config_has_is_no_reason_to_refuse(ids):
+    model = bridge()
+    model.cfg.d_mlp = 16
+    with capture(model, "blocks.0.mlp.hook_post", slice={"d_mlp": 100}) as acts:
+        model(ids)
+    assert acts.tensor.shape == (3, 7)
+
+
+def test_the_model_runs_once_however_many_captures_ask():
+    model = huggingface("LlamaForCausalLM")
+    assert grown(model) is grown(model)
+    first = grown(model)
+    model.model.layers[0].mlp = nn.Identity()
+    assert grown(model) is not first
+
+
+def test_the_run_touches_nothing():
+    model = bridge()
+    fired = []
+    model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda value, hook: fired.append(value))
+    model.blocks[0].register_forward_hook(lambda *_: fired.append(0))
+    before, weights = hooks_of(model), [*model.parameters()]
+    state = torch.get_rng_state()
+    assert grown(model) is not None
+    assert fired == []
+    assert hooks_of(model) == before
+    assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_of_the_run_stays_in_a_capture_that_is_open(ids):
+    model = bridge()
+    with capture(model, "blocks.*.hook_resid_post", slice={"pos": -1}) as acts:
+        model(ids[:, :3])  # as many positions as sequences
+        model(ids[:, :3])
+    assert acts.forwards == 2
+    assert acts["blocks.0.hook_resid_post"].shape == (6, 32)
+
+
+def test_a_run_in_inference_mode_makes_no_inference_tensors_of_weights(ids):
+    model = huggingface("LlamaForCausalLM")
+    with torch.inference_mode(), capture(model, "model.norm", slice={"pos": -1}) as acts:
+        model(ids)
+    assert acts.tensor.shape == (3, 32)
+    assert not any(weight.is_inference() for weight in model.parameters())
+
+
+def test_a_thread_beside_the_run_keeps_its_hooks(ids):
+    model = bridge()
+    counted = []
+
+    def run():
+        with capture(model, "blocks.0.hook_resid_post") as acts, torch.no_grad():
+            for _ in range(20):
+                model(ids)
+        counted.append(acts.forwards)
+
+    beside = threading.Thread(target=run)
+    beside.start()
+    assert grown(model) is not None
+    beside.join()
+    assert counted == [20]
+
+
+def test_sizes_that_depend_on_values_are_told_by_a_run_on_a_few_tokens():
+    class Sized(Mlp):
+        def forward(self, ids):
+            kept = [row[: int((row > 0).sum())] for row in ids]
+            return super().forward(torch.stack(kept))
+
+    model = Sized()
+    grew = growth_at(model, model.head, "out", lambda value: value)
+    assert grew.growth == (BATCH, POS, NONE)
+    assert model.training
+
+
+def test_rows_that_are_not_sequences_are_not_called_so():
+    class Heads(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.scores = nn.Identity()
+
+        def forward(self, ids):
+            hidden = self.embed(ids).unflatten(-1, (2, 4)).transpose(1, 2).flatten(0, 1)
+            return self.scores(hidden @ hidden.mT)
+
+    model = Heads()
+    with capture(model, "scores") as acts:
+        model(tokens())
+    assert acts.axes("scores") == ("_", "query", "key")
+
+
+@pytest.mark.skipif(GENERATION < 4, reason="4.3 tells where the positions of such points lie")
+def test_a_site_that_the_user_names_is_not_asked_of_the_model(ids):
+    model = bridge()
+    with capture(model, Site("blocks.0", axes="pos batch d_model"), slice={"pos": 0}) as acts:
+        model(ids)
+    assert acts.axes("blocks.0") == ("batch", "d_model")
