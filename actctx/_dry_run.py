@@ -31,6 +31,7 @@ from actctx._stand_in import stand_in
 _SEQUENCES, _SHORT, _LONG = 2, 16, 130
 _SAMPLES = 4000
 _PATTERN_RANK = 4
+_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_id"}
 # Where modules are handed about, but not called.
 _NOT_RUN = (
     "__init__",
@@ -138,7 +139,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
     alike = _run_once(modules)
     is_whole = True
     try:
-        with mode, torch.no_grad(), warnings.catch_warnings():
+        with torch.inference_mode(mode=False), mode, torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             _run(whole, positions, options)
     except Exception:  # noqa: BLE001  what a model raises that cannot run without values
@@ -188,7 +189,7 @@ def _built(module: nn.Module) -> object:
             tuple(
                 (key, value)
                 for key, value in vars(each).items()
-                if isinstance(value, bool | int | float | str | None) and "idx" not in key
+                if isinstance(value, bool | int | float | str | None) and key not in _NUMBERS
             ),
         )
         for name, each in module.named_modules()

@@ -38,7 +38,7 @@ def stand_in(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         Modules that are shared are shared.
 
     """
-    with mode:
+    with torch.inference_mode(mode=False), mode:
         return _copied(model, {}, {})
 
 
@@ -64,7 +64,9 @@ def _copied(module: nn.Module, made: dict[int, nn.Module], memo: dict[int, Any])
             new.__dict__[name] = OrderedDict()
         elif name not in {"_parameters", "_buffers", "_modules"}:
             new.__dict__[name] = _own(value, made, memo)
-    new.__dict__.pop("forward", None)  # of a capture that is open, or of a library that offloads
+    # Of a capture that is open, of a library that offloads, or compiled: all run the model itself.
+    for name in ("forward", "_compiled_call_impl"):
+        new.__dict__.pop(name, None)
     new.__dict__["training"] = False
     return new
 

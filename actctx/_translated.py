@@ -77,8 +77,8 @@ class Translation:
         aliases: The canonical name of each alias.
         inside: The hook points that a bridge has beside the points.
         lacks: Why there are no names at all.
-        lacks_heads: Why a point is not among them, by its name, where there is a reason of its own,
-            such as for queries that cannot be divided into heads.
+        reasons: Why a point is not among them, by its name, where there is a reason of its own,
+            such as that queries cannot be divided into heads.
 
     """
 
@@ -86,7 +86,7 @@ class Translation:
     aliases: dict[str, str] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     lacks: str = ""
-    lacks_heads: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str | None:
         """Return the canonical name of a hook point, or None where there is none."""
@@ -101,6 +101,11 @@ class Translation:
             named[name].append(alias)
         return named
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers are among them: an adapter of another model may share a head with it."""
+        return any(".0." in name for name in self.points)
+
     @functools.cached_property
     def siblings(self) -> set[str]:
         """The names of all hook points that a bridge has."""
@@ -108,8 +113,8 @@ class Translation:
 
     def why_not(self, name: str) -> str:
         """Say why a hook point of a bridge is not among them, and what to do."""
-        if name in self.lacks_heads:
-            return self.lacks_heads[name]
+        if name in self.reasons:
+            return self.reasons[name]
         if not _INSIDE.isdisjoint(name.split(".")):
             return (
                 "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
@@ -177,13 +182,16 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         return Translation(lacks="TransformerLens 3 or later tells them; install it")
     name = type(model).__name__
     remedy = "give the names of its modules (see actctx.hook_names(model))"
-    failed = ""
+    best, failed = Translation(), ""
     for architecture in _relatives(model):
         found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
         failed = failed or why
-        if found.points:
-            _drop(found, dry_run(model))
-            return found
+        best = best if best.points and not found.has_layers else found
+        if best.has_layers:
+            break
+    if best.points:
+        _drop(best, dry_run(model))
+        return best
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
     else:
@@ -198,7 +206,7 @@ def _by(
     aliases: Mapping[str, Any],
 ) -> tuple[Translation, str]:
     """Find the names that the adapter of an architecture has for a model, or why it fails."""
-    failed = ""
+    best, failed = Translation(), ""
     for number in range(len(_roots(model))):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
@@ -209,10 +217,11 @@ def _by(
             failed = failed or _told(error)
             continue
         if found is None:
-            return Translation(), failed
-        if found.points:
-            return found, ""
-    return Translation(), failed
+            break
+        best = best if best.points and not found.has_layers else found
+        if best.has_layers:
+            break
+    return best, failed
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
@@ -307,7 +316,7 @@ def _why_never(run: DryRun, module: str, reading: Reading) -> str:
 def _lack(found: Translation, name: str, why: str) -> None:
     found.points.pop(name, None)
     found.inside.append(name)
-    found.lacks_heads[name] = why
+    found.reasons[name] = why
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -581,5 +590,5 @@ def _add_aliases(found: Translation, prefix: str, aliases: Mapping[str, Any]) ->
             found.aliases[prefix + alias] = target
             continue
         found.inside.append(prefix + alias)
-        if target in found.lacks_heads:
-            found.lacks_heads[prefix + alias] = found.lacks_heads[target]
+        if target in found.reasons:
+            found.reasons[prefix + alias] = found.reasons[target]
