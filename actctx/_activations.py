@@ -12,9 +12,9 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._cast import read_to
 from actctx._column import Column, Kept, wait_for
-from actctx._errors import NotCapturedError, OptionError, SeveralFiringsError
+from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
 from actctx._file import describe, write_safetensors
-from actctx._lookup import find_column, listed, why_empty, why_nothing
+from actctx._lookup import are_layers, find_column, listed, why_empty, why_nothing
 from actctx._select import Owned, own, plain_mode
 from actctx._spared import Estimate, spared, unknown
 from actctx._stack import layers_of, stack_layers
@@ -57,6 +57,7 @@ class Activations(_Tensors):
         self._columns: dict[str, Column] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
+        self._silent = 0
         self._tokens: Counter[tuple[int, int]] = Counter()
         self._kept = Kept()
 
@@ -64,6 +65,11 @@ class Activations(_Tensors):
         """Prepare for a site, and return what it will leave, for a hook to add to."""
         self._columns[key] = Column(key, names, self._join, capacity)
         return self._columns[key]
+
+    @property
+    def columns(self) -> list[Column]:
+        """What the sites that fired have left."""
+        return [self._columns[key] for key in self._order]
 
     def single(self, name: str) -> Column:
         """Return what a site left that fires once in a forward.
@@ -74,7 +80,7 @@ class Activations(_Tensors):
 
         """
         column = self._column(name)
-        if len(column.firings) > 1:
+        if len(column.firings) > 1 and not column.is_one:
             raise SeveralFiringsError(
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
                 f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
@@ -96,8 +102,15 @@ class Activations(_Tensors):
                 self._kept.add(firings)
         self._kept.trim()
 
+    def note_silent_forward(self) -> None:
+        """Count a forward that left nothing."""
+        self._silent += 1
+
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
+
+        Args:
+            name: Its name, an alias, or an ending or a glob that means no other captured site.
 
         Returns:
             The tensor, joined over the forwards; with `join=None` a list, one per forward.
@@ -114,6 +127,12 @@ class Activations(_Tensors):
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
             raise AttributeError(name)
         if name not in self._columns:
+            several = [key for key in self._order if key.startswith(f"{name}.")]
+            if several:
+                stacked = f"acts.stack({name!r}) or " * are_layers(self._columns, name)
+                raise AttributeError(
+                    f"{name!r} stands for several sites, so read {stacked}one of {listed(several)}"
+                )
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are "
                 f"{listed(self._order)}"
@@ -124,7 +143,11 @@ class Activations(_Tensors):
             raise AttributeError(str(error)) from error
 
     def __contains__(self, name: object) -> bool:
-        return bool((column := find_column(self._columns, name)) and column.firings)
+        try:
+            column = find_column(self._columns, name)
+        except HookNameError:  # a pattern that means nothing
+            return False
+        return bool(column and column.firings)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._order)
@@ -150,7 +173,9 @@ class Activations(_Tensors):
                 "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
-            raise NotCapturedError(f"there is no tensor to read: {why_empty(self._source)}")
+            raise NotCapturedError(
+                f"there is no tensor to read: {why_empty(self._source, self._silent)}"
+            )
         if len(self) > 1:
             raise NotCapturedError(
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
@@ -183,7 +208,9 @@ class Activations(_Tensors):
             NotCapturedError: Nothing was captured under this name.
 
         """
-        return self._column(name).axes
+        column = self._column(name)
+        column.settle_axes()
+        return column.axes
 
     def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
         """Read a site that fires more than once in a forward, such as a shared module.
@@ -263,7 +290,9 @@ class Activations(_Tensors):
 
     def _layers(self, name: str) -> list[str]:
         if not self:
-            raise NotCapturedError(f"there is nothing to stack: {why_empty(self._source)}")
+            raise NotCapturedError(
+                f"there is nothing to stack: {why_empty(self._source, self._silent)}"
+            )
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:
@@ -282,6 +311,7 @@ class Activations(_Tensors):
 
         """
         column = self._column(name)
+        column.settle_axes()
         dtype = column.firings[0][0].value.dtype
         return spec_of(dtype, column.axes, column.fixed_sizes())
 
@@ -315,7 +345,7 @@ class Activations(_Tensors):
         for column in self._columns.values():
             column.clear()
         self._order.clear()
-        self._forwards = 0
+        self._forwards = self._silent = 0
         self._tokens.clear()
         self._kept = Kept()
 
@@ -359,7 +389,21 @@ class Activations(_Tensors):
         cache = spared(self._estimate, self._tokens, self.nbytes)
         return as_html(*self._summary(cache, drawn=True))
 
-    __eq__ = object.__eq__  # tensors have no one truth value, so buffers are compared by identity
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same buffer.
+
+        Raises:
+            OptionError: It is another buffer or mapping, whose tensors have no one truth value.
+
+        """
+        if self is not other and isinstance(other, Mapping):
+            raise OptionError(
+                "buffers are not compared with ==, since tensors have no one truth value; compare "
+                "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+                "atol=0), or one with torch.equal(acts[name], other[name])"
+            )
+        return self is other
+
     __hash__ = object.__hash__
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Activations":
@@ -382,7 +426,7 @@ class Activations(_Tensors):
         copy = Activations(self._join, source=self._source, estimate=self._estimate)
         copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
-        copy._forwards = self._forwards
+        copy._forwards, copy._silent = self._forwards, self._silent
         with plain_mode():
             copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
         return copy
@@ -392,6 +436,7 @@ class Activations(_Tensors):
         if column is not None and column.firings:
             return column
         reason = why_empty(self._source)
-        if self._forwards:
-            reason = why_nothing(self._columns, name, self._order, self._forwards)
+        if self._forwards or self._silent:
+            forwards = self._forwards + self._silent
+            reason = why_nothing(self._columns, name, self._order, forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")

@@ -8,10 +8,21 @@ residual stream, `batch pos head d_head` for queries and the attention's output 
 import functools
 import re
 from collections.abc import Container, Mapping
+from typing import Any
 
 from torch import nn
 
 Axes = tuple[str, ...]
+
+Growth = tuple[frozenset[str], ...]
+"""What each axis of an activation grows with.
+
+`"batch"` for the sequences; `"rows"` for what comes several times for each of them, such as tokens
+or heads; `"pos"` for the positions; `"target"` for those of a decoder beside an encoder.
+"""
+
+POSITIONS = frozenset({"pos", "query", "key"})
+"""The names of axes that grow with the positions."""
 
 # The end of a canonical or `HookedTransformer` hook name, and its axes: the first match wins.
 _RULES: tuple[tuple[re.Pattern[str], Axes], ...] = tuple(
@@ -127,9 +138,10 @@ def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -
     if parent in {"pos_embed", "decoder_pos_embed"} and "encoder_blocks.0.hook_in" in siblings:
         return _BIAS.get(leaf)
     axes = _usual_axes(name)
-    if axes is not None and pos_dim is not None and "pos" in axes and axes.index("pos") != pos_dim:
-        return _with_pos_at(pos_dim, axes)
-    return axes
+    if axes is None or pos_dim is None or "pos" not in axes:
+        return axes
+    dim = pos_dim % len(axes) if pos_dim < 0 else pos_dim
+    return axes if axes.index("pos") == dim else _with_pos_at(dim, axes)
 
 
 @functools.lru_cache(maxsize=2**14)
@@ -151,12 +163,15 @@ def ungrouped(axes: Axes | None) -> Axes | None:
     return axes and tuple("head" if axis == "kv_head" else axis for axis in axes)
 
 
-def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes:
-    """Name the axes of an activation of this rank, whose hook point is known to have `axes`.
+def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes | None:
+    """Propose the axes of an activation of this rank, whose hook point is said to have `axes`.
 
     OPT's MLP works on flattened sequences, so what is `batch pos ...` elsewhere has one row a
     token there. TransformerLens 3 norms the inputs of attention head by head where it splits them.
-    An axis whose name is not known is `_`, as in jaxtyping.
+
+    Returns:
+        The axes, or None where there is nothing to propose.
+
     """
     if axes is not None and len(axes) == rank:
         return axes
@@ -164,7 +179,90 @@ def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes:
         return ("token", *axes[2:])
     if axes is not None and len(axes) == rank - 1 and name.rpartition(".")[0].endswith("ln1"):
         return (*axes[:2], "head", *axes[2:])
-    return ("_",) * rank
+    return None
+
+
+def are_the_only(
+    axes: Axes, shape: tuple[int, ...], batch: int | None, positions: Container[int]
+) -> bool:
+    """Tell whether the sizes of a forward leave no other axes than the proposed ones.
+
+    Args:
+        axes: The axes that a name proposes.
+        shape: The shape of the activation.
+        batch: The number of sequences that the forward was given, where that is known.
+        positions: The numbers of positions that it was given: one, or an encoder's and a decoder's.
+
+    """
+    named = [*zip(axes, shape, strict=True)]
+    along = [
+        dim for dim, (axis, size) in enumerate(named) if axis in POSITIONS or size in positions
+    ]
+    rows = [dim for dim, (axis, size) in enumerate(named) if axis == "batch" or size == batch]
+    # A key is longer than the positions of the forward where there is a cache.
+    are_along = all(
+        named[dim][0] in POSITIONS and (named[dim][1] in positions or named[dim][0] == "key")
+        for dim in along
+    )
+    are_rows = all(named[dim][0] in {"batch", "1"} and named[dim][1] == batch for dim in rows)
+    return bool(along) and are_along and are_rows and "token" not in axes
+
+
+def grown_axes(growth: Growth, proposed: Axes | None, shape: tuple[int, ...]) -> Axes | None:
+    """Name the axes of an activation by what they grow with.
+
+    Args:
+        growth: What each axis grows with.
+        proposed: The axes that the name proposes, whatever their number; they name those axes that
+            do not grow, in their order.
+        shape: The shape of the activation.
+
+    Returns:
+        The axes, `"_"` for those that nothing names; None where more of them grow than can be
+        told apart.
+
+    """
+    if len(growth) != len(shape):
+        return None
+    named: list[str | None] = [_grown_axis(each) for each in growth]
+    along = [dim for dim, name in enumerate(named) if name == "pos"]
+    alike = proposed if proposed is not None and len(proposed) == len(growth) else None
+    if len(along) > 2 or named.count("batch") + named.count("token") > 1:  # noqa: PLR2004
+        return None
+    for dim, name in zip(along, _along(growth, along, alike), strict=True):
+        named[dim] = name
+    if alike is not None and "batch" in alike and "batch" not in named and "token" not in named:
+        dim = alike.index("batch")
+        if named[dim] is None and shape[dim] == 1:  # broadcast over the sequences
+            named[dim] = "batch"
+    left = [dim for dim, name in enumerate(named) if name is None]
+    rest = [axis for axis in proposed or () if axis not in {"batch", "token", *POSITIONS}]
+    for dim, axis in zip(reversed(left), reversed(rest), strict=False):
+        if len(rest) <= len(left):
+            named[dim] = axis
+    return tuple(name or "_" for name in named)
+
+
+def _grown_axis(grows: frozenset[str]) -> str | None:
+    """Name an axis by what it grows with; None for one that does not grow."""
+    if not grows:
+        return None
+    if grows == {"batch"}:
+        return "batch"
+    if "batch" in grows or grows == {"rows"}:
+        return "_"
+    return "token" if "rows" in grows else "pos"
+
+
+def _along(growth: Growth, along: list[int], proposed: Axes | None) -> list[str]:
+    """Name the axes that grow with the positions: one, or a query and its keys."""
+    names = [proposed[dim] for dim in along] if proposed is not None else []
+    if len(along) == 1:
+        return names if {*names} <= POSITIONS and names else ["pos"]
+    if {*names} == {"query", "key"} or not along:
+        return names
+    crosses = growth[along[0]] != growth[along[1]] and "target" in growth[along[1]]
+    return ["key", "query"] if crosses else ["query", "key"]
 
 
 def axis_sizes(model: nn.Module) -> Mapping[str, int]:
@@ -181,7 +279,7 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
 
     """
     lens = getattr(model, "cfg", None)
-    hugging = hugging_face_config(model)
+    hugging = _text_config(hugging_face_config(model))
     found = {
         "d_model": _first(lens, "d_model") or _first(hugging, "hidden_size"),
         "d_head": _first(lens, "d_head") or _first(hugging, "head_dim"),
@@ -194,9 +292,9 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     }
     grouped = _first(lens, "n_key_value_heads") or _first(hugging, "num_key_value_heads")
     # As Falcon's configs say it: so many, or one for all.
-    if getattr(hugging, "new_decoder_architecture", False):
+    if _value(hugging, "new_decoder_architecture"):
         grouped = _first(hugging, "num_kv_heads")
-    elif getattr(hugging, "multi_query", False):
+    elif _value(hugging, "multi_query"):
         grouped = 1
     found["kv_head"] = grouped or found["head"]
     if not found["d_head"] and found["d_model"] and found["head"]:
@@ -208,6 +306,13 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     return {axis: size for axis, size in found.items() if size}
 
 
+def _text_config(config: Any) -> object:
+    """Return the config of the language model, where one config holds those of several parts."""
+    if _first(config, "hidden_size", "n_embd", "d_model") or not hasattr(config, "get_text_config"):
+        return config
+    return config.get_text_config()
+
+
 def hugging_face_config(model: nn.Module) -> object:
     """Find Hugging Face's config of a model, or of the one that a bridge wraps; None for none."""
     return getattr(getattr(model, "original_model", model), "config", None)
@@ -215,5 +320,12 @@ def hugging_face_config(model: nn.Module) -> object:
 
 def _first(config: object, *names: str) -> int | None:
     """Return the first size that a config has under one of these names."""
-    sizes = (getattr(config, name, None) for name in names)
+    sizes = (_value(config, name) for name in names)
     return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _value(config: object, name: str) -> object:
+    try:
+        return getattr(config, name, None)
+    except Exception:  # noqa: BLE001  a config whose layers differ may refuse to name one value
+        return None

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from actctx._axes import axis_sizes
+from actctx._flags import is_switched_off
 from actctx._hooks import Hook
-from actctx._places import Places, why_it_never_fires
+from actctx._places import Places
 
 # Hook points that fire with a storage that another one fired with before: what a component is
 # given, which one before it returned, and what a component returns that its last part returned.
@@ -54,7 +55,7 @@ def estimate_cache_bytes(model: nn.Module, batch: int, pos: int) -> int | None:
     held = 0
     for name in names:
         place = places[name]
-        if place.axes is None or _shares(name, places) or why_it_never_fires(model, place):
+        if place.axes is None or _shares(name, places) or is_switched_off(model, place):
             continue
         ids = name.endswith("embed.hook_in")
         itemsize = 8 if ids else 4 if _IN_FLOAT32.fullmatch(name) else parameter.itemsize

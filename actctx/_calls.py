@@ -95,8 +95,27 @@ class Call:
         return (result, self.opening.handed) if self._function.buffer is None else result
 
 
-def check_names(names: Any) -> None:
-    """Refuse the function itself, where the decorator was written without its names."""
+def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
+    """Refuse the function itself, where the decorator was written without its names.
+
+    Args:
+        names: The names to capture.
+        misplaced: What was given behind them, where `capture` has the names.
+
+    Raises:
+        OptionError: The names are a function, or there is something behind them.
+
+    """
+    if misplaced:
+        is_model = isinstance(names, nn.Module) and not isinstance(misplaced[0], nn.Module)
+        wanted = misplaced[0] if is_model else names
+        shown = repr(wanted) if isinstance(wanted, str) else "names"
+        given = ", ".join(type(each).__name__ for each in (names, *misplaced))
+        raise OptionError(
+            f"@captures takes the names alone, and all else by keyword, but got ({given}); write "
+            f"@captures({shown}, model=model), or leave the model out where it is an argument of "
+            "the calls"
+        )
     if inspect.isfunction(names) and names.__name__ != "<lambda>":
         parameters = inspect.signature(names).parameters
         if len(parameters) != 1:

@@ -1,7 +1,7 @@
 """The capture context: what users ask for, checked before the model is touched."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Generic, Never, TypedDict, TypeVar, Unpack, overload
 
@@ -10,15 +10,23 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import axis_sizes
-from actctx._errors import CaptureStateError, HookNameError, NeverFiredError, OptionError
+from actctx._axes import Axes, axis_sizes
+from actctx._errors import (
+    CaptureStateError,
+    HookNameError,
+    NeverFiredError,
+    OptionError,
+    TypedError,
+)
 from actctx._expected import Expected, refuse_dtype, refuse_impossible
+from actctx._flags import is_switched_off, why_it_never_fires
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Scope
-from actctx._places import uncompiled, why_it_never_fires
+from actctx._places import uncompiled
 from actctx._schema import Part, Schema, parts_of
 from actctx._select import Slice
 from actctx._table import shortened
+from actctx._told import axes_before
 from actctx._typed import is_checking
 from actctx._watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 
@@ -160,7 +168,13 @@ class Capture(Generic[B]):
         sizes = axis_sizes(model)
         self._hand_over: Callable[[Activations], Any] = _as_it_is
         defaults = Site("", slice, dtype, device)
-        watch = functools.partial(watch_site, defaults=defaults, sizes=sizes, options=options)
+        watch = functools.partial(
+            watch_site,
+            defaults=defaults,
+            sizes=sizes,
+            options=options,
+            grow=functools.partial(axes_before, model),
+        )
         if isinstance(names, type):
             _check_schema(names, options)
             parts = [(part, [*map(watch, requests)]) for part, requests in parts_of(names, model)]
@@ -170,7 +184,7 @@ class Capture(Generic[B]):
                 names, parts=[part for part, _ in parts], sizes=checked
             )
             for part, sites in parts if options.check else ():
-                _check_part(part, sites)
+                _check_part(part, sites, sizes, model)
         else:
             requests = resolve(model, names)
             for request in requests:
@@ -268,10 +282,7 @@ class Capture(Generic[B]):
 
     def prepared(self, scope: Scope = "block") -> Opening[B]:
         """Return a fresh opening that holds its hooks only while it is entered, time and again."""
-        for site in self._sites:
-            reason = why_it_never_fires(self._model, site.place)
-            if site.exact and reason:
-                raise NeverFiredError(f"{site.shown} would never fire: {reason}")
+        _refuse_what_is_off(self._model, self._sites)
         return Opening(
             self._model, self._sites, self._options, scope=scope, hand_over=self._hand_over
         )
@@ -325,27 +336,69 @@ def _check_schema(schema: type[Schema], options: Options) -> None:
         )
 
 
-def _check_part(part: Part, sites: list[WatchedSite]) -> None:
+def _check_part(
+    part: Part, sites: list[WatchedSite], sizes: Mapping[str, int], model: nn.Module
+) -> None:
     """Refuse a field that can never be what its annotation says."""
     for name, site in zip(part.keys, sites, strict=True):
         what, hint = f"{part.field.what}, from {name!r},", part.field.hint
         refuse_dtype(what, hint, site.dtype)
-        whole = site.known_axes
-        if whole is None:
+        if site.known_axes is None:
             continue
-        axes, sizes = site.selected(whole)
-        dropped = [axis for axis in whole if axis not in axes]
-        because = f" (without {' '.join(dropped)!r}, which slice= or mask= drops)"
-        if part.is_stacked:
-            axes, sizes = ("layer", *axes), (len(sites), *sizes)
-        expected = Expected(axes, sizes, site.sizes, because if dropped else "")
-        refuse_impossible(what, hint, expected)
+        stacked = len(sites) if part.is_stacked else None
+        try:
+            refuse_impossible(what, hint, _expected(site, site.known_axes, sizes, stacked))
+        except TypedError:  # names and configs propose; a run of the model decides
+            if site.named_axes is not None:
+                raise
+            axes, own = axes_before(model, site) or (site.known_axes, {})
+            layers = {axis: size for axis, size in sizes.items() if axis == "layer"}
+            refuse_impossible(what, hint, _expected(site, axes, {**layers, **own}, stacked))
+
+
+def _expected(
+    site: WatchedSite, whole: Axes, sizes: Mapping[str, int], stacked: int | None
+) -> Expected:
+    """Say what a site will leave, stacked over so many layers where it is."""
+    axes, left = site.selected(whole, tuple(sizes.get(axis) for axis in whole))
+    dropped = [axis for axis in whole if axis not in axes]
+    because = f" (without {' '.join(dropped)!r}, which slice= or mask= drops)"
+    if stacked is not None:
+        axes, left = ("layer", *axes), (stacked, *left)
+    return Expected(axes, left, sizes, because if dropped else "")
+
+
+def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
+    """Refuse a site that was asked for by its name and is switched off, or a pattern of such.
+
+    Raises:
+        NeverFiredError: There is one.
+
+    """
+    off: dict[str | None, list[WatchedSite]] = {}
+    awake = set()
+    for site in sites:
+        if not is_switched_off(model, site.place):
+            awake.add(site.pattern)
+        elif site.exact:
+            reason = why_it_never_fires(model, site.place)
+            raise NeverFiredError(f"{site.shown} would never fire: {reason}")
+        else:
+            off.setdefault(site.pattern, []).append(site)
+    for pattern, silent in off.items():
+        if pattern in awake or (pattern is None and awake):
+            continue
+        asked = "what was asked for" if pattern is None else repr(pattern)
+        names = shortened([site.shown for site in silent])
+        reason = why_it_never_fires(model, silent[0].place)
+        raise NeverFiredError(f"{asked} would never fire, since it means only {names}: {reason}")
 
 
 def _check_alias(request: Request) -> None:
     """Refuse an alias under which `acts.alias` would find something else."""
-    if request.key not in request.place.names and hasattr(Activations, request.key):
+    alias = request.key.partition(".")[0]
+    if request.key not in request.place.names and hasattr(Activations, alias):
         raise HookNameError(
-            f"the alias {request.key!r} is an attribute that the buffer has already, so "
-            f"acts.{request.key} could not read the site; give another alias"
+            f"the alias {alias!r} is an attribute that the buffer has already, so "
+            f"acts.{alias} could not read the site; give another alias"
         )

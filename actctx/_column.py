@@ -4,9 +4,9 @@ import ctypes
 import itertools
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int64, Shaped
@@ -21,6 +21,21 @@ from actctx._table import Row, dtype_name
 from actctx._typed import Sizes
 
 
+class Named(NamedTuple):
+    """What is known of the axes of what a site left.
+
+    Attributes:
+        axes: The axes of each of its tensors.
+        sizes: Their sizes, None for those that the forwards need not have in common.
+        whole: The sizes that the model's axes have before anything is selected, by name.
+
+    """
+
+    axes: Axes = ()
+    sizes: Sizes = ()
+    whole: Mapping[str, int] = {}
+
+
 @dataclass(eq=False)
 class Column:
     """What one site left, firing by firing, forward by forward.
@@ -30,16 +45,19 @@ class Column:
         names: Every name that it answers to.
         join: The axis along which forwards are joined, or None.
         capacity: How many elements along `join` there is room for, made at the first firing.
-        axes: The axes of each of its tensors.
-        sizes: Their sizes, None for those that neither the config nor the slice fixes.
+        named: The axes of each of its tensors, and their sizes.
         firings: For each firing of a forward, the tensors of the forwards, in order. Joining
             replaces them by one.
         rooms: With a capacity, for each firing the tensor that is filled in place.
         rows: With a mask, the sequences and positions of the kept rows, forward by forward.
         sequences: With a mask, the number of sequences of all forwards.
+        lines: With a mask, the first sequence of each line of forwards, and the number of them.
         stack: What its one tensor is a layer of, if layers were stacked.
         batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
             are not known.
+        tell: Tells the axes by what the model does, where so far there is only what the name
+            proposes.
+        repeats: Whether a forward is known to compute the same several times.
 
     """
 
@@ -47,14 +65,31 @@ class Column:
     names: tuple[str, ...]
     join: str | None
     capacity: int | None = None
-    axes: Axes = ()
-    sizes: Sizes = ()
+    named: Named = field(default_factory=Named)
     firings: list[deque[Owned]] = field(default_factory=list)
     rooms: list[Tensor] = field(default_factory=list)
     rows: deque[Int64[Tensor, "token 2"]] = field(default_factory=deque)
     sequences: int = 0
+    lines: dict[int, tuple[int, int]] = field(default_factory=dict)
     stack: Tensor | None = None
     batch_dropped: bool = False
+    tell: Callable[[], Named | None] | None = None
+    repeats: bool = False
+
+    @property
+    def axes(self) -> Axes:
+        """The axes of each of its tensors."""
+        return self.named.axes
+
+    @property
+    def is_one(self) -> bool:
+        """Whether its firings are one tensor: there is one, or a repeated one of equal values."""
+        if len(self.firings) == 1:
+            return True
+        if not self.repeats or any(each.value.requires_grad for each in self.firings[0]):
+            return False
+        first, *others = (self.joined(number) for number in range(len(self.firings)))
+        return all(_is_equal(first, other) for other in others)
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +105,7 @@ class Column:
         self.rooms.clear()
         self.rows.clear()
         self.sequences = 0
+        self.lines.clear()
 
     def write(self, firings: Sequence[Owned]) -> None:
         """Take what the site left in one forward, a tensor for each firing."""
@@ -94,15 +130,27 @@ class Column:
     def mapped(self, change: Callable[[Owned], Owned]) -> "Column":
         """Copy it, with each tensor changed, and without the room for more."""
         firings = [deque(map(change, chunks)) for chunks in self.firings]
-        rows = self.rows.copy()
-        return replace(self, capacity=None, rooms=[], firings=firings, rows=rows, stack=None)
+        rows, lines = self.rows.copy(), self.lines.copy()
+        self.settle_axes()
+        return replace(
+            self, capacity=None, rooms=[], firings=firings, rows=rows, lines=lines, stack=None
+        )
+
+    def settle_axes(self) -> None:
+        """Have the model tell where the axes lie, unless it is known."""
+        tell, self.tell = self.tell, None
+        if tell is not None:
+            self.named = tell() or self.named
 
     def _note_rows(self, rows: Rows) -> None:
-        """Count sequences over the forwards; with a KV cache a forward goes on with the last."""
-        if not rows.before or self.sequences < rows.sequences:
+        """Count sequences over the forwards; those of one line have the same sequences."""
+        first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
+        if count != rows.sequences:
+            first = self.sequences
             self.sequences += rows.sequences
-        first = torch.tensor([self.sequences - rows.sequences, rows.before])
-        self.rows.append(rows.where + first)
+            if rows.line is not None:
+                self.lines[rows.line] = first, rows.sequences
+        self.rows.append(rows.where + torch.tensor([first, rows.before]))
 
     def room(
         self,
@@ -186,12 +234,12 @@ class Column:
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
 
     def fixed_sizes(self) -> Sizes:
-        """Tell the sizes that the config and the slice fix, however many forwards there are."""
+        """Tell the sizes that do not change, however many forwards there are."""
         try:
             free = None if self.join is None else self.join_dim()
         except AxisError:
             free = None
-        return tuple(None if dim == free else size for dim, size in enumerate(self.sizes))
+        return tuple(None if dim == free else size for dim, size in enumerate(self.named.sizes))
 
     def row(self, *, drawn: bool = False) -> Row:
         """Describe it for the table, its values drawn or not."""
@@ -210,6 +258,7 @@ class Column:
 
     def __getstate__(self) -> dict[str, object]:
         """Pickle what it holds, and not the other layers of a stack that it is a view of."""
+        self.settle_axes()
         state = dict(self.__dict__)
         if self.stack is not None:
             state["stack"] = None
@@ -225,6 +274,7 @@ class Column:
             AxisError: There is none.
 
         """
+        self.settle_axes()
         if self.join in self.axes:
             return self.axes.index(self.join)
         if self.join == "pos" and "query" in self.axes:
@@ -310,6 +360,14 @@ def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
                 f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
                 f"on {other.device}; give capture a dtype= and a device="
             )
+
+
+def _is_equal(first: Any, second: Any) -> bool:
+    """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(_is_equal, first, second))
+    alike = first.shape == second.shape and first.dtype == second.dtype
+    return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
 def _others(tensor: Tensor, dim: int) -> list[int]:

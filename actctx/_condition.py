@@ -5,8 +5,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 
 from actctx._errors import NotCapturedError, OptionError
+from actctx._globs import meant
 from actctx._layout import StoredSite
-from actctx._places import is_glob, matches
 from actctx._table import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
@@ -16,7 +16,7 @@ _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
 def find_site(
     sites: Mapping[str, StoredSite], name: str, others: Collection[str] = ()
 ) -> StoredSite:
-    """Find a site by the name that it is read under, or else by that of its hook.
+    """Find the one site that a name means: one it is read under, its hook's, or an ending.
 
     Args:
         sites: The sites to look among, by name.
@@ -27,14 +27,13 @@ def find_site(
         NotCapturedError: It is not there, or there are several of the hook.
 
     """
-    if name in sites:
-        return sites[name]
-    alike = [key for key, site in sites.items() if name in (site.hook, *site.names)]
-    if len(alike) == 1:
-        return sites[alike[0]]
-    if alike:
+    found = meant(str(name), _names_of(sites))
+    if len(found) == 1:
+        return sites[next(iter(found))]
+    if found:
         raise NotCapturedError(
-            f"the data set has {name!r} several times, so read one of {', '.join(map(repr, alike))}"
+            f"the data set has {name!r} several times, so read one of "
+            f"{shortened([*map(repr, found)])}"
         )
     aliased = {key: site.hook for key, site in sites.items() if "." not in key and key != site.hook}
     closest = difflib.get_close_matches(str(name), [*sites, *others, *aliased.values()], n=3)
@@ -53,7 +52,8 @@ def find_sites(
 
     Args:
         sites: The sites to look among, by name.
-        asked: Their names, or those of their hooks, or globs of either, as in `capture`.
+        asked: Their names, or those of their hooks, or endings or globs of either, as in
+            `capture`.
 
     Returns:
         Each site under the name that it was asked for by, or the first that a glob matches.
@@ -72,19 +72,20 @@ def find_sites(
                 f"sites= has {name!r}, which is no name; give names of sites, or globs, of "
                 f"{shortened([*map(repr, sites)])}"
             )
-    found = (each for name in names for each in _matching(sites, name) or [name])
-    return {name: find_site(sites, name) for name in found}
+    chosen: dict[str, StoredSite] = {}
+    for name in names:
+        found = meant(name, _names_of(sites))
+        if not found or name in found.values():
+            chosen[name] = find_site(sites, name)
+            continue
+        for key, matched in found.items():
+            is_alone = [*found.values()].count(matched) == 1
+            chosen[matched if is_alone else key] = sites[key]
+    return chosen
 
 
-def _matching(sites: Mapping[str, StoredSite], pattern: str) -> list[str]:
-    """List what a glob matches, each site once, under the first such name of it."""
-    if pattern in sites or not is_glob(pattern):
-        return []
-    firsts = (
-        next((each for each in (name, *site.names, site.hook) if matches(each, pattern)), None)
-        for name, site in sites.items()
-    )
-    return [first for first in firsts if first is not None]
+def _names_of(sites: Mapping[str, StoredSite]) -> dict[str, tuple[str, ...]]:
+    return {key: (*site.names, site.hook) for key, site in sites.items()}
 
 
 def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:

@@ -28,19 +28,34 @@ from actctx._select import Slice
 
 P = ParamSpec("P")
 R = TypeVar("R")
-B_co = TypeVar("B_co", covariant=True)
+B = TypeVar("B")
+First = TypeVar("First")
+
+
+class _Untyped:
+    """What only a parameter without a type takes, of which it is not known what it receives."""
 
 
 @runtime_checkable
-class _Decorator(Protocol[B_co]):
+class _Decorator(Protocol[B]):
     @overload
-    def __call__(self, function: Callable[Concatenate[B_co, P], R]) -> Callable[P, R]: ...
+    def __call__(self, function: Callable[Concatenate[_Untyped, P], R]) -> Callable[..., Any]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[B, P], R]) -> Callable[P, R]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[First, _Untyped, P], R]
+    ) -> Callable[..., Any]: ...
+    @overload
+    def __call__(
+        self, function: Callable[Concatenate[First, B, P], R]
+    ) -> Callable[Concatenate[First, P], R]: ...
     @overload
     def __call__(  # type: ignore[overload-overlap]
         self, function: Callable[P, Coroutine[Any, Any, R]]
-    ) -> Callable[P, Coroutine[Any, Any, tuple[R, B_co]]]: ...
+    ) -> Callable[P, Coroutine[Any, Any, tuple[R, B]]]: ...
     @overload
-    def __call__(self, function: Callable[P, R]) -> Callable[P, tuple[R, B_co]]: ...
+    def __call__(self, function: Callable[P, R]) -> Callable[P, tuple[R, B]]: ...
 
 
 @overload
@@ -53,7 +68,7 @@ def captures(
 ) -> _Decorator[Activations]: ...
 def captures(
     names: Names | type[Schema],
-    *,
+    *_misplaced: object,
     model: ModelOf | None = None,
     slice: Slice = None,  # noqa: A002  as in `capture`
     dtype: torch.dtype | None = None,
@@ -110,7 +125,7 @@ def captures(
         torch.Size([4])
 
     """
-    check_names(names)
+    check_names(names, _misplaced)
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
     handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations

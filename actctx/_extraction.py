@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import hugging_face_config
+from actctx._axes import axis_sizes, hugging_face_config
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
@@ -342,8 +342,10 @@ class Extraction:
         """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""
         default = next((each.dtype for each in self._model.parameters()), torch.float32)
         total = _COUNTED_BYTES
+        known = axis_sizes(self._model)
         for site in self._sites:
-            sizes = site.selected(site.known_axes)[1][1:] if site.known_axes else (None,)
+            axes = site.known_axes or ("_", "_")
+            sizes = site.selected(axes, tuple(map(known.get, axes)))[1][1:]
             if not site.exact or None in sizes:
                 return None
             total += math.prod(size or 1 for size in sizes) * (site.dtype or default).itemsize

@@ -24,11 +24,9 @@ from contextvars import ContextVar
 from typing import Any, Never, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import nn
 
 from actctx._errors import StoppedError
-from actctx._rows import mask_of_generate
 from actctx._select import Owned
 
 
@@ -50,6 +48,9 @@ class Watcher(Protocol):
 
     def is_visible(self) -> bool:
         """Whether the forwards of this thread and context are its own."""
+
+    def miss(self) -> None:
+        """Note that a forward ran in another thread or context, which nobody captured."""
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed its hooks."""
@@ -102,11 +103,6 @@ class Frame:
         """What the forward was called with, its parameters by name."""
         # Asked for by every site that is masked, and not cheap to tell.
         return self._name_inputs()
-
-    @functools.cached_property
-    def unpadded(self) -> Bool[Tensor, "batch pos"] | None:
-        """The mask that it would have been called with, had `generate()` not left it out."""
-        return mask_of_generate(self.inputs)
 
     def count(self, watcher: Watcher, key: str) -> int:
         """Count a firing of a site, and return how often it fired before."""
@@ -203,6 +199,9 @@ class Interceptor:
         alive = [watcher for reference in self._watchers if (watcher := reference())]
         watchers = [w for w in alive if w not in seen and w.is_visible()]
         if not watchers:
+            for watcher in alive:
+                if watcher not in seen:
+                    watcher.miss()
             return self._forward(*args, **kwargs)
         inputs = functools.partial(self._inputs, args, kwargs)
         return self._run(Frame(watchers, parent, inputs), args, kwargs)

@@ -280,6 +280,11 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
             f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
             "nothing; give a slice that selects something"
         )
+    if not values.dtype.is_floating_point:  # which dtype= does not cast
+        raise OptionError(
+            f"{name!r} yields {dtype_name(values.dtype)}, but a data set holds floating-point "
+            "activations; leave the site out, or keep it in memory with capture()"
+        )
     if values.dtype not in _DTYPES:
         raise OptionError(
             f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "

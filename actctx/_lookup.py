@@ -3,15 +3,25 @@
 from collections.abc import Iterable, Mapping
 
 from actctx._column import Column
+from actctx._errors import HookNameError, NotCapturedError
+from actctx._globs import meant
+from actctx._stack import layers_of
 from actctx._table import counted, shortened
 
 
 def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
-    """Find what a site left by its key, or by a name that no other site has."""
-    if isinstance(name, str) and name in columns:
+    """Find what a site left that a name means, if it means one.
+
+    Raises:
+        HookNameError: It is a pattern that means nothing.
+
+    """
+    if not isinstance(name, str):
+        return None
+    if name in columns:
         return columns[name]
-    alike = [column for column in columns.values() if name in column.names]
-    return alike[0] if len(alike) == 1 else None
+    found = _meant(columns, name)
+    return columns[next(iter(found))] if len(found) == 1 else None
 
 
 def why_nothing(
@@ -20,18 +30,49 @@ def why_nothing(
     """Say why nothing is found under a name, though there were forwards."""
     if find_column(columns, name) is not None:
         return f"it never fired in {counted(forwards, 'forward')}"
-    alike = [repr(key) for key, each in columns.items() if name in each.names]
-    if alike:
-        return f"it is captured several times, so read one of {', '.join(alike)}"
-    return f"the captured names are {listed(fired)}"
+    found = _meant(columns, name)
+    if not found:
+        names = [*fired]
+        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
+    # By the names that were meant, where these tell them apart.
+    alike = listed(found.values() if len({*found.values()}) == len(found) else found)
+    if any(name in columns[key].names for key in found):
+        return f"it is captured several times, so read one of {alike}"
+    stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
+    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
 
 
-def why_empty(source: str) -> str:
-    """Say why there is nothing at all, of a model of this class."""
+def are_layers(columns: Mapping[str, Column], name: str) -> bool:
+    """Tell whether what a name means can be stacked over layers."""
+    fired = {key: column for key, column in columns.items() if column.firings}
+    if any(column.join is None for column in fired.values()):
+        return False
+    try:
+        return bool(layers_of({key: column.names for key, column in fired.items()}, name))
+    except (HookNameError, NotCapturedError):
+        return False
+
+
+def why_empty(source: str, silent: int = 0) -> str:
+    """Say why there is nothing at all, of a model of this class.
+
+    Args:
+        source: The class of the model.
+        silent: The forwards that have run and left nothing.
+
+    """
     model = source or "the model"
+    if silent:
+        return f"none of the sites fired in {counted(silent, 'forward')} of {model}"
     return f"no forward of {model} has run since the block began or the buffer was cleared"
 
 
 def listed(keys: Iterable[str]) -> str:
     """List some of the names."""
     return shortened([*map(repr, keys)])
+
+
+def _meant(columns: Mapping[str, Column], name: str) -> dict[str, str]:
+    """Find what a name means, of what has fired if some has; see `meant`."""
+    found = meant(name, {key: column.names for key, column in columns.items()})
+    return {key: each for key, each in found.items() if columns[key].firings} or found

@@ -11,7 +11,8 @@ from torch import nn
 
 from actctx._axes import hook_axes
 from actctx._errors import HookNameError, OptionError
-from actctx._places import Place, Places, is_glob, matcher
+from actctx._globs import is_glob, matcher
+from actctx._places import Place, Places
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,7 @@ class Request:
         site: The options that it was asked for with.
         exact: Whether it was asked for by its name, so that it must fire; a place that a
             pattern matched may not.
+        pattern: The ending or glob that matched it, if one did.
 
     """
 
@@ -102,6 +104,7 @@ class Request:
     place: Place
     site: Site = field(repr=False)
     exact: bool
+    pattern: str | None = None
 
 
 def resolve(model: nn.Module, names: Names) -> list[Request]:
@@ -109,7 +112,7 @@ def resolve(model: nn.Module, names: Names) -> list[Request]:
 
     Raises:
         HookNameError: A name or a pattern matches nothing, with the closest names; or one place
-            is asked for twice with different options.
+            is asked for twice under one name, with different options.
         OptionError: `names` is of a type that names nothing.
 
     """
@@ -195,18 +198,27 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
     matched = _matching(places, pattern) if is_glob(pattern) else []
     if not matched and pattern in places:
         return [Request(alias or pattern, places[pattern], site, exact=True)]
-    if not matched and "." not in pattern:
-        matched = _matching(places, pattern)
-    if alias is not None and len(matched) > 1:
-        raise HookNameError(
-            f"the alias {alias!r} stands for one place, but {pattern!r} matches {len(matched)}: "
-            f"{matched[0]!r}, {matched[1]!r}, ...; give the pattern without an alias"
-        )
-    return [Request(alias or name, places[name], site, exact=False) for name in matched]
+    if not is_glob(pattern):
+        matched = places.matching(matcher(pattern))
+    if len(matched) == 1 and not is_glob(pattern) and _has_number(pattern):  # of one layer
+        return [Request(alias or matched[0], places[matched[0]], site, exact=True)]
+    before = f"{alias}." if alias not in {None, pattern} else ""
+    keys = [alias] if before and len(matched) == 1 else [before + name for name in matched]
+    return [
+        Request(key or name, places[name], site, exact=False, pattern=pattern)
+        for key, name in zip(keys, matched, strict=True)
+    ]
 
 
-def _matching(places: Places, pattern: str) -> list[str]:
-    return places.matching(matcher(pattern))
+def _matching(places: Places, glob: str) -> list[str]:
+    """List what a glob matches; a name with a bracket that means nothing is none."""
+    try:
+        accept = matcher(glob)
+    except HookNameError:
+        if glob in places:
+            return []
+        raise
+    return places.matching(accept)
 
 
 def _find_module(places: Places, alias: str | None, site: Site, module: nn.Module) -> Request:
@@ -224,19 +236,29 @@ def _add(found: dict[str, Request], request: Request) -> None:
     """Add a request, unless its place is already there with the same options."""
     for key, other in found.items():
         same_place = other.place is request.place and other.site.io == request.site.io
+        own_names = {key, request.key} <= {*request.place.names}
         if (
             same_place
             and _same_options(other.site, request.site)
-            and (key == request.key or key in request.place.names)
+            and (key == request.key or own_names)
         ):
             found[key] = replace(other, exact=other.exact or request.exact)
             return
     if request.key in found:
+        first, second = found[request.key].site.name, request.site.name
         raise HookNameError(
             f"{request.key!r} is asked for twice with different options; name each with a "
-            f"mapping, such as {{'first': Site({request.key!r}, ...), 'second': Site(...)}}"
+            f"mapping, such as {{'first': {_shown(first)}, 'second': {_shown(second)}}}"
         )
     found[request.key] = request
+
+
+def _has_number(name: str) -> bool:
+    return any(part.isdecimal() for part in name.split("."))
+
+
+def _shown(name: str | nn.Module) -> str:
+    return f"Site({name!r}, ...)" if isinstance(name, str) else "Site(module, ...)"
 
 
 def _same_options(first: Site, second: Site) -> bool:
@@ -248,7 +270,7 @@ def _same_options(first: Site, second: Site) -> bool:
 
 def _layers_beside(name: str, listed: list[str]) -> set[int]:
     """Number the layers that do have what a name asks for of another."""
-    asked = re.match(r"([^\d-]*)-?\d+(\..*)", name)
+    asked = re.match(r"([^\d-]*)-?\d+(\..*)", re.sub(r"\[[^\]]*\]", "0", name))
     if asked is None:
         return set()
     pattern = re.compile(rf"{re.escape(asked[1])}(\d+){re.escape(asked[2])}")
@@ -265,6 +287,28 @@ def _of_the_lens(name: str, *, is_translated: bool) -> str:
     if not known and hook_axes(f"hook_{last}", ()) is not None:
         return f"; hook names of TransformerLens begin with hook_: '{parent}{dot}hook_{last}'"
     return ""
+
+
+def _is_deeper(places: Places, name: str) -> bool:
+    """Tell whether a glob would match if it began at any depth."""
+    return is_glob(name) and "." in name and bool(places.matching(matcher(f"**.{name}")))
+
+
+def _how_to_write(unknown: list[str], places: Places) -> str:
+    """Say how a pattern is written, where an unknown name looks like one that is not."""
+    indexed = next((name for name in unknown if re.search(r"\w\[\d+\]", name)), None)
+    deep = next((f"**.{name}" for name in unknown if _is_deeper(places, name)), None)
+    hint = ""
+    if indexed:
+        dotted = re.sub(r"\[(\d+)\]", r".\1", indexed)
+        hint += f"; a number is a part of a name: {dotted!r}"
+    elif deep:
+        hint += f"; a pattern with a dot matches whole names: {deep!r} matches at any depth"
+    elif any(is_glob(name) for name in unknown):
+        hint += "; in a pattern '*' stays within two dots and '**' spans them"
+    if any("{" in name for name in unknown):
+        hint += "; braces mean nothing in a pattern: give a list of names, or '[0-3]'"
+    return hint
 
 
 def _unknown_names(unknown: list[str], places: Places) -> str:
@@ -294,10 +338,7 @@ def _unknown_names(unknown: list[str], places: Places) -> str:
         hint += f"; it has layers {min(layers)} to {max(layers)}"
     elif has_hooks or "hook_" not in unknown[0]:
         hint += _of_the_lens(unknown[0], is_translated=not places.hook_points)
-    if any(is_glob(name) for name in unknown):
-        hint += "; in a pattern '*' stays within two dots and '**' spans them"
-    if any("{" in name for name in unknown):
-        hint += "; braces mean nothing in a pattern: give a list of names, or '[0-3]'"
+    hint += _how_to_write(unknown, places)
     if kind == "module" and any("hook_" in name for name in unknown):
         hint += (
             "; this model has no hook points, its names are those of named_modules(), such as "

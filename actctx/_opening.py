@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from actctx._activations import Activations
 from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
-from actctx._errors import HooksRemovedError, NeverFiredError, OptionError, OutputError
+from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
+from actctx._flags import is_repeated, is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
-from actctx._outputs import Inputs, tensor_of
-from actctx._places import Place, why_it_never_fires
-from actctx._rows import Chosen, RowSelector, as_mask, find_rows
+from actctx._lines import is_batching
+from actctx._masks import Padding
+from actctx._outputs import Inputs
+from actctx._rows import Chosen
 from actctx._schema import Schema
-from actctx._select import Owned, Rows, own, plain_mode
+from actctx._select import Owned, own, plain_mode
 from actctx._table import counted, shortened
+from actctx._told import Numbers, Teller, numbers_of, plainly_told, proposed_axes
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._watched import Options, Seen, WatchedSite, why_silent
@@ -77,7 +80,7 @@ class Opening(Generic[B]):
         self.stop = options.stop
         self.grad = options.grad
         self.awaited = frozenset(
-            site.key for site in sites if not why_it_never_fires(model, site.place)
+            site.key for site in sites if not is_switched_off(model, site.place)
         )
         self._model = model
         self._sites = sites
@@ -93,10 +96,12 @@ class Opening(Generic[B]):
             if site.firing is not None and not site.is_known_at_once
         }
         self._options = options
+        self._padding = Padding(model, options, sites)
         self._scope = scope
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
+        self._misses_batches = False
         self._fired: set[str] = set()
         self._hooks: dict[str, Hook] = {}
         self._undo: list[Action] = []
@@ -112,6 +117,8 @@ class Opening(Generic[B]):
             )
             for site in sites
         }
+        for site in sites:
+            self._seen[site.key].column.repeats = is_repeated(model, site.place)
 
     def attach(self) -> B:
         """Put the hooks on, all or none.
@@ -161,10 +168,7 @@ class Opening(Generic[B]):
         """Make the hooks that capture nothing."""
         # It is there for the shallow copies of the model that it refuses.
         yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
-        inner = getattr(self._model, "original_model", None)
-        if self._options.mask == "attention" and isinstance(inner, nn.Module):
-            # A bridge makes a mask of its own for texts.
-            yield Hook(inner, "original_model", _note_mask, io="in")
+        yield from self._padding.hooks()
 
     def _lend(self) -> B:
         lent = object.__new__(Activations)
@@ -186,6 +190,10 @@ class Opening(Generic[B]):
         """Whether the running thread and context are those that opened the capture."""
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
 
+    def miss(self) -> None:
+        """Note that a forward of another thread ran; the one of `generate_batch()` was wanted."""
+        self._misses_batches = self._misses_batches or is_batching()
+
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed the hooks."""
         gone = [key for key, hook in self._hooks.items() if not hook.is_attached]
@@ -198,6 +206,11 @@ class Opening(Generic[B]):
 
     def receive(self, value: Any, io: str) -> None:
         """Capture what the model itself is given or returns, which lies in its forward."""
+        frame = running_frame()
+        if frame is not None and io == "in":
+            self._padding.begin(frame, is_first=not self.buffer.forwards)
+        elif frame is not None:
+            self._padding.end(frame, value)
         for site in self._roots:
             if site.io == io:
                 given = Inputs(self._model, *value) if io == "in" else value
@@ -211,7 +224,9 @@ class Opening(Generic[B]):
             if last and len(last) == -firing:
                 forward[key] = last[:1]
         self._fired.update(forward)
-        if forward:
+        if not forward:
+            self.buffer.note_silent_forward()
+        else:
             self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
 
     def fire(self, seen: Seen, value: Any) -> None:
@@ -248,9 +263,13 @@ class Opening(Generic[B]):
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
         is_it = seen.is_plain and isinstance(value, Tensor)
-        activation: Tensor = value if is_it else self._activation(seen.site, value, frame)
+        activation: Tensor = value if is_it else seen.site.reader(value)
+        if not is_it and seen.site.is_flattened(activation):
+            activation = self._by_sequence(activation, frame)
+        if activation.dim() != seen.rank or not seen.column.firings:
+            self._tell_axes(seen, activation, frame)
         if activation.shape != seen.shape or not seen.column.firings:
-            seen.check(activation.shape, sizes=self._options.check)
+            seen.check(activation.shape)
         if activation.requires_grad and not self.grad:
             activation = activation.detach()
         if torch.is_inference_mode_enabled():
@@ -262,33 +281,55 @@ class Opening(Generic[B]):
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
-    def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
-        reading = site.place.reading
-        if reading is None:
-            activation = tensor_of(site.shown, value, site.output)
-        else:
-            activation = reading.of(reading.found(site.shown, value))
-        if site.needs_sequences and site.is_flattened(activation):
-            sequences = self._sequences(frame)
-            if sequences and len(activation) % sequences == 0:
-                activation = activation.reshape(sequences, -1, *activation.shape[1:])
+    def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
+        """Divide an activation that has one row a token, if it does, into sequences."""
+        numbers = self._numbers(frame)
+        for pos in numbers.positions:
+            if numbers.batch is not None and len(activation) == numbers.batch * pos:
+                return activation.reshape(numbers.batch, pos, *activation.shape[1:])
         return activation
 
-    def _sequences(self, frame: Frame | None) -> int | None:
-        """Tell how many sequences the forward was given, as far as that is known."""
+    def _tell_axes(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
+        """Settle where the axes of a site lie, for activations of so many axes.
+
+        Raises:
+            AxisError: Something depends on it, and it cannot be told.
+
+        """
+        site, shape = seen.site, activation.shape
+        site.check_axes(shape)
+        numbers = self._numbers(frame)
+        axes = plainly_told(site, shape, numbers)
+        teller = Teller.of(self._model, site)
+        if axes is None and site.needs_axes:
+            axes = teller.axes(site.place.name, shape, numbers)
+            if axes is None:
+                raise site.refuse_axes(shape)
+        if site.needs_axes and axes is not None and axes != site.known_axes:
+            seen.take(site.along(axes))
+        seen.site.selector.check(shape)
+        if not seen.column.firings:
+            seen.column.tell = None if axes is not None else teller.later(seen.site, shape, numbers)
+            seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
+        seen.rank = len(shape)
+
+    def _numbers(self, frame: Frame | None) -> Numbers:
+        """Tell how much the running forward was given."""
         if isinstance(self._options.mask, Chosen):
-            return self._options.mask.shape[0]
+            batch, pos = self._options.mask.shape
+            return Numbers(batch, frozenset({pos}))
         frames = [] if frame is None else frame.chain()
-        given = itertools.chain.from_iterable(each.inputs.values() for each in frames)
-        tensors = (each for each in given if isinstance(each, Tensor) and each.dim() > 1)
-        return next(map(len, tensors), None)
+        return numbers_of(given for each in frames for given in self._padding.inputs(each))
 
     def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         site = seen.site
         selected = site.selector.select(activation)
         rows, copied = None, site.selector.copies
-        if site.rows is not None:
-            rows = self._rows(site.rows, site.place, selected, frame)
+        if site.rows is None:
+            self._padding.check_slice(site, activation.shape, frame)
+        else:
+            shape = (selected.shape[0], selected.shape[site.rows.dim])
+            rows = self._padding.rows(site, shape, frame)
             selected = site.rows.keep(selected, rows)
             copied |= not rows.is_all
         room = seen.column.room(
@@ -303,66 +344,27 @@ class Opening(Generic[B]):
         )
         return owned._replace(rows=rows)
 
-    def _rows(
-        self, selector: RowSelector, place: Place, selected: Tensor, frame: Frame | None
-    ) -> Rows:
-        """Find the rows of real tokens, once for all sites that select alike."""
-        shape = (selected.shape[0], selected.shape[selector.dim])
-        if isinstance(self._options.mask, Chosen):
-            return self._options.mask.rows(selector.site, shape)
-        mask = self._mask(place, frame)
-        found: list[tuple[Any, ...]] = [] if frame is None else frame.masks.setdefault(self, [])
-        for known, steps, known_shape, rows in found:
-            if known is mask and known_shape == shape and steps == selector.tokens.steps:
-                return rows  # type: ignore[no-any-return]
-        given, before = as_mask(mask), 0
-        if self._options.mask == "attention":  # with a KV cache it covers what came before, too
-            before = max(0, given.shape[1] - shape[1])
-            given = given[:, before:]
-        rows = Rows(find_rows(selector, given, shape), shape[0], before)
-        found.append((mask, selector.tokens.steps, shape, rows))
-        return rows
-
-    def _mask(self, place: Place, frame: Frame | None) -> Tensor:
-        if isinstance(self._options.mask, Tensor):
-            return self._options.mask
-        if frame is None:
-            raise OptionError(
-                f"mask='attention' takes the attention_mask of a forward of "
-                f"{type(self._model).__name__}, but a part of it that holds {place.name!r} was "
-                "called by itself, as generate() calls an encoder; capture from that part, as in "
-                "capture(model.encoder, ...), or give capture the mask itself"
-            )
-        given = [(each.inputs, each.masks.get("inner", {})) for each in frame.chain()]
-        # OPT has a decoder, too, but no encoder beside it.
-        encodes = any("decoder_input_ids" in inputs for pair in given for inputs in pair)
-        decodes = any(part.startswith("decoder") for part in place.name.split("."))
-        name = "decoder_attention_mask" if encodes and decodes else "attention_mask"
-        for inputs in itertools.chain(*given):
-            if isinstance(inputs.get(name), Tensor):
-                mask: Tensor = inputs[name]
-                return mask
-        if frame.unpadded is not None:
-            return frame.unpadded
-        raise OptionError(
-            f"mask='attention' takes the forward's {name}, but this forward of "
-            f"{type(self._model).__name__} got none; pass it to the model, or give capture the "
-            "mask itself"
-        )
-
     def finish(self, more: Iterable[Claim] = ()) -> None:
         """Check what the block has left, together with `more` where it is typed.
 
         Raises:
-            NeverFiredError: A forward ran, and a site that must fire did not.
+            NeverFiredError: A forward ran, and a site that must fire did not; or all that ran was
+                `generate_batch()`, whose forwards run in another thread.
             TypedError: A field of a `Schema`, or one of `more`, does not fit its annotation.
 
         """
+        self._padding.finish()
         self._check_fired()
         if isinstance(self.handed, Schema):
             self.handed.check(more)
 
     def _check_fired(self) -> None:
+        if self._misses_batches and not self._ran:
+            raise NeverFiredError(
+                f"no forward of {type(self._model).__name__} was captured: generate_batch() runs "
+                "them in a thread of its own, and a capture sees those of the thread that opened "
+                "it; call generate(), or the model itself"
+            )
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
         if self._ran and silent:
             names = shortened([site.shown for site in silent])
@@ -400,12 +402,6 @@ def _wishing(fire: Callable[[Any], None]) -> Callable[[Any], None]:
 
 def _ignore(_value: object) -> None:
     """Stand in where nothing is to be done."""
-
-
-def _note_mask(given: Inputs) -> None:
-    frame = running_frame()
-    if frame is not None:
-        frame.masks["inner"] = given.kwargs
 
 
 def _enter(number: int) -> None:

@@ -1,13 +1,13 @@
 """The places of a model: its hook points and modules, under all of their names."""
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from actctx._axes import Axes, hook_axes, running_order, ungrouped
+from actctx._globs import is_glob, matcher, matches
 from actctx._translated import (
     Reading,
     Translation,
@@ -15,16 +15,6 @@ from actctx._translated import (
     translate,
     why_wrapped,
 )
-
-# Where TransformerLens skips a hook point unless a flag of its config is set.
-_FLAGS = {
-    "attn.hook_result": "use_attn_result",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_mlp_in": "use_hook_mlp_in",
-    "hook_attn_in": "use_attn_in",
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,28 +156,35 @@ class Places:
         return sorted(self.translation.names.values(), key=_running_order)
 
     def matching(self, accept: Callable[[str], bool]) -> list[str]:
-        """List what `accept` accepts, each place once, under the first such name of it.
+        """List what `accept` accepts, each place once, under the first such name of it."""
+        return [next(filter(accept, names)) for names in self.accepted(accept)]
 
-        Of a plain Hugging Face model, modules come first, and TransformerLens' names where it
-        accepts no module.
+    def accepted(self, accept: Callable[[str], bool]) -> list[list[str]]:
+        """List the names of each place of which `accept` accepts one.
+
+        Hook points come first, and modules where it accepts none. Of a plain Hugging Face model,
+        modules come first, and TransformerLens' names where it accepts no module.
         """
         accepted = self._accepted(self.hook_points, accept)
         if not accepted:
             named = {name: self.modules[name] for name in self.modules if _is_listed(name)}
             modules = self._accepted(named, accept)
-            accepted = [each for each in modules if is_hook_point(named[each[0]])]
+            accepted = [names for names in modules if is_hook_point(named[names[0]])]
             if modules and not accepted:
-                return [first for first, _ in modules]
-            accepted = accepted or _firsts(self.translation.names.values(), accept)
+                return modules
+            translated = self.translation.names.values()
+            accepted = accepted or [names for names in translated if any(map(accept, names))]
         # Sorted at the end, since few of the names of a model are asked for.
-        return [first for first, _ in sorted(accepted, key=lambda each: _running_order(each[1]))]
+        return sorted(accepted, key=_running_order)
 
     def _accepted(
         self, named: Mapping[str, nn.Module], accept: Callable[[str], bool]
-    ) -> list[tuple[str, list[str]]]:
-        """Choose the places that have a name which is accepted, each with the first such name."""
+    ) -> list[list[str]]:
         modules = {id(named[name]): named[name] for name in filter(accept, named)}
-        return _firsts(map(self.names_of, modules.values()), accept)
+        # Without the names that a bridge has for what it wrapped.
+        return [
+            [name for name in self.names_of(module) if name in named] for module in modules.values()
+        ]
 
     def _unique(self, named: Mapping[str, nn.Module]) -> list[list[str]]:
         unique = {id(module): module for module in named.values()}
@@ -209,13 +206,6 @@ def _is_listed(name: str) -> bool:
     return bool(name) and "_original_component" not in name
 
 
-def _firsts(
-    listed: Iterable[list[str]], accept: Callable[[str], bool]
-) -> list[tuple[str, list[str]]]:
-    firsts = ((next(filter(accept, names), None), names) for names in listed)
-    return [(first, names) for first, names in firsts if first is not None]
-
-
 def is_hook_point(module: nn.Module) -> bool:
     """Recognise a TransformerLens `HookPoint` of any generation without importing it."""
     return "fwd_hooks" in vars(module) and hasattr(type(module), "add_hook")
@@ -227,81 +217,37 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
-def is_glob(name: str) -> bool:
-    """Tell whether a name is a pattern of names."""
-    return any(character in name for character in "*?[")
-
-
-def matches(name: str, pattern: str) -> bool:
-    """Tell whether a dotted name matches a glob.
-
-    `*`, `?` and `[0-3]` stay within one component of the name, `**` spans any number of them. A
-    pattern without a dot matches the last component, at any depth, as in a `.gitignore`.
-    """
-    return matcher(pattern)(name)
-
-
-@functools.lru_cache
-def matcher(pattern: str) -> Callable[[str], bool]:
-    """Read a glob once, for the thousands of names that it is held against; see `matches`."""
-    if "." not in pattern and pattern != "**":
-        return lambda name: fnmatchcase(name.rpartition(".")[2], pattern)
-    parts = pattern.split(".")
-    ending = "" if is_glob(parts[-1]) else parts[-1]  # most names are told apart by it alone
-    return lambda name: name.endswith(ending) and _match_parts(name.split("."), parts)
-
-
-def _match_parts(parts: list[str], pattern: list[str]) -> bool:
-    fixed = pattern.index("**") if "**" in pattern else len(pattern)
-    spans = fixed < len(pattern)
-    if len(parts) < fixed or (len(parts) > fixed and not spans):
-        return False
-    if not all(map(fnmatchcase, parts, pattern[:fixed])):
-        return False
-    return not spans or any(
-        _match_parts(parts[i:], pattern[fixed + 1 :]) for i in range(fixed, len(parts) + 1)
-    )
-
-
 def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = None) -> list[str]:
     """List what can be captured from a model, aliases included.
 
     Args:
-        model: A TransformerLens model, whose hook points are listed, or any module, whose
-            submodules are.
-        pattern: A glob that the names must match, or a predicate that must accept them; see
-            `capture`. Where no module of a plain Hugging Face model does, TransformerLens' hook
-            names are listed that do.
+        model: A TransformerLens model, whose hook points are listed; or any module, whose
+            submodules are, behind TransformerLens' hook names on a plain Hugging Face model.
+        pattern: A name, an ending, a glob or a predicate, which means what it means to `capture`:
+            hook points, or else modules; on a plain Hugging Face model modules, or else hook
+            names.
 
     Returns:
         The names, aliases directly behind their canonical name. Hook points come in the order
         in which a pre-norm block runs them (a post-norm one, as BERT's, runs its norms later);
         modules come in the order of their definition.
 
+    Raises:
+        HookNameError: The pattern has a bracket that means nothing.
+
     Example:
         >>> hook_names(model, "blocks.0.hook_resid_*")
         ['blocks.0.hook_resid_pre', 'blocks.0.hook_resid_mid', 'blocks.0.hook_resid_post']
 
     """
-    wanted = "**" if pattern is None else pattern
-    accept = wanted if callable(wanted) else matcher(wanted)
     places = Places(model)
-    for listed in (places.listed, places.listed_translated):
-        names = dict.fromkeys(name for names in listed() for name in names)
-        found = [*filter(accept, names)]
-        if found:
-            return found
-    return []
-
-
-def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
-    """Say why a hook point can never fire as the model is set up now, and how to change that."""
-    if not place.is_hook_point:
-        return None
-    config = getattr(model, "cfg", None)
-    for ending, flag in _FLAGS.items():
-        if place.name.endswith(ending) and not getattr(config, flag, True):
-            if hasattr(model, f"set_{flag}"):
-                return f"{flag} is off: call model.set_{flag}(True) first"
-            return f"{flag} is off: set model.cfg.{flag} = True first"
-    return None
+    if pattern is None:
+        if not places.hook_points:
+            listed = [*places.listed_translated(), *places.listed()]
+        else:
+            listed = places.listed()
+        return [*dict.fromkeys(name for names in listed for name in names)]
+    if isinstance(pattern, str) and not is_glob(pattern) and pattern in places:
+        return [pattern]
+    accept = pattern if callable(pattern) else matcher(pattern)
+    return [name for names in places.accepted(accept) for name in filter(accept, names)]

@@ -1,9 +1,7 @@
 """Padding: the rows of an activation that hold real tokens."""
 
-import inspect
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int64, Shaped
@@ -201,36 +199,6 @@ def find_rows(
             raise SelectionError(f"in sequence {number}, {error}") from None
         rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))
     return torch.cat(rows)
-
-
-def mask_of_generate(inputs: Mapping[str, Any]) -> Bool[Tensor, "batch pos"] | None:
-    """Make the mask that Hugging Face's `generate()` leaves out of a forward if nothing is padded.
-
-    Args:
-        inputs: What the forward was called with, by name.
-
-    Returns:
-        A mask of what was run so far and of what is run now; None where it cannot be told, or where
-        the forward is none of a `generate()`.
-
-    """
-    given = (inputs.get(name) for name in ("input_ids", "inputs_embeds"))
-    tokens = next((each for each in given if isinstance(each, Tensor)), None)
-    positions = inputs.get("position_ids")
-    if tokens is None or not isinstance(positions, Tensor) or not _is_generating():
-        return None
-    return torch.ones(len(tokens), int(positions.max()) + 1, dtype=torch.bool)
-
-
-def _is_generating() -> bool:
-    generation = sys.modules.get("transformers.generation.utils")
-    if generation is None:
-        return False
-    code = inspect.unwrap(generation.GenerationMixin.generate).__code__
-    frame = inspect.currentframe()
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:

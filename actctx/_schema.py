@@ -22,7 +22,7 @@ from actctx._activations import Activations
 from actctx._column import Column, stack_in_place
 from actctx._errors import HookNameError, NotCapturedError, OptionError
 from actctx._names import Request, Site, resolve_sites
-from actctx._stack import check_layers, stack_layers
+from actctx._stack import check_layers, in_layers, several_in, stack_layers
 from actctx._typed import Claim, hold, is_array_type, shown, suggested
 
 
@@ -232,8 +232,20 @@ class Schema:
         if self._sizes is not None:
             parts = self._parts.values()
             claims = [claim for part in parts for claim in part.claims(self.activations)]
-            hold([*more, *claims], self._sizes)
+            hold([*more, *claims], self._own_sizes(self._sizes))
             self._checked = self.activations.forwards
+
+    def _own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of axes: those that the sites have, else what the config says."""
+        own: dict[str, set[int]] = {}
+        for column in self.activations.columns:
+            for axis, size in column.named.whole.items():
+                own.setdefault(axis, set()).add(size)
+        # Where sites differ, their fields are compared with each other.
+        alike = {axis: min(found) for axis, found in own.items() if len(found) == 1}
+        return {
+            axis: alike.get(axis, sizes[axis]) for axis in sizes if axis in alike or axis not in own
+        }
 
     def _read(self, field: Field) -> Any:
         part = self._parts[field.name]
@@ -327,13 +339,14 @@ def parts_of(schema: type[Schema], model: nn.Module) -> list[tuple[Part, list[Re
 
 def _check_layers(field: Field, names: list[str]) -> None:
     """Refuse to stack two sites of one layer."""
-    layers: dict[str, str] = {}
-    for name in names:
-        number = next((part for part in name.split(".") if part.isdecimal()), "none")
-        other = layers.setdefault(number, name)
-        if other != name:
-            raise HookNameError(
-                f"{field.what} stacks layers, but {field.site.name!r} matches two sites of one "
-                f"layer: {other!r} and {name!r}; narrow the pattern, or annotate the field as "
-                f"{field.apart()}"
-            )
+    layers = in_layers({name: name for name in names})
+    outside = [name for name in names if not any(name in keys for keys in layers.values())]
+    double = several_in(layers)
+    if double is None and len(outside) > 1:
+        double = ("site outside of the layers", outside[0], outside[1])
+    if double is not None:
+        what, one, other = double
+        raise HookNameError(
+            f"{field.what} stacks layers, but {field.site.name!r} matches more than one {what}: "
+            f"{one!r} and {other!r}; narrow the pattern, or annotate the field as {field.apart()}"
+        )

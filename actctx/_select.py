@@ -300,6 +300,7 @@ class Rows(NamedTuple):
         sequences: The number of sequences of the forward.
         before: With a KV cache, the number of positions that came in earlier forwards.
         is_all: Whether they are known to be all rows, in their order.
+        line: What forwards that continue each other have in common; see `_lines`.
 
     """
 
@@ -307,6 +308,7 @@ class Rows(NamedTuple):
     sequences: int
     before: int = 0
     is_all: bool = False
+    line: int | None = None
 
 
 class Owned(NamedTuple):

@@ -27,6 +27,7 @@ from actctx._activations import Activations
 from actctx._axes import Axes
 from actctx._caches import count_cache_bytes
 from actctx._capture import capture
+from actctx._column import Named
 from actctx._errors import JoinError, OptionError
 from actctx._select import Index, Owned
 
@@ -154,7 +155,7 @@ def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
     joined = {}
     for key in list(left):
         site = left.pop(key)
-        result.activations.expect(key, ()).axes = site.axes
+        result.activations.expect(key, ()).named = Named(site.axes)
         joined[key] = [Owned(_joined(key, site, rows))]
         result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
     result.activations.write(joined)

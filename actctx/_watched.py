@@ -1,20 +1,25 @@
 """The sites of a capture: places, and what becomes of their activations."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._axes import Axes, fired_axes
+from actctx._axes import POSITIONS, Axes
 from actctx._cast import device_of, dtype_of
-from actctx._column import Column
-from actctx._errors import AxisError, OptionError, TypedError
+from actctx._column import Column, Named
+from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._flags import why_it_never_fired
 from actctx._names import Request, Site
-from actctx._places import Place, why_it_never_fires
+from actctx._outputs import tensor_of
+from actctx._places import Place
 from actctx._rows import Chosen, RowSelector, as_mask, check_tokens, split_rows
-from actctx._select import Selector, parse_slice
+from actctx._select import Selector, Slice, parse_slice
+from actctx._translated import Reading
 from actctx._typed import Sizes
 
 
@@ -33,7 +38,10 @@ class WatchedSite:
     rows: RowSelector | None
     dtype: torch.dtype | None
     device: torch.device | None
-    sizes: Mapping[str, int]
+    asked: Slice
+    options: "Options"
+    pattern: str | None = None
+    told_axes: Axes | None = None
 
     @property
     def shown(self) -> str:
@@ -48,8 +56,35 @@ class WatchedSite:
 
     @property
     def known_axes(self) -> Axes | None:
-        """The axes of its activations: those that the user named, or that its name tells."""
-        return self.named_axes if self.named_axes is not None else self.place.axes
+        """The axes of its activations: those that the user named, the model told, or its name."""
+        known = self.named_axes, self.told_axes, self.place.axes
+        return next((axes for axes in known if axes is not None), None)
+
+    @property
+    def selects_by_name(self) -> bool:
+        """Whether something is selected along axes that are found by their names."""
+        return bool(self.selector.steps) and not isinstance(self.asked, tuple)
+
+    @functools.cached_property
+    def reader(self) -> Callable[[Any], Tensor]:
+        """Finds the activation in what its module is given or returns.
+
+        It raises an `OutputError` where there is none.
+        """
+        return functools.partial(_read, self.shown, self.output, self.place.reading)
+
+    def along(self, axes: Axes, sizes: Mapping[str, int] | None = None) -> "WatchedSite":
+        """Select along these axes, which the model told.
+
+        Raises:
+            AxisError: They lack one that is to be selected from.
+            SelectionError: A position lies outside an axis of these sizes.
+
+        """
+        selector, rows = _selecting(self.key, self.asked, axes, sizes or {}, self.options)
+        if rows is not None and self.rows is not None:  # an extraction has chosen tokens before
+            rows = rows._replace(tokens=self.rows.tokens)
+        return replace(self, told_axes=axes, selector=selector, rows=rows)
 
     @property
     def yields_it(self) -> bool:
@@ -91,48 +126,65 @@ class WatchedSite:
         return bool(by_name) and (self.known_axes or ())[:2] == ("batch", "pos")
 
     def is_flattened(self, activation: Shaped[Tensor, "..."]) -> bool:
-        """Tell whether an activation has one row a token, as those of OPT's MLP do."""
-        return activation.dim() == len(self.known_axes or ()) - 1
+        """Tell whether an activation may have one row a token, as those of OPT's MLP do."""
+        return self.needs_sequences and activation.dim() == len(self.known_axes or ()) - 1
 
-    def selected(self, whole: Axes) -> tuple[Axes, Sizes]:
-        """Name the axes of what is captured from an activation, and the sizes that are fixed."""
-        axes = self.selector.axes_after(whole)
-        sizes = self.selector.sizes_after(tuple(self.sizes.get(axis) for axis in whole))
-        if self.rows is None:
-            return axes, sizes
-        return self.rows.axes_after(axes), self.rows.sizes_after(sizes)
+    def selected(self, whole: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
+        """Name the axes of what is captured from an activation, and the sizes that are fixed.
 
-    def check_sizes(self, shape: torch.Size) -> list[str]:
-        """Refuse an activation whose axes have not the sizes that the model's config says.
-
-        Returns:
-            The axes of another size, of a site that a pattern matched.
-
-        Raises:
-            TypedError: An axis has another size, of a site that was asked for by its name.
+        Args:
+            whole: The axes of the activation.
+            sizes: Their sizes, None for those that are not the same in all forwards.
 
         """
-        wrong = self.wrong_axes(shape)
-        if wrong and self.exact:
-            axis = wrong[-1]
-            raise TypedError(
-                f"{self.shown} fired with the shape {tuple(shape)}, along its axes "
-                f"{' '.join(self.known_axes or ())!r}, but the model's config says {axis!r} is "
-                f"{self.sizes[axis]}; if the model is right, name its axes otherwise with "
-                "Site(axes=...), or capture with check=False"
-            )
-        return wrong
+        return _selected(self.selector, self.rows, whole, sizes)
 
-    def wrong_axes(self, shape: torch.Size) -> list[str]:
-        """Name the axes of an activation whose sizes are not those of the model's config."""
-        axes = self.known_axes or ()
-        # Where the sequences are flattened, as in OPT's MLP, the first two axes are one.
-        if len(shape) not in {len(axes), len(axes) - (axes[:2] == ("batch", "pos"))}:
-            return []
-        # OPT's embeddings are projected, so that they need not have the size of its layers.
-        free = "d_model" if self.place.name.startswith(("embed.", "unembed.")) else None
-        fired = zip(reversed(axes), reversed(shape), strict=False)
-        return [axis for axis, size in fired if self.sizes.get(axis, size) != size and axis != free]
+    @property
+    def needs_axes(self) -> bool:
+        """Whether it has to be known, from the first activation on, where its axes lie."""
+        joins = self.options.capacity is not None or self.options.join not in {None, "batch"}
+        return self.rows is not None or self.selects_by_name or joins
+
+    def refuse_axes(self, shape: torch.Size) -> AxisError:
+        """Say that nothing tells where the axes lie that are needed."""
+        proposed = self.place.axes
+        named = "" if proposed is None else f", which its name says are {' '.join(proposed)!r},"
+        return AxisError(
+            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be told "
+            "from the sizes of the forward, nor from a run of the model with other sizes; name "
+            "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, "
+            "as in slice=np.s_[:, -1]"
+        )
+
+
+def _selected(
+    selector: Selector, rows: RowSelector | None, whole: Axes, sizes: Sizes
+) -> tuple[Axes, Sizes]:
+    axes, left = selector.axes_after(whole), selector.sizes_after(sizes)
+    if rows is None:
+        return axes, left
+    return rows.axes_after(axes), rows.sizes_after(left)
+
+
+def named_after(
+    selector: Selector, rows: RowSelector | None, whole: Axes, shape: tuple[int, ...]
+) -> Named:
+    """Name the axes of what is left of activations of this shape."""
+    sizes = fixed_sizes(whole, shape)
+    own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
+    return Named(*_selected(selector, rows, whole, sizes), own)
+
+
+def _read(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
+    if reading is None:
+        return tensor_of(site, value, output)
+    return reading.of(reading.found(site, value))
+
+
+def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:
+    """Tell the sizes that all forwards have in common: those of axes that no input changes."""
+    free = {"batch", "token", "_", *POSITIONS}
+    return tuple(None if axis in free else size for axis, size in zip(axes, shape, strict=True))
 
 
 @dataclass(slots=True, eq=False)
@@ -145,6 +197,7 @@ class Seen:
         is_plain: Whether a tensor that it yields is the activation.
         is_whole: Whether it leaves clones of all that it yields.
         is_known_at_once: Whether a firing that is wanted is known to be it before the forward ends.
+        rank: The number of axes of its last activation, whose places are settled.
         shape: The shape of its last activation.
         tokens: The sequences and positions that it covered.
 
@@ -155,30 +208,34 @@ class Seen:
     is_plain: bool
     is_whole: bool
     is_known_at_once: bool
+    rank: int = -1
     shape: torch.Size | None = None
     tokens: tuple[int, int] = (0, 0)
 
-    def check(self, shape: torch.Size, *, sizes: bool) -> None:
-        """Check an activation of another shape than the last, and note its axes if it is the first.
+    def take(self, site: WatchedSite) -> None:
+        """Select as this site does, whose axes were told since."""
+        self.site = site
+        self.is_plain = site.yields_it
+        self.is_whole = site.takes_all and site.options.capacity is None
 
-        Args:
-            shape: The shape of the activation.
-            sizes: Whether it is held against the sizes in the model's config.
+    def check(self, shape: torch.Size) -> None:
+        """Check an activation of another shape than the last.
 
         Raises:
-            AxisError, SelectionError, TypedError: Its axes or sizes are not what was asked for.
+            AxisError, SelectionError: Its axes or sizes are not what was asked for.
 
         """
-        site, column = self.site, self.column
-        site.check_axes(shape)
-        site.selector.check(shape)
-        wrong = site.check_sizes(shape) if sizes else site.wrong_axes(shape)
-        if not column.firings:
-            axes = fired_axes(site.place.name, site.known_axes, len(shape))
-            axes = tuple("_" if axis in wrong else axis for axis in axes)
-            column.axes, column.sizes = site.selected(axes)
-            column.batch_dropped = site.selector.drops(0, len(shape))
-        self.shape, self.tokens = shape, site.tokens_of(shape)
+        self.site.check_axes(shape)
+        self.site.selector.check(shape)
+        self.shape, self.tokens = shape, self.site.tokens_of(shape)
+
+    def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
+        """Name the axes of what it leaves of activations of this shape; None where nothing does."""
+        named = axes if axes is not None else ("_",) * len(shape)
+        found = named_after(self.site.selector, self.site.rows, named, shape)
+        # What the user names is held against the config, as it is nobody else's word.
+        self.column.named = found._replace(whole={}) if self.site.named_axes else found
+        self.column.batch_dropped = self.site.selector.drops(0, len(shape))
 
 
 @dataclass(frozen=True)
@@ -199,8 +256,17 @@ def watch_site(
     defaults: Site,
     sizes: Mapping[str, int],
     options: Options,
+    grow: Callable[[WatchedSite], tuple[Axes, Mapping[str, int]] | None],
 ) -> WatchedSite:
     """Settle the options of one site; those of the capture are the defaults.
+
+    Args:
+        request: What was asked for.
+        defaults: The options of the capture.
+        sizes: The sizes of axes that the model's config tells.
+        options: What holds for all sites.
+        grow: Tells the axes of a site, and their sizes, by what the model does. It is asked before
+            anything is refused.
 
     Raises:
         AxisError: It does not have the axis to select from or to join along.
@@ -209,15 +275,8 @@ def watch_site(
 
     """
     asked, place = request.site, request.place
+    sizes = {} if asked.axes is not None else sizes
     axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
-    taken = defaults.slice if asked.slice is None else asked.slice
-    if options.mask is None:
-        selector, rows = parse_slice(request.key, taken, axes, sizes), None
-    else:
-        chosen = isinstance(options.mask, Chosen)
-        check_tokens(request.key, axes, chosen=chosen)  # a slice by position does not do without
-        selector = parse_slice(request.key, taken, axes, sizes)
-        selector, rows = split_rows(selector, axes, chosen=chosen)
     site = WatchedSite(
         key=request.key,
         place=place,
@@ -226,15 +285,42 @@ def watch_site(
         output=asked.output if place.reading is None else place.reading.output,
         firing=asked.firing,
         named_axes=None if asked.axes is None else axes,
-        selector=selector,
-        rows=rows,
+        selector=Selector(request.key, (), axes),
+        rows=None,
         dtype=dtype_of(asked.dtype if asked.dtype is not None else defaults.dtype),
         device=device_of(asked.device if asked.device is not None else defaults.device),
-        sizes=sizes,
+        asked=defaults.slice if asked.slice is None else asked.slice,
+        options=options,
+        pattern=request.pattern,
     )
     _check_firing(site, options)
-    _check_join(site, options.join)
+    try:
+        return _checked(site, axes, sizes)
+    except (AxisError, SelectionError):
+        told = None if asked.axes is not None else grow(site)
+        if told is None:
+            if axes is None or asked.axes is not None:
+                raise
+            return _checked(site, axes, {})  # a config alone is no reason to refuse
+        return _checked(replace(site, told_axes=told[0]), *told)
+
+
+def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
+    selector, rows = _selecting(site.key, site.asked, axes, sizes, site.options)
+    site = replace(site, selector=selector, rows=rows)
+    _check_join(site, site.options.join)
     return site
+
+
+def _selecting(
+    key: str, asked: Slice, axes: Axes | None, sizes: Mapping[str, int], options: "Options"
+) -> tuple[Selector, RowSelector | None]:
+    """Read what is selected along the axes of a site, and along its real tokens."""
+    if options.mask is None:
+        return parse_slice(key, asked, axes, sizes), None
+    chosen = isinstance(options.mask, Chosen)
+    check_tokens(key, axes, chosen=chosen)  # a slice by position does not do without
+    return split_rows(parse_slice(key, asked, axes, sizes), axes, chosen=chosen)
 
 
 def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
@@ -301,7 +387,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
             f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
             f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
         )
-    left, _ = site.selected(axes)
+    left, _ = site.selected(axes, (None,) * len(axes))
     if join not in left and not (join == "pos" and "query" in left):
         raise AxisError(
             f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
@@ -311,7 +397,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
 
 def why_silent(model: nn.Module, site: WatchedSite) -> str:
     """Say why a site never fired, and what to do."""
-    reason = why_it_never_fires(model, site.place)
+    reason = why_it_never_fired(model, site.place)
     if reason:
         return reason
     if site.firing is not None:

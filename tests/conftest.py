@@ -43,6 +43,12 @@ def mlp():
 
 
 @pytest.fixture
+def linear():
+    """A module of features, which no axes are known of."""
+    return torch.nn.Sequential(torch.nn.Linear(4, 5))
+
+
+@pytest.fixture
 def ids():
     return tokens()
 

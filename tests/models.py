@@ -151,11 +151,12 @@ def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
     return bridge_of(huggingface(architecture, seed=seed))
 
 
-def bridge_of(model: nn.Module) -> nn.Module:
+def bridge_of(model: nn.Module, architecture: str | None = None) -> nn.Module:
     """Build a `TransformerBridge` of a Hugging Face model, whose modules it takes over."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
-    return build_bridge_from_module(model, type(model).__name__, hf_config=model.config)
+    name = architecture or type(model).__name__
+    return build_bridge_from_module(model, name, hf_config=model.config)
 
 
 def tiny_transformer(**options: object) -> nn.Module:

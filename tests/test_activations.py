@@ -63,10 +63,17 @@ def test_bytes_and_axes_are_told(acts):
     assert acts.axes("blocks.0.attn.hook_z") == ("batch", "pos", "head", "d_head")
 
 
-def test_axes_that_are_not_known_are_anonymous(mlp, ids):
+def test_axes_that_are_not_known_are_anonymous():
+    linear = torch.nn.Sequential(torch.nn.Linear(4, 5))
+    with capture(linear, "0") as acts:
+        linear(torch.ones(3, 7, 4))
+    assert acts.axes("0") == ("_", "_", "_")
+
+
+def test_axes_that_only_the_model_tells_are_named_as_far_as_it_does(mlp, ids):
     with capture(mlp, "block") as acts:
         mlp(ids)
-    assert acts.axes("block") == ("_", "_", "_")
+    assert acts.axes("block") == ("batch", "pos", "_")
 
 
 def test_layers_are_stacked_in_their_order(gpt2, ids):
@@ -245,7 +252,7 @@ def test_a_spec_is_built_from_site_slice_and_config(gpt2, ids):
     assert acts.spec("last").__name__ == "BFloat16[Tensor, 'batch d_model=32']"
     assert acts.spec("heads").__name__ == "Float32[Tensor, 'batch pos head=2 d_head=8']"
     assert acts.spec("some").__name__ == "Float32[Tensor, 'batch pos head=4 d_head=3']"
-    assert acts.spec("module").__name__ == "Float32[Tensor, '_ _ _']"
+    assert acts.spec("module").__name__ == "Float32[Tensor, 'batch pos _']"
     assert acts.spec("ids").__name__ == "Int64[Tensor, 'batch pos']"
     with pytest.raises(NotCapturedError):
         acts.spec("other")
@@ -438,7 +445,7 @@ def test_axes_are_those_of_what_came_since_the_buffer_was_cleared():
     with capture(model, "head", join=None) as acts:
         model(tokens())
         model(tokens()[0])
-        assert acts.axes("head") == ("_", "_", "_")
+        assert acts.axes("head") == ("batch", "pos", "_")
         acts.clear()
         model(tokens()[0])
         assert acts.axes("head") == ("_", "_")

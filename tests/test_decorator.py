@@ -382,3 +382,29 @@ def test_a_generator_that_ends_without_its_site_is_an_error(mlp, ids):
     assert next(generator) == 1
     with pytest.raises(NeverFiredError):
         next(generator)
+
+
+def test_a_model_before_the_names_is_told_where_it_belongs(gpt2):
+    for given in ((gpt2, RESID), (RESID, gpt2)):
+        with pytest.raises(OptionError) as caught:
+            captures(*given)
+        assert str(caught.value) == (
+            "@captures takes the names alone, and all else by keyword, but got "
+            f"({', '.join(type(each).__name__ for each in given)}); write "
+            "@captures('blocks.1.hook_resid_post', model=model), or leave the model out where it "
+            "is an argument of the calls"
+        )
+
+
+def test_a_method_receives_the_buffer_behind_self(gpt2, ids):
+    class Study:
+        model = gpt2
+
+        @captures(RESID, model=lambda self, *_: self.model)
+        def run(self, acts: Activations, ids):
+            self.model(ids)
+            return acts.tensor
+
+    expected = plainly_hooked(gpt2, ids, RESID)[RESID][0]
+    assert torch.equal(Study().run(ids), expected)
+    assert list(inspect.signature(Study().run).parameters) == ["ids"]

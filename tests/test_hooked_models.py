@@ -242,3 +242,56 @@ def test_a_hooked_module_of_ones_own_is_captured(ids):
 
     acts = _agrees(Toy(), ids)
     assert acts.axes("hook_middle") == ("_", "_", "_")
+
+
+# The norm before attention, which TransformerLens 3 runs for queries, keys and values one by one.
+
+
+@hooked
+@pytest.mark.parametrize("part", ["hook_scale", "hook_normalized"])
+@pytest.mark.parametrize("options", [{}, {"join": None}, {"capacity": 6}])
+def test_a_norm_of_one_input_is_one_tensor(part, options, ids):
+    model = tiny_transformer()
+    name = f"blocks.1.ln1.{part}"
+    expected = [plainly_hooked(model, each, name)[name][0] for each in (ids, ids + 1)]
+    with capture(model, name, **options) as acts:
+        model(ids)
+        model(ids + 1)
+    found = acts[name]
+    assert torch.equal(torch.cat(found) if isinstance(found, list) else found, torch.cat(expected))
+    assert acts.axes(name)[:2] == ("batch", "pos")
+
+
+@hooked
+def test_norms_of_layers_are_stacked(ids):
+    model = tiny_transformer()
+    with capture(model, "ln1.hook_normalized", slice=-1) as acts:
+        model(ids)
+    assert acts.stack("ln1.hook_normalized").shape == (2, 3, 32)
+
+
+@hooked
+def test_a_norm_whose_firings_differ_stays_several(ids):
+    model = tiny_transformer()
+    fired = []
+
+    def edit_the_second(activation, hook):  # noqa: ARG001
+        fired.append(activation)
+        return activation + (len(fired) == 2)
+
+    name = "blocks.1.ln1.hook_normalized"
+    model.hook_dict[name].add_hook(edit_the_second)
+    with capture(model, name) as acts:
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        acts[name]
+    assert len(acts.firings(name)) == 3
+
+
+@hooked
+def test_a_norm_with_a_graph_stays_several_since_each_has_its_gradients(ids):
+    model = tiny_transformer()
+    with capture(model, "blocks.1.ln1.hook_normalized", grad=True) as acts:
+        model(ids)
+    with pytest.raises(SeveralFiringsError):
+        acts["blocks.1.ln1.hook_normalized"]

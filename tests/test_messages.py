@@ -129,11 +129,17 @@ def test_a_module_of_another_model(gpt2):
     )
 
 
-def test_an_alias_for_several_places(gpt2):
-    assert _said(capture, gpt2, {"resid": "*hook_resid_post"}) == (
-        "the alias 'resid' stands for one place, but '*hook_resid_post' matches 2: "
-        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_post', ...; give the pattern without "
-        "an alias"
+def test_an_alias_of_several_places_that_is_read_as_one(gpt2):
+    acts = _run(gpt2, {"resid": "*hook_resid_post"})
+    several = "'resid.blocks.0.hook_resid_post', 'resid.blocks.1.hook_resid_post'"
+    assert _said(acts.__getitem__, "resid") == (
+        f"nothing was captured from 'resid': it means 2 of the captured sites, so read one of "
+        f"{several}, or acts.stack('resid') for its layers"
+    )
+    with pytest.raises(AttributeError) as caught:
+        acts.resid  # noqa: B018
+    assert str(caught.value) == (
+        f"'resid' stands for several sites, so read acts.stack('resid') or one of {several}"
     )
 
 
@@ -154,9 +160,11 @@ def test_a_module_that_is_named_like_an_attribute_of_the_buffer_is_captured():
 
 
 def test_one_place_with_two_sets_of_options(gpt2):
-    assert _said(capture, gpt2, [Site(RESID, slice=0), Site(RESID, slice=1)]) == (
+    glob = "blocks.*.hook_resid_post"
+    assert _said(capture, gpt2, [Site(glob, slice=0), Site(RESID, slice=1)]) == (
         "'blocks.1.hook_resid_post' is asked for twice with different options; name each with a "
-        "mapping, such as {'first': Site('blocks.1.hook_resid_post', ...), 'second': Site(...)}"
+        "mapping, such as {'first': Site('blocks.*.hook_resid_post', ...), 'second': "
+        "Site('blocks.1.hook_resid_post', ...)}"
     )
 
 
@@ -211,9 +219,9 @@ def test_a_join_along_an_axis_that_the_slice_drops(gpt2):
     )
 
 
-def test_a_join_along_an_axis_that_is_not_known(mlp):
-    assert _said(capture, mlp, "block", join="pos") == (
-        "the axes of 'block' are not known, so its forwards cannot be joined along 'pos'; name "
+def test_a_join_along_an_axis_that_is_not_known(linear):
+    assert _said(capture, linear, "0", join="pos") == (
+        "the axes of '0' are not known, so its forwards cannot be joined along 'pos'; name "
         "them, as in Site(..., axes='batch pos d_model')"
     )
 
@@ -228,9 +236,9 @@ def test_an_axis_that_a_site_does_not_have(gpt2):
     )
 
 
-def test_an_axis_of_a_module(mlp):
-    assert _said(capture, mlp, "block", slice=-1) == (
-        "the axes of the module 'block' are not known, so there is no 'pos' to select from; name "
+def test_an_axis_of_a_module(linear):
+    assert _said(capture, linear, "0", slice=-1) == (
+        "the axes of the module '0' are not known, so there is no 'pos' to select from; name "
         "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, as "
         "in slice=np.s_[:, -1]"
     )
@@ -306,9 +314,8 @@ def test_a_hook_point_that_fires_with_other_axes_than_are_known():
     with capture(model, name, slice=-1):
         said = _said(model.blocks[0].ln2, torch.randn(21, 32))  # of how many sequences is not known
     assert said == (
-        "'blocks.0.ln2.hook_normalized' fired with the shape (21, 32), but a slice was asked for "
-        "along its axes 'batch pos d_model'; select by position with a tuple, or name the axes it "
-        "has with Site(axes=...)"
+        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; select "
+        "along one of these, or by position with a tuple"
     )
 
 
@@ -604,3 +611,52 @@ def test_a_stack_of_nothing_is_refused(gpt2):
         "there is nothing to stack: no forward of TransformerBridge has run since the block began "
         "or the buffer was cleared"
     )
+
+
+def test_two_buffers_compared_with_an_operator(gpt2):
+    first, second = _run(gpt2, RESID), _run(gpt2, RESID)
+    for other in (second, dict(second)):
+        assert _said(lambda other=other: first == other) == (
+            "buffers are not compared with ==, since tensors have no one truth value; compare "
+            "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+            "atol=0), or one with torch.equal(acts[name], other[name])"
+        )
+        torch.testing.assert_close(first, other, rtol=0, atol=0)
+    assert first == first  # noqa: PLR0124
+    assert first is not None
+    assert first != "acts"
+
+
+def test_a_buffer_whose_forwards_left_nothing(gpt2):
+    acts = _run(gpt2, "blocks.0.attn.qkv.hook_[i]*")
+    assert _said(lambda: acts.tensor) == (
+        "there is no tensor to read: none of the sites fired in 1 forward of TransformerBridge"
+    )
+    assert _said(acts.__getitem__, "blocks.0.attn.qkv.hook_in") == (
+        "nothing was captured from 'blocks.0.attn.qkv.hook_in': it never fired in 1 forward"
+    )
+    assert _said(acts.stack, "hook_in") == (
+        "there is nothing to stack: none of the sites fired in 1 forward of TransformerBridge"
+    )
+    acts.clear()
+    assert "no forward of TransformerBridge has run since" in _said(lambda: acts.tensor)
+
+
+def test_a_pattern_of_what_is_switched_off(gpt2):
+    assert _said(capture(gpt2, ["hook_result", "hook_z"]).__enter__) == (
+        "'hook_result' would never fire, since it means only 'blocks.0.attn.hook_result', "
+        "'blocks.1.attn.hook_result': use_attn_result is off: call "
+        "model.set_use_attn_result(True) first"
+    )
+    off = capture(gpt2, lambda name: name.endswith("hook_mlp_in"))
+    assert _said(off.__enter__).startswith("what was asked for would never fire, since it means ")
+
+
+def test_a_name_of_several_captured_sites(gpt2):
+    acts = _run(gpt2, "hook_z")
+    for name in ("hook_z", "attn.hook_z", "blocks.*.attn.hook_z", "blocks.[0-1].**"):
+        assert _said(acts.__getitem__, name) == (
+            f"nothing was captured from {name!r}: it means 2 of the captured sites, so read one of "
+            f"'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
+            "layers"
+        )

@@ -1,5 +1,6 @@
 """How users call actctx, checked by the type checker and never run."""
 
+from collections.abc import Iterator
 from typing import assert_type
 
 import torch
@@ -61,8 +62,56 @@ class Study:
         """Receive nothing."""
         return 3
 
+    @captures("blocks.0.hook_resid_post", model=lambda self, *_: self.model)
+    def norms(self, acts: Activations, tokens: Tensor, *, scale: float = 1.0) -> Tensor:
+        """Receive the buffer behind `self`."""
+        return acts.tensor * scale
+
+    @captures("blocks.0.hook_resid_post", model=lambda self, *_: self.model)
+    async def later(self, acts: Activations, tokens: Tensor) -> int:
+        """Receive the buffer behind `self`, later."""
+        return len(acts)
+
+    @captures("blocks.0.hook_resid_post", model=lambda self, *_: self.model)
+    def rows(self, acts: Activations, tokens: Tensor) -> Iterator[Tensor]:
+        """Receive the buffer behind `self`, and yield."""
+        yield acts.tensor
+
+    @classmethod
+    @captures("blocks.0.hook_resid_post", model=model)
+    def of_class(cls, acts: Activations, tokens: Tensor) -> Tensor:
+        """Receive the buffer behind the class."""
+        return acts.tensor
+
+    @staticmethod
+    @captures("blocks.0.hook_resid_post", model=model)
+    def of_none(acts: Activations, tokens: Tensor) -> Tensor:
+        """Receive the buffer, of a static method."""
+        return acts.tensor
+
 
 assert_type(Study().run(torch.zeros(1)), tuple[int, Activations])
+assert_type(Study().norms(torch.zeros(1), scale=2.0), Tensor)
+assert_type(Study.norms(Study(), torch.zeros(1)), Tensor)
+assert_type(Study.of_class(torch.zeros(1)), Tensor)
+assert_type(Study().of_class(torch.zeros(1)), Tensor)
+assert_type(Study().of_none(torch.zeros(1)), Tensor)
+for rows in Study().rows(torch.zeros(1)):
+    assert_type(rows, Tensor)
+
+
+async def awaited_method() -> None:
+    """Await a decorated method."""
+    assert_type(await Study().later(torch.zeros(1)), int)
+
+
+@captures("blocks.0.hook_resid_post")
+def behind(model: nn.Module, acts: Activations, tokens: Tensor) -> Tensor:
+    """Receive the buffer behind the model."""
+    return acts.tensor
+
+
+assert_type(behind(model, torch.zeros(1)), Tensor)
 
 
 @captures("blocks.0.hook_resid_post")

@@ -1,0 +1,210 @@
+"""Which forwards continue each other, by the caches that they are given and return.
+
+# NOTE [Lines]
+A forward that is given a cache which holds something continues the sequences of the forward that
+filled it: both are of one line, and have its number. It is the same line if it is the same cache
+object, and it holds what the last forward left there. A copy of a cache, one that was filled while
+nobody captured, and one that was cut back or is frozen to be used again, each begin a line of their
+own. Only `generate()` cuts a cache back and goes on with the same sequences, as it does to take
+back tokens that it guessed. Such a forward repeats positions.
+
+What a cache holds is asked of it before the forward runs, which changes it.
+"""
+
+import inspect
+import itertools
+import sys
+import weakref
+from collections.abc import Iterator, Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+CACHES = (
+    "past_key_values",
+    "past_key_value",
+    "past_kv_cache",
+    "cache_params",
+    "cache",
+    "layer_past",
+    "mems",
+    "state",
+)
+"""What forwards call the caches that they are given and return."""
+
+
+class Start(NamedTuple):
+    """What is known of a forward before it runs.
+
+    Attributes:
+        line: The number of the line that it is of.
+        before: How many positions its cache holds; None where it holds some, but does not say
+            how many, as those of recurrent models.
+        limit: How many positions its cache has room for, where that is fixed.
+        repeats: Whether positions were taken back that it runs again.
+        is_cached: Whether it was given a cache that holds something.
+
+    """
+
+    line: int
+    before: int | None = 0
+    limit: int | None = None
+    repeats: bool = False
+    is_cached: bool = False
+
+
+class _Left(NamedTuple):
+    cache: "weakref.ref[Any]"
+    line: int
+    length: int | None
+
+
+class Lines:
+    """The lines of a capture's forwards; see the note above."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._layer = _first_layer(model)
+        self._numbers = itertools.count()
+        self._left: dict[int, _Left] = {}
+
+    def begin(self, inputs: Mapping[str, Any]) -> Start:
+        """Tell what a forward continues that is about to run."""
+        limit = None
+        for cache in _caches(inputs):
+            anchor, length = _anchor(cache), _length_of(cache, self._layer)
+            limit = _limit_of(cache)
+            left = self._left.get(id(anchor))
+            known = left is not None and left.cache() is anchor
+            if length == 0 or (length is None and not known and not _is_filled(cache)):
+                continue
+            if left is None or not known:
+                return Start(next(self._numbers), length, limit, is_cached=True)
+            before = left.length if length is None else length
+            if left.length in {None, before} and not _is_frozen(cache):
+                return Start(left.line, before, limit, is_cached=True)
+            if not _is_frozen(cache) and generating() is not None:
+                return Start(left.line, before, limit, repeats=True, is_cached=True)
+            return Start(next(self._numbers), before, limit, is_cached=True)
+        return Start(next(self._numbers), limit=limit)
+
+    def end(self, start: Start, inputs: Mapping[str, Any], output: Any) -> None:
+        """Note which caches a forward has left."""
+        self._left = {
+            number: left for number, left in self._left.items() if left.cache() is not None
+        }
+        for cache in itertools.chain(_caches(inputs), _caches_in(output)):
+            anchor, length = _anchor(cache), _length_of(cache, self._layer)
+            if length is None and start.before is not None:
+                count = positions_of(inputs)
+                length = None if count is None else start.before + count
+            if anchor is not None:
+                self._left[id(anchor)] = _Left(weakref.ref(anchor), start.line, length)
+
+
+def positions_of(inputs: Mapping[str, Any]) -> int | None:
+    """Count the positions that a forward was given, on the side that is cached."""
+    for names in (("decoder_input_ids", "decoder_inputs_embeds"), ("input_ids", "inputs_embeds")):
+        for name in names:
+            if isinstance(inputs.get(name), Tensor) and inputs[name].dim() > 1:
+                return int(inputs[name].shape[1])
+    given = inputs.get("input")  # of TransformerLens
+    return int(given.shape[1]) if isinstance(given, Tensor) and given.dim() > 1 else None
+
+
+def _caches_in(output: Any) -> Iterator[Any]:
+    """List the caches in what a forward returned."""
+    if isinstance(output, Mapping):
+        yield from _caches(output)
+    elif isinstance(output, tuple | list):
+        yield from (each for each in output if _is_cache(each))
+
+
+def _length_of(cache: Any, layer: int) -> int | None:
+    """Count the positions that a cache holds; None where it does not say."""
+    if callable(getattr(cache, "get_seq_length", None)):
+        try:
+            return int(cache.get_seq_length(layer))
+        except (ValueError, TypeError, IndexError, AttributeError):
+            return None
+    if hasattr(cache, "entries"):  # TransformerLens'
+        return int(cache[0].past_keys.shape[1])
+    if isinstance(cache, tuple | list) and cache:
+        first = cache[0]
+        if isinstance(first, tuple | list) and first and isinstance(first[0], Tensor):
+            return int(first[0].shape[-2])  # keys, `batch head pos d_head`
+    return None
+
+
+def generating() -> FrameType | None:
+    """Find the innermost `generate()` of Hugging Face that is running, if there is one."""
+    generation = sys.modules.get("transformers.generation.utils")
+    if generation is None:
+        return None
+    code = inspect.unwrap(generation.GenerationMixin.generate).__code__
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
+
+
+def is_batching() -> bool:
+    """Tell whether the thread that is running is one of Hugging Face's `generate_batch()`."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name.startswith("transformers.generation.continuous_batching"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def has_cache(inputs: Mapping[str, Any]) -> bool:
+    """Tell whether a forward was given a cache, be it empty."""
+    return any(True for _ in _caches(inputs))
+
+
+def _caches(named: Mapping[str, Any]) -> Iterator[Any]:
+    given = (named.get(name) for name in CACHES)
+    return (each for each in given if each is not None and not isinstance(each, bool | Tensor))
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length") or hasattr(value, "previous_attention_mask")
+
+
+def _is_frozen(cache: Any) -> bool:
+    return getattr(cache, "frozen", False) is True
+
+
+def _is_filled(cache: Any) -> bool:
+    """Tell whether a cache that does not count positions holds something."""
+    filled = getattr(cache, "has_previous_state", True)
+    if not callable(filled):
+        return bool(filled)
+    try:
+        return bool(filled())
+    except (TypeError, ValueError, IndexError):
+        return True
+
+
+def _limit_of(cache: Any) -> int | None:
+    limit = getattr(cache, "get_max_length", getattr(cache, "get_max_cache_shape", None))
+    try:
+        found = limit() if callable(limit) else None
+    except (TypeError, ValueError, IndexError, NotImplementedError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
+def _anchor(cache: Any) -> Any:
+    """Return what a cache is known again by: itself, or where that cannot be, a tensor in it."""
+    while isinstance(cache, tuple | list):
+        cache = next((each for each in cache if isinstance(each, tuple | list | Tensor)), None)
+    return cache
+
+
+def _first_layer(model: nn.Module) -> int:
+    """Tell the first layer of a model, or of a part of it, that a cache counts for."""
+    numbers = (getattr(module, "layer_idx", None) for module in model.modules())
+    return min((number for number in numbers if type(number) is int), default=0)

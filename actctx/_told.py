@@ -1,0 +1,159 @@
+"""Where the axes of an activation lie: what its name proposes, held against what the model does.
+
+# NOTE [Names propose, the model decides]
+In this order. The user's `Site(axes=...)` holds. Else the name of a hook point proposes axes, with
+the position where TransformerLens declares it. They are held against the numbers of sequences and
+of positions that the forward was given: where these leave no other axes, they hold. Where sizes
+coincide, or disagree, or no name proposes anything, the model is run with other sizes, and what
+grows tells (see `_growth`). What still cannot be told is refused, where something depends on it.
+"""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from actctx._axes import Axes, are_the_only, fired_axes
+from actctx._column import Named
+from actctx._growth import Grew, growth_at, says_what_it_reads
+from actctx._watched import WatchedSite, fixed_sizes, named_after
+
+
+class Numbers(NamedTuple):
+    """How much a forward was given.
+
+    Attributes:
+        batch: The number of sequences; None where that is not known.
+        positions: The numbers of positions: of the tokens, and of those of a decoder.
+
+    """
+
+    batch: int | None = None
+    positions: frozenset[int] = frozenset()
+
+
+def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
+    """Read the numbers of sequences and positions off what forwards were called with.
+
+    Args:
+        forwards: The arguments by name, of the innermost forward first.
+
+    """
+    for given in forwards:
+        tokens = [each for name, each in given.items() if _holds_tokens(name, each)]
+        if tokens:
+            return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens))
+    return Numbers()
+
+
+_OTHER = ("mask", "position", "type", "label", "past")
+_WITH_TOKENS = 2
+
+
+def _holds_tokens(name: str, value: Any) -> bool:
+    """Tell whether an argument of a forward is its tokens, or their embeddings."""
+    if not isinstance(value, Tensor) or value.dim() < _WITH_TOKENS:
+        return False
+    if name.endswith("inputs_embeds"):
+        return True
+    is_integer = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+    return is_integer and value.dim() == _WITH_TOKENS and not any(word in name for word in _OTHER)
+
+
+def plainly_told(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) -> Axes | None:
+    """Tell where axes lie by names and sizes alone; None where that takes a run of the model."""
+    if site.named_axes is not None:
+        return site.named_axes
+    proposed = fired_axes(site.place.name, site.place.axes, len(shape))
+    if proposed is None or not are_the_only(proposed, shape, numbers.batch, numbers.positions):
+        return None
+    return proposed
+
+
+def proposed_axes(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) -> Axes | None:
+    """Return the axes that the name of a site proposes; None where the sizes contradict it."""
+    proposed = fired_axes(site.place.name, site.place.axes, len(shape))
+    if proposed is None or numbers.batch is None or not numbers.positions:
+        return proposed
+    sizes = {"batch": {1, numbers.batch}, "pos": numbers.positions, "query": numbers.positions}
+    fits = all(size in sizes.get(axis, {size}) for axis, size in zip(proposed, shape, strict=True))
+    return proposed if fits else None
+
+
+@dataclass(frozen=True, eq=False)
+class Teller:
+    """Tells where the axes of a site lie by a run of the model, which it does not keep alive.
+
+    Attributes:
+        model: The model.
+        module: The hook point or module of the site.
+        io: Whether the activation is given to it or returned by it.
+        read: Finds the activation in that.
+        proposed: The axes that the name proposes.
+
+    """
+
+    model: "weakref.ref[nn.Module]"
+    module: "weakref.ref[nn.Module]"
+    io: str
+    read: Callable[[Any], Tensor]
+    proposed: Axes | None
+
+    @classmethod
+    def of(cls, model: nn.Module, site: WatchedSite) -> "Teller":
+        """Prepare to tell the axes of a site."""
+        place = site.place
+        io = "out" if place.is_hook_point else site.io
+        return cls(weakref.ref(model), weakref.ref(place.module), io, site.reader, place.axes)
+
+    def grew(self, numbers: Numbers | None = None) -> Grew | None:
+        """Tell what the axes grow with, if the model still lives.
+
+        Args:
+            numbers: How much a forward was given. A module that does not say what it reads was
+                run on token ids, which tells nothing of forwards on anything else.
+
+        """
+        model, module = self.model(), self.module()
+        if model is None or module is None:
+            return None
+        reads_tokens = numbers is None or numbers.batch is not None
+        if not reads_tokens and not says_what_it_reads(model):
+            return None
+        return growth_at(model, module, self.io, self.read)
+
+    def axes(
+        self, name: str, shape: tuple[int, ...] | None = None, numbers: Numbers | None = None
+    ) -> Axes | None:
+        """Tell the axes of an activation of this shape, by default of that of the run."""
+        grew = self.grew(numbers)
+        if grew is None:
+            return None
+        rank = len(grew.shape if shape is None else shape)
+        return grew.axes(fired_axes(name, self.proposed, rank) or self.proposed, shape)
+
+    def later(
+        self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
+    ) -> Callable[[], Named | None]:
+        """Return what tells the axes of what a site leaves, once that is asked for."""
+        name, selector, rows = site.place.name, site.selector, site.rows
+
+        def tell() -> Named | None:
+            axes = self.axes(name, shape, numbers)
+            return None if axes is None else named_after(selector, rows, axes, shape)
+
+        return tell
+
+
+def axes_before(model: nn.Module, site: WatchedSite) -> tuple[Axes, dict[str, int]] | None:
+    """Tell the axes of a site before any forward, and the sizes of those that do not grow."""
+    teller = Teller.of(model, site)
+    grew = teller.grew()
+    axes = teller.axes(site.place.name)
+    if grew is None or axes is None:
+        return None
+    sizes = zip(axes, fixed_sizes(axes, grew.shape), strict=True)
+    return axes, {axis: size for axis, size in sizes if size is not None}
