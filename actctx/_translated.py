@@ -434,22 +434,21 @@ class _Walk:
         else:
             points[f"{path}.hook_in"] = (name, Reading("in"))
             points[f"{path}.hook_out"] = (name, _returned(component))
-            self._read_as_bridges(component, path, name)
+            self._read_latents(component, path)
         if hasattr(component, "hook_pattern"):
             self._split_heads(component, path, module)
             self._add_patterns(component, path, module)
         self._add_aliases(component, f"{path}.", module)
 
-    def _read_as_bridges(self, component: Any, path: str, name: str) -> None:
-        """Read parts of a component where it reads them itself, rather than where they are."""
+    def _read_latents(self, component: Any, path: str) -> None:
+        """Read latents of keys and values without the axis that Hugging Face has for one head."""
         points = self.found.points
-        if hasattr(component, "mirror_placeholder_hooks") and f"{path}.in.hook_in" in points:
-            # A bridge's MLP reads it off what the whole is given, as of RWKV.
-            points[f"{path}.in.hook_in"] = (name, Reading("in"))
-        if hasattr(component, "hook_kv_latent") and f"{path}.kv_b_proj.hook_in" in points:
-            for io in ("in", "out"):  # in Hugging Face's, with an axis for the one head
-                module, _ = points[f"{path}.kv_b_proj.hook_{io}"]
-                points[f"{path}.kv_b_proj.hook_{io}"] = (module, Reading(io, part=_without_heads))
+        if not hasattr(component, "hook_kv_latent"):
+            return
+        for io in ("in", "out"):
+            name = f"{path}.kv_b_proj.hook_{io}"
+            if name in points:
+                points[name] = (points[name][0], Reading(io, part=_without_heads))
 
     def _hide(self, path: str, *names: str) -> None:
         self.found.inside.extend(f"{path}.{name}" for name in names)
