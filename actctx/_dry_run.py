@@ -14,10 +14,12 @@ layers take no longer than one.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,8 +141,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
     alike = _run_once(modules)
     is_whole = True
     try:
-        with torch.inference_mode(mode=False), mode, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.inference_mode(mode=False), mode, torch.no_grad(), _quiet():
             _run(whole, positions, options)
     except Exception:  # noqa: BLE001  what a model raises that cannot run without values
         is_whole = False
@@ -149,6 +150,24 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
         if first in calls:
             calls.setdefault(name, calls[first])
     return DryRun(model, calls, is_whole, modules)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to oneself what torch and Hugging Face say of a run that is nobody's."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _first_alike(name: str, alike: Mapping[str, str]) -> str:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from models import GENERATION, VOCAB, bridge_of, hooks_of, tokens
+from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -631,3 +632,16 @@ def test_names_are_found_where_no_weight_has_a_value():
     part = Places(model).translation.points["blocks.1.attn.q.hook_out"][1].part
     assert isinstance(part, Heads)
     assert part.d_head == 8
+
+
+class _Strange(nn.Module):
+    def forward(self, hidden):
+        return torch.cat([hidden, hidden], -1)
+
+
+def test_a_model_that_does_not_run_without_values_has_its_names(capfd):
+    config = transformers.LlamaConfig(**_TEXT)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.model.layers[0].mlp.down_proj = _Strange()
+    assert len(hook_names(model, "blocks.*.hook_resid_post")) == 2
+    assert capfd.readouterr() == ("", "")
