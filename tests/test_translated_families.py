@@ -645,3 +645,26 @@ def test_a_model_that_does_not_run_without_values_has_its_names(capfd):
     model.model.layers[0].mlp.down_proj = _Strange()
     assert len(hook_names(model, "blocks.*.hook_resid_post")) == 2
     assert capfd.readouterr() == ("", "")
+
+
+def test_windows_of_attention_are_no_pattern():
+    config = transformers.LEDConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        attention_window=4,
+        vocab_size=VOCAB,
+    )
+    config._attn_implementation = "eager"
+    model = transformers.LEDForConditionalGeneration(config).eval()
+    windows = "encoder_blocks.0.attn.hook_pattern"
+    given = {"input_ids": tokens(pos=8), "decoder_input_ids": tokens(), "output_attentions": True}
+    with pytest.raises(OutputError, match="none is an attention pattern"), capture(model, windows):
+        model(**given)
+    with capture(model, "**.self_attn.hook_pattern") as acts:
+        model(**given)
+    assert [acts[name].shape for name in acts] == [(3, 4, 7, 7)] * 2
