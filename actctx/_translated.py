@@ -166,7 +166,7 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         why there are none. Nothing is raised, whatever an adapter raises.
 
     """
-    configs = {id(held): held for each in modules.values() if (held := vars(each).get("config"))}
+    configs = {id(each.config): each.config for each in modules.values() if "config" in vars(each)}
     attention = tuple(getattr(each, "_attn_implementation", None) for each in configs.values())
     known = _KNOWN.get(model)
     if known is None or not known.holds(attention, modules):
@@ -182,16 +182,13 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         return Translation(lacks="TransformerLens 3 or later tells them; install it")
     name = type(model).__name__
     remedy = "give the names of its modules (see actctx.hook_names(model))"
-    best, failed = Translation(), ""
-    for architecture in _relatives(model):
-        found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
-        failed = failed or why
-        best = best if best.points and not found.has_layers else found
-        if best.has_layers:
-            break
-    if best.points:
-        _drop(best, dry_run(model))
-        return best
+    try:
+        best, failed = _best(model, modules, TransformerBridge.hook_aliases)
+        if best.points:
+            _drop(best, dry_run(model))
+            return best
+    except Exception as error:  # noqa: BLE001  of a model that nothing stands in for
+        failed = _told(error)
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
     else:
@@ -199,28 +196,26 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
     return Translation(lacks=lacks)
 
 
-def _by(
-    architecture: str,
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    aliases: Mapping[str, Any],
+def _best(
+    model: nn.Module, modules: Mapping[str, nn.Module], aliases: Mapping[str, Any]
 ) -> tuple[Translation, str]:
-    """Find the names that the adapter of an architecture has for a model, or why it fails."""
+    """Find the names that the first adapter has which knows the layers, or why one fails."""
     best, failed = Translation(), ""
-    for number in range(len(_roots(model))):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
-        try:
-            root = _roots(whole)[number]
-            found = _walked(architecture, mode, (whole, root), modules, aliases)
-        except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
-            failed = failed or _told(error)
-            continue
-        if found is None:
-            break
-        best = best if best.points and not found.has_layers else found
-        if best.has_layers:
-            break
+    kinds = dict.fromkeys(filter(None, map(_adapter, _relatives(model))))
+    for name, kind in kinds:
+        for number in range(len(_roots(model))):
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
+            try:
+                adapter = kind(_config(whole, name))
+                root = _roots(whole)[number]
+                found = _walked(adapter, mode, (whole, root), modules, aliases)
+            except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
+                failed = failed or _told(error)
+                continue
+            best = best if best.points and not found.has_layers else found
+            if best.has_layers:
+                return best, ""
     return best, failed
 
 
@@ -241,30 +236,24 @@ def _told(error: Exception) -> str:
 
 
 def _walked(
-    architecture: str,
+    adapter: Any,
     mode: FakeTensorMode,
     models: tuple[nn.Module, nn.Module],
     modules: Mapping[str, nn.Module],
     aliases: Mapping[str, Any],
-) -> Translation | None:
+) -> Translation:
     """Go through the components of an adapter, beside the modules of a stand-in.
 
     Args:
-        architecture: The name by which the adapter is found.
+        adapter: A fresh one, which is prepared for the stand-in.
         mode: That of the stand-in's tensors.
         models: The stand-in of the model, under whose names its modules are; and what of it the
             adapter is given for the model.
         modules: The modules of the model itself.
         aliases: Those of a bridge.
 
-    Returns:
-        The names, or None where there is no adapter.
-
     """
     whole, root = models
-    adapter = _adapter(whole, architecture)
-    if adapter is None:
-        return None
     with mode:
         adapter.prepare_model(root)
     # Backwards, so that of several names of a module the first stays.
@@ -353,20 +342,30 @@ def _relatives(model: nn.Module) -> list[str]:
     return [*found]
 
 
-def _adapter(model: Any, architecture: str) -> Any:
+def _adapter(architecture: str) -> tuple[str, Any] | None:
+    """Find the adapter of an architecture, and the name that it has there."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
     ArchitectureAdapterFactory.discover_entry_points()
     # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
-    spelled = {name.lower(): name for name in ArchitectureAdapterFactory._adapters}
     known = ArchitectureAdapterFactory._adapters
+    spelled = {name.lower(): name for name in known}
     name = architecture if architecture in known else spelled.get(architecture.lower())
     if name is None:
         return None
     # Libraries that load a model's pictures are not needed for one that is loaded.
-    kind = type(known[name].__name__, (known[name],), {"required_libraries": []})
-    return kind(build_bridge_config_from_hf(model.config, name, name, torch.float32))
+    return name, _without_libraries(known[name])
+
+
+@functools.cache
+def _without_libraries(adapter: Any) -> Any:
+    return type(adapter.__name__, (adapter,), {"required_libraries": []})
+
+
+def _config(model: Any, architecture: str) -> Any:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+    return build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
 
 
 def _with_head(model: nn.Module) -> nn.Module:

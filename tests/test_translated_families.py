@@ -597,6 +597,22 @@ def test_classes_beside_those_of_language_models_have_names(name, kind):
     assert re.search(r"(layers?|block)\.1$", point)
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("ViTForImageClassification", "classifier"),
+        ("ASTForAudioClassification", "classifier.dense"),
+        ("HubertForCTC", "lm_head"),
+        ("Wav2Vec2ForCTC", "lm_head"),
+    ],
+)
+def test_heads_that_an_adapter_adds_for_a_model_have_names(name, head):
+    model = _family(name)
+    with capture(model, ["unembed.hook_out", head], check=False) as acts:
+        _run(model)
+    assert torch.equal(acts["unembed.hook_out"], acts[head])
+
+
 def test_a_subclass_of_a_model_has_its_names():
     class Own(transformers.LlamaForCausalLM):
         pass
