@@ -1,33 +1,6 @@
 """Capture activations from chosen places of a transformer model, and only those."""
 
-from typing import Any
-
-from actctx._activations import Activations
-from actctx._capture import Capture, capture
-from actctx._decorator import captures
-from actctx._errors import (
-    ActctxError,
-    AxisError,
-    CapacityError,
-    CaptureStateError,
-    DataError,
-    HookNameError,
-    HooksRemovedError,
-    JoinError,
-    LoadError,
-    NeverFiredError,
-    NotCapturedError,
-    OptionError,
-    OutputError,
-    SelectionError,
-    SeveralFiringsError,
-    StoppedError,
-    TypedError,
-)
-from actctx._forward import Stopped
-from actctx._names import Site
-from actctx._places import hook_names
-from actctx._schema import Schema, site
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -60,15 +33,63 @@ __all__ = [
     "site",
 ]
 
+if TYPE_CHECKING:
+    from actctx._activations import Activations
+    from actctx._capture import Capture, capture
+    from actctx._decorator import captures
+    from actctx._errors import (
+        ActctxError,
+        AxisError,
+        CapacityError,
+        CaptureStateError,
+        DataError,
+        HookNameError,
+        HooksRemovedError,
+        JoinError,
+        LoadError,
+        NeverFiredError,
+        NotCapturedError,
+        OptionError,
+        OutputError,
+        SelectionError,
+        SeveralFiringsError,
+        StoppedError,
+        TypedError,
+    )
+    from actctx._forward import Stopped
+    from actctx._names import Site
+    from actctx._places import hook_names
+    from actctx._schema import Schema, site
+else:
+    # The modules of the names that are not errors. They import torch, so each is imported when
+    # one of its names is first used.
+    _MODULES = {
+        "Activations": "_activations",
+        "Capture": "_capture",
+        "Schema": "_schema",
+        "Site": "_names",
+        "Stopped": "_forward",
+        "capture": "_capture",
+        "captures": "_decorator",
+        "hook_names": "_places",
+        "site": "_schema",
+    }
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module = import_module(f"{__name__}.{_MODULES.get(name, '_errors')}")
+        found = globals()[name] = getattr(module, name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
+
 
 def load_ipython_extension(shell: Any) -> None:
     """Add the cell magic `%%capture_activations` to IPython, for `%load_ext actctx`."""
     from actctx import notebook
 
     notebook.load_ipython_extension(shell)
-
-
-# Tracebacks and reprs name what users import.
-for _name in __all__:
-    globals()[_name].__module__ = __name__
-del _name

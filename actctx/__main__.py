@@ -1,22 +1,12 @@
-"""The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`."""
+"""The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`.
 
-import io
-import json
+What the commands do is imported when one of them runs, so that help and completion need no torch.
+"""
+
 import sys
-from collections.abc import Iterable, Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
-import torch
-from torch import nn
-
-from actctx._activations import Activations
-from actctx._corpus import paragraphs, read_corpus
-from actctx._errors import OptionError
-from actctx._layout import import_lance, layout_of, open_lance
-from actctx._loading import load
-from actctx._names import resolve
 from actctx._options import (
     Add,
     AsDtype,
@@ -27,6 +17,7 @@ from actctx._options import (
     DataSet,
     Device,
     Drop,
+    EqualLengths,
     Finite,
     Force,
     Hooks,
@@ -44,28 +35,11 @@ from actctx._options import (
     Text,
     Tokenizer,
     errors_as_messages,
-    parse_drop,
-    parse_slices,
 )
-from actctx._places import Place, Places, hook_names
-from actctx._sequences import (
-    Result,
-    Sequences,
-    TextBatch,
-    count_caches,
-    in_batches,
-    run,
-    tokenize,
-)
-from actctx._table import dtype_name, format_bytes, shortened
-from actctx.extract import extract
 
 try:
+    import rich  # noqa: F401  the commands draw with it
     import typer
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.progress import track
-    from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(
         f"error: the command line needs {error.name}, which is not installed; "
@@ -79,10 +53,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-
-
-_UNBROKEN = 10_000
-"""More columns than any table has."""
 
 
 def _show_version(*, asked: bool) -> bool:
@@ -112,7 +82,9 @@ def _names(model: Model, pattern: Pattern = None) -> None:
     Every place has a line. A pipe gets the lines unbroken and without a header, for grep.
     """
     with errors_as_messages(model):
-        _print(_table_of(_matching(load(model), pattern)))
+        from actctx import _commands
+
+        _commands.names(model, pattern)
 
 
 @app.command("capture")
@@ -138,27 +110,21 @@ def _capture(
     rows are filled up with zeros at their end, and `lengths` in the metadata tells them apart.
     """
     with errors_as_messages(model):
-        selected = parse_slices(slice or [])
-        _check_out(out, force=force)
-        texts = _read_texts(text, prompt or [])
-        loaded = load(model, device=device, tokenizer=tokenizer)
-        sequences = tokenize(loaded, texts)
-        batches = in_batches(sequences.tokens, batch_size)
-        as_dtype = None if dtype is None else getattr(torch, dtype)
-        result = run(loaded, hook, batches, slice=selected, dtype=as_dtype, watch=_progress)
-        if out is not None:  # before anything else can fail
-            described = {
-                "model_name": model,
-                "hooks": json.dumps(hook),
-                "slice": json.dumps(slice or []),
-                "text": text or "--prompt",
-                "lengths": json.dumps([len(tokens) for tokens in sequences.tokens]),
-                "transformer_lens": version("transformer_lens"),
-            }
-            result.activations.save(out, metadata=described)
-        _note_what_was_lost(result, sequences)
-        _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
-        typer.echo("not saved, which --out FILE does" if out is None else f"saved {out}")
+        from actctx import _commands
+
+        _commands.capture(
+            model,
+            hook,
+            text=text,
+            prompts=prompt or [],
+            slices=slice or [],
+            dtype=dtype,
+            out=out,
+            force=force,
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            device=device,
+        )
 
 
 @app.command("extract")
@@ -173,6 +139,7 @@ def _extract(
     max_tokens: MaxTokens = None,
     batch_size: BatchSize = 8,
     context: Context = None,
+    equal_lengths: EqualLengths = False,
     pack: Pack = False,
     drop: Drop = None,
     carry: Carry = None,
@@ -190,192 +157,44 @@ def _extract(
     was written stays, and the same command goes on after it.
     """
     with errors_as_messages(model):
-        import_lance()  # before the model, which takes longer to load
-        corpus = read_corpus(data)
-        done = extract(
-            load(model, device=device, tokenizer=tokenizer),
-            corpus,
+        from actctx import _commands
+
+        _commands.extract(
+            model,
             hook,
-            out,
-            slice=parse_slices(slice or []) or None,
-            dtype=None if dtype is None else getattr(torch, dtype),
+            data=data,
+            out=out,
+            slices=slice or [],
+            dtype=dtype,
             max_tokens=max_tokens,
             batch_size=batch_size,
             context=context,
+            equal_lengths=equal_lengths,
             pack=pack,
-            drop=parse_drop(drop or []),
+            drop=drop or [],
             carry=carry or [],
             mask=mask,
-            pool=None if pool is None else pool.value,
+            pool=pool,
             finite=finite,
             resume=resume,
             add=add,
+            tokenizer=tokenizer,
+            device=device,
         )
-        if done.cut:
-            _note(
-                f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
-                "only so many at once"
-            )
-        new = "now with what was added" if add else f"{done.new_rows} of them new"
-        typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
 @app.command("info")
 def _info(path: DataSet) -> None:
     """Show what a data set holds, and what it came from: sites, rows, model, input, versions."""
     with errors_as_messages(""):
-        lance = open_lance(path)
-        rows, layout = lance.count_rows(), layout_of(lance.schema, path)
-        table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
-        table.columns[-1].justify = "right"
-        for site in layout.sites:
-            size = format_bytes(rows * site.nbytes)
-            axes = " ".join(site.axes)
-            table.add_row(site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
-        _print(table)
-        state = "finished" if layout.finished else "not finished"
-        name = layout.model["name"] or layout.model["class"]
-        typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
-        carried = [
-            f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried
-        ]
-        written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
-        facts = {"fingerprint": layout.model["fingerprint"], **layout.input}
-        for key, value in {
-            **facts,
-            "carried": ", ".join(carried) or None,
-            "versions": written,
-        }.items():
-            typer.echo(f"  {key}: {value}")
+        from actctx import _commands
+
+        _commands.info(path)
 
 
 def main() -> None:
     """Run the command line; what it refuses ends in a message and the exit status 2."""
     app(prog_name="actctx")
-
-
-# What was asked.
-
-
-def _check_out(out: Path | None, *, force: bool) -> None:
-    """Refuse what could not be written before the model runs."""
-    if out is None:
-        return
-    partial = Path(f"{out}.partial")  # what `Activations.save` writes to
-    try:
-        found = "it is a directory" if out.is_dir() else ""
-        if not out.parent.is_dir():
-            found = "it lies in a directory that does not exist"
-        if not found:
-            partial.touch()
-            partial.unlink()
-    except OSError as error:
-        found = f"the system says {(error.strerror or str(error)).lower()!r}"
-    if found:
-        raise OptionError(f"cannot save to '{out}': {found}; give --out the path of a file")
-    if out.exists() and not force:
-        raise OptionError(f"'{out}' exists; give --force to replace it, or another --out")
-
-
-def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
-    if (file is None) == (not prompts):
-        both = "both were given" if prompts else "neither was given"
-        raise OptionError(f"give either --text FILE or --prompt TEXT to capture from; {both}")
-    if file is None:
-        return list(prompts)
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else error.strerror
-        raise OptionError(
-            f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
-        ) from None
-    if not (texts := [*paragraphs(io.StringIO(text))]):
-        raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
-    return texts
-
-
-def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
-    """List the places that a pattern matches; none is an error that names the closest."""
-    places = Places(model)
-    found = dict.fromkeys(places[name] for name in hook_names(model, pattern))
-    if found or pattern is None:
-        return list(found)
-    return [request.place for request in resolve(model, pattern)]
-
-
-# What is shown.
-
-
-def _progress(batches: Sequence[TextBatch]) -> Iterable[TextBatch]:
-    console = Console(stderr=True)
-    hidden = len(batches) < 2 or not console.is_terminal  # noqa: PLR2004  a bar of one step
-    return track(batches, description="batches", console=console, transient=True, disable=hidden)
-
-
-def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
-    """Say on stderr what a user could take for granted that is not so."""
-    cut = [tokens for tokens in sequences.cut if tokens]
-    if cut:
-        _note(
-            f"tokens were cut off at the end of {len(cut)} of the {len(sequences.cut)} texts, "
-            f"{sum(cut)} in all: the model reads {sequences.limit} at once"
-        )
-    if result.filled:
-        lengths = [len(tokens) for tokens in sequences.tokens]
-        _note(f"the texts have {min(lengths)} to {max(lengths)} tokens: shorter rows end in zeros")
-    if result.missing:
-        _note(f"matched, but never fired: {shortened(list(result.missing))}")
-
-
-def _note(message: str) -> None:
-    typer.echo(f"{typer.style('note:', fg='yellow', bold=True)} {message}", err=True)
-
-
-def _table_of(places: Iterable[Place]) -> Table:
-    table = _table("name", "aliases", "axes", header=Console().is_terminal)
-    for place in places:
-        axes = " ".join(place.axes) if place.axes else "not known"
-        table.add_row(place.name, " ".join(place.names[1:]), axes)
-    return table
-
-
-def _print_sizes(acts: Activations, cache_bytes: int, texts: int) -> None:
-    table = _table("site", "axes", "shape", "dtype", "bytes")
-    table.columns[-1].justify = "right"
-    for name, tensor in acts.items():
-        dtype = dtype_name(tensor.dtype)
-        size = format_bytes(tensor.nbytes)
-        table.add_row(name, " ".join(acts.axes(name)), str(tuple(tensor.shape)), dtype, size)
-    _print(table)
-    typer.echo(
-        f"{format_bytes(acts.nbytes)} captured; run_with_cache would have held "
-        f"{format_bytes(cache_bytes)} for the same {texts} text{'s' * (texts != 1)}"
-    )
-
-
-def _table(*columns: str, header: bool = True) -> Table:
-    table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
-    for column in table.columns:
-        column.no_wrap = column.header != "axes"  # a name that is broken could not be copied
-    return table
-
-
-def _print(table: Table) -> None:
-    """Print a table as wide as the terminal; unbroken where there is none, or too narrow a one."""
-    for column in table.columns:
-        if column.no_wrap:
-            column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))
-    console = Console(highlight=False, markup=False, emoji=False)
-    needed = Measurement.get(console, console.options.update(max_width=_UNBROKEN), table)
-    if console.is_terminal and needed.minimum <= console.width:
-        console.print(table)
-        return
-    console.width = _UNBROKEN
-    with console.capture() as drawn:
-        console.print(table)
-    for line in drawn.get().splitlines():
-        typer.echo(line.rstrip())
 
 
 if __name__ == "__main__":

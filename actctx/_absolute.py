@@ -35,25 +35,26 @@ def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         is_named = _NAME.search(name) if isinstance(module, nn.Embedding) else _KIND.search(called)
         size = getattr(module, "num_embeddings", vocabulary)
-        if is_named or (isinstance(module, nn.Embedding) and size != vocabulary):
+        is_small = vocabulary is not None and size != vocabulary
+        if is_named or (isinstance(module, nn.Embedding) and is_small):
             yield name, module
 
 
 def has_bare_table(model: nn.Module) -> bool:
     """Tell whether a model has a table of absolute positions that is no module."""
     return any(
-        isinstance(vars(module).get(name), Tensor)
+        isinstance({**vars(module), **module._buffers}.get(name), Tensor)
         for module in core_of(model).modules()
         for name in _NO_MODULES
     )
 
 
 def widths_of(model: nn.Module) -> set[int]:
-    """Tell how wide what is added to the embeddings of tokens can be."""
+    """Tell how wide what is added to the embeddings of tokens can be; nothing if nobody says."""
     core = core_of(model)
-    config = getattr(core, "config", None)
+    configs = [getattr(core, name, None) for name in ("config", "cfg")]
     names = ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "dim")
-    sizes = {getattr(config, name, None) for name in names}
+    sizes = {getattr(config, name, None) for config in configs for name in names}
     sizes.add(getattr(_tokens(core), "embedding_dim", None))
     return {size for size in sizes if isinstance(size, int)}
 
@@ -71,12 +72,12 @@ def counts_padding(
     Args:
         looked_up: What the table yielded in a forward.
         mask: The mask of that forward, with padding on the left.
-        widths: How wide rows of the table can be.
+        widths: How wide rows of the table can be, as far as that is known.
 
     """
     batch, pos = mask.shape
     shape = tuple(looked_up.shape)
-    if len(shape) < 2 or shape[-2] != pos or shape[-1] not in widths:  # noqa: PLR2004
+    if len(shape) < 2 or shape[-2] != pos or (widths and shape[-1] not in widths):  # noqa: PLR2004
         return False
     table = looked_up.detach().reshape(-1, pos, shape[-1])
     begins = torch.where(mask.any(1), mask.int().argmax(1), -1)  # of what is real

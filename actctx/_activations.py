@@ -20,6 +20,7 @@ from actctx._spared import Estimate, spared, unknown
 from actctx._stack import layers_of, stack_layers
 from actctx._table import Row, as_html, as_text, counted, format_bytes
 from actctx._typed import spec_of
+from actctx._values import why_not_moved
 
 if TYPE_CHECKING:
     _Tensors = Mapping[str, Tensor]
@@ -330,7 +331,8 @@ class Activations(_Tensors):
             A new buffer. Drop this one to free what it holds.
 
         Raises:
-            OptionError: There is no such device here, or no such floating-point dtype, or two.
+            OptionError: There is no such device here, or no such floating-point dtype, or two; or
+                torch cannot cast or move what was captured.
 
         Example:
             >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
@@ -338,7 +340,13 @@ class Activations(_Tensors):
 
         """
         to, cast = read_to(device, dtype)
-        return self._mapped(lambda chunk: own(wait_for(chunk), dtype=cast, device=to))
+
+        def moved(chunk: Owned) -> Owned:
+            if why := why_not_moved(chunk.value, cast, to):
+                raise OptionError(f"what was captured cannot be copied {why}")
+            return own(wait_for(chunk), dtype=cast, device=to)
+
+        return self._mapped(moved)
 
     def clear(self) -> None:
         """Drop what was captured so far; what comes after is captured as before."""
@@ -362,7 +370,8 @@ class Activations(_Tensors):
         Raises:
             NotCapturedError: Nothing was captured.
             OptionError: The activations are lists (`join=None`), which a file cannot hold.
-            DataError: It cannot be written there.
+            DataError: It cannot be written there, or a tensor has no values, or a dtype that
+                safetensors does not have.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         Example:
@@ -440,3 +449,6 @@ class Activations(_Tensors):
             forwards = self._forwards + self._silent
             reason = why_nothing(self._columns, name, self._order, forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
+
+
+Activations.__module__ = "actctx"  # where users find it

@@ -226,21 +226,33 @@ def grown_axes(growth: Growth, proposed: Axes | None, shape: tuple[int, ...]) ->
         return None
     named: list[str | None] = [_grown_axis(each) for each in growth]
     along = [dim for dim, name in enumerate(named) if name == "pos"]
-    alike = proposed if proposed is not None and len(proposed) == len(growth) else None
     if len(along) > 2 or named.count("batch") + named.count("token") > 1:  # noqa: PLR2004
         return None
+    proposed = _fitting(proposed, named, shape)
+    alike = proposed if proposed is not None and len(proposed) == len(growth) else None
     for dim, name in zip(along, _along(growth, along, alike), strict=True):
         named[dim] = name
-    if alike is not None and "batch" in alike and "batch" not in named and "token" not in named:
-        dim = alike.index("batch")
-        if named[dim] is None and shape[dim] == 1:  # broadcast over the sequences
-            named[dim] = "batch"
+    if alike is not None and "batch" in alike and "batch" not in named:
+        named[alike.index("batch")] = "batch"  # broadcast over the sequences
     left = [dim for dim, name in enumerate(named) if name is None]
     rest = [axis for axis in proposed or () if axis not in {"batch", "token", *POSITIONS}]
-    for dim, axis in zip(reversed(left), reversed(rest), strict=False):
-        if len(rest) <= len(left):
+    if len(rest) <= len(left):
+        for dim, axis in zip(reversed(left), reversed(rest), strict=False):
             named[dim] = axis
     return tuple(name or "_" for name in named)
+
+
+def _fitting(proposed: Axes | None, grown: list[str | None], shape: tuple[int, ...]) -> Axes | None:
+    """Return the proposed axes, unless as many of them do not grow as the model says."""
+    if proposed is None or sum(axis in POSITIONS for axis in proposed) != grown.count("pos"):
+        return None
+    if "token" in proposed:
+        return proposed if "token" in grown else None
+    if "batch" not in proposed or "batch" in grown:
+        return proposed
+    dim = proposed.index("batch")
+    is_broadcast = len(proposed) == len(shape) and grown[dim] is None and shape[dim] == 1
+    return proposed if is_broadcast and "token" not in grown else None
 
 
 def _grown_axis(grows: frozenset[str]) -> str | None:

@@ -20,6 +20,7 @@ from actctx._errors import (
 )
 from actctx._expected import Expected, refuse_dtype, refuse_impossible
 from actctx._flags import is_switched_off, why_it_never_fires
+from actctx._known_faults import faults_of, warn
 from actctx._names import Names, Request, Site, resolve
 from actctx._opening import B, Opening, Scope
 from actctx._places import uncompiled
@@ -141,6 +142,9 @@ def capture(
     return Capture(model, names, options, slice=slice, dtype=dtype, device=device)
 
 
+capture.__module__ = "actctx"  # where users find it
+
+
 class Capture(Generic[B]):
     """A context manager that captures activations; made by `capture`.
 
@@ -191,6 +195,7 @@ class Capture(Generic[B]):
                 _check_alias(request)
             self._sites = [*map(watch, requests)]
         self._opening: Opening[B] | None = None
+        warn(*faults_of(model, [site.place.name for site in self._sites]))
 
     def __enter__(self) -> B:
         """Put the hooks on, until the block is left.
@@ -317,6 +322,9 @@ class Capture(Generic[B]):
         names = shortened([repr(site.key) for site in self._sites], most=3)
         state = "open" if self._opening else "not open"
         return f"<capture of {names} from {type(self._model).__name__}, {state}>"
+
+
+Capture.__module__ = "actctx"  # where users find it
 
 
 def _as_it_is(buffer: Activations) -> Activations:

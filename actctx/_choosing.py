@@ -16,8 +16,8 @@ import torch
 from jaxtyping import Int, Int64, Shaped
 from torch import Tensor
 
+from actctx._batches import Batch
 from actctx._errors import DataError, OptionError
-from actctx._inputs import Batch
 from actctx._rows import RowSelector, find_rows
 from actctx._select import Selector
 

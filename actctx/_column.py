@@ -279,10 +279,9 @@ class Column:
             return self.axes.index(self.join)
         if self.join == "pos" and "query" in self.axes:
             return self.axes.index("query")
-        first = self.axes[:1]
-        if first == ("token",):
-            return 0
-        if self.join == "batch" and first == ("_",) and not self.batch_dropped:
+        if "token" in self.axes:
+            return self.axes.index("token")
+        if self.join == "batch" and self.axes[:1] == ("_",) and not self.batch_dropped:
             return 0
         raise AxisError(
             f"{self.key!r} was captured in several forwards, but has no axis {self.join!r} along "

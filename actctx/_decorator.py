@@ -156,6 +156,9 @@ def captures(
     return typing.cast(_Decorator[Any], decorate)
 
 
+captures.__module__ = "actctx"  # where users find it
+
+
 def _wrapper(function: Function) -> Callable[..., Any]:
     """Wrap a function of any kind."""
     if inspect.iscoroutinefunction(function.function):

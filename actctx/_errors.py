@@ -92,3 +92,8 @@ class DataError(ActctxError, ValueError):
 
 class LoadError(ActctxError, OSError):
     """The command line cannot load the model that was asked for."""
+
+
+for _error in (ActctxError, *ActctxError.__subclasses__()):
+    _error.__module__ = "actctx"  # where users find them
+del _error

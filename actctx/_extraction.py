@@ -7,6 +7,7 @@ the rows of `_WAITING` forwards that wait to be written, and what Lance holds of
 writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
 """
 
+import contextlib
 import logging
 import math
 import shutil
@@ -17,20 +18,26 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from actctx._activations import Activations
-from actctx._axes import axis_sizes, hugging_face_config
+from actctx._axes import axis_sizes
+from actctx._batches import Batch, with_padding_behind
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
+from actctx._decoders import check_sides
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._facts import Facts, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
-from actctx._inputs import Batch, Reading
+from actctx._inputs import Reading
 from actctx._layout import TAKEN, Layout, StoredSite, check_rows, column_name
+from actctx._leaks import Alone, one_alone
+from actctx._offloaded import input_device
 from actctx._pipe import Pipe
 from actctx._places import uncompiled
+from actctx._positions import Positions
 from actctx._progress import progress_bar
 from actctx._rows import Chosen
 from actctx._select import Owned, Selector
@@ -91,8 +98,12 @@ class Extraction:
         self.cut = 0
         self._sites = capturing.sites
         self._has_sliced_away = False
+        self._widest = reading.limit or 0
+        self._is_compared = False
+        self._device = torch.device("cpu")
+        self._dtype = next((each.dtype for each in model.parameters()), torch.float32)
+        check_sides(model, self._sites)
         self._check_names()
-        self._check_decoders()
         slices = {site.key: slice_of(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
         self._choosing = Choosing(
@@ -111,6 +122,7 @@ class Extraction:
                 "context": reading.context,
                 "pack": reading.pack,
                 "batch_size": reading.batch_size,
+                "equal_lengths": reading.equal_lengths,
                 "tokenizer": reading.tokenizer,
                 "mask": reading.mask,
                 "pool": pool,
@@ -124,21 +136,15 @@ class Extraction:
     def _check_names(self) -> None:
         names = [*self._reading.carry, *(site.key for site in self._sites)]
         for name in names:
+            if not name:
+                raise OptionError(
+                    f"a column needs a name, which {name!r} is not; give the site an alias, as in "
+                    "{'resid': ...}"
+                )
             if name in TAKEN or names.count(name) > 1:
                 raise OptionError(
                     f"{name!r} is the name of another column; give the site an alias, as in "
                     "{'resid': ...}, or rename what is carried"
-                )
-
-    def _check_decoders(self) -> None:
-        """Refuse sites of a decoder beside an encoder, whose tokens are not those of the rows."""
-        if not getattr(hugging_face_config(self._model), "is_encoder_decoder", False):
-            return
-        for site in self._sites:
-            if any(part.startswith("decoder") for part in site.place.name.split(".")):
-                raise OptionError(
-                    f"{site.shown} is of the decoder, but a row is a token of what the encoder is "
-                    "given; capture it by capture(), or extract from the decoder by itself"
                 )
 
     def _tokens_of_all(self) -> tuple[Selector, bool]:
@@ -240,13 +246,13 @@ class Extraction:
         return work
 
     def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
-        device = next((each.device for each in self._model.parameters()), torch.device("cpu"))
+        self._device = input_device(self._model)
         writer: Writer | None = None
         try:
             for work in works:
                 if not len(work.token):
                     continue
-                left = self._forward(work, acts, device)
+                left = self._forward(work, acts)
                 if writer is None:
                     self._begin(left, acts, target, bar)
                     writer = Writer(target, finite=self._finite)
@@ -267,15 +273,16 @@ class Extraction:
             raise DataError(f"the input leaves no rows: {reason}")
         return target.rows
 
-    def _forward(self, work: Work, acts: Activations, device: torch.device) -> Left:
-        batch = work.batch
-        self._chosen.choose(work.where, (batch.tokens.shape[0], batch.tokens.shape[1]))
-        given = {
-            name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in batch.given.items()
-        }
-        self._model(batch.tokens.to(device), **{**self._reading.always, **given})
+    def _forward(self, work: Work, acts: Activations) -> Left:
+        batch, where = with_padding_behind(work.batch, work.where)
+        # Who is not told of padding was warned of it.
+        is_compared = self._is_compared or not self._reading.is_told(batch)
+        alone = None if is_compared else one_alone(batch, where)
+        apart = {} if alone is None else self._run_alone(alone, acts)
+        self._run(batch, where)
         left = self._left(acts)
+        if alone is not None:
+            alone.compare({name: wait_for(own) for name, own in left.items()}, apart, self._dtype)
         if self._pool is not None:
             left = {
                 site.key: _pool(left[site.key], work, how=self._pool, dtype=site.dtype)
@@ -289,6 +296,30 @@ class Extraction:
                 "give the module that runs once"
             )
         return Left(work, left)
+
+    def _run(self, batch: Batch, where: Int64[Tensor, "token 2"]) -> None:
+        """Run a batch, and watch what it looks up if it is longer than any before it."""
+        count, width = batch.tokens.shape
+        self._chosen.choose(where, (count, width))
+        given = {
+            name: value.to(self._device) if isinstance(value, Tensor) else value
+            for name, value in batch.given.items()
+        }
+        is_longer = width > self._widest
+        with Positions(self._model, batch) if is_longer else contextlib.nullcontext():
+            self._model(batch.tokens.to(self._device), **{**self._reading.always, **given})
+        self._widest = max(width, self._widest)
+
+    def _run_alone(self, alone: Alone, acts: Activations) -> dict[str, Tensor]:
+        """Run one sequence by itself; nothing is left of it where it does not run."""
+        self._is_compared = True
+        try:
+            self._run(alone.batch, alone.where)
+            return {name: wait_for(own) for name, own in self._left(acts).items()}
+        except Exception:  # noqa: BLE001  what the batch itself does is what counts
+            return {}
+        finally:
+            acts.clear()
 
     def _left(self, acts: Activations) -> dict[str, Owned]:
         try:
@@ -340,7 +371,6 @@ class Extraction:
 
     def _row_bytes(self) -> int | None:
         """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""
-        default = next((each.dtype for each in self._model.parameters()), torch.float32)
         total = _COUNTED_BYTES
         known = axis_sizes(self._model)
         for site in self._sites:
@@ -348,7 +378,7 @@ class Extraction:
             sizes = site.selected(axes, tuple(map(known.get, axes)))[1][1:]
             if not site.exact or None in sizes:
                 return None
-            total += math.prod(size or 1 for size in sizes) * (site.dtype or default).itemsize
+            total += math.prod(size or 1 for size in sizes) * (site.dtype or self._dtype).itemsize
         return total
 
     def _check_room(self, row: int, target: Target, bar: Any) -> None:

@@ -155,7 +155,7 @@ class Facts:
     def _of_rows(self, layout: Layout) -> Iterator[Fact]:
         yield "kind of row", layout.rows, self.layout.rows
         yield "list of carried columns", [*layout.carried], [*self.layout.carried]
-        for name, was in layout.input.items():
+        for name, was in {"equal_lengths": False, **layout.input}.items():
             if name not in _NOTED:
                 yield name, was, self.layout.input.get(name)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import ActctxError, DataError, OptionError
+from actctx._table import dtype_name
 
 
 def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
@@ -66,15 +67,35 @@ def write_safetensors(
     """Write tensors; an existing file is replaced once all is written.
 
     Raises:
-        DataError: It cannot be written there.
+        DataError: It cannot be written there, or a tensor has no values, or a dtype that the format
+            does not have.
 
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     place = check_place(path)
+    for name, tensor in tensors.items():
+        if why := _why_not_held(tensor):
+            raise DataError(
+                f"cannot write {name!r} to '{place}': {why}; leave it out, or write it with "
+                "torch.save"
+            )
     with written_beside(place, errors=(OSError, SafetensorError)) as partial:
         save_file(dict(tensors), partial, metadata=dict(metadata))
+
+
+def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
+    """Say why a safetensors file cannot hold a tensor; None where it can."""
+    from safetensors.torch import save
+
+    if tensor.is_meta:
+        return "it has no values, on the meta device"
+    try:
+        save({"": torch.empty(0, dtype=tensor.dtype)})
+    except (LookupError, ValueError, RuntimeError):
+        return f"it is {dtype_name(tensor.dtype)}, which safetensors does not have"
+    return None
 
 
 def check_place(path: str | PathLike[str]) -> Path:

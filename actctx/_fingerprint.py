@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from actctx._offloaded import weights_of
 from actctx._places import uncompiled
 
 _SAMPLED = 16
@@ -46,17 +47,22 @@ def describe_model(model: nn.Module) -> dict[str, str]:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest the weights of a model; see the note above."""
+    """Digest the weights of a model; see the note above.
+
+    Raises:
+        OptionError: It has none, as on the meta device.
+
+    """
     digest = hashlib.sha256()
-    for name, weights in model.named_parameters():
+    for name, weights in weights_of(model):
         facts = f"{name.replace(_COMPILED, '')} {tuple(weights.shape)} {weights.dtype}"
-        digest.update(f"{facts} {_bits(weights.detach())}\n".encode())
+        digest.update(f"{facts} {_bits(weights)}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def _bits(weights: Shaped[Tensor, "..."]) -> list[int]:
     flat = weights.contiguous().reshape(-1)
-    if not flat.numel() or flat.is_meta:
+    if not flat.numel():
         return []
     words = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
     words = words.view(_WORDS[words.element_size()])

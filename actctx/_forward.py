@@ -320,3 +320,6 @@ class Stopped:
     __round__ = __trunc__ = __floor__ = __ceil__ = __complex__ = _refuse
     __next__ = __reversed__ = __delitem__ = __delattr__ = __array__ = _refuse
     __hash__ = object.__hash__
+
+
+Stopped.__module__ = "actctx"  # where users find it

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import functools
 import logging
+import types
 import warnings
 import weakref
 from collections import OrderedDict
@@ -31,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._hooks import Hook
 from actctx._outputs import Inputs
+from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
 
@@ -214,6 +216,8 @@ def _settings(model: nn.Module) -> object:
 
 
 def _grown(model: nn.Module) -> Grown | None:
+    if is_cut(model):  # whose processes would have to run together
+        return None
     for ways in (_without_values(answer=False), _without_values(answer=True), _with_values):
         for sample in samples_of(model):
             with contextlib.suppress(Exception):  # whatever a model raises that lacks values
@@ -239,6 +243,8 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
 
 
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("the weights lie elsewhere")
     hollow, copies = _copied(model, _same)
     return _watched(hollow, copies, sample)
 
@@ -302,7 +308,7 @@ _HOOKS = (
     "_backward_pre_hooks",
 )
 _LENS_HOOKS = ("fwd_hooks", "bwd_hooks")
-_SHARED = ("tokenizer", "processor", "generation_config")
+_SHARED = ("tokenizer", "processor", "generation_config", "_hf_hook")
 
 
 def _copied(
@@ -326,7 +332,37 @@ def _copied(
         memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
     with torch.inference_mode(mode=False):
         copied = copy.deepcopy(model, memo)
-    return copied, {module: memo[id(module)] for module in kept if id(module) in memo}
+    for module in copied.modules():
+        if "_old_forward" in vars(module):  # of accelerate, which would fetch the weights
+            vars(module)["forward"] = vars(module)["_old_forward"]
+    copies = {module: memo[id(module)] for module in kept if id(module) in memo}
+    for module in filter(is_hook_point, kept):
+        _pass_on(module, copies)
+    return copied, copies
+
+
+def _pass_on(point: Any, copies: Mapping[nn.Module, Any]) -> None:
+    """Have the copy of a hook point run another one, where TransformerLens' own hook does that."""
+    for handle in point.fwd_hooks:
+        if getattr(handle, "is_permanent", False):
+            registered = point._forward_hooks.get(handle.hook.id)
+            held = [cell.cell_contents for cell in getattr(registered, "__closure__", None) or ()]
+            for function in held:
+                is_function = isinstance(function, types.FunctionType)
+                if is_function and function.__module__.startswith("transformer_lens"):
+                    copies[point].add_hook(_within(function, copies), is_permanent=True)
+
+
+def _within(function: types.FunctionType, copies: Mapping[nn.Module, Any]) -> Any:
+    """Return a function that refers to copies of the modules that it refers to."""
+    held = [cell.cell_contents for cell in function.__closure__ or ()]
+    cells = [
+        types.CellType(copies.get(each, each) if isinstance(each, nn.Module) else each)
+        for each in held
+    ]
+    return types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, closure=tuple(cells)
+    )
 
 
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:

@@ -11,7 +11,6 @@ is gone on with by another batch size keeps the order, and its batches run in pa
 """
 
 import functools
-import hashlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -23,71 +22,24 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
+from actctx._batches import Batch, in_equal_lengths
 from actctx._errors import DataError, OptionError
-from actctx._items import MASKS, Item, Items, ids_of, is_batch, is_number, tokens_in
+from actctx._items import (
+    MASKS,
+    Item,
+    Items,
+    ids_of,
+    is_batch,
+    is_mask_of_tokens,
+    is_number,
+    tokens_in,
+)
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
 
 _AT_ONCE = 256
 """The texts that a tokenizer is given at once."""
-
-
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """The input of one forward.
-
-    Attributes:
-        tokens: The token ids.
-        real: Where they are no padding; None where none are.
-        sequences: The number of each sequence in the input.
-        given: What else the forward is given, by name.
-        carried: What comes along with each sequence, such as its label, by name.
-        kept: Where a token that is no padding leaves a row; None where all do.
-        cut: The number of tokens that were cut off the ends of its sequences.
-
-    """
-
-    tokens: Int64[Tensor, "batch pos"]
-    real: Bool[Tensor, "batch pos"] | None
-    sequences: Int64[Tensor, " batch"]
-    given: Mapping[str, Any] = field(default_factory=dict)
-    carried: Mapping[str, list[Any]] = field(default_factory=dict)
-    kept: Bool[Tensor, "batch pos"] | None = None
-    cut: int = 0
-
-    @functools.cached_property
-    def digests(self) -> Int64[Tensor, " batch"]:
-        """A number for each sequence that tells apart what the model is given, and what is carried.
-
-        Padding does not count, nor how many sequences run together. Where padding leaves rows, the
-        mask counts as well, unless it masks nothing.
-        """
-        given = {
-            name: value
-            for name, value in self.given.items()
-            if self.real is None or name not in MASKS
-        }
-        if self.kept is not None:
-            given["mask of rows"] = self.kept  # which no argument is called
-        found = [self._digest(at, given) for at in range(len(self.tokens))]
-        return torch.tensor(found, dtype=torch.long)
-
-    def _digest(self, at: int, given: Mapping[str, Any]) -> int:
-        found = hashlib.blake2b(digest_size=8)
-        for name, value in {"tokens": self.tokens, **given}.items():
-            if isinstance(value, Tensor):
-                own = value[at] if value.shape[:1] == self.tokens.shape[:1] else value
-                if self.real is not None and own.shape[:1] == self.tokens.shape[1:]:
-                    own = own[self.real[at]]
-                if name in MASKS and bool((own == 1).all()):
-                    continue
-                exact = own.double() if own.is_floating_point() else own.long()
-                found.update(name.encode() + exact.cpu().numpy().tobytes())
-            elif is_number(value):
-                found.update(f"{name}={value}".encode())
-        found.update(repr([values[at] for values in self.carried.values()]).encode())
-        return int.from_bytes(found.digest(), "little", signed=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +50,16 @@ class Reading:
         tokenize: Turns texts into token ids.
         batch_size: The sequences in a batch that is put together here, at most.
         context: The tokens of a sequence, at most; None where there is no limit.
+        limit: The tokens that the model says it reads at once; None where it does not.
         cuts: Whether the context was asked for.
         pack: Whether sequences are joined, and cut into as many tokens as the context has.
         separator: The token between texts that are joined.
         carry: The names of what comes along with each sequence.
         takes: The names of what the model's forward can be given beside the tokens.
         takes_mask: The name that it is given the attention mask under; None where it takes none.
+        tells_all: Whether it is given a mask even where nothing is padding, since some models take
+            one token id for padding where they are given none.
+        equal_lengths: Whether only sequences of one length run together, so without padding.
         mask: The name of what tells, in each dict, which tokens leave rows; `"attention"` where
             all do that are no padding, None where padding of a batch does, too.
         vocabulary: The number of token ids that the model knows; None where that is not known.
@@ -130,6 +86,9 @@ class Reading:
     padding: int = 0
     always: Mapping[str, Any] = field(default_factory=dict)
     ordered_as: int | None = None
+    tells_all: bool = False
+    equal_lengths: bool = False
+    limit: int | None = None
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -165,11 +124,21 @@ class Reading:
                 "sequences, such as [data]"
             )
         if is_batch(tokens_in(first)):
-            yield from self._as_they_are(items)
+            read = self._as_they_are(items)
         elif self.pack:
-            yield from self._packed(self._sequences(items))
+            read = self._packed(self._sequences(items))
         else:
-            yield from self._sorted(self._sequences(items))
+            read = self._sorted(self._sequences(items))
+        yield from map(self._telling, read)
+
+    def _telling(self, batch: Batch) -> Batch:
+        """Say which tokens are no padding, also where all are."""
+        name = self.takes_mask
+        if name is None or name in batch.given or not self.tells_all:
+            return batch
+        unpadded = batch.unpadded
+        told = torch.ones_like(batch.tokens) if unpadded is None else unpadded.long()
+        return replace(batch, given={**batch.given, name: told})
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
         """Tell whether an input is a list of batches, or one, which can be gone through twice."""
@@ -212,18 +181,31 @@ class Reading:
         read, count = self._items, 0
         for each in items:
             item = read.batch(each, count)
-            if self.takes_mask is None and item.real is not None:
-                _check_unmasked(item.real, count)
             tokens = ids_of(item.tokens)
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
-            yield Batch(tokens, item.real, numbers, given, item.carried, item.kept)
+            batch = Batch(
+                tokens, item.real, numbers, given, item.carried, item.kept, attended=item.attended
+            )
+            if self.equal_lengths:
+                yield from in_equal_lengths(batch)
+            else:
+                if batch.unpadded is not None and not self.is_told(batch):
+                    _check_unmasked(batch.unpadded, count)
+                yield batch
             count += len(tokens)
+
+    def is_told(self, batch: Batch) -> bool:
+        """Tell whether the model's forward is told of padding, under any name."""
+        shape = tuple(batch.tokens.shape)
+        masks = (is_mask_of_tokens(name, mask, shape) for name, mask in batch.given.items())
+        return self.takes_mask is not None or any(masks)
 
     def _renamed(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Give the attention mask under the name that the model has for it."""
         return {
-            str(self.takes_mask) if name in MASKS else name: value for name, value in given.items()
+            self.takes_mask or name if name in MASKS else name: value
+            for name, value in given.items()
         }
 
     def _sequences(self, items: Iterable[Any]) -> Iterator[Item]:
@@ -276,8 +258,8 @@ class Reading:
                     yield self._padded(batches[number][start : start + self.batch_size])
 
     def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
-        """Divide sequences of which a forward that takes no mask would attend to the padding."""
-        if self.takes_mask is not None:
+        """Divide sequences by length where padding would be attended to, or none was asked for."""
+        if self.takes_mask is not None and not self.equal_lengths:
             yield sequences
             return
         for _, alike in itertools.groupby(sequences, _length):
@@ -372,7 +354,7 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int) -> None:
     """
     if bool(real.all()):
         return
-    remedy = "give single sequences, which run without padding"
+    remedy = "give equal_lengths=True, which runs sequences without padding, or single sequences"
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
         raise DataError(
             f"from sequence {number} on, the input has padding before tokens, but the model's "

@@ -21,6 +21,12 @@ TOKENS = ("input_ids", "tokens", "text")
 MASKS = ("attention_mask", "one_zero_attention_mask")
 """What a mask is called, by models and in dicts, which is 1 where tokens are no padding."""
 
+_ELSEWHERE = (
+    *("decoder", "cross", "head", "past"),
+    *("pixel", "image", "video", "second_per", "audio", "feature", "input_features"),
+)
+"""How the names begin of what a forward takes that is not about the tokens of its input."""
+
 _MOST = 2**63
 
 
@@ -33,6 +39,7 @@ class Item:
         number: The number of its first sequence in the input.
         real: Where they are no padding, as the item tells.
         kept: Where they leave rows, as the item tells.
+        attended: Where they are no padding, as a batch tells whose padding leaves rows too.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence of a batch, or with the sequence, by name.
         is_text: Whether it was a text.
@@ -48,6 +55,7 @@ class Item:
     carried: Mapping[str, Any]
     is_text: bool = False
     cut: int = 0
+    attended: Bool[Tensor, "batch pos"] | None = None
 
     def of_single_tokens(self) -> "Item":
         """Return a sequence without its padding, of which all has an entry for each token.
@@ -196,11 +204,13 @@ class Items:
     def _read(self, item: Any, tokens: Tensor | str, number: int) -> Item:
         if not isinstance(item, Mapping):
             item = {}
-        real = kept = None
+        real = kept = attended = None
         is_batch = not isinstance(tokens, str) and tokens.dim() > 1
         named = next((name for name in MASKS if item.get(name) is not None), None)
         if named is not None and (self.mask is not None or not is_batch):
             real = _as_mask(item, named, is_binary=True)
+        elif named is not None and not isinstance(tokens, str):
+            attended = _attended(item[named], tokens.shape)
         if self.mask is not None and self.mask != "attention":
             kept = _kept(item, self.mask)
         self._check_masks_are_named(item)
@@ -212,7 +222,10 @@ class Items:
             # a mask is made where sequences are put together
             and (is_batch or name not in MASKS)
         }
-        return Item(tokens, number, real, kept, given, {}, isinstance(tokens, str))
+        if self.mask == "attention" and real is None and not isinstance(tokens, str):
+            _check_padding_is_told(given, tokens.shape)
+        is_text = isinstance(tokens, str)
+        return Item(tokens, number, real, kept, given, {}, is_text, attended=attended)
 
     def _check_masks_are_named(self, item: Mapping[str, Any]) -> None:
         """Refuse a mask that nothing reads, whose padding would leave rows."""
@@ -341,6 +354,42 @@ def _as_mask(
             f"{name!r} holds other values than 0 and 1; give 1 for each token that is no padding"
         )
     return mask.to("cpu", torch.bool, copy=True)
+
+
+def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | None:
+    """Read which tokens are no padding, where a mask that decides about no rows tells it."""
+    given = _as_given(mask)
+    if not isinstance(given, Tensor) or given.shape != shape:
+        return None
+    return given.bool().cpu() if bool(((given == 0) | (given == 1)).all()) else None
+
+
+def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
+    """Refuse a mask of another name for the forward, where no attention mask tells of padding.
+
+    Raises:
+        DataError: There is one, and it is not the same for all tokens.
+
+    """
+    for name, mask in given.items():
+        if is_mask_of_tokens(name, mask, shape) and bool((mask != mask.flatten()[0]).any()):
+            raise DataError(
+                f"data holds {name!r}, which the model's forward takes, but no 'attention_mask', "
+                "so that it is not known which tokens are padding; give an 'attention_mask' as "
+                f"well, or mask={name!r} where it is not 0 for the tokens that leave rows"
+            )
+
+
+def is_mask_of_tokens(name: str, mask: Any, shape: tuple[int, ...]) -> bool:
+    """Tell whether what a forward is given, beside the usual masks, can tell padding."""
+    is_mask = name.endswith("mask") and name != "global_attention_mask"
+    has_shape = isinstance(mask, Tensor) and mask.shape == shape and mask.numel() > 0
+    return is_mask and has_shape and not is_elsewhere(name) and name not in MASKS
+
+
+def is_elsewhere(name: str) -> bool:
+    """Tell whether an argument of a forward is about other things than its tokens."""
+    return name.startswith(_ELSEWHERE)
 
 
 def _as_given(value: Any) -> Any:

@@ -16,12 +16,14 @@ from actctx._condition import find_site
 from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
 from actctx._index import is_int
 from actctx._stack import layers_of, stack_layers
+from actctx._values import check_readable
 from actctx.dataset import ActivationDataset
 
 Source: TypeAlias = Activations | ActivationDataset
 
 _ROWS = 8192  # at a time
 _ROUNDING = 1e-3  # of half precision, near 1
+_NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what torch takes norms of
 
 
 def layers_in(acts: Source, name: str) -> list[str]:
@@ -145,15 +147,18 @@ def axes_of(acts: Source, key: str) -> Axes:
     return axes
 
 
-def joined(acts: Activations, key: str) -> Shaped[Tensor, "..."]:
+def joined(acts: Activations, key: str, *, real: bool = False) -> Shaped[Tensor, "..."]:
     """Read a site as one tensor, without its graph.
 
     Raises:
-        OptionError: Its forwards were not joined.
+        OptionError: Its forwards were not joined, or its values cannot be calculated with; or they
+            are complex, and are to be real.
 
     """
     found = acts[key]
-    if not isinstance(found, Tensor):
+    if isinstance(found, Tensor):
+        check_readable(key, found, real=real)
+    else:
         raise OptionError(
             f"{key!r} is a list of tensors, since it was captured with join=None; a picture needs "
             "one tensor, so capture with join='batch'"
@@ -162,28 +167,26 @@ def joined(acts: Activations, key: str) -> Shaped[Tensor, "..."]:
 
 
 def read_layers(
-    acts: Source, keys: list[str]
-) -> Iterator[tuple[Float[Tensor, "row features"], ...]]:
+    acts: Source, keys: list[str], *, real: bool = True
+) -> Iterator[tuple[Shaped[Tensor, "row features"], ...]]:
     """Give the rows of some layers, which are everything but the last axis, some at a time.
 
-    Each time a tensor for each layer, in single precision, on the device of the first.
+    Each time a tensor for each layer, on the device of the first: in single precision, or, where
+    they need not be real, as they are.
 
     Raises:
         NotCapturedError: There are no rows.
         AxisError: A layer has rows alone.
         JoinError: The layers do not have as many rows as each other.
-        OptionError: Their forwards were not joined.
+        OptionError: Their forwards were not joined, or their values cannot be calculated with.
 
     """
     for key in keys:
         axes_of(acts, key)
     if isinstance(acts, Activations):
-        layers = {key: joined(acts, key).flatten(0, -2) for key in keys}
+        layers = {key: joined(acts, key, real=real).flatten(0, -2) for key in keys}
         if not len(layers[keys[0]]):
-            raise NotCapturedError(
-                f"{keys[0]!r} has no rows to draw or to compare: its mask or slice left none; "
-                "capture some"
-            )
+            raise NotCapturedError(_no_rows(keys[0]))
         _check_rows({key: len(layer) for key, layer in layers.items()})
         starts = range(0, len(layers[keys[0]]), _ROWS)
         parts: Iterable[tuple[Tensor, ...]] = (
@@ -192,7 +195,8 @@ def read_layers(
     else:
         parts = _stored(acts, keys)
     for part in parts:
-        yield tuple(rows.to(part[0].device).float() for rows in part)
+        there = [rows.to(part[0].device) for rows in part]
+        yield tuple(rows.float() for rows in there) if real else tuple(there)
 
 
 def norms_at_positions(acts: Source, keys: list[str]) -> Float[Tensor, "layer pos"] | None:
@@ -216,16 +220,33 @@ def _captured_norms(acts: Activations, key: str) -> Float[Tensor, " pos"]:
             f"{key!r} has the axes {' '.join(axes)!r}, but other layers have positions; capture "
             "all of them with one slice"
         )
-    norms = vector_norm(joined(acts, key), dim=-1, dtype=torch.float32)
+    norms = _norms(joined(acts, key))
+    if not norms.numel():
+        raise NotCapturedError(_no_rows(key))
     means: Tensor = norms.movedim(axes.index("pos"), 0).unsqueeze(1).flatten(1).mean(1)
     return means
 
 
 def norms_of_rows(acts: Source, keys: list[str]) -> Float[Tensor, "layer row"]:
     """Take the norm of each row of each layer, on the CPU."""
-    parts = read_layers(acts, keys)
-    norms = [torch.stack([rows.norm(dim=-1).cpu() for rows in part]) for part in parts]
+    parts = read_layers(acts, keys, real=False)
+    norms = [torch.stack([_norms(rows).cpu() for rows in part]) for part in parts]
     return torch.cat(norms, 1)
+
+
+def _norms(values: Shaped[Tensor, "*rows features"]) -> Float[Tensor, "*rows"]:
+    """Take norms along the last axis, in single precision, of numbers of any kind."""
+    if values.is_complex():
+        values = values.abs()
+    if values.dtype not in _NORMED:
+        values = values.float()
+    exact = torch.promote_types(values.dtype, torch.float32)  # it does not narrow what is wider
+    norms: Tensor = vector_norm(values, dim=-1, dtype=exact)
+    return norms.float()
+
+
+def _no_rows(key: str) -> str:
+    return f"{key!r} has no rows to draw or to compare: its mask or slice left none; capture some"
 
 
 def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head query key"]:
@@ -275,7 +296,7 @@ def _axes_with_queries(data: ActivationDataset, name: str) -> Axes:
 
 
 def _captured_pattern(acts: Activations, name: str, sequence: int) -> Shaped[Tensor, "..."]:
-    found = joined(acts, name)
+    found = joined(acts, name, real=True)
     if not 0 <= sequence < len(found):
         raise OptionError(
             f"there is no sequence {sequence} of {name!r}; there are {len(found)}, from 0"

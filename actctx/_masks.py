@@ -350,6 +350,7 @@ class Padding:
     def _look_up(self, value: Any) -> None:
         """Look at what a table yielded, if it may be one of positions."""
         frame = self._frame()
+        value = value[0] if isinstance(value, tuple) and value else value
         if "left" in self._warned or frame is None or not isinstance(value, Tensor):
             return
         if frame.masks[self, "start"].is_cached:

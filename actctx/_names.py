@@ -81,6 +81,9 @@ class Site:
         return f"Site({', '.join([repr(self.name), *changed])})"
 
 
+Site.__module__ = "actctx"  # where users find it
+
+
 Name: TypeAlias = str | nn.Module | Site
 Predicate: TypeAlias = Callable[[str], bool]
 Names: TypeAlias = Name | Predicate | Iterable[Name | Predicate] | Mapping[str, Name]

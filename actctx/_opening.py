@@ -20,9 +20,11 @@ from actctx._flags import is_repeated, is_switched_off
 from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
 from actctx._grad import GradMode
 from actctx._hooks import Hook
+from actctx._known_faults import is_given_cache, lost_cache, warn
 from actctx._lines import is_batching
 from actctx._masks import Padding
 from actctx._outputs import Inputs
+from actctx._parallel import pieces_of
 from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
@@ -30,6 +32,7 @@ from actctx._table import counted, shortened
 from actctx._told import Numbers, Teller, numbers_of, plainly_told, proposed_axes
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
+from actctx._values import check_capturable
 from actctx._watched import Options, Seen, WatchedSite, why_silent
 
 B = TypeVar("B")
@@ -98,6 +101,8 @@ class Opening(Generic[B]):
         self._options = options
         self._padding = Padding(model, options, sites)
         self._scope = scope
+        self._pieces = pieces_of(model)
+        self._asked_of_cache = False
         self._number = next(_NUMBERS)
         self._thread: int | None = None
         self._ran = 0
@@ -211,6 +216,9 @@ class Opening(Generic[B]):
             self._padding.begin(frame, is_first=not self.buffer.forwards)
         elif frame is not None:
             self._padding.end(frame, value)
+        if io == "in" and not self._asked_of_cache and is_given_cache(value[1]):
+            self._asked_of_cache = True
+            warn(lost_cache(self._model))
         for site in self._roots:
             if site.io == io:
                 given = Inputs(self._model, *value) if io == "in" else value
@@ -262,14 +270,14 @@ class Opening(Generic[B]):
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
-        is_it = seen.is_plain and isinstance(value, Tensor)
-        activation: Tensor = value if is_it else seen.site.reader(value)
+        is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
+        activation: Tensor = value if is_it else self._read(seen.site, value)
         if not is_it and seen.site.is_flattened(activation):
             activation = self._by_sequence(activation, frame)
-        if activation.dim() != seen.rank or not seen.column.firings:
-            self._tell_axes(seen, activation, frame)
-        if activation.shape != seen.shape or not seen.column.firings:
-            seen.check(activation.shape)
+        if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
+            site = seen.site
+            check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
+            self._settle(seen, activation, frame)
         if activation.requires_grad and not self.grad:
             activation = activation.detach()
         if torch.is_inference_mode_enabled():
@@ -281,6 +289,11 @@ class Opening(Generic[B]):
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
+    def _read(self, site: WatchedSite, value: Any) -> Tensor:
+        if self._pieces is not None:
+            self._pieces.check(site.shown, site.place.module, site.found(value), io=site.io)
+        return site.reader(value)
+
     def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
         """Divide an activation that has one row a token, if it does, into sequences."""
         numbers = self._numbers(frame)
@@ -289,14 +302,25 @@ class Opening(Generic[B]):
                 return activation.reshape(numbers.batch, pos, *activation.shape[1:])
         return activation
 
-    def _tell_axes(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
-        """Settle where the axes of a site lie, for activations of so many axes.
+    def _settle(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
+        """Check an activation of another shape than the last, whose axes may lie elsewhere.
+
+        Raises:
+            AxisError, SelectionError: It does not have what is to be selected.
+
+        """
+        if activation.dim() != seen.rank or not seen.column.firings:
+            self._tell_axes(seen, activation.shape, frame)
+        seen.check(activation.shape)
+
+    def _tell_axes(self, seen: Seen, shape: torch.Size, frame: Frame | None) -> None:
+        """Tell where the axes of a site lie, for activations of so many axes.
 
         Raises:
             AxisError: Something depends on it, and it cannot be told.
 
         """
-        site, shape = seen.site, activation.shape
+        site = seen.site
         site.check_axes(shape)
         numbers = self._numbers(frame)
         axes = plainly_told(site, shape, numbers)

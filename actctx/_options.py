@@ -1,16 +1,13 @@
 """What the commands take: their arguments and options, and how what is refused is said."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
-from actctx._errors import ActctxError, OptionError
-from actctx._file import expanded
-from actctx._select import Index
-from actctx._words import parse_words
+from actctx._errors import ActctxError
 
 try:
     import typer
@@ -35,6 +32,13 @@ class Pooling(StrEnum):
 def _path(given: str) -> Path:
     """Read a path, of which a shell leaves `~` as it is behind a `=`."""
     return Path(given).expanduser()
+
+
+def _expanded(given: str) -> str:
+    """Read the path, or the address, of a data set."""
+    from actctx._file import expanded
+
+    return expanded(given)
 
 
 Model = Annotated[
@@ -104,16 +108,6 @@ def errors_as_messages(model: str) -> Iterator[None]:
         raise typer.Exit(2) from None
 
 
-def parse_slices(asked: Sequence[str]) -> dict[str, Index]:
-    """Read the `--slice` options, such as `pos=-1`."""
-    for option in asked:
-        if option.partition("=")[0] == "batch":
-            raise OptionError(
-                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
-            )
-    return parse_words(asked)
-
-
 Data = Annotated[
     Path,
     typer.Option(
@@ -135,6 +129,14 @@ Context = Annotated[
 ]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join the texts and cut them into --context tokens each.")
+]
+EqualLengths = Annotated[
+    bool,
+    typer.Option(
+        "--equal-lengths",
+        help="Run only texts of one length together, so that no forward sees padding: for models "
+        "that let it into the tokens beside it, such as CANINE and ConvBERT.",
+    ),
 ]
 Drop = Annotated[
     list[str] | None,
@@ -188,26 +190,7 @@ DataSet = Annotated[
     str,
     typer.Argument(
         metavar="DIRECTORY",
-        parser=expanded,
+        parser=_expanded,
         help="What `actctx extract` wrote, or the address of a copy in an object store.",
     ),
 ]
-
-
-def parse_drop(asked: Sequence[str]) -> dict[str, list[int]]:
-    """Read the `--drop` options, such as `position=0`.
-
-    Raises:
-        OptionError: One of them is none.
-
-    """
-    found: dict[str, list[int]] = {}
-    for option in asked:
-        name, _, numbers = option.partition("=")
-        try:
-            found.setdefault(name, []).extend(int(number) for number in numbers.split(","))
-        except ValueError:
-            raise OptionError(
-                f"--drop {option!r} is not WHAT=N; give one such as position=0 or token=50256,0"
-            ) from None
-    return found

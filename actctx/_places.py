@@ -251,3 +251,6 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
         return [pattern]
     accept = pattern if callable(pattern) else matcher(pattern)
     return [name for names in places.accepted(accept) for name in filter(accept, names)]
+
+
+hook_names.__module__ = "actctx"  # where users find it

@@ -22,7 +22,7 @@ _USUAL = frozenset(
         "decoder_attention_mask",
     }
 )
-"""What is given to a forward that takes anything and does not say what."""
+"""What is passed on to a forward that takes anything and does not say what, if the input has it."""
 
 _NOT_GIVEN = {*TOKENS, "labels"}
 """The tokens, which are given first, and what only a loss needs."""
@@ -39,6 +39,7 @@ def reading_of(
     pack: bool,
     carry: tuple[str, ...],
     mask: str | None,
+    equal_lengths: bool = False,
 ) -> Reading:
     """Settle how an input is read for a model; see `actctx.extract.extract`.
 
@@ -75,44 +76,64 @@ def reading_of(
     tokenize = None if using is None else functools.partial(_tokenize, using)
     if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
         tokenize = functools.partial(_to_tokens, model)
-    padding: int | None = getattr(using, "pad_token_id", None)
     taken = taken_by(model)
+    takes_mask = next((name for name in MASKS if name in taken), None)
     uncached = "use_cache" in taken and not _is_hooked(model)
-    takes = taken | {*MASKS} if taken & {*MASKS} else taken
+    takes = taken | {*MASKS} if takes_mask else taken | _passed_on_by(model)
     vocabulary = _vocabulary_of(model)
-    if padding is None or not 0 <= padding < (vocabulary or padding + 1):
-        padding = 0  # the mask tells that it is padding
     return Reading(
         tokenize=tokenize,
         batch_size=batch_size,
         context=context or limit,
+        limit=limit,
         cuts=context is not None,
         pack=pack,
         separator=getattr(using, "eos_token_id", None),
         carry=carry,
         takes=takes,
-        takes_mask=next((name for name in MASKS if name in taken), None),
+        takes_mask=takes_mask,
+        tells_all=_is_hooked(model) or is_hugging_face(innermost(model)),
+        equal_lengths=equal_lengths,
         mask=mask,
         vocabulary=vocabulary,
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
-        padding=padding,
+        padding=_padding_of(model, using, vocabulary),
         always={"use_cache": False} if uncached else {},
     )
 
 
 def taken_by(model: Any) -> frozenset[str]:
-    """Name what a forward can be given beside the tokens, which are its first argument."""
+    """Name what a forward says that it can be given beside the tokens, its first argument.
+
+    Of a wrapper that passes on what it is given, the forward of the model within tells whether a
+    mask is of any use.
+    """
     parameters = inspect.signature(model.forward).parameters.values()
     by_name = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
     by_place = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     names = {each.name for each in (*by_place[1:], *by_name)} - _NOT_GIVEN
-    if any(each.kind is each.VAR_KEYWORD for each in parameters):
-        within = _within(model)
-        if within is not None:
-            names |= taken_by(within)
-        elif not names & {*MASKS}:
-            names |= _USUAL
+    within = _within(model) if _takes_anything(model) else None
+    if within is not None:
+        names = names - {*MASKS} | taken_by(within)
     return frozenset(names)
+
+
+def _passed_on_by(model: Any) -> frozenset[str]:
+    """Name what a forward might take that does not say what it takes."""
+    inner = innermost(model)
+    if is_hugging_face(inner) or not _takes_anything(inner):
+        return frozenset()
+    return _USUAL
+
+
+def _takes_anything(model: Any) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def is_hugging_face(model: Any) -> bool:
+    """Tell whether a model is one of transformers', whose forwards say all that they take."""
+    return isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
 
 
 def _is_hooked(model: Any) -> bool:
@@ -124,6 +145,13 @@ def _is_hooked(model: Any) -> bool:
     return False
 
 
+def innermost(model: Any) -> Any:
+    """Find the model within wrappers that pass on what they are given."""
+    while (within := _within(model)) is not None:
+        model = within
+    return model
+
+
 def _within(model: Any) -> nn.Module | None:
     """Find the model that a wrapper passes its arguments on to."""
     if hasattr(model, "get_base_model"):  # PEFT
@@ -133,7 +161,26 @@ def _within(model: Any) -> nn.Module | None:
         within = getattr(model, name, None)
         if isinstance(within, nn.Module):
             return within
-    return None
+    return _only_child(model)
+
+
+def _only_child(model: Any) -> nn.Module | None:
+    """Find what is within a module whose forward takes `*args, **kwargs`, and nothing by name."""
+    if not isinstance(model, nn.Module):
+        return None
+    kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
+    children = [*model.children()]
+    takes_all = kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    return children[0] if takes_all and len(children) == 1 else None
+
+
+def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
+    """Choose the token id that fills up sequences; a mask tells that it is padding."""
+    config = getattr(innermost(model), "config", None)
+    for padding in (getattr(each, "pad_token_id", None) for each in (tokenizer, config)):
+        if isinstance(padding, int) and 0 <= padding < (vocabulary or padding + 1):
+            return padding
+    return 0
 
 
 def _limit_of(model: Any) -> int | None:
@@ -156,9 +203,7 @@ def _numbered_behind_padding(model: nn.Module) -> list[int]:
 
 
 def _vocabulary_of(model: Any) -> int | None:
-    inner = model
-    while (within := _within(inner)) is not None:
-        inner = within
+    inner = innermost(model)
     # It is not always as long as the config's vocabulary: some models were given more tokens.
     try:
         size = inner.get_input_embeddings().num_embeddings

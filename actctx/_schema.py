@@ -155,6 +155,9 @@ def site(
     return Field(Site(name, slice, dtype, device, io, axes, output, firing))
 
 
+site.__module__ = "actctx"  # where users find it
+
+
 class Schema:
     """A base of classes that say what is captured, and with which axes and dtype.
 
@@ -269,6 +272,9 @@ class Schema:
 
     def _repr_html_(self) -> str:
         return f"<div>{escape(type(self).__name__)}</div>{self.activations._repr_html_()}"
+
+
+Schema.__module__ = "actctx"  # where users find it
 
 
 def _hints(schema: type[Schema]) -> dict[str, Any]:

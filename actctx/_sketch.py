@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from actctx._values import why_unreadable
+
 _BARS = "▁▂▃▄▅▆▇█"
 _BINS = 12
 _MOST = 2**14
@@ -20,8 +22,11 @@ def sketch(tensors: Sequence[Shaped[Tensor, "..."]]) -> str:
 
     Of many values the ends are the 0.5 % and 99.5 % quantiles, since a few features of a residual
     stream are so large that they would press all others into one bar. Values that are not finite
-    are counted apart.
+    are counted apart. Tensors without values, as on the meta device, or of a dtype that torch
+    cannot calculate with, draw nothing.
     """
+    if any(map(why_unreadable, tensors)):
+        return ""
     tensors = tensors[:: -(-len(tensors) // _PARTS) or 1]
     samples = [_sampled(tensor, _MOST // len(tensors), at) for at, tensor in enumerate(tensors)]
     values = torch.cat(samples) if samples else torch.empty(0)

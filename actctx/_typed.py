@@ -6,15 +6,16 @@ model's own sizes are bound first: `d_model` is then one size, as if a first arg
 """
 
 import os
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Union, get_args, get_origin
 
 import jaxtyping
 import torch
-from beartype.door import is_bearable
 from jaxtyping import AbstractArray, AbstractDtype, AnnotationError, Shaped, jaxtyped
 from torch import Tensor
 
@@ -148,7 +149,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 if is_array_type(hint):  # what beartype asks for as well
                     reason = type(hint).__instancecheck_str__(hint, value)
                 else:
-                    reason = "" if is_bearable(value, hint) else "its type is another"
+                    reason = "" if _fits(value, hint) else "its type is another"
             except AnnotationError as error:
                 waiting.append(claim)
                 put_off += 1
@@ -162,6 +163,32 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 )
             put_off = 0
             _note_sizes(claim, found)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Tell whether a value fits an annotation that is not of one tensor."""
+    with _hashable_object():
+        from beartype.door import is_bearable  # takes a while, and few annotations need it
+    return is_bearable(value, hint)
+
+
+@contextmanager
+def _hashable_object() -> Iterator[None]:
+    """Take `save`, which nnsight adds to `object`, off it while beartype is first imported.
+
+    Beartype makes a set of what `object` has, and what nnsight adds cannot be hashed.
+    """
+    save = vars(object).get("save") if "nnsight" in sys.modules else None
+    if save is None or "beartype" in sys.modules:
+        yield
+        return
+    from nnsight._c.py_mount import mount, unmount
+
+    unmount("save")
+    try:
+        yield
+    finally:
+        mount(save.__func__, "save")
 
 
 def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:

@@ -73,6 +73,10 @@ class WatchedSite:
         """
         return functools.partial(_read, self.shown, self.output, self.place.reading)
 
+    def found(self, value: Any) -> Tensor:
+        """Find the tensor that the activation is read off; see `reader`."""
+        return _found(self.shown, self.output, self.place.reading, value)
+
     def along(self, axes: Axes, sizes: Mapping[str, int] | None = None) -> "WatchedSite":
         """Select along these axes, which the model told.
 
@@ -90,7 +94,7 @@ class WatchedSite:
     def yields_it(self) -> bool:
         """Whether a tensor that it yields is the activation, of which nothing is to be made."""
         reading = self.place.reading
-        is_read = reading is not None and reading.part is not None
+        is_read = reading is not None and (reading.part, reading.pattern) != (None, None)
         return self.output is None and not is_read and not self.needs_sequences
 
     @property
@@ -175,10 +179,13 @@ def named_after(
     return Named(*_selected(selector, rows, whole, sizes), own)
 
 
+def _found(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
+    return tensor_of(site, value, output) if reading is None else reading.found(site, value)
+
+
 def _read(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
-    if reading is None:
-        return tensor_of(site, value, output)
-    return reading.of(reading.found(site, value))
+    tensor = _found(site, output, reading, value)
+    return tensor if reading is None else reading.of(tensor)
 
 
 def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:

@@ -63,6 +63,7 @@ def extract(
     tokenizer: Any = None,
     batch_size: int = 8,
     context: int | None = None,
+    equal_lengths: bool = False,
     pack: bool = False,
     drop: Mapping[str, Iterable[int]] | None = None,
     carry: str | Iterable[str] = (),
@@ -107,6 +108,10 @@ def extract(
             resumed data set keeps the order of rows that the first one made.
         context: The tokens in a sequence, at most; by default what the model can read. What is
             longer is cut off at the end.
+        equal_lengths: Whether only sequences of one length run together, so that no forward sees
+            padding. It takes more forwards. Some models, CANINE and ConvBERT among them, let
+            padding into the tokens beside it whatever the mask says; of what is seen of it, a
+            warning tells.
         pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
             joined by the tokenizer's end-of-sequence token, where it has one. A `sequence` is
             then one that the model saw.
@@ -158,6 +163,7 @@ def extract(
         pack=pack,
         carry=_names_of(carry),
         mask=mask,
+        equal_lengths=equal_lengths,
     )
     extraction = Extraction(
         model,

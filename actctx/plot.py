@@ -27,6 +27,7 @@ from actctx._layers import (
     read_pattern,
     read_tokens,
 )
+from actctx._values import check_readable
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:
@@ -292,7 +293,8 @@ def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) 
 def _draw_quartiles(
     picture: "Picture", norms: Float[Tensor, "layer row"], numbers: Sequence[str]
 ) -> None:
-    low, middle, high = np.quantile(norms.numpy(), [0.25, 0.5, 0.75], axis=1)
+    with np.errstate(invalid="ignore"):  # between infinite norms there is nothing to draw
+        low, middle, high = np.quantile(norms.numpy(), [0.25, 0.5, 0.75], axis=1)
     layers = range(len(numbers))
     picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
     picture.plot(layers, middle, marker="o")
@@ -327,6 +329,7 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
         values = torch.as_tensor(values)
     except (RuntimeError, TypeError, ValueError):
         raise OptionError("values must be numbers; give one for each token") from None
+    check_readable("values", values, real=True)
     if values.shape != (len(tokens),):
         raise OptionError(
             f"there are {len(tokens)} tokens, but values of the shape {tuple(values.shape)}; give "

@@ -1,6 +1,7 @@
 import importlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -551,14 +552,22 @@ def test_without_typer_the_command_names_the_extra_that_installs_it(monkeypatch)
     )
 
 
-def test_help_loads_no_model_library():
+@pytest.mark.parametrize("asked", [["--help"], ["--version"], ["names", "--help"]])
+def test_help_imports_no_torch(asked):
     code = (
-        "import sys; from actctx.__main__ import app; app(['--help'], standalone_mode=False); "
-        "print({'transformers', 'transformer_lens'} & set(sys.modules))"
+        f"import sys; from actctx.__main__ import app; app({asked}, standalone_mode=False); "
+        "print({'torch', 'numpy', 'beartype', 'jaxtyping', 'transformers'} & set(sys.modules))"
     )
-    shown = command("-c", code).stdout
-    assert "capture" in shown
-    assert shown.endswith("set()\n")
+    assert command("-c", code).stdout.endswith("set()\n")
+
+
+@pytest.mark.parametrize("name", ["capture", "extract", "info", "names"])
+def test_help_of_a_command_says_what_it_takes_within_a_second(name):
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    shown = command("-m", "actctx", name, "--help", COLUMNS="100").stdout
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert f"Usage: actctx {name}" in shown
+    assert after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime < 1
 
 
 def test_the_version_is_shown():

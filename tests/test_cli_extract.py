@@ -123,6 +123,13 @@ def test_rows_are_pooled(tiny, text, out):  # noqa: F811
     assert sorted(Read(out)["sequence"]) == [0, 1, 2, 3]
 
 
+def test_texts_of_one_length_run_together(tiny, text, out):  # noqa: F811
+    run(tiny, RESID, "--data", text, "--out", out, "--equal-lengths")
+    assert Read(out).layout.input["equal_lengths"] is True
+    shown = actctx("info", out).stdout
+    assert "equal_lengths: True" in shown
+
+
 def test_a_mask_is_named(tiny, tmp_path, out):  # noqa: F811
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}))

@@ -223,7 +223,7 @@ def test_a_model_of_transformer_lens_sees_to_its_cache_itself(gpt2, out):
     handle = gpt2.register_forward_pre_hook(lambda *args: seen.append(args[2]), with_kwargs=True)
     extract(gpt2, tokens(2), RESID, out)
     handle.remove()
-    assert seen == [{}]
+    assert [{*given} for given in seen] == [{"attention_mask"}]
 
 
 def test_what_has_no_entry_for_each_token_is_refused(out):
@@ -471,8 +471,8 @@ def test_padding_before_tokens_is_refused_where_the_model_takes_no_mask(out):
     batch = {"input_ids": tokens(2, 3), "attention_mask": [[1, 1, 1], [0, 1, 1]]}
     assert refusal(DataError, Blind(), [batch], MIXED, out) == (
         "from sequence 0 on, the input has padding before tokens, but the model's forward takes no "
-        "attention mask, so that they would attend to it; give single sequences, which run without "
-        "padding"
+        "attention mask, so that they would attend to it; give equal_lengths=True, which runs "
+        "sequences without padding, or single sequences"
     )
     extract(Masked(), [batch], MIXED, out)
 
@@ -487,7 +487,8 @@ def test_padding_behind_tokens_is_warned_of_where_the_model_takes_no_mask(out, o
         extract(model, [whole, batch], MIXED, out)
     assert {str(each.message) for each in caught} == {
         "the model's forward takes no attention mask, so that tokens attend to the padding behind "
-        "them if it is not causal; give single sequences, which run without padding"
+        "them if it is not causal; give equal_lengths=True, which runs sequences without padding, "
+        "or single sequences"
     }
     assert Read(out)["position"] == [*range(3)] * 3 + [*range(ones)]
 

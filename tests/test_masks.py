@@ -635,6 +635,42 @@ def test_a_bridge_that_numbers_positions_by_the_mask_is_not_told_of(gpt2, ids):
     assert said == []
 
 
+@pytest.mark.skipif(GENERATION != 3, reason="TransformerLens 4 has no hooked encoders")
+def test_left_padding_of_a_hooked_encoder_is_told_of(ids):
+    from models import hooked_config
+    from transformer_lens import HookedEncoder
+
+    model = HookedEncoder(hooked_config(attention_dir="bidirectional")).eval()
+    name = "blocks.1.hook_resid_post"
+    for mask, count in [(RIGHT, 0), (LEFT, 1)]:
+        acts, said = _opened(model, name, mask="attention")(ids, one_zero_attention_mask=mask)
+        assert acts.positions(name).tolist() == mask.nonzero().tolist()
+        assert len([each for each in said if "padded on the left" in each]) == count
+
+
+class _Learned(torch.nn.Module):
+    """A model of somebody's own, with a learned table of positions."""
+
+    def __init__(self, *, by_mask):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.pos = torch.nn.Embedding(VOCAB, 8), torch.nn.Embedding(16, 8)
+        self.by_mask = by_mask
+
+    def forward(self, ids, attention_mask):
+        places = torch.arange(ids.shape[1])[None]
+        if self.by_mask:
+            places = (attention_mask.cumsum(1) - 1).clamp(min=0)
+        return self.tokens(ids) + self.pos(places)
+
+
+@pytest.mark.parametrize("by_mask", [True, False])
+def test_left_padding_of_a_model_of_somebodys_own_is_told_of(ids, by_mask):
+    site = Site("tokens", axes="batch pos d_model")
+    _, said = _opened(_Learned(by_mask=by_mask), site, mask="attention")(ids, LEFT)
+    assert len(said) == (not by_mask)
+
+
 def test_token_types_and_alike_sequences_are_not_taken_for_positions():
     model = huggingface("LlamaForCausalLM")
     alike = tokens(1, 7).expand(3, -1)

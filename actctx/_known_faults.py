@@ -1,0 +1,121 @@
+"""Bridges of TransformerLens that are known to compute something else than the model they wrap.
+
+What is captured from them is what they compute, so a capture warns. Each fault has the versions
+that it was seen in; newer ones are taken to be mended.
+"""
+
+import inspect
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from typing import Any
+
+from torch import nn
+
+_WRONG_UP_TO = (4, 3)  # TransformerLens
+_CACHES = ("past_key_values", "cache")  # what a forward is given one as, in old and new versions
+
+
+def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
+    """Say what is wrong with a bridge, whatever its forwards are given.
+
+    Args:
+        model: The model that is captured.
+        names: The names of the captured places.
+
+    """
+    config = _bridged_config(model)
+    kind = getattr(config, "model_type", None)
+    if kind == "falcon" and _mixes_heads(config):
+        yield (
+            f"{_lens()} divides the queries, keys and values of Falcon's new decoder wrongly where "
+            "there are several heads of keys, so the bridge computes other numbers than the model, "
+            "and that is what is captured; capture from the Hugging Face model itself"
+        )
+    patterns = [name for name in names if name.endswith("hook_pattern")]
+    if kind == "switch_transformers" and patterns:
+        yield (
+            f"{patterns[0]!r} holds the bias of the positions and not the attention pattern, since "
+            f"{_lens()} takes the wrong output of Switch's attention; capture the pattern from the "
+            "Hugging Face model, as the output 2 of its attention module"
+        )
+
+
+def is_given_cache(given: Mapping[str, Any]) -> bool:
+    """Whether a forward is called with a KV cache, by its name."""
+    return any(given.get(name) is not None for name in _CACHES)
+
+
+def lost_cache(model: nn.Module) -> str | None:
+    """Say that a forward loses a KV cache that it is given; None where it does not.
+
+    Transformers 5.24 renamed the argument by which attention layers are given a cache. Bridges that
+    compute the attention themselves still look for the old one.
+    """
+    if not _loses_caches(model):
+        return None
+    return (
+        f"{_lens()} loses the KV cache of this model with transformers {version('transformers')}: "
+        "a forward that is given one sees only its own positions, and what is captured is wrong "
+        "from the second forward on; install 'transformers<5.24', or generate without a cache, "
+        "with use_past_kv_cache=False or use_cache=False"
+    )
+
+
+def _lens() -> str:
+    return f"TransformerLens {version('transformer_lens')}"
+
+
+def _is_old() -> bool:
+    """Whether the installed TransformerLens is one that was seen to be wrong."""
+    parts = version("transformer_lens").split(".")[:2]
+    return tuple(int(part) for part in parts if part.isdecimal()) <= _WRONG_UP_TO
+
+
+def _bridged_config(model: nn.Module) -> Any:
+    """Find the Hugging Face config of the model in a bridge; None where it is no bridge."""
+    inner = getattr(model, "original_model", None)
+    if not isinstance(inner, nn.Module) or not _is_old():
+        return None
+    return getattr(inner, "config", None)
+
+
+def _mixes_heads(config: Any) -> bool:
+    heads = config.num_attention_heads if config.num_kv_heads is None else config.num_kv_heads
+    return bool(config.new_decoder_architecture and not config.multi_query and heads != 1)
+
+
+def _loses_caches(model: nn.Module) -> bool:
+    return any(map(_looks_for_another, model.modules())) and _is_old()
+
+
+def _looks_for_another(module: nn.Module) -> bool:
+    """Whether a part of a bridge computes an attention whose cache has got another name."""
+    kind = type(module)
+    if not kind.__module__.startswith("transformer_lens.") or not _computes_itself(kind):
+        return False
+    inner = getattr(module, "original_component", None)
+    return (
+        isinstance(inner, nn.Module)
+        and "cache" in inspect.signature(type(inner).forward).parameters
+    )
+
+
+def _computes_itself(kind: type[nn.Module]) -> bool:
+    names = [base.__name__ for base in kind.__mro__]
+    # The plain one calls the layer that it wraps, with all that it is given.
+    return names[0] == "T5BlockBridge" or "AttentionBridge" in names[1:]
+
+
+def warn(*faults: str | None) -> None:
+    """Warn of what is wrong, where something is, at the line of the user's that led here."""
+    for fault in filter(None, faults):
+        frame, depth = sys._getframe(), 1
+        while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+            frame, depth = frame.f_back, depth + 1
+        warnings.warn(fault, stacklevel=depth)
+
+
+def _is_library(module: str) -> bool:
+    return module.partition(".")[0] in {"actctx", "jaxtyping", "torch", "transformers"}

@@ -1,0 +1,215 @@
+"""Models whose weights are cut over processes: whole activations, and pieces that look whole.
+
+# NOTE [Tensor parallelism]
+A DTensor knows that it is a piece, and is gathered. But the styles of torch and of transformers
+pass plain tensors between a layer that is cut by its outputs (`Shard(0)` of a linear layer's
+weight) and one that is cut by its inputs (`Shard(1)`): half of the features, or of the heads, and
+nothing says so. Which values these are follows from the cut weights and from where they lie:
+outputs of the first, inputs of the second, and what modules beside them compute in between.
+Before the first and behind the second everything is whole.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from actctx._errors import OutputError
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Gather a DTensor, which all its processes have to do together; others are returned."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    if distributed is not None and isinstance(value, distributed.DTensor):
+        whole: Tensor = value.full_tensor()
+        return whole
+    return value
+
+
+@dataclass
+class _Cut:
+    """What one process has of the features of a layer: the pieces and the whole widths."""
+
+    pieces: set[int] = field(default_factory=set)
+    given: int | None = None  # the whole width of its input, where it takes a piece
+    made: int | None = None  # the whole width of its output
+    is_known: bool = True
+
+
+class Pieces:
+    """Where a model yields only the piece of this process.
+
+    Args:
+        model: A model with weights that are cut over processes.
+
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._names = {module: name for name, module in model.named_modules()}
+        self._parents = {child: module for module in self._names for child in module.children()}
+        others = _of_fsdp(model)
+        cuts = {module: _cut_of(module, of_data=module in others) for module in self._names}
+        self._cuts = {module: cut for module, cut in cuts.items() if cut is not None}
+        self._shards_sequences = any(map(_shards_sequences, self._names))
+
+    def check(self, site: str, module: nn.Module, tensor: Tensor, *, io: str) -> None:
+        """Refuse a plain tensor that is, or may be, a piece.
+
+        Args:
+            site: The name of the site, as it is shown.
+            module: The module or hook point that yields it.
+            tensor: What it yields.
+            io: `"in"` for an input of the module, `"out"` for an output.
+
+        Raises:
+            OutputError: It is.
+
+        """
+        if self._shards_sequences:
+            raise OutputError(
+                f"{site} may be only this process's part of the positions, since the model is "
+                "parallel along sequences and hands on plain tensors; parallelize it with "
+                "use_local_output=False, so that they can be gathered"
+            )
+        behind = self._piece_of(module, tensor, io)
+        if behind is None:
+            return
+        where = self._names.get(behind)
+        instead = f"capture {where!r}, whose output is whole, or " if where else ""
+        raise OutputError(
+            f"{site} is, or may be, only this process's piece of the features or heads, since the "
+            f"model is tensor-parallel; {instead}capture from a model that lies on one device"
+        )
+
+    def _piece_of(self, module: nn.Module, tensor: Tensor, io: str) -> nn.Module | None:
+        """Find the module whose output is whole again, where a tensor is a piece."""
+        width = tensor.shape[-1] if tensor.dim() else None
+        owner, io = self._owner(module, io)
+        cut = self._cuts.get(owner)
+        if cut is not None:
+            whole = cut.given if io == "in" else cut.made
+            is_piece = not cut.is_known or (whole is not None and width != whole)
+            return self._parents.get(owner, owner) if is_piece else None
+        within, around = [*self._beside(owner)], owner
+        if not within:  # it has no cut layers, but may lie between some
+            around = self._around(owner)
+            within = [*self._beside(around)]
+        elif io == "in":
+            return None
+        pieces = {piece for each in within for piece in each.pieces}
+        if not pieces:
+            return None
+        has_heads = tensor.dim() > 3  # noqa: PLR2004  batch pos d_model
+        if around is owner and module is owner:
+            made = {each.made for each in within if each.given is not None}
+            is_piece = has_heads or (width in pieces and width not in made)
+        else:
+            heads = {size * (width or 0) for size in tensor.shape[:-1]} if has_heads else set()
+            is_piece = width in pieces or bool(heads & pieces)
+            is_piece |= has_heads and module is not owner
+        return around if is_piece else None
+
+    def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str]:
+        """Find the module that a hook point of a bridge speaks of, and whether it is an input."""
+        inner = getattr(module, "original_component", None)
+        if isinstance(inner, nn.Module) and inner in self._cuts:
+            return inner, io
+        name = self._names.get(module, "").rpartition(".")[2]
+        if name in {"hook_in", "hook_out"} and module in self._parents:
+            parent, _ = self._owner(self._parents[module], io)
+            return parent, name.removeprefix("hook_")
+        return module, io
+
+    def _around(self, module: nn.Module) -> nn.Module:
+        """Find the closest module around one that has cut layers of its own."""
+        while module in self._parents:
+            module = self._parents[module]
+            if module in self._cuts or any(True for _ in self._beside(module)):
+                return module
+        return module
+
+    def _beside(self, module: nn.Module) -> Iterator[_Cut]:
+        """Give the cut layers that a module has of its own, not of modules inside it."""
+        for child in module.children():
+            inner = getattr(child, "original_component", child)
+            if inner in self._cuts:
+                yield self._cuts[inner]
+
+
+def is_cut(model: nn.Module) -> bool:
+    """Tell whether weights of a model are cut over processes."""
+    distributed = sys.modules.get("torch.distributed.tensor")
+    return distributed is not None and any(
+        isinstance(each, distributed.DTensor) for each in model.parameters()
+    )
+
+
+def pieces_of(model: nn.Module) -> Pieces | None:
+    """Say where a model yields pieces; None where its weights are not cut over processes."""
+    if not is_cut(model):
+        return None
+    found = Pieces(model)
+    return found if found._cuts or found._shards_sequences else None
+
+
+def _of_fsdp(model: nn.Module) -> set[nn.Module]:
+    """Find the modules whose weights FSDP cuts, which are whole while they run."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is None:
+        return set()
+    roots = [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+    return {module for root in roots for module in root.modules()}
+
+
+def _cut_of(module: nn.Module, *, of_data: bool) -> _Cut | None:
+    """Read off a module's own weights how they are cut, where they are."""
+    own = dict(module.named_parameters(recurse=False))
+    dims = {
+        name: dim for name, each in own.items() if (dim := _dim(each, of_data=of_data)) is not None
+    }
+    if not dims:
+        return None
+    weight: Any = own.get("weight")
+    if "weight" not in dims or weight.dim() != 2:  # noqa: PLR2004  a matrix
+        return _Cut(is_known=False)
+    dim, mesh = dims["weight"], weight.device_mesh
+    piece = weight.to_local().shape[dim] if mesh.ndim == 1 else weight.shape[dim] // mesh.shape[-1]
+    if isinstance(module, nn.Embedding):  # by rows it yields a sum that is whole
+        return _Cut(made=weight.shape[1])
+    if dim == 0:
+        return _Cut({piece}, made=weight.shape[0])
+    return _Cut({piece}, given=weight.shape[1], made=weight.shape[0])
+
+
+def _dim(weight: Any, *, of_data: bool) -> int | None:
+    """Tell the axis along which tensor parallelism cuts a weight, if it does."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(weight, DTensor):
+        return None
+    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others.
+    mesh, placement = weight.device_mesh, weight.placements[-1]
+    is_of_data = of_data and mesh.ndim == 1
+    if is_of_data or mesh.shape[-1] == 1 or not placement.is_shard():
+        return None
+    dim: int = placement.dim  # type: ignore[attr-defined]
+    return dim % weight.dim()
+
+
+def _shards_sequences(module: nn.Module) -> bool:
+    """Whether a module hands on plain pieces that are cut along another axis than the last."""
+    hooks = [*module._forward_hooks.values(), module.__dict__.get("forward")]
+    cells = [cell for hook in hooks for cell in getattr(hook, "__closure__", None) or ()]
+    for style in [cell.cell_contents for cell in cells]:
+        layouts = getattr(style, "output_layouts", None)
+        is_local = getattr(style, "use_local_output", False)
+        if isinstance(style, functools.partial) and len(style.args) == 2:  # noqa: PLR2004  of torch
+            layouts, is_local = style.args
+        layouts = layouts if isinstance(layouts, tuple) else (layouts,)
+        is_cut = any(getattr(each, "dim", -1) not in {-1, None} for each in layouts)
+        if is_cut and is_local is True:
+            return True
+    return False
