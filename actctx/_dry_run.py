@@ -14,10 +14,12 @@ layers take no longer than one.
 """
 
 import ast
+import contextlib
 import functools
 import inspect
+import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from actctx._stand_in import stand_in
+from actctx._stand_in import hollow
 
 _SEQUENCES, _SHORT, _LONG = 2, 16, 130
 _SAMPLES = 4000
 _PATTERN_RANK = 4
+_NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_id"}
 # Where modules are handed about, but not called.
 _NOT_RUN = (
     "__init__",
@@ -124,7 +127,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    whole = stand_in(model, mode)
+    whole = hollow(model, mode)
     modules = dict(whole.named_modules(remove_duplicate=False))
     names: dict[nn.Module, list[str]] = {}
     for name, module in modules.items():
@@ -138,8 +141,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
     alike = _run_once(modules)
     is_whole = True
     try:
-        with mode, torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with torch.inference_mode(mode=False), mode, torch.no_grad(), _quiet():
             _run(whole, positions, options)
     except Exception:  # noqa: BLE001  what a model raises that cannot run without values
         is_whole = False
@@ -148,6 +150,24 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
         if first in calls:
             calls.setdefault(name, calls[first])
     return DryRun(model, calls, is_whole, modules)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep to oneself what torch and Hugging Face say of a run that is nobody's."""
+    loggers = [
+        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")
+    ]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _first_alike(name: str, alike: Mapping[str, str]) -> str:
@@ -188,7 +208,7 @@ def _built(module: nn.Module) -> object:
             tuple(
                 (key, value)
                 for key, value in vars(each).items()
-                if isinstance(value, bool | int | float | str | None) and "idx" not in key
+                if isinstance(value, bool | int | float | str | None) and key not in _NUMBERS
             ),
         )
         for name, each in module.named_modules()

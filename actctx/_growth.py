@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import _disable_current_modes
 
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._hooks import Hook
@@ -210,16 +211,17 @@ def _settings(model: nn.Module) -> object:
         else []
     )
     attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    return [id(module) for module in model.modules()], switches, attention
+    return [weakref.ref(module) for module in model.modules()], switches, attention
 
 
 def _grown(model: nn.Module) -> Grown | None:
     if is_cut(model):  # whose processes would have to run together
         return None
-    for ways in (_without_values(answer=False), _without_values(answer=True), _with_values):
-        for sample in samples_of(model):
-            with contextlib.suppress(Exception):  # whatever a model raises that lacks values
-                return ways(model, sample)
+    with _disable_current_modes():  # those of a caller
+        for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
+            for sample in samples_of(model):
+                with contextlib.suppress(Exception):  # whatever a model raises that lacks values
+                    return way(model, sample)
     return None
 
 

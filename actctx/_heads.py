@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +116,9 @@ def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[st
             of its own.
 
     """
-    parts = dict(zip("qkv", labelled(component, attention), strict=True))
+    # Whatever the caller makes of new tensors, the labels are to have values.
+    with torch.inference_mode(mode=False), _disable_current_modes(), torch.device("cpu"):
+        parts = dict(zip("qkv", labelled(component, attention), strict=True))
     widths: dict[str, int | str] = {key: len(part) for key, part in parts.items()}
     width = _width_of(component, attention, "o", "in")
     if width is not None:
@@ -213,7 +216,11 @@ def _width_of(component: Any, attention: nn.Module, part: str, side: str) -> int
         projection: Any = _unwrapped(attention.get_submodule(name))
     except AttributeError:
         return None
-    sizes = ("out_features", "nf") if side == "out" else ("in_features", "nx")
+    known = {
+        "out": ("out_features", "outfeatures", "nf"),
+        "in": ("in_features", "infeatures", "nx"),
+    }
+    sizes = known[side]
     width = _first_of(projection, sizes)
     return (
         f"the {type(projection).__name__} {name!r} does not say its width"

@@ -50,9 +50,10 @@ class Pattern:
         """
         returned = [*_tensors(value)]
         expected = value[self.place] if _has(value, self.place) else None
-        if isinstance(expected, Tensor) and self._fits(expected):
+        output = returned[0] if returned else None
+        if isinstance(expected, Tensor) and self._fits(expected, output):
             return expected
-        fitting = [each for each in returned[1:] if self._fits(each)]
+        fitting = [each for each in returned[1:] if self._fits(each, output)]
         if len(fitting) == 1 and not self.is_part:
             return fitting[0]
         remedy = (
@@ -67,9 +68,13 @@ class Pattern:
             f"whose rows add up to 1; {remedy}"
         )
 
-    def _fits(self, tensor: Tensor) -> bool:
+    def _fits(self, tensor: Tensor, output: Tensor | None) -> bool:
         if tensor.dim() != _RANK or not tensor.is_floating_point():
             return False
+        if output is not None and output.dim() == _RANK - 1:  # batch query d_model
+            batch, _, query, _ = tensor.shape
+            if output.shape[:2] != (batch, query):  # such as of windows, which come by the query
+                return False
         if tensor.is_meta or isinstance(tensor, FakeTensor):
             return True  # it has no values
         rows = tensor.detach().sum(-1, dtype=torch.float32)

@@ -11,7 +11,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 _HOOKS = (
     "_forward_hooks",
@@ -44,28 +46,34 @@ def stand_in(
     kept = [*model.modules()]  # held, so that no `id` is used again
     # Not `copy.deepcopy` of a module, which some change while they copy it, and some refuse.
     made = {module: object.__new__(type(module)) for module in kept}
-    memo: dict[int, Any] = {id(module): new for module, new in made.items()}
-    for module in kept:
-        own = vars(module)
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None and id(tensor) not in memo:
-                memo[id(tensor)] = instead(tensor)
-        memo.update({id(own[name]): OrderedDict() for name in _HOOKS if name in own})
-        memo.update({id(own[name]): [] for name in _LENS_HOOKS if name in own})
-        memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
-        for value in own.values():
-            owner = getattr(value, "__self__", None)
-            if owner is not None and not isinstance(owner, nn.Module):
-                memo.setdefault(id(owner), owner)  # such as the adapter that a bridge was made by
-    for module, new in made.items():
-        for name, value in [*vars(module).items()]:
-            new.__dict__[name] = _copied(value, memo)
-        if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
-            new.__dict__["forward"] = new.__dict__["_old_forward"]
-    for module in kept:
-        for handle in vars(module).get("fwd_hooks", ()):
-            _pass_on(module, handle, made)
+    with torch.inference_mode(mode=False), _disable_current_modes():
+        memo: dict[int, Any] = {id(module): new for module, new in made.items()}
+        for module in kept:
+            _remember(module, memo, instead)
+        for module, new in made.items():
+            for name, value in [*vars(module).items()]:
+                new.__dict__[name] = _copied(value, memo)
+            if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
+                new.__dict__["forward"] = new.__dict__["_old_forward"]
+        for module in kept:
+            for handle in vars(module).get("fwd_hooks", ()):
+                _pass_on(module, handle, made)
     return made[model], made
+
+
+def _remember(module: nn.Module, memo: dict[int, Any], instead: Callable[[Tensor], Tensor]) -> None:
+    """Settle what is not copied of a module: weights, hooks, and what is large and shared."""
+    own = vars(module)
+    for tensor in (*module._parameters.values(), *module._buffers.values()):
+        if tensor is not None and id(tensor) not in memo:
+            memo[id(tensor)] = instead(tensor)
+    memo.update({id(own[name]): OrderedDict() for name in _HOOKS if name in own})
+    memo.update({id(own[name]): [] for name in _LENS_HOOKS if name in own})
+    memo.update({id(own[name]): own[name] for name in _SHARED if name in own})
+    for value in own.values():
+        owner = getattr(value, "__self__", None)
+        if owner is not None and not isinstance(owner, nn.Module):
+            memo.setdefault(id(owner), owner)  # such as the adapter that a bridge was made by
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
@@ -99,3 +107,21 @@ def _within(function: types.FunctionType, made: Mapping[nn.Module, Any]) -> type
 
 def _held(function: Any) -> list[Any]:
     return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+
+
+def hollow(model: nn.Module, mode: Any) -> Any:
+    """Make a stand-in that has shapes and no values, on the CPU, and does not train.
+
+    Args:
+        model: The model, which is left as it is.
+        mode: torch's `FakeTensorMode` that its tensors belong to, in which alone it can run.
+
+    """
+
+    def empty(tensor: Tensor) -> Tensor:
+        with mode:
+            fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        return nn.Parameter(fake, requires_grad=False) if is_parameter else fake
+
+    return stand_in(model, empty)[0].eval()

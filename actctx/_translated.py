@@ -24,7 +24,7 @@ from actctx._dry_run import DryRun, dry_run
 from actctx._heads import Heads, heads_of, joint_heads_of
 from actctx._outputs import tensor_of
 from actctx._patterns import Pattern
-from actctx._stand_in import stand_in
+from actctx._stand_in import hollow
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
@@ -77,8 +77,8 @@ class Translation:
         aliases: The canonical name of each alias.
         inside: The hook points that a bridge has beside the points.
         lacks: Why there are no names at all.
-        lacks_heads: Why a point is not among them, by its name, where there is a reason of its own,
-            such as for queries that cannot be divided into heads.
+        reasons: Why a point is not among them, by its name, where there is a reason of its own,
+            such as that queries cannot be divided into heads.
 
     """
 
@@ -86,7 +86,7 @@ class Translation:
     aliases: dict[str, str] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     lacks: str = ""
-    lacks_heads: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str | None:
         """Return the canonical name of a hook point, or None where there is none."""
@@ -101,6 +101,11 @@ class Translation:
             named[name].append(alias)
         return named
 
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers are among them: an adapter of another model may share a head with it."""
+        return any(".0." in name for name in self.points)
+
     @functools.cached_property
     def siblings(self) -> set[str]:
         """The names of all hook points that a bridge has."""
@@ -108,8 +113,8 @@ class Translation:
 
     def why_not(self, name: str) -> str:
         """Say why a hook point of a bridge is not among them, and what to do."""
-        if name in self.lacks_heads:
-            return self.lacks_heads[name]
+        if name in self.reasons:
+            return self.reasons[name]
         if not _INSIDE.isdisjoint(name.split(".")):
             return (
                 "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
@@ -161,7 +166,7 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         why there are none. Nothing is raised, whatever an adapter raises.
 
     """
-    configs = {id(held): held for each in modules.values() if (held := vars(each).get("config"))}
+    configs = {id(each.config): each.config for each in modules.values() if "config" in vars(each)}
     attention = tuple(getattr(each, "_attn_implementation", None) for each in configs.values())
     known = _KNOWN.get(model)
     if known is None or not known.holds(attention, modules):
@@ -177,13 +182,13 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         return Translation(lacks="TransformerLens 3 or later tells them; install it")
     name = type(model).__name__
     remedy = "give the names of its modules (see actctx.hook_names(model))"
-    failed = ""
-    for architecture in _relatives(model):
-        found, why = _by(architecture, model, modules, TransformerBridge.hook_aliases)
-        failed = failed or why
-        if found.points:
-            _drop(found, dry_run(model))
-            return found
+    try:
+        best, failed = _best(model, modules, TransformerBridge.hook_aliases)
+        if best.points:
+            _drop(best, dry_run(model))
+            return best
+    except Exception as error:  # noqa: BLE001  of a model that nothing stands in for
+        failed = _told(error)
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
     else:
@@ -191,28 +196,27 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
     return Translation(lacks=lacks)
 
 
-def _by(
-    architecture: str,
-    model: nn.Module,
-    modules: Mapping[str, nn.Module],
-    aliases: Mapping[str, Any],
+def _best(
+    model: nn.Module, modules: Mapping[str, nn.Module], aliases: Mapping[str, Any]
 ) -> tuple[Translation, str]:
-    """Find the names that the adapter of an architecture has for a model, or why it fails."""
-    failed = ""
-    for number in range(len(_roots(model))):
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        whole = stand_in(model, mode)  # a fresh one, since an adapter changes it
-        try:
-            root = _roots(whole)[number]
-            found = _walked(architecture, mode, (whole, root), modules, aliases)
-        except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
-            failed = failed or _told(error)
-            continue
-        if found is None:
-            return Translation(), failed
-        if found.points:
-            return found, ""
-    return Translation(), failed
+    """Find the names that the first adapter has which knows the layers, or why one fails."""
+    best, failed = Translation(), ""
+    kinds = dict.fromkeys(filter(None, map(_adapter, _relatives(model))))
+    for name, kind in kinds:
+        for number in range(len(_roots(model))):
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            whole = hollow(model, mode)  # a fresh one, since an adapter changes it
+            try:
+                adapter = kind(_config(whole, name))
+                root = _roots(whole)[number]
+                found = _walked(adapter, mode, (whole, root), modules, aliases)
+            except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
+                failed = failed or _told(error)
+                continue
+            best = best if best.points and not found.has_layers else found
+            if best.has_layers:
+                return best, ""
+    return best, failed
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
@@ -232,30 +236,24 @@ def _told(error: Exception) -> str:
 
 
 def _walked(
-    architecture: str,
+    adapter: Any,
     mode: FakeTensorMode,
     models: tuple[nn.Module, nn.Module],
     modules: Mapping[str, nn.Module],
     aliases: Mapping[str, Any],
-) -> Translation | None:
+) -> Translation:
     """Go through the components of an adapter, beside the modules of a stand-in.
 
     Args:
-        architecture: The name by which the adapter is found.
+        adapter: A fresh one, which is prepared for the stand-in.
         mode: That of the stand-in's tensors.
         models: The stand-in of the model, under whose names its modules are; and what of it the
             adapter is given for the model.
         modules: The modules of the model itself.
         aliases: Those of a bridge.
 
-    Returns:
-        The names, or None where there is no adapter.
-
     """
     whole, root = models
-    adapter = _adapter(whole, architecture)
-    if adapter is None:
-        return None
     with mode:
         adapter.prepare_model(root)
     # Backwards, so that of several names of a module the first stays.
@@ -307,7 +305,7 @@ def _why_never(run: DryRun, module: str, reading: Reading) -> str:
 def _lack(found: Translation, name: str, why: str) -> None:
     found.points.pop(name, None)
     found.inside.append(name)
-    found.lacks_heads[name] = why
+    found.reasons[name] = why
 
 
 def is_hugging_face(model: nn.Module) -> bool:
@@ -344,20 +342,30 @@ def _relatives(model: nn.Module) -> list[str]:
     return [*found]
 
 
-def _adapter(model: Any, architecture: str) -> Any:
+def _adapter(architecture: str) -> tuple[str, Any] | None:
+    """Find the adapter of an architecture, and the name that it has there."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
-    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
 
     ArchitectureAdapterFactory.discover_entry_points()
     # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
-    spelled = {name.lower(): name for name in ArchitectureAdapterFactory._adapters}
     known = ArchitectureAdapterFactory._adapters
+    spelled = {name.lower(): name for name in known}
     name = architecture if architecture in known else spelled.get(architecture.lower())
     if name is None:
         return None
     # Libraries that load a model's pictures are not needed for one that is loaded.
-    kind = type(known[name].__name__, (known[name],), {"required_libraries": []})
-    return kind(build_bridge_config_from_hf(model.config, name, name, torch.float32))
+    return name, _without_libraries(known[name])
+
+
+@functools.cache
+def _without_libraries(adapter: Any) -> Any:
+    return type(adapter.__name__, (adapter,), {"required_libraries": []})
+
+
+def _config(model: Any, architecture: str) -> Any:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+    return build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
 
 
 def _with_head(model: nn.Module) -> nn.Module:
@@ -425,22 +433,21 @@ class _Walk:
         else:
             points[f"{path}.hook_in"] = (name, Reading("in"))
             points[f"{path}.hook_out"] = (name, _returned(component))
-            self._read_as_bridges(component, path, name)
+            self._read_latents(component, path)
         if hasattr(component, "hook_pattern"):
             self._split_heads(component, path, module)
             self._add_patterns(component, path, module)
         self._add_aliases(component, f"{path}.", module)
 
-    def _read_as_bridges(self, component: Any, path: str, name: str) -> None:
-        """Read parts of a component where it reads them itself, rather than where they are."""
+    def _read_latents(self, component: Any, path: str) -> None:
+        """Read latents of keys and values without the axis that Hugging Face has for one head."""
         points = self.found.points
-        if hasattr(component, "mirror_placeholder_hooks") and f"{path}.in.hook_in" in points:
-            # A bridge's MLP reads it off what the whole is given, as of RWKV.
-            points[f"{path}.in.hook_in"] = (name, Reading("in"))
-        if hasattr(component, "hook_kv_latent") and f"{path}.kv_b_proj.hook_in" in points:
-            for io in ("in", "out"):  # in Hugging Face's, with an axis for the one head
-                module, _ = points[f"{path}.kv_b_proj.hook_{io}"]
-                points[f"{path}.kv_b_proj.hook_{io}"] = (module, Reading(io, part=_without_heads))
+        if not hasattr(component, "hook_kv_latent"):
+            return
+        for io in ("in", "out"):
+            name = f"{path}.kv_b_proj.hook_{io}"
+            if name in points:
+                points[name] = (points[name][0], Reading(io, part=_without_heads))
 
     def _hide(self, path: str, *names: str) -> None:
         self.found.inside.extend(f"{path}.{name}" for name in names)
@@ -581,5 +588,5 @@ def _add_aliases(found: Translation, prefix: str, aliases: Mapping[str, Any]) ->
             found.aliases[prefix + alias] = target
             continue
         found.inside.append(prefix + alias)
-        if target in found.lacks_heads:
-            found.lacks_heads[prefix + alias] = found.lacks_heads[target]
+        if target in found.reasons:
+            found.reasons[prefix + alias] = found.reasons[target]

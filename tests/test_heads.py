@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import GENERATION, OLD_CACHE, bridge_of, huggingface, plainly_hooked, tokens
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from actctx import HookNameError, capture, hook_names
 from actctx._heads import Heads, joint_heads_of, labelled
@@ -181,7 +182,7 @@ def test_parts_that_are_no_whole_heads_are_refused():
     attention = model.transformer.h[0].attn
 
     def sized(*widths):
-        def split(attention):
+        def split(_attention):
             starts = [0, widths[0], widths[0] + widths[1]]
             parts = [nn.Linear(1, width) for width in widths]
             for part, start in zip(parts, starts, strict=True):
@@ -200,3 +201,16 @@ def test_parts_that_are_no_whole_heads_are_refused():
     assert joint_heads_of(sized(32, 36, 28), attention, None)["k"] == (
         "36 features are not heads of 8"
     )
+
+
+@pytest.mark.parametrize(
+    "mode", [lambda: torch.device("meta"), torch.inference_mode, FakeTensorMode], ids=str
+)
+def test_a_joint_projection_is_divided_in_any_mode(mode):
+    model = huggingface("GPTNeoXForCausalLM")
+    joint = "gpt_neox.layers.0.attention.query_key_value"
+    with mode():
+        captured = capture(model, [joint, V], grad=True)
+    with captured as acts:
+        model(tokens())
+    assert torch.equal(acts[V], acts[joint].unflatten(-1, (4, 3, 8))[..., 2, :])

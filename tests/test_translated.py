@@ -105,8 +105,8 @@ def test_a_module_that_returns_no_pattern_unless_asked_says_so():
         model(tokens())
     assert str(caught.value) == (
         "'blocks.0.attn.hook_pattern' is looked for among what 'transformer.h.0.attn' returns, but "
-        "of its tensors ((3, 7, 32)) none is an attention pattern, whose rows add up to 1; call the "
-        "model with output_attentions=True"
+        "of its tensors ((3, 7, 32)) none is an attention pattern, whose rows add up to 1; call "
+        "the model with output_attentions=True"
     )
     with capture(model, PATTERN) as acts:
         model(tokens(), output_attentions=True)

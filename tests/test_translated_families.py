@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from models import GENERATION, VOCAB, bridge_of, hooks_of, tokens
+from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -175,12 +176,14 @@ _FAMILIES = {
     "Wav2Vec2Model": ("Wav2Vec2Config", _SPEECH),
     "Wav2Vec2ForCTC": ("Wav2Vec2Config", _SPEECH),
 }
-# Where a bridge splits by the sizes of the config, what a layer splits otherwise.
-_SPLIT_OTHERWISE = {
+# Where a bridge is wrong: it splits by the sizes of the config what a layer splits otherwise.
+_WRONG = {
     "DeepseekV2ForCausalLM": r".*\.o\.hook_in",
     "DeepseekV3ForCausalLM": r".*\.o\.hook_in",
     "Qwen3NextForCausalLM": r".*\.attn\.q\.hook_out",
     "Qwen3_5ForCausalLM": r".*\.attn\.q\.hook_out",
+    # A bridge reads it off what the whole MLP is given.
+    "RwkvForCausalLM": r".*\.channel_mix\.in\.hook_in",
 }
 
 
@@ -250,10 +253,10 @@ def test_every_name_is_captured_as_on_a_bridge(family):
     assert hooks_of(model) == before
     canonical = {name: point.name for name, point in whole.hook_dict.items()}
     assert {name for names in Places(model).listed_translated() for name in names} <= {*canonical}
-    otherwise = re.compile(_SPLIT_OTHERWISE.get(family, "none"))
+    wrong = re.compile(_WRONG.get(family, "none"))
     compared = 0
     for name in acts:
-        if canonical[name] in expected and not otherwise.fullmatch(name):
+        if canonical[name] in expected and not wrong.fullmatch(name):
             found, wanted = acts.firings(name)[0], expected.firings(canonical[name])[0]
             torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4, msg=name)
             compared += 1
@@ -594,6 +597,22 @@ def test_classes_beside_those_of_language_models_have_names(name, kind):
     assert re.search(r"(layers?|block)\.1$", point)
 
 
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [
+        ("ViTForImageClassification", "classifier"),
+        ("ASTForAudioClassification", "classifier.dense"),
+        ("HubertForCTC", "lm_head"),
+        ("Wav2Vec2ForCTC", "lm_head"),
+    ],
+)
+def test_heads_that_an_adapter_adds_for_a_model_have_names(name, head):
+    model = _family(name)
+    with capture(model, ["unembed.hook_out", head], check=False) as acts:
+        _run(model)
+    assert torch.equal(acts["unembed.hook_out"], acts[head])
+
+
 def test_a_subclass_of_a_model_has_its_names():
     class Own(transformers.LlamaForCausalLM):
         pass
@@ -629,3 +648,39 @@ def test_names_are_found_where_no_weight_has_a_value():
     part = Places(model).translation.points["blocks.1.attn.q.hook_out"][1].part
     assert isinstance(part, Heads)
     assert part.d_head == 8
+
+
+class _Strange(nn.Module):
+    def forward(self, hidden):
+        return torch.cat([hidden, hidden], -1)
+
+
+def test_a_model_that_does_not_run_without_values_has_its_names(capfd):
+    config = transformers.LlamaConfig(**_TEXT)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.model.layers[0].mlp.down_proj = _Strange()
+    assert len(hook_names(model, "blocks.*.hook_resid_post")) == 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_windows_of_attention_are_no_pattern():
+    config = transformers.LEDConfig(
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        attention_window=4,
+        vocab_size=VOCAB,
+    )
+    config._attn_implementation = "eager"
+    model = transformers.LEDForConditionalGeneration(config).eval()
+    windows = "encoder_blocks.0.attn.hook_pattern"
+    given = {"input_ids": tokens(pos=8), "decoder_input_ids": tokens(), "output_attentions": True}
+    with pytest.raises(OutputError, match="none is an attention pattern"), capture(model, windows):
+        model(**given)
+    with capture(model, "**.self_attn.hook_pattern") as acts:
+        model(**given)
+    assert [acts[name].shape for name in acts] == [(3, 4, 7, 7)] * 2
