@@ -330,15 +330,23 @@ def test_a_model_that_guesses_its_mask_by_a_token_id_is_given_one(out):
 # Models that let padding in.
 
 
-def convbert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "embedding_size": 32}
-    config = transformers.ConvBertConfig(
-        vocab_size=50, num_hidden_layers=2, num_attention_heads=4, head_ratio=2, **sizes
+LEAKY = {
+    "ConvBert": {"embedding_size": 32, "head_ratio": 2},
+    "MobileBert": {"embedding_size": 16, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "Yoso": {},
+    "Nystromformer": {},
+}
+
+
+def leaky(architecture):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    config = getattr(transformers, f"{architecture}Config")(
+        num_hidden_layers=2, num_attention_heads=4, **sizes, **LEAKY[architecture]
     )
-    model = transformers.ConvBertModel(config).eval()
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}Model")(config).eval()
     for weight in model.parameters():
-        if weight.ndim > 1:
+        if weight.ndim > 1:  # such that each token matters
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model
 
@@ -352,8 +360,11 @@ SEQUENCES = [IDS[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     [SEQUENCES, [{"input_ids": left(IDS), "attention_mask": left(MASK).long()}]],
     ids=["sequences", "batch"],
 )
-def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(out, data):
-    model = convbert()
+@pytest.mark.parametrize("architecture", LEAKY)
+def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(
+    out, architecture, data
+):
+    model = leaky(architecture)
     with pytest.warns(UserWarning, match="padding reaches") as caught:
         extract(model, data, LAYER, out)
     (message,) = {str(each.message) for each in caught}
