@@ -279,8 +279,9 @@ def test_padding_is_not_let_in_by_keeping_its_rows(out):
         Wrapper,
         lambda model: Wrapper(nn.DataParallel(model)),
         lambda _: Wrapped(),
+        lambda model: pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu")),
     ],
-    ids=["compiled", "parallel", "wrapped", "twice", "functools"],
+    ids=["compiled", "parallel", "wrapped", "twice", "functools", "offloaded"],
 )
 def test_the_forward_within_a_wrapper_tells_what_it_takes(out, wrap):
     plain, model = Told(), wrap(Told())
@@ -379,6 +380,27 @@ def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     worse = in_order(Read(out), LAYER.name)
     assert not torch.allclose(worse, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_not_taken_for_padding_that_reaches_tokens(out, dtype):
+    model = huggingface("LlamaForCausalLM").to(dtype)
+    assert extract(model, SEQUENCES, FIRST, out).rows == 14  # warnings are errors
+    half = out.with_name("half.lance")
+    assert extract(huggingface("LlamaForCausalLM"), SEQUENCES, FIRST, half, dtype=dtype).rows == 14
+
+
+def test_what_does_not_run_alone_is_not_compared(out):
+    class Pairs(Told):
+        def forward(self, ids, attention_mask=None):
+            if len(ids) < 2:
+                raise ValueError
+            return super().forward(ids, attention_mask)
+
+    model, told = Pairs(), Told()
+    batch = {"input_ids": IDS, "attention_mask": MASK.long()}
+    extract(model, [batch], BLOCK, out)
+    torch.testing.assert_close(Read(out)["block"], alone(told, told.block))
 
 
 def test_batches_are_divided_by_length_in_the_order_of_their_first_sequence(out):
