@@ -10,6 +10,8 @@ from test_extract import Read, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site
+from actctx._batches import Batch, in_equal_lengths, with_padding_behind
+from actctx._leaks import one_alone
 from actctx.extract import extract
 
 LENGTHS = (5, 2, 7)
@@ -155,6 +157,19 @@ def test_a_data_set_of_one_side_of_padding_is_resumed_with_the_other(out):
     assert extract(model, [before], FIRST, out).rows == 14
     wanted = alone(model, first_block(model))
     torch.testing.assert_close(Read(out)[FIRST], wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_padding_moves_wherever_new_tensors_are_made():
+    batch = Batch(left(IDS), left(MASK), torch.arange(3))
+    places = left(MASK).nonzero()
+    with torch.device("meta"):
+        moved, where = with_padding_behind(batch, places)
+        parts = [tuple(part.tokens.shape) for part in in_equal_lengths(batch)]
+        chosen = one_alone(moved, where)
+    assert torch.equal(moved.tokens, IDS.where(MASK, 0))
+    assert torch.equal(where, MASK.nonzero())
+    assert parts == [(1, 5), (1, 2), (1, 7)]
+    assert torch.equal(chosen.batch.tokens, IDS[1:2, :2])
 
 
 def test_positions_that_go_with_the_batch_as_it_is_keep_it_so(out):
