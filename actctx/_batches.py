@@ -109,7 +109,8 @@ def with_padding_behind(
     if not bool(first.any()):
         return batch, where
     count, width = unpadded.shape
-    rows, places = torch.arange(count), (torch.arange(width) + first[:, None]) % width
+    rows = torch.arange(count, device="cpu")
+    places = (torch.arange(width, device="cpu") + first[:, None]) % width
     moved = replace(
         batch,
         tokens=batch.tokens.gather(1, places),
@@ -148,14 +149,17 @@ def in_equal_lengths(batch: Batch) -> Iterator[Batch]:
     for length in dict.fromkeys(lengths.tolist()):
         (rows,) = (lengths == length).nonzero(as_tuple=True)
         if length:
-            yield _some(batch, rows, first[rows, None] + torch.arange(length))
+            yield _some(batch, rows, first[rows, None] + torch.arange(length, device="cpu"))
 
 
 def spans(unpadded: Bool[Tensor, "batch pos"]) -> tuple[Int64[Tensor, " _"], Int64[Tensor, " _"]]:
     """Tell of each sequence its first token, and how many there are up to its last one."""
-    places = torch.arange(unpadded.shape[1])
-    first = unpadded.int().argmax(1) if unpadded.shape[1] else torch.zeros(len(unpadded)).long()
-    last = places.where(unpadded, -1).amax(1) if unpadded.shape[1] else first - 1
+    count, width = unpadded.shape
+    if not width:
+        none = torch.zeros(count, dtype=torch.long, device="cpu")
+        return none, none
+    first = unpadded.int().argmax(1)
+    last = torch.arange(width, device="cpu").where(unpadded, -1).amax(1)
     return first, last + 1 - first
 
 
@@ -181,7 +185,7 @@ def given_at(
         DataError: It is not known which of it belongs to which tokens.
 
     """
-    is_all = torch.equal(rows, torch.arange(len(batch.tokens)))
+    is_all = torch.equal(rows, torch.arange(len(batch.tokens), device="cpu"))
     return {
         name: value
         if is_all and not _has_places(name, value, batch)

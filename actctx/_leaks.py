@@ -97,7 +97,8 @@ def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> Alone | None:
     (rows,) = ((where[:, 0] == at) & (where[:, 1] < length)).nonzero(as_tuple=True)
     if not len(rows):
         return None
-    row, places = torch.tensor([at]), torch.arange(length)[None]
+    row = torch.tensor([at], device="cpu")
+    places = torch.arange(length, device="cpu")[None]
     try:
         given: dict[str, Any] = given_at(batch, row, places)
     except DataError:  # it is not known what belongs to it

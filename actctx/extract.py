@@ -87,9 +87,10 @@ def extract(
     Args:
         model: A TransformerLens model of any generation, or any module.
         data: What to run: token ids `batch pos`; an iterable of them, such as a `DataLoader`, or
-            of dicts with `input_ids` and the `attention_mask`, which are run as they are; or
-            single sequences of token ids, texts, or dicts of either, such as a Hugging Face
-            dataset, which are put together into batches. It is read in a thread of its own.
+            of dicts with `input_ids` and the `attention_mask`, which are run as they are, but with
+            the padding behind the tokens; or single sequences of token ids, texts, or dicts of
+            either, such as a Hugging Face dataset, which are put together into batches. It is read
+            in a thread of its own.
         names: What to capture, as in `capture`.
         out: Where to write, a directory such as `acts.lance`. It is made, or resumed.
         slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
@@ -110,8 +111,8 @@ def extract(
             longer is cut off at the end.
         equal_lengths: Whether only sequences of one length run together, so that no forward sees
             padding. It takes more forwards. Some models, CANINE and ConvBERT among them, let
-            padding into the tokens beside it whatever the mask says; of what is seen of it, a
-            warning tells.
+            padding into the tokens beside it whatever the mask says. A warning names this option
+            where that is seen.
         pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
             joined by the tokenizer's end-of-sequence token, where it has one. A `sequence` is
             then one that the model saw.

@@ -10,6 +10,8 @@ from test_extract import Read, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site
+from actctx._batches import Batch, in_equal_lengths, with_padding_behind
+from actctx._leaks import one_alone
 from actctx.extract import extract
 
 LENGTHS = (5, 2, 7)
@@ -157,6 +159,19 @@ def test_a_data_set_of_one_side_of_padding_is_resumed_with_the_other(out):
     torch.testing.assert_close(Read(out)[FIRST], wanted, atol=1e-5, rtol=1e-5)
 
 
+def test_padding_moves_wherever_new_tensors_are_made():
+    batch = Batch(left(IDS), left(MASK), torch.arange(3))
+    places = left(MASK).nonzero()
+    with torch.device("meta"):
+        moved, where = with_padding_behind(batch, places)
+        parts = [tuple(part.tokens.shape) for part in in_equal_lengths(batch)]
+        chosen = one_alone(moved, where)
+    assert torch.equal(moved.tokens, IDS.where(MASK, 0))
+    assert torch.equal(where, MASK.nonzero())
+    assert parts == [(1, 5), (1, 2), (1, 7)]
+    assert torch.equal(chosen.batch.tokens, IDS[1:2, :2])
+
+
 def test_positions_that_go_with_the_batch_as_it_is_keep_it_so(out):
     model, places = huggingface("GPT2LMHeadModel"), torch.arange(7)[None]
     mask = left(MASK).long()
@@ -279,8 +294,9 @@ def test_padding_is_not_let_in_by_keeping_its_rows(out):
         Wrapper,
         lambda model: Wrapper(nn.DataParallel(model)),
         lambda _: Wrapped(),
+        lambda model: pytest.importorskip("accelerate").cpu_offload(model, torch.device("cpu")),
     ],
-    ids=["compiled", "parallel", "wrapped", "twice", "functools"],
+    ids=["compiled", "parallel", "wrapped", "twice", "functools", "offloaded"],
 )
 def test_the_forward_within_a_wrapper_tells_what_it_takes(out, wrap):
     plain, model = Told(), wrap(Told())
@@ -330,15 +346,23 @@ def test_a_model_that_guesses_its_mask_by_a_token_id_is_given_one(out):
 # Models that let padding in.
 
 
-def convbert():
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "embedding_size": 32}
-    config = transformers.ConvBertConfig(
-        vocab_size=50, num_hidden_layers=2, num_attention_heads=4, head_ratio=2, **sizes
+LEAKY = {
+    "ConvBert": {"embedding_size": 32, "head_ratio": 2},
+    "MobileBert": {"embedding_size": 16, "true_hidden_size": 32, "intra_bottleneck_size": 32},
+    "Yoso": {},
+    "Nystromformer": {},
+}
+
+
+def leaky(architecture):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
+    config = getattr(transformers, f"{architecture}Config")(
+        num_hidden_layers=2, num_attention_heads=4, **sizes, **LEAKY[architecture]
     )
-    model = transformers.ConvBertModel(config).eval()
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{architecture}Model")(config).eval()
     for weight in model.parameters():
-        if weight.ndim > 1:
+        if weight.ndim > 1:  # such that each token matters
             nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
     return model
 
@@ -352,8 +376,11 @@ SEQUENCES = [IDS[row, :length].tolist() for row, length in enumerate(LENGTHS)]
     [SEQUENCES, [{"input_ids": left(IDS), "attention_mask": left(MASK).long()}]],
     ids=["sequences", "batch"],
 )
-def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(out, data):
-    model = convbert()
+@pytest.mark.parametrize("architecture", LEAKY)
+def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(
+    out, architecture, data
+):
+    model = leaky(architecture)
     with pytest.warns(UserWarning, match="padding reaches") as caught:
         extract(model, data, LAYER, out)
     (message,) = {str(each.message) for each in caught}
@@ -368,6 +395,27 @@ def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(out,
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     worse = in_order(Read(out), LAYER.name)
     assert not torch.allclose(worse, wanted, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_not_taken_for_padding_that_reaches_tokens(out, dtype):
+    model = huggingface("LlamaForCausalLM").to(dtype)
+    assert extract(model, SEQUENCES, FIRST, out).rows == 14  # warnings are errors
+    half = out.with_name("half.lance")
+    assert extract(huggingface("LlamaForCausalLM"), SEQUENCES, FIRST, half, dtype=dtype).rows == 14
+
+
+def test_what_does_not_run_alone_is_not_compared(out):
+    class Pairs(Told):
+        def forward(self, ids, attention_mask=None):
+            if len(ids) < 2:
+                raise ValueError
+            return super().forward(ids, attention_mask)
+
+    model, told = Pairs(), Told()
+    batch = {"input_ids": IDS, "attention_mask": MASK.long()}
+    extract(model, [batch], BLOCK, out)
+    torch.testing.assert_close(Read(out)["block"], alone(told, told.block))
 
 
 def test_batches_are_divided_by_length_in_the_order_of_their_first_sequence(out):
