@@ -53,10 +53,17 @@ _SIZES = {
     "video_token_id video_token_index": _FILM,
 }
 _SIZE = {name: size for names, size in _SIZES.items() for name in names.split()}
-_LAYERS = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth "
-    "num_decoder_layers conf_num_hidden_layers"
-).split()
+_LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+    "num_decoder_layers",
+    "conf_num_hidden_layers",
+]
 
 _LATENT = {"head_dim": 4, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
