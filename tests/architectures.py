@@ -140,6 +140,11 @@ _OPTIONS = {
         "attention_head_dim": 16,
     },
     "FalconForCausalLM/grouped": {"new_decoder_architecture": True, "multi_query": False},
+    "GPTNeoXForCausalLM/sequential": {"use_parallel_residual": False},
+    "OPTForCausalLM/projected": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "PhiForCausalLM/normed": {"qk_layernorm": True},
+    "StableLmForCausalLM/normed": {"qk_layernorm": True},
+    "T5ForConditionalGeneration/gated": {"feed_forward_proj": "gated-gelu"},
     # With a picture, whose four embeddings take the place of the first tokens.
     "LlavaForConditionalGeneration/pictures": {"vision_config": {"image_size": 8}},
     "Gemma3ForConditionalGeneration/pictures": {
@@ -173,6 +178,7 @@ _NOT_BUILT = {
 }
 _NO_BRIDGE = {
     "BloomModel": "TransformerLens' adapter looks for its parts under `transformer`",
+    "PhiForCausalLM/normed": "TransformerLens' adapter knows no norms of queries and keys",
     "Wav2Vec2ForPreTraining": "TransformerLens refuses to wrap it, and says so",
 }
 # Architectures that a library is missing for: of the first the model, of the others the bridge.
