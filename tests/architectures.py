@@ -53,10 +53,17 @@ _SIZES = {
     "video_token_id video_token_index": _FILM,
 }
 _SIZE = {name: size for names, size in _SIZES.items() for name in names.split()}
-_LAYERS = (
-    "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers depth "
-    "num_decoder_layers conf_num_hidden_layers"
-).split()
+_LAYERS = [
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+    "num_decoder_layers",
+    "conf_num_hidden_layers",
+]
 
 _LATENT = {"head_dim": 4, "num_key_value_heads": HEADS, "num_experts_per_tok": 2}
 _ROTARY = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
@@ -133,6 +140,11 @@ _OPTIONS = {
         "attention_head_dim": 16,
     },
     "FalconForCausalLM/grouped": {"new_decoder_architecture": True, "multi_query": False},
+    "GPTNeoXForCausalLM/sequential": {"use_parallel_residual": False},
+    "OPTForCausalLM/projected": {"word_embed_proj_dim": 16, "do_layer_norm_before": False},
+    "PhiForCausalLM/normed": {"qk_layernorm": True},
+    "StableLmForCausalLM/normed": {"qk_layernorm": True},
+    "T5ForConditionalGeneration/gated": {"feed_forward_proj": "gated-gelu"},
     # With a picture, whose four embeddings take the place of the first tokens.
     "LlavaForConditionalGeneration/pictures": {"vision_config": {"image_size": 8}},
     "Gemma3ForConditionalGeneration/pictures": {
@@ -166,6 +178,7 @@ _NOT_BUILT = {
 }
 _NO_BRIDGE = {
     "BloomModel": "TransformerLens' adapter looks for its parts under `transformer`",
+    "PhiForCausalLM/normed": "TransformerLens' adapter knows no norms of queries and keys",
     "Wav2Vec2ForPreTraining": "TransformerLens refuses to wrap it, and says so",
 }
 # Architectures that a library is missing for: of the first the model, of the others the bridge.
