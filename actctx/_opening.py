@@ -275,7 +275,8 @@ class Opening(Generic[B]):
             self._pieces.check(site.shown, site.place.module, activation, io=site.io)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
-        if site.needs_sequences and site.is_flattened(activation):
+        is_dense = activation.layout is torch.strided
+        if site.needs_sequences and is_dense and site.is_flattened(activation):
             sequences = self._sequences(frame)
             if sequences and len(activation) % sequences == 0:
                 activation = activation.reshape(sequences, -1, *activation.shape[1:])
