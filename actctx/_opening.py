@@ -20,7 +20,7 @@ from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._known_faults import is_given_cache, lost_cache, warn
 from actctx._outputs import Inputs, tensor_of
-from actctx._parallel import pieces_of
+from actctx._parallel import gathered, pieces_of
 from actctx._places import Place, why_it_never_fires
 from actctx._rows import Chosen, RowSelector, as_mask, find_rows
 from actctx._schema import Schema
@@ -270,9 +270,10 @@ class Opening(Generic[B]):
         return self._take(seen, activation, frame, number)
 
     def _activation(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
-        activation = tensor_of(site.shown, value, site.output)
-        if self._pieces is not None:
-            self._pieces.check(site.shown, site.place.module, activation, io=site.io)
+        found = tensor_of(site.shown, value, site.output)
+        activation = gathered(found)
+        if self._pieces is not None and activation is found:
+            self._pieces.check(site.shown, site.place.module, found, io=site.io)
         if site.place.reading is not None:
             activation = site.place.reading.of(activation)
         is_dense = activation.layout is torch.strided

@@ -11,13 +11,14 @@ Before the first and behind the second everything is whole.
 
 import functools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from actctx._errors import OutputError
+
+_WITH_WIDTH = 3  # axes of `batch pos d_model`; what has more has heads
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -86,57 +87,68 @@ class Pieces:
 
     def _piece_of(self, module: nn.Module, tensor: Tensor, io: str) -> nn.Module | None:
         """Find the module whose output is whole again, where a tensor is a piece."""
-        width = tensor.shape[-1] if tensor.dim() else None
-        owner, io = self._owner(module, io)
+        owner, io, is_its_own = self._owner(module, io)
         cut = self._cuts.get(owner)
         if cut is not None:
             whole = cut.given if io == "in" else cut.made
-            is_piece = not cut.is_known or (whole is not None and width != whole)
+            is_piece = not cut.is_known or (whole is not None and tensor.shape[-1:] != (whole,))
             return self._parents.get(owner, owner) if is_piece else None
-        within, around = [*self._beside(owner)], owner
-        if not within:  # it has no cut layers, but may lie between some
+        around, beside = owner, self._beside(owner)
+        if not beside:  # it has no cut layers, but may lie between some
             around = self._around(owner)
-            within = [*self._beside(around)]
-        elif io == "in":
-            return None
-        pieces = {piece for each in within for piece in each.pieces}
-        if not pieces:
-            return None
-        has_heads = tensor.dim() > 3  # noqa: PLR2004  batch pos d_model
-        if around is owner and module is owner:
-            made = {each.made for each in within if each.given is not None}
-            is_piece = has_heads or (width in pieces and width not in made)
-        else:
-            heads = {size * (width or 0) for size in tensor.shape[:-1]} if has_heads else set()
-            is_piece = width in pieces or bool(heads & pieces)
-            is_piece |= has_heads and module is not owner
-        return around if is_piece else None
+            return around if _lies_between(tensor, self._beside(around)) else None
+        if not is_its_own:  # a hook point of a bridge, inside the module
+            has_heads = tensor.dim() > _WITH_WIDTH
+            return around if has_heads or _lies_between(tensor, beside) else None
+        return around if io == "out" and _is_handed_out_cut(tensor, beside) else None
 
-    def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str]:
-        """Find the module that a hook point of a bridge speaks of, and whether it is an input."""
+    def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str, bool]:
+        """Find the module that a hook point of a bridge speaks of.
+
+        Returns:
+            The module; `"in"` or `"out"`; and whether the value is the module's own input or
+            output, and not one from inside it.
+
+        """
         inner = getattr(module, "original_component", None)
         if isinstance(inner, nn.Module) and inner in self._cuts:
-            return inner, io
-        name = self._names.get(module, "").rpartition(".")[2]
-        if name in {"hook_in", "hook_out"} and module in self._parents:
-            parent, _ = self._owner(self._parents[module], io)
-            return parent, name.removeprefix("hook_")
-        return module, io
+            return inner, io, True
+        parent, name = self._parents.get(module), self._names.get(module, "").rpartition(".")[2]
+        if parent is None or not name.startswith("hook_"):
+            return module, io, True
+        is_its_own = name in {"hook_in", "hook_out"}
+        owner, _, _ = self._owner(parent, io)
+        return owner, name.removeprefix("hook_") if is_its_own else io, is_its_own
 
     def _around(self, module: nn.Module) -> nn.Module:
         """Find the closest module around one that has cut layers of its own."""
         while module in self._parents:
             module = self._parents[module]
-            if module in self._cuts or any(True for _ in self._beside(module)):
-                return module
+            if module in self._cuts or self._beside(module):
+                break
         return module
 
-    def _beside(self, module: nn.Module) -> Iterator[_Cut]:
+    def _beside(self, module: nn.Module) -> list[_Cut]:
         """Give the cut layers that a module has of its own, not of modules inside it."""
-        for child in module.children():
-            inner = getattr(child, "original_component", child)
-            if inner in self._cuts:
-                yield self._cuts[inner]
+        inner = [getattr(child, "original_component", child) for child in module.children()]
+        return [self._cuts[each] for each in inner if each in self._cuts]
+
+
+def _lies_between(tensor: Tensor, cuts: list[_Cut]) -> bool:
+    """Whether a tensor has the width of a piece, or heads that make it up together."""
+    pieces = {piece for each in cuts for piece in each.pieces}
+    *others, width = tensor.shape or (0,)
+    has_heads = tensor.dim() > _WITH_WIDTH
+    return width in pieces or (has_heads and any(size * width in pieces for size in others))
+
+
+def _is_handed_out_cut(tensor: Tensor, cuts: list[_Cut]) -> bool:
+    """Whether an output of a module with cut layers is not what the last of them made whole."""
+    if not any(each.pieces for each in cuts):
+        return False
+    made = {each.made for each in cuts if each.given is not None}
+    is_made_whole = tensor.shape[-1:] != () and tensor.shape[-1] in made
+    return tensor.dim() > _WITH_WIDTH or (not is_made_whole and _lies_between(tensor, cuts))
 
 
 def pieces_of(model: nn.Module) -> Pieces | None:

@@ -80,7 +80,7 @@ LENS = [
     *(f"blocks.0.{name}" for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")),
     *(f"blocks.0.attn.hook_{name}" for name in ("q", "k", "v", "z", "pattern")),
     *(f"blocks.0.{name}" for name in ("hook_attn_out", "hook_mlp_out", "mlp.hook_pre")),
-    *(f"blocks.0.{name}" for name in ("mlp.hook_post", "ln1.hook_normalized", "ln2.hook_out")),
+    *(f"blocks.0.{name}" for name in ("mlp.hook_post",)),
 ]
 
 
