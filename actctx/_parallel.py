@@ -11,6 +11,8 @@ Before the first and behind the second everything is whole.
 
 import functools
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,8 +53,11 @@ class Pieces:
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._parents = {child: module for module in self._names for child in module.children()}
-        others = _of_fsdp(model)
-        cuts = {module: _cut_of(module, of_data=module in others) for module in self._names}
+        of_data = _of_fsdp(model)
+        meshes = {mesh for module in of_data for mesh in _styles(module) if _is_mesh(mesh)}
+        cuts = {
+            module: _cut_of(module, meshes if module in of_data else None) for module in self._names
+        }
         self._cuts = {module: cut for module, cut in cuts.items() if cut is not None}
         self._shards_sequences = any(map(_shards_sequences, self._names))
 
@@ -171,12 +176,20 @@ def _of_fsdp(model: nn.Module) -> set[nn.Module]:
     return {module for root in roots for module in root.modules()}
 
 
-def _cut_of(module: nn.Module, *, of_data: bool) -> _Cut | None:
-    """Read off a module's own weights how they are cut, where they are."""
+def _is_mesh(part: object) -> bool:
+    return type(part).__name__ == "DeviceMesh"
+
+
+def _cut_of(module: nn.Module, meshes: set[Any] | None) -> _Cut | None:
+    """Read off a module's own weights how they are cut, where they are.
+
+    Args:
+        module: The module.
+        meshes: Where FSDP cuts them as well: the meshes of tensor parallelism.
+
+    """
     own = dict(module.named_parameters(recurse=False))
-    dims = {
-        name: dim for name, each in own.items() if (dim := _dim(each, of_data=of_data)) is not None
-    }
+    dims = {name: dim for name, each in own.items() if (dim := _dim(each, meshes)) is not None}
     if not dims:
         return None
     weight: Any = own.get("weight")
@@ -191,26 +204,34 @@ def _cut_of(module: nn.Module, *, of_data: bool) -> _Cut | None:
     return _Cut({piece}, given=weight.shape[1], made=weight.shape[0])
 
 
-def _dim(weight: Any, *, of_data: bool) -> int | None:
+def _dim(weight: Any, meshes: set[Any] | None) -> int | None:
     """Tell the axis along which tensor parallelism cuts a weight, if it does."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
         return None
-    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others.
+    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others. FSDP may
+    # leave a weight whole after a forward: then only its own axis is left.
     mesh, placement = weight.device_mesh, weight.placements[-1]
-    is_of_data = of_data and mesh.ndim == 1
+    is_of_data = meshes is not None and mesh.ndim == 1 and mesh not in meshes
     if is_of_data or mesh.shape[-1] == 1 or not placement.is_shard():
         return None
     dim: int = placement.dim  # type: ignore[attr-defined]
     return dim % weight.dim()
 
 
+def _styles(module: nn.Module) -> Iterator[Any]:
+    """Give what the hooks and the forward of a parallel module were made with."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    for hook in (*hooks, module.__dict__.get("forward")):
+        for cell in getattr(hook, "__closure__", None) or ():
+            with suppress(ValueError):  # it is empty
+                yield cell.cell_contents
+
+
 def _shards_sequences(module: nn.Module) -> bool:
     """Whether a module hands on plain pieces that are cut along another axis than the last."""
-    hooks = [*module._forward_hooks.values(), module.__dict__.get("forward")]
-    cells = [cell for hook in hooks for cell in getattr(hook, "__closure__", None) or ()]
-    for style in [cell.cell_contents for cell in cells]:
+    for style in _styles(module):
         layouts = getattr(style, "output_layouts", None)
         is_local = getattr(style, "use_local_output", False)
         if isinstance(style, functools.partial) and len(style.args) == 2:  # noqa: PLR2004  of torch

@@ -137,6 +137,11 @@ def torch_cases(mesh):
     fully_shard(sharded.mlp, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     yield "FSDP", sharded, block(), SITES, given
+    meshes = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
+    both = parallelize_module(block(), meshes["tensor"], PLAN)
+    fully_shard(both.mlp, mesh=meshes["data"])
+    fully_shard(both, mesh=meshes["data"])
+    yield "both", both, block(), SITES, given
 
 
 def plain_llama(path, **options):

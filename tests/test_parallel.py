@@ -47,9 +47,10 @@ def _split(outcome):
     return right, refused
 
 
-def test_pieces_that_are_plain_tensors_are_refused_and_nothing_else_is(outcomes):
+@pytest.mark.parametrize("case", ["plain tensors", "both"])
+def test_pieces_that_are_plain_tensors_are_refused_and_nothing_else_is(outcomes, case):
     for outcome in outcomes:
-        right, refused = _split(outcome["plain tensors"])
+        right, refused = _split(outcome[case])
         assert refused == {*PIECES, "pattern"}
         assert right == {*SITES} - refused
 
