@@ -63,6 +63,14 @@ def test_the_warning_says_what_is_wrong_and_what_to_do():
     assert [each.filename for each in told] == [__file__]
 
 
+def test_an_extraction_warns_once(tmp_path, warned):
+    pytest.importorskip("lance")
+    from actctx.extract import extract
+
+    extract(bridge_of(falcon(**GROUPED)), tokens(6, 4), RESID, tmp_path / "a.lance", batch_size=2)
+    assert len(warned()) == 1
+
+
 def test_the_plain_model_is_not_warned_of(warned):
     capture(falcon(**GROUPED), "transformer.h.0")
     assert not warned()
