@@ -169,6 +169,7 @@ class Column:
         if self.capacity is None:
             return None
         dim = self.join_dim()
+        _check_not_quantized(self.key, selected)
         if number == len(self.rooms):
             self.rooms.append(_empty(selected, dim, self.capacity, dtype, device))
         room, used = self.rooms[number], self._used(number)
@@ -197,6 +198,7 @@ class Column:
             return [chunk.value for chunk in chunks]
         if len(chunks) > 1:
             dim = self.join_dim()
+            _check_not_quantized(self.key, chunks[0].value)
             _check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
             _check_alike(self.key, chunks)
             _concatenate(chunks, dim)
@@ -336,6 +338,14 @@ def _empty(
     pinned = selected.is_cuda and target.type == "cpu"
     kind = cast_dtype(selected, dtype)
     return torch.empty(shape, dtype=kind, device=target, pin_memory=pinned)
+
+
+def _check_not_quantized(key: str, tensor: Tensor) -> None:
+    if tensor.is_quantized:
+        raise JoinError(
+            f"{key!r} is quantized ({dtype_name(tensor.dtype)}), and torch does not join such "
+            "tensors; capture with join=None, without capacity=, and dequantize them"
+        )
 
 
 def _check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) -> None:

@@ -24,7 +24,7 @@ from actctx._known_faults import is_given_cache, lost_cache, warn
 from actctx._lines import is_batching
 from actctx._masks import Padding
 from actctx._outputs import Inputs
-from actctx._parallel import pieces_of
+from actctx._parallel import gathered, pieces_of
 from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
@@ -272,7 +272,8 @@ class Opening(Generic[B]):
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
         is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
         activation: Tensor = value if is_it else self._read(seen.site, value)
-        if not is_it and seen.site.is_flattened(activation):
+        is_dense = activation.layout is torch.strided
+        if not is_it and is_dense and seen.site.is_flattened(activation):
             activation = self._by_sequence(activation, frame)
         if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
             site = seen.site
@@ -290,9 +291,12 @@ class Opening(Generic[B]):
         return self._take(seen, activation, frame, number)
 
     def _read(self, site: WatchedSite, value: Any) -> Tensor:
-        if self._pieces is not None:
-            self._pieces.check(site.shown, site.place.module, site.found(value), io=site.io)
-        return site.reader(value)
+        found = site.found(value)
+        activation = gathered(found)
+        if self._pieces is not None and activation is found:
+            self._pieces.check(site.shown, site.place.module, found, io=site.io)
+        reading = site.place.reading
+        return activation if reading is None else reading.of(activation)
 
     def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
         """Divide an activation that has one row a token, if it does, into sequences."""

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from actctx._errors import OutputError
-from actctx._parallel import gathered
 
 
 class Inputs(NamedTuple):
@@ -32,14 +31,14 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
 
     """
     if output is None and isinstance(value, Tensor):
-        return gathered(value)
+        return value
     named = _by_name(value, by_position=not isinstance(output, str))
     try:
         found = named[output] if isinstance(output, str) else list(named.values())[output or 0]
     except (LookupError, TypeError):
         found = None
     if isinstance(found, Tensor):
-        return gathered(found)
+        return found
     where = "" if output is None else f" at output={output!r}"
     raise OutputError(
         f"{site} yields no tensor{where} but {_described(value)}; choose one with "

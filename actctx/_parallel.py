@@ -12,12 +12,15 @@ Before the first and behind the second everything is whole.
 import functools
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
 from actctx._errors import OutputError
+
+_WITH_WIDTH = 3  # axes of `batch pos d_model`; what has more has heads
 
 
 def gathered(value: Tensor) -> Tensor:
@@ -50,8 +53,11 @@ class Pieces:
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._parents = {child: module for module in self._names for child in module.children()}
-        others = _of_fsdp(model)
-        cuts = {module: _cut_of(module, of_data=module in others) for module in self._names}
+        of_data = _of_fsdp(model)
+        meshes = {mesh for module in of_data for mesh in _styles(module) if _is_mesh(mesh)}
+        cuts = {
+            module: _cut_of(module, meshes if module in of_data else None) for module in self._names
+        }
         self._cuts = {module: cut for module, cut in cuts.items() if cut is not None}
         self._shards_sequences = any(map(_shards_sequences, self._names))
 
@@ -86,57 +92,68 @@ class Pieces:
 
     def _piece_of(self, module: nn.Module, tensor: Tensor, io: str) -> nn.Module | None:
         """Find the module whose output is whole again, where a tensor is a piece."""
-        width = tensor.shape[-1] if tensor.dim() else None
-        owner, io = self._owner(module, io)
+        owner, io, is_its_own = self._owner(module, io)
         cut = self._cuts.get(owner)
         if cut is not None:
             whole = cut.given if io == "in" else cut.made
-            is_piece = not cut.is_known or (whole is not None and width != whole)
+            is_piece = not cut.is_known or (whole is not None and tensor.shape[-1:] != (whole,))
             return self._parents.get(owner, owner) if is_piece else None
-        within, around = [*self._beside(owner)], owner
-        if not within:  # it has no cut layers, but may lie between some
+        around, beside = owner, self._beside(owner)
+        if not beside:  # it has no cut layers, but may lie between some
             around = self._around(owner)
-            within = [*self._beside(around)]
-        elif io == "in":
-            return None
-        pieces = {piece for each in within for piece in each.pieces}
-        if not pieces:
-            return None
-        has_heads = tensor.dim() > 3  # noqa: PLR2004  batch pos d_model
-        if around is owner and module is owner:
-            made = {each.made for each in within if each.given is not None}
-            is_piece = has_heads or (width in pieces and width not in made)
-        else:
-            heads = {size * (width or 0) for size in tensor.shape[:-1]} if has_heads else set()
-            is_piece = width in pieces or bool(heads & pieces)
-            is_piece |= has_heads and module is not owner
-        return around if is_piece else None
+            return around if _lies_between(tensor, self._beside(around)) else None
+        if not is_its_own:  # a hook point of a bridge, inside the module
+            has_heads = tensor.dim() > _WITH_WIDTH
+            return around if has_heads or _lies_between(tensor, beside) else None
+        return around if io == "out" and _is_handed_out_cut(tensor, beside) else None
 
-    def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str]:
-        """Find the module that a hook point of a bridge speaks of, and whether it is an input."""
+    def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str, bool]:
+        """Find the module that a hook point of a bridge speaks of.
+
+        Returns:
+            The module; `"in"` or `"out"`; and whether the value is the module's own input or
+            output, and not one from inside it.
+
+        """
         inner = getattr(module, "original_component", None)
         if isinstance(inner, nn.Module) and inner in self._cuts:
-            return inner, io
-        name = self._names.get(module, "").rpartition(".")[2]
-        if name in {"hook_in", "hook_out"} and module in self._parents:
-            parent, _ = self._owner(self._parents[module], io)
-            return parent, name.removeprefix("hook_")
-        return module, io
+            return inner, io, True
+        parent, name = self._parents.get(module), self._names.get(module, "").rpartition(".")[2]
+        if parent is None or not name.startswith("hook_"):
+            return module, io, True
+        is_its_own = name in {"hook_in", "hook_out"}
+        owner, _, _ = self._owner(parent, io)
+        return owner, name.removeprefix("hook_") if is_its_own else io, is_its_own
 
     def _around(self, module: nn.Module) -> nn.Module:
         """Find the closest module around one that has cut layers of its own."""
         while module in self._parents:
             module = self._parents[module]
-            if module in self._cuts or any(True for _ in self._beside(module)):
-                return module
+            if module in self._cuts or self._beside(module):
+                break
         return module
 
-    def _beside(self, module: nn.Module) -> Iterator[_Cut]:
+    def _beside(self, module: nn.Module) -> list[_Cut]:
         """Give the cut layers that a module has of its own, not of modules inside it."""
-        for child in module.children():
-            inner = getattr(child, "original_component", child)
-            if inner in self._cuts:
-                yield self._cuts[inner]
+        inner = [getattr(child, "original_component", child) for child in module.children()]
+        return [self._cuts[each] for each in inner if each in self._cuts]
+
+
+def _lies_between(tensor: Tensor, cuts: list[_Cut]) -> bool:
+    """Whether a tensor has the width of a piece, or heads that make it up together."""
+    pieces = {piece for each in cuts for piece in each.pieces}
+    *others, width = tensor.shape or (0,)
+    has_heads = tensor.dim() > _WITH_WIDTH
+    return width in pieces or (has_heads and any(size * width in pieces for size in others))
+
+
+def _is_handed_out_cut(tensor: Tensor, cuts: list[_Cut]) -> bool:
+    """Whether an output of a module with cut layers is not what the last of them made whole."""
+    if not any(each.pieces for each in cuts):
+        return False
+    made = {each.made for each in cuts if each.given is not None}
+    is_made_whole = tensor.shape[-1:] != () and tensor.shape[-1] in made
+    return tensor.dim() > _WITH_WIDTH or (not is_made_whole and _lies_between(tensor, cuts))
 
 
 def is_cut(model: nn.Module) -> bool:
@@ -164,12 +181,20 @@ def _of_fsdp(model: nn.Module) -> set[nn.Module]:
     return {module for root in roots for module in root.modules()}
 
 
-def _cut_of(module: nn.Module, *, of_data: bool) -> _Cut | None:
-    """Read off a module's own weights how they are cut, where they are."""
+def _is_mesh(part: object) -> bool:
+    return type(part).__name__ == "DeviceMesh"
+
+
+def _cut_of(module: nn.Module, meshes: set[Any] | None) -> _Cut | None:
+    """Read off a module's own weights how they are cut, where they are.
+
+    Args:
+        module: The module.
+        meshes: Where FSDP cuts them as well: the meshes of tensor parallelism.
+
+    """
     own = dict(module.named_parameters(recurse=False))
-    dims = {
-        name: dim for name, each in own.items() if (dim := _dim(each, of_data=of_data)) is not None
-    }
+    dims = {name: dim for name, each in own.items() if (dim := _dim(each, meshes)) is not None}
     if not dims:
         return None
     weight: Any = own.get("weight")
@@ -184,26 +209,34 @@ def _cut_of(module: nn.Module, *, of_data: bool) -> _Cut | None:
     return _Cut({piece}, given=weight.shape[1], made=weight.shape[0])
 
 
-def _dim(weight: Any, *, of_data: bool) -> int | None:
+def _dim(weight: Any, meshes: set[Any] | None) -> int | None:
     """Tell the axis along which tensor parallelism cuts a weight, if it does."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
         return None
-    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others.
+    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others. FSDP may
+    # leave a weight whole after a forward: then only its own axis is left.
     mesh, placement = weight.device_mesh, weight.placements[-1]
-    is_of_data = of_data and mesh.ndim == 1
+    is_of_data = meshes is not None and mesh.ndim == 1 and mesh not in meshes
     if is_of_data or mesh.shape[-1] == 1 or not placement.is_shard():
         return None
     dim: int = placement.dim  # type: ignore[attr-defined]
     return dim % weight.dim()
 
 
+def _styles(module: nn.Module) -> Iterator[Any]:
+    """Give what the hooks and the forward of a parallel module were made with."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    for hook in (*hooks, module.__dict__.get("forward")):
+        for cell in getattr(hook, "__closure__", None) or ():
+            with suppress(ValueError):  # it is empty
+                yield cell.cell_contents
+
+
 def _shards_sequences(module: nn.Module) -> bool:
     """Whether a module hands on plain pieces that are cut along another axis than the last."""
-    hooks = [*module._forward_hooks.values(), module.__dict__.get("forward")]
-    cells = [cell for hook in hooks for cell in getattr(hook, "__closure__", None) or ()]
-    for style in [cell.cell_contents for cell in cells]:
+    for style in _styles(module):
         layouts = getattr(style, "output_layouts", None)
         is_local = getattr(style, "use_local_output", False)
         if isinstance(style, functools.partial) and len(style.args) == 2:  # noqa: PLR2004  of torch

@@ -15,12 +15,16 @@ from actctx._table import dtype_name
 
 # Torch's own words for what it cannot do.
 _CANNOT = (RuntimeError, TypeError)  # NotImplementedError is a RuntimeError
+# These can be copied, but not made as others are.
+_QUANTIZED = (torch.qint8, torch.quint8, torch.qint32)
 
 
 def why_unreadable(tensor: Tensor) -> str | None:
     """Say why numbers cannot be read from a tensor, as `it is ...`; None where they can."""
     if why := _why_not_dense(tensor):
         return why
+    if tensor.is_quantized:
+        return f"it is quantized ({dtype_name(tensor.dtype)})"
     if tensor.is_meta:
         return "it has no values, on the meta device"
     if not _can_cast(tensor.dtype, torch.complex128 if tensor.is_complex() else torch.float64):
@@ -56,8 +60,8 @@ def check_capturable(
     """Refuse what cannot be copied, or not to a dtype and device that were asked for.
 
     Raises:
-        OutputError: It is sparse or quantized, or of a dtype that torch cannot copy or cast.
-        OptionError: It is on the meta device, and was to be moved off it.
+        OutputError: It is sparse, or of a dtype that torch cannot copy.
+        OptionError: It is on the meta device, and was to be moved off it; or torch cannot cast it.
 
     """
     why = _why_not_dense(tensor)
@@ -89,8 +93,6 @@ def why_not_moved(
 def _why_not_dense(tensor: Tensor) -> str | None:
     if tensor.is_nested:
         return "it is a nested tensor"
-    if tensor.is_quantized:
-        return f"it is quantized ({dtype_name(tensor.dtype)})"
     if tensor.layout is not torch.strided:
         return f"it is sparse ({dtype_name(tensor.layout)})"
     return None
@@ -98,7 +100,7 @@ def _why_not_dense(tensor: Tensor) -> str | None:
 
 @functools.cache
 def _can_copy(dtype: torch.dtype) -> bool:
-    return _works(lambda: torch.empty(1, dtype=dtype).clone())
+    return dtype in _QUANTIZED or _works(lambda: torch.empty(1, dtype=dtype).clone())
 
 
 @functools.cache

@@ -48,6 +48,8 @@ def plot_norms(
 ) -> "Picture":
     """Draw how large activations are, layer by layer.
 
+    Numbers of any dtype have norms, complex ones that of their magnitudes.
+
     Where positions are known, a heat map of the norm along the last axis, averaged over all that
     lies at a position: those of an axis `pos`, of the rows that a mask kept, and of a data set of
     tokens. Elsewhere a line of the median norm of the rows, between its quartiles. Of a data set,
@@ -70,7 +72,8 @@ def plot_norms(
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
         OptionError: There are not as many `positions` as were captured, something is given that
-            is no name or no number, or matplotlib is not installed.
+            is no name or no number, torch cannot calculate with what was captured (it is on the
+            meta device, or quantized), or matplotlib is not installed.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -235,8 +238,8 @@ def layer_similarity(
         HookNameError: The name means several sites of a layer.
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
-        OptionError: All rows of a layer are the same, as of a single row, or some are not finite,
-            so that nothing can be compared.
+        OptionError: All rows of a layer are the same, as of a single row, or some are not finite
+            or not real, so that nothing can be compared.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -317,7 +320,7 @@ def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> Colou
 
     Raises:
         OptionError: There are not as many numbers as tokens, the tokens are no strings, or the
-            values no numbers.
+            values no real numbers.
 
     Example:
         >>> colour_tokens(["The", " cat"], torch.tensor([-0.5, 2.0]))

@@ -80,7 +80,7 @@ LENS = [
     *(f"blocks.0.{name}" for name in ("hook_resid_pre", "hook_resid_mid", "hook_resid_post")),
     *(f"blocks.0.attn.hook_{name}" for name in ("q", "k", "v", "z", "pattern")),
     *(f"blocks.0.{name}" for name in ("hook_attn_out", "hook_mlp_out", "mlp.hook_pre")),
-    *(f"blocks.0.{name}" for name in ("mlp.hook_post", "ln1.hook_normalized", "ln2.hook_out")),
+    *(f"blocks.0.{name}" for name in ("mlp.hook_post",)),
 ]
 
 
@@ -137,6 +137,11 @@ def torch_cases(mesh):
     fully_shard(sharded.mlp, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
     yield "FSDP", sharded, block(), SITES, given
+    meshes = init_device_mesh("cpu", (1, mesh.size()), mesh_dim_names=("data", "tensor"))
+    both = parallelize_module(block(), meshes["tensor"], PLAN)
+    fully_shard(both.mlp, mesh=meshes["data"])
+    fully_shard(both, mesh=meshes["data"])
+    yield "both", both, block(), SITES, given
 
 
 def plain_llama(path, **options):

@@ -443,6 +443,7 @@ def test_a_part_called_by_itself_is_captured(llama, ids):
 
 
 @pytest.mark.skipif(not HAS_T5, reason="this TransformerLens cannot run T5")
+@pytest.mark.filterwarnings("ignore:.*loses the KV cache")  # with transformers 5.24
 def test_the_encoder_that_generate_calls_is_captured(ids):
     model = bridge("T5ForConditionalGeneration").original_model
     with capture(model, "encoder.block.0", join=None) as acts:

@@ -134,6 +134,7 @@ def test_a_switched_off_hook_point_is_refused_until_it_is_switched_on(model, ids
     assert acts.axes(name) == ("batch", "pos", "head", "d_model")
 
 
+@pytest.mark.filterwarnings("ignore:.*loses the KV cache")  # with transformers 5.24
 def test_generate_with_a_cache_is_captured_step_by_step(model, ids):
     kept = []
     model.add_hook(RESID, lambda activation, hook: kept.append(activation.clone()))  # noqa: ARG005

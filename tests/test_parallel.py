@@ -47,9 +47,10 @@ def _split(outcome):
     return right, refused
 
 
-def test_pieces_that_are_plain_tensors_are_refused_and_nothing_else_is(outcomes):
+@pytest.mark.parametrize("case", ["plain tensors", "both"])
+def test_pieces_that_are_plain_tensors_are_refused_and_nothing_else_is(outcomes, case):
     for outcome in outcomes:
-        right, refused = _split(outcome["plain tensors"])
+        right, refused = _split(outcome[case])
         assert refused == {*PIECES, "pattern"}
         assert right == {*SITES} - refused
 
@@ -93,7 +94,8 @@ def test_a_tensor_parallel_hugging_face_model_gives_no_half(outcomes):
 def test_a_bridge_of_a_tensor_parallel_model_gives_no_half(outcomes):
     for outcome in outcomes:
         right, refused = _split(outcome["bridge"])
-        assert {"blocks.0.hook_resid_pre", "blocks.0.hook_out"} <= right
+        assert {"blocks.0.hook_in", "blocks.0.hook_out", "blocks.0.attn.hook_out"} <= right
+        assert {"blocks.0.mlp.hook_in", "blocks.0.mlp.hook_out", "blocks.0.ln1.hook_out"} <= right
         assert {"blocks.0.attn.hook_pattern", "blocks.0.mlp.in.hook_out"} <= refused
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from actctx import ActctxError, DataError, OptionError, OutputError, Site, capture
+from actctx import ActctxError, DataError, JoinError, OptionError, OutputError, Site, capture
 from actctx.plot import colour_tokens, layer_similarity, plot_norms, plot_pattern, plot_similarity
 
 mpl.use("agg")
@@ -202,11 +202,18 @@ def _refusal(kind, lane, path="acts"):
             "capture from a module whose output is an ordinary tensor",
         ),
         (
-            "torch.qint8",
+            "torch.quint4x2",
             "repr",
             OutputError,
-            "'layers.0' yields a tensor that cannot be captured: it is quantized (qint8); capture "
-            "from a module whose output is an ordinary tensor",
+            "'layers.0' yields a tensor that cannot be captured: it is quint4x2, which torch "
+            "cannot copy; capture from a module whose output is an ordinary tensor",
+        ),
+        (
+            "torch.qint8",
+            "join",
+            JoinError,
+            "'layers.0' is quantized (qint8), and torch does not join such tensors; capture with "
+            "join=None, without capacity=, and dequantize them",
         ),
         (
             "on meta",
