@@ -111,6 +111,17 @@ def test_a_mask_as_wide_as_a_static_cache_lies_on_what_is_run(llama, ids):
     assert torch.allclose(acts.tensor, expected[tuple(where.T)], atol=1e-5)
 
 
+def test_logits_of_the_last_positions_behind_a_static_cache_are_of_these(llama, ids):
+    cache = transformers.StaticCache(config=llama.config, max_cache_len=12)
+    wide = torch.nn.functional.pad(torch.ones(3, 7).long(), (0, 5))
+    site = Site("lm_head", axes="batch pos d_vocab")
+    with capture(llama, site, mask="attention") as acts:
+        for part, kept in [(ids[:, :4], 2), (ids[:, 4:], 1)]:
+            llama(part, attention_mask=wide, past_key_values=cache, logits_to_keep=kept)
+    expected = [[row, pos] for last in [(2, 3), (6,)] for row in range(3) for pos in last]
+    assert acts.positions("lm_head").tolist() == expected
+
+
 def test_a_mask_of_four_axes_tells_by_who_attends_to_himself(llama, ids):
     causal = torch.ones(7, 7).tril().bool() & LEFT.bool()[:, None, None]
     added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
