@@ -166,11 +166,6 @@ def is_batching() -> bool:
     return False
 
 
-def has_cache(inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a forward was given a cache, be it empty."""
-    return any(True for _ in _caches(inputs))
-
-
 def _caches(named: Mapping[str, Any]) -> Iterator[Any]:
     given = (named.get(name) for name in CACHES)
     return (each for each in given if each is not None and not isinstance(each, bool | Tensor))

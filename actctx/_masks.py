@@ -29,7 +29,7 @@ from actctx._absolute import counts_padding, has_bare_table, is_padded_left, tab
 from actctx._errors import OptionError, SelectionError
 from actctx._forward import Frame, running_frame
 from actctx._hooks import Hook
-from actctx._lines import Lines, Start, generating, has_cache, positions_of
+from actctx._lines import Lines, Start, generating, positions_of
 from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
 from actctx._select import Positions, Rows, Selector, Step
@@ -159,22 +159,21 @@ class Padding:
         dims = _dims(site, len(shape))
         if dims is None or not _chooses(site.selector, dims[1], len(shape)):
             return
-        side = self._side(site, frame)
-        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # noqa: PLR2004
-        batch, pos = (shape[dim] for dim in dims)
-        if mask is None or mask.shape[0] != batch or mask.shape[1] < pos:
-            return
-        if mask.shape[1] > pos and not has_cache(frame.inputs):
-            return  # it counts other things
-        real = mask.detach().bool()[:, mask.shape[1] - pos :]
-        steps = (
-            Step(dims.index(step.dim % len(shape)), step.pick, step.asked)
+        steps = tuple(
+            Step(dims.index(step.dim % len(shape)), step.pick, "")
             for step in site.selector.steps
             if step.dim % len(shape) in dims
         )
-        padded = ~Selector(site.key, tuple(steps), None).select(real).all()
-        if real.is_cpu:
+        side, size = self._side(site, frame), tuple(shape[dim] for dim in dims)
+        checked = frame.masks.setdefault((self, "slices"), [])
+        if (side, size, steps) in checked:
+            return
+        checked.append((side, size, steps))
+        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != size:
+            return  # such as behind a cache, where what is run is no padding
+        padded = ~Selector(site.key, steps, None).select(mask.detach().bool()).all()
+        if mask.is_cpu:
             if bool(padded):
                 self._warn_slice()
         else:
