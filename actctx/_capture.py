@@ -102,7 +102,8 @@ def capture(
             `attention_mask` that each forward is given, or a tensor of the shape `batch pos`.
             Only their rows are kept, as `token ...` instead of `batch pos ...`, and a slice
             along `pos` counts real tokens: -1 is the last of each sequence, with its rows
-            `batch ...`.
+            `batch ...`. With `"attention"` a model that counts padding on the left as positions
+            is warned of; without a mask, a slice that takes padding is.
         capacity: The number of elements along `join` (rows, for the batch) to make room for
             once, to be filled in place by all forwards. Without it, joining copies each forward
             once more when it is read.

@@ -11,6 +11,7 @@ back tokens that it guessed. Such a forward repeats positions.
 What a cache holds is asked of it before the forward runs, which changes it.
 """
 
+import functools
 import inspect
 import itertools
 import sys
@@ -64,9 +65,15 @@ class Lines:
     """The lines of a capture's forwards; see the note above."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._layer = _first_layer(model)
+        self._model = model
         self._numbers = itertools.count()
         self._left: dict[int, _Left] = {}
+
+    @functools.cached_property
+    def _layer(self) -> int:
+        """The first layer of the model, or of the part of one, that a cache counts for."""
+        numbers = (getattr(module, "layer_idx", None) for module in self._model.modules())
+        return min((number for number in numbers if type(number) is int), default=0)
 
     def begin(self, inputs: Mapping[str, Any]) -> Start:
         """Tell what a forward continues that is about to run."""
@@ -159,11 +166,6 @@ def is_batching() -> bool:
     return False
 
 
-def has_cache(inputs: Mapping[str, Any]) -> bool:
-    """Tell whether a forward was given a cache, be it empty."""
-    return any(True for _ in _caches(inputs))
-
-
 def _caches(named: Mapping[str, Any]) -> Iterator[Any]:
     given = (named.get(name) for name in CACHES)
     return (each for each in given if each is not None and not isinstance(each, bool | Tensor))
@@ -202,9 +204,3 @@ def _anchor(cache: Any) -> Any:
     while isinstance(cache, tuple | list):
         cache = next((each for each in cache if isinstance(each, tuple | list | Tensor)), None)
     return cache
-
-
-def _first_layer(model: nn.Module) -> int:
-    """Tell the first layer of a model, or of a part of it, that a cache counts for."""
-    numbers = (getattr(module, "layer_idx", None) for module in model.modules())
-    return min((number for number in numbers if type(number) is int), default=0)

@@ -29,7 +29,7 @@ from actctx._absolute import counts_padding, has_bare_table, is_padded_left, tab
 from actctx._errors import OptionError, SelectionError
 from actctx._forward import Frame, running_frame
 from actctx._hooks import Hook
-from actctx._lines import Lines, Start, generating, has_cache
+from actctx._lines import Lines, Start, generating, positions_of
 from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
 from actctx._select import Positions, Rows, Selector, Step
@@ -160,22 +160,21 @@ class Padding:
         dims = _dims(site, len(shape))
         if dims is None or not _chooses(site.selector, dims[1], len(shape)):
             return
-        side = self._side(site, frame)
-        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None  # noqa: PLR2004
-        batch, pos = (shape[dim] for dim in dims)
-        if mask is None or mask.shape[0] != batch or mask.shape[1] < pos:
-            return
-        if mask.shape[1] > pos and not has_cache(frame.inputs):
-            return  # it counts other things
-        real = mask.detach().bool()[:, mask.shape[1] - pos :]
-        steps = (
-            Step(dims.index(step.dim % len(shape)), step.pick, step.asked)
+        steps = tuple(
+            Step(dims.index(step.dim % len(shape)), step.pick, "")
             for step in site.selector.steps
             if step.dim % len(shape) in dims
         )
-        padded = ~Selector(site.key, tuple(steps), None).select(real).all()
-        if real.is_cpu:
+        side, size = self._side(site, frame), tuple(shape[dim] for dim in dims)
+        checked = frame.masks.setdefault((self, "slices"), [])
+        if (side, size, steps) in checked:
+            return
+        checked.append((side, size, steps))
+        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != size:
+            return  # such as behind a cache, where what is run is no padding
+        padded = ~Selector(site.key, steps, None).select(mask.detach().bool()).all()
+        if mask.is_cpu:
             if bool(padded):
                 self._warn_slice()
         else:
@@ -237,10 +236,8 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
         if mask is None:
-            ran = self._before(side, frame)
-            made = _mask_of_generate(side, ran, shape, self.inputs(frame))
-            if made is not None:
-                return _Given(made, ran or 0)
+            mask = _mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
+        if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
                 f"mask='attention' takes the forward's {name}, but this forward of "
@@ -280,30 +277,28 @@ class Padding:
         frame: Frame,
     ) -> _Given:
         """Lay a forward's mask on a site; see the note above."""
-        before = self._before(side, frame)
+        before, ran = self._before(side, frame), positions_of(frame.inputs)
         if isinstance(mask, dict):  # one for each kind of layer
             tensors = [each for each in mask.values() if isinstance(each, Tensor)]
-            if not tensors:
-                return _Given(torch.ones(shape, dtype=torch.bool), before or 0)
-            mask = mask["full_attention"] if mask.get("full_attention") is not None else tensors[0]
-        if mask.dim() == 4:  # noqa: PLR2004  batch head query key
-            mask, first = _diagonal(mask, shape, before)
-            return _Given(mask, first if before is None else before)
-        given = as_mask(mask)
+            tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
+            full = mask.get("full_attention")
+            mask = full if isinstance(full, Tensor) else tensors[0]
+        given = as_mask(_diagonal(mask, shape[0], before) if mask.dim() == 4 else mask)  # noqa: PLR2004
         width, pos = given.shape[1], shape[1]
         if self._asked == "attention" and not before and is_padded_left(given):
             self._check_bare_table(frame)
-        if width == pos:  # TransformerLens 3 takes masks of new tokens
+        is_whole = side == "encoder" or ran in {None, pos}
+        if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
-        if before is None and width > pos:
+        if before is None and is_whole and width > pos:
             before = width - pos
         before = before or 0
         limit = frame.masks[self, "start"].limit or 0
-        if width == before + pos or before + pos < width == limit:
+        if is_whole and (width == before + pos or before + pos < width == limit):
             return _Given(given[:, before : before + pos], before)
-        kept = _kept_logits(frame.inputs, width - before)
-        if kept == pos and side != "encoder":
-            return _Given(given[:, width - pos :], width - pos)
+        end = before + (ran or 0)
+        if side != "encoder" and pos == _kept_logits(frame.inputs, ran) and width in {end, limit}:
+            return _Given(given[:, end - pos : end], end - pos)
         frames = None if side == "decoder" else self._frames(given, pos, site)
         if frames is None and given.shape[0] == shape[0]:
             holds = f"its cache holds {before} positions" if before else "no cache holds the rest"
@@ -448,33 +443,38 @@ _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 def _mask_of_generate(
     side: Side | None,
     before: int | None,
-    shape: tuple[int, int],
-    given: Iterable[Mapping[str, Any]],
+    sequences: int,
+    given: tuple[Mapping[str, Any], ...],
 ) -> Bool[Tensor, "batch pos"] | None:
     """Make the mask of a forward that `generate()` gave none, of what it was given itself.
 
+    What it generates is real.
+
     Returns:
-        The mask of what is run now; None where there is no `generate()`, or it does not say.
+        The mask of what the cache holds and of what is run now; None where there is no
+        `generate()`, or it does not say.
 
     """
     running = generating()
     known = None if running is None else running.f_locals.get("model_kwargs")
-    placeholders = any("target_mapping" in inputs for inputs in given)  # XLNet's
-    if not isinstance(known, dict) or placeholders or side == "encoder":
+    count = next(filter(None, map(positions_of, given)), None)
+    # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
+    appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
+    if not isinstance(known, dict) or count is None or appends or side == "encoder":
         return None
     name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
     if side != "decoder" and name not in known:
         return None
     prompt = known.get(name)
-    real = torch.ones(shape, dtype=torch.bool)  # as all is that it generates
+    real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
     if prompt is None:
         return real
-    if not isinstance(prompt, Tensor) or before is None or len(shape) != prompt.dim():
+    if not isinstance(prompt, Tensor) or before is None or prompt.dim() != 2:  # noqa: PLR2004
         return None
-    ran = prompt.detach().bool().cpu()[:, before : before + shape[1]]
-    if shape[0] % len(ran):
+    ran = prompt.detach().bool().cpu()[:, : real.shape[1]]
+    if sequences % len(ran):
         return None
-    real[:, : ran.shape[1]] = ran.repeat_interleave(shape[0] // len(ran), 0)
+    real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
     return real
 
 
@@ -505,20 +505,21 @@ def _chooses(selector: Selector, dim: int, rank: int) -> bool:
 
 
 def _diagonal(
-    mask: Shaped[Tensor, "batch head query key"], shape: tuple[int, int], before: int | None
-) -> tuple[Bool[Tensor, "batch pos"], int]:
-    """Read which tokens attend to themselves, as all but padding do."""
-    pos, keys = mask.shape[-2:]
-    first = keys - pos if before is None else min(before, keys - pos)
+    mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
+) -> Bool[Tensor, "sequences pos"]:
+    """Make a mask of two axes of one that tells who attends to whom: padding not to itself."""
+    ran, keys = mask.shape[-2:]
+    first = keys - ran if before is None else min(before, keys - ran)
     own = mask.detach()[:, 0, :, first:].diagonal(dim1=1, dim2=2)
-    real = own if own.dtype == torch.bool else own > -1
-    return real.cpu().expand(shape[0], -1), first
+    real = own > -1 if own.is_floating_point() else own.bool()
+    past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
+    return torch.cat([past, real], 1).expand(sequences, -1)
 
 
-def _kept_logits(inputs: Mapping[str, Any], count: int) -> int | None:
-    """Tell of how many last positions a forward was asked to make logits."""
+def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:
+    """Tell of how many of its last positions a forward was asked to make logits."""
     kept = inputs.get("logits_to_keep", inputs.get("num_logits_to_keep"))
-    return min(kept, count) if type(kept) is int and kept > 0 else None
+    return min(kept, count) if count and type(kept) is int and kept > 0 else None
 
 
 def _frame_counters(core: nn.Module, place: nn.Module) -> Iterator[Callable[[Tensor], list[int]]]:

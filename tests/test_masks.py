@@ -111,6 +111,17 @@ def test_a_mask_as_wide_as_a_static_cache_lies_on_what_is_run(llama, ids):
     assert torch.allclose(acts.tensor, expected[tuple(where.T)], atol=1e-5)
 
 
+def test_logits_of_the_last_positions_behind_a_static_cache_are_of_these(llama, ids):
+    cache = transformers.StaticCache(config=llama.config, max_cache_len=12)
+    wide = torch.nn.functional.pad(torch.ones(3, 7).long(), (0, 5))
+    site = Site("lm_head", axes="batch pos d_vocab")
+    with capture(llama, site, mask="attention") as acts:
+        for part, kept in [(ids[:, :4], 2), (ids[:, 4:], 1)]:
+            llama(part, attention_mask=wide, past_key_values=cache, logits_to_keep=kept)
+    expected = [[row, pos] for last in [(2, 3), (6,)] for row in range(3) for pos in last]
+    assert acts.positions("lm_head").tolist() == expected
+
+
 def test_a_mask_of_four_axes_tells_by_who_attends_to_himself(llama, ids):
     causal = torch.ones(7, 7).tril().bool() & LEFT.bool()[:, None, None]
     added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
@@ -432,6 +443,42 @@ def test_generate_keeps_each_real_token_once(architecture, options, mask, ids):
         given["position_ids"] = (full.cumsum(1) - 1).clamp(min=0)
     expected = _hooked(model, layer, whole[:, :-1], **given)
     assert torch.allclose(acts.tensor, expected[tuple(where.T)], atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [LEFT, torch.ones(3, 7).long()], ids=["padded", "whole"])
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}], ids=str)
+def test_logits_of_generate_are_of_the_last_positions(llama, ids, mask, options):
+    site = Site("lm_head", axes="batch pos d_vocab")
+    with capture(llama, site, mask="attention") as acts:
+        llama.generate(ids * mask, attention_mask=mask, **GREEDY, **options)
+    expected = [[row, pos] for pos in (6, 7, 8) for row in range(3)]
+    assert acts.positions("lm_head").tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "error"),
+    [
+        # one stream of positions for each token that it foresees
+        ("ProphetNetForConditionalGeneration", "prophetnet.decoder.layers.1", SelectionError),
+        # both append placeholders, and hand on no mask
+        ("XLNetLMHeadModel", "transformer.layer.1", OptionError),
+        ("XLMWithLMHeadModel", "transformer.attentions.1", OptionError),
+    ],
+)
+def test_generate_of_what_runs_other_than_its_tokens_is_refused(kind, layer, error, ids):
+    sizes = {**_TWO_SIDED, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2}
+    sizes |= {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    sizes |= {"n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "emb_dim": 32, "d_inner": 64}
+    sizes |= {"n_words": VOCAB, "bos_index": 1, "eos_index": 2, "pad_index": 0, "unk_index": 3}
+    kind = getattr(transformers, kind)
+    known = inspect.signature(kind.config_class.__init__).parameters
+    torch.manual_seed(0)
+    model = kind(
+        kind.config_class(**{name: size for name, size in sizes.items() if name in known})
+    ).eval()
+    site = Site(layer, axes="batch pos d_model")
+    with pytest.raises(error), capture(model, site, mask="attention"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
 
 
 def _has(model, name):
