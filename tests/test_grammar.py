@@ -461,3 +461,15 @@ def test_what_is_on_and_never_computed_says_so():
         "use_attn_result is on, but TransformerLens does not compute it for this architecture; "
         "capture 'blocks.0.attn.hook_z', whose product with its part of W_O is each head's result"
     )
+
+
+def test_a_site_is_renamed_by_an_ending_of_its_name(stored, tmp_path):
+    pytest.importorskip("datasets")
+    import datasets
+
+    data = stored(sites=["half", "hook_z"])
+    data.to_saelens(tmp_path / "cached", context=7, rename={"attn.hook_z": "z", "0.hook_out": "a"})
+    columns = datasets.load_from_disk(tmp_path / "cached").column_names
+    assert {"z", "a", "half.blocks.1.hook_resid_post"} <= {*columns}
+    said = _said(data.to_saelens, tmp_path / "other", context=7, rename={"half": "x"})
+    assert said.startswith("rename names 'half', which is several sites that are read; the sites ")
