@@ -38,7 +38,8 @@ class Activations(_Tensors):
     ran. A buffer is not safe to read in one thread while another thread runs a forward into it.
 
     `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
-    alias of it; `acts.resid` does for an alias that is an identifier. With `join=None` a list of
+    alias of it, or an ending or a glob that means no other captured site; `acts.resid` does for
+    an alias that is an identifier. With `join=None` a list of
     tensors is read, one for each forward. An edit in place is an edit of the buffer.
 
     Example:
@@ -267,9 +268,10 @@ class Activations(_Tensors):
         The result is a copy, as large as what it stacks.
 
         Args:
-            name: The name within a layer, such as `"hook_resid_post"` or `"attn.hook_z"`; or a
-                pattern of whole names, such as `"encoder_blocks.*.hook_resid_post"` or, for the
-                layers themselves, `"model.layers.*"`.
+            name: The name within a layer, or its end, such as `"hook_resid_post"` or
+                `"attn.hook_z"`; a pattern of whole names, such as
+                `"encoder_blocks.*.hook_resid_post"` or, for the layers themselves,
+                `"model.layers.*"`; or the alias of a pattern.
 
         Raises:
             NotCapturedError: No captured site has this name in any layer.

@@ -79,12 +79,14 @@ def capture(
 
     Args:
         model: A TransformerLens model of any generation, or any module.
-        names: What to capture: a hook name or module name; a glob; a module of the model; a
-            `Site`, which carries options of its own; a predicate on names; an iterable of these;
-            a mapping of aliases to names or sites; or a `Schema` class, whose fields say what
-            they are. In a glob `*` stays within two dots and
-            `**` spans them; without a dot it matches the last part of a name. Hook names are
-            those of TransformerLens, aliases included; `hook_names(model)` lists them.
+        names: What to capture: a hook name or module name, or the end of several; a glob; a
+            module of the model; a `Site`, which carries options of its own; a predicate on
+            names; an iterable of these; a mapping of aliases to names or sites; or a `Schema`
+            class, whose fields say what they are. In a glob `*` stays within two dots, `**` spans
+            them and `[8-11]` stands for those numbers; without a dot it matches the last part of
+            a name. An alias of several places stands before the name of each, as in
+            `last.blocks.0.hook_resid_post`. Hook names are those of TransformerLens, aliases
+            included; `hook_names(model)` lists them.
         slice: What to select along the named axes of every site, as in
             `{"pos": -1, "head": [0, 3]}`: an int, which drops the axis; a slice; a range; a list
             or one-dimensional tensor of positions; or a bool mask of the axis. Without a mapping
@@ -203,7 +205,8 @@ class Capture(Generic[B]):
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model.
+            NeverFiredError: A site that was asked for by its name is switched off in the model,
+                or all that a pattern matches is.
 
         """
         return self._begin("block")
@@ -244,7 +247,8 @@ class Capture(Generic[B]):
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model.
+            NeverFiredError: A site that was asked for by its name is switched off in the model,
+                or all that a pattern matches is.
 
         Example:
             >>> opened = capture(model, "blocks.0.hook_resid_post")

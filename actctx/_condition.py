@@ -27,7 +27,7 @@ def find_site(
         NotCapturedError: It is not there, or there are several of the hook.
 
     """
-    found = meant(str(name), _names_of(sites))
+    found = meant_sites(sites, str(name))
     if len(found) == 1:
         return sites[next(iter(found))]
     if found:
@@ -74,7 +74,7 @@ def find_sites(
             )
     chosen: dict[str, StoredSite] = {}
     for name in names:
-        found = meant(name, _names_of(sites))
+        found = meant_sites(sites, name)
         if not found or name in found.values():
             chosen[name] = find_site(sites, name)
             continue
@@ -84,8 +84,9 @@ def find_sites(
     return chosen
 
 
-def _names_of(sites: Mapping[str, StoredSite]) -> dict[str, tuple[str, ...]]:
-    return {key: (*site.names, site.hook) for key, site in sites.items()}
+def meant_sites(sites: Mapping[str, StoredSite], name: str) -> dict[str, str]:
+    """Find which sites a name means, by their keys, and by which name; see `meant`."""
+    return meant(name, {key: (*site.names, site.hook) for key, site in sites.items()})
 
 
 def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:

@@ -86,8 +86,8 @@ def captures(
     live buffer there, and with `@captures(Acts)` one that is annotated `Acts` the live `Acts`;
     its result is returned as it is. Otherwise a call returns `(result, acts)`, as
     `run_with_cache` returns `(logits, cache)`. Callers do not pass the buffer, and it is not in
-    the decorated function's signature; put the parameter first and type checkers know that as
-    well.
+    the decorated function's signature; put the parameter first, or behind `self`, and type
+    checkers know that as well.
 
     Plain functions, methods, coroutines, generators and async generators can be decorated. The
     hooks are on while the function runs, and off while a generator waits to be resumed.

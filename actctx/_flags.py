@@ -89,8 +89,7 @@ def _is_bridge(model: nn.Module) -> bool:
 def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
     """Say why a model cannot switch a flag on, or why that would not change anything."""
     if not _is_bridge(model):
-        grouped = flag == "use_attn_in" and getattr(model.cfg, "n_key_value_heads", None)
-        return "TransformerLens has it only for models without grouped queries" if grouped else ""
+        return _why_hooked_cannot(model, flag)
     if flag in _SUPPORT and _is_refused(model, flag):
         return "this architecture's bridge cannot switch it on"
     name = _block_of(place)
@@ -103,6 +102,17 @@ def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
     is_there = "ln2" in getattr(block, "submodules", {"ln2": None})
     is_there |= getattr(block, "mlp_reads_resid_directly", False)
     return "" if is_there else "its blocks have no norm of their own before the MLP"
+
+
+def _why_hooked_cannot(model: nn.Module, flag: str) -> str:
+    """Say why a model of TransformerLens 2 or 3 cannot switch a flag on."""
+    if flag == "use_attn_in" and getattr(model.cfg, "n_key_value_heads", None):
+        return "TransformerLens has it only for models without grouped queries"
+    if flag in _EXCLUDES and hasattr(model, "encoder") and hasattr(model, "decoder"):
+        return "TransformerLens' encoder-decoders do not run with it"
+    if flag == "use_hook_mlp_in" and getattr(model.cfg, "attn_only", False):
+        return "this model has no MLP"
+    return ""
 
 
 def _is_refused(model: nn.Module, flag: str) -> bool:

@@ -21,6 +21,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._axes import hook_axes
+from actctx._condition import meant_sites
 from actctx._errors import DataError, OptionError
 from actctx._file import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._fingerprint import versions
@@ -91,21 +92,23 @@ def _import_datasets() -> Any:
     return datasets
 
 
-def _renamed(sites: Iterable[str], rename: Mapping[str, str]) -> dict[str, str]:
+def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
     """Tell the name of each site's column.
 
     Raises:
         OptionError: A name is of no site, or two columns would have one name.
 
     """
-    known = [*sites]
-    for name in rename:
-        if name not in known:
+    names = {name: name for name in sites}
+    for name, new in rename.items():
+        found = meant_sites(sites, name)
+        if len(found) != 1:
+            what = "several sites that are read" if found else "no site that is read"
             raise OptionError(
-                f"rename names {name!r}, which is no site that is read; the sites are "
-                f"{shortened([repr(each) for each in known])}"
+                f"rename names {name!r}, which is {what}; the sites are "
+                f"{shortened([repr(each) for each in sites])}"
             )
-    names = {name: rename.get(name, name) for name in known}
+        names[next(iter(found))] = new
     for name, count in Counter([_TOKENS, *names.values()]).items():
         if count > 1:
             raise OptionError(

@@ -22,7 +22,7 @@ class Site:
     Options that are left at None come from `capture`.
 
     Args:
-        name: A name, a glob or a module of the model.
+        name: A name, an ending of names, a glob or a module of the model.
         slice: What to select along the named axes; see `capture`. `{}` selects everything.
         dtype: The dtype of captured floating-point activations.
         device: The device that captured activations move to.

@@ -1,5 +1,6 @@
 """What the commands take: their arguments and options, and how what is refused is said."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,15 +55,15 @@ Pattern = Annotated[
     str | None,
     typer.Argument(
         metavar="PATTERN",
-        help="A glob, in quotes: `*` stays within two dots, `**` spans them. Without a dot it "
-        "matches the last part of a name.",
+        help="A name, the end of one, or a glob in quotes: `*` stays within two dots, `**` spans "
+        "them, `[8-11]` is those numbers. Without a dot it matches the last part of a name.",
     ),
 ]
 Hooks = Annotated[
     list[str],
     typer.Argument(
         metavar="HOOK",
-        help="Hook names, or globs in quotes; `actctx names MODEL` lists them.",
+        help="Hook names, ends of them, or globs in quotes; `actctx names MODEL` lists them.",
     ),
 ]
 Text = Annotated[
@@ -98,12 +99,17 @@ BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a for
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
 
 
+# Where the library says how to switch a hook point on.
+_SWITCH = re.compile(r" is off: call (model\..*) first")
+
+
 @contextmanager
 def errors_as_messages(model: str) -> Iterator[None]:
     try:
         yield
     except ActctxError as error:
         message = str(error).replace("actctx.hook_names(model)", f"actctx names {model}")
+        message = _SWITCH.sub(r" is off, which only Python can change, with \1", message)
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
         raise typer.Exit(2) from None
 

@@ -136,7 +136,8 @@ def site(
     """Say where a field of a `Schema` is captured, and how; the options are those of `Site`.
 
     Args:
-        name: A name or a module of the model. A glob captures every layer that it matches.
+        name: A name or a module of the model. An ending or a glob captures every layer that it
+            matches.
         slice: See `Site`, as for all options that follow.
         dtype: See `Site`.
         device: See `Site`.

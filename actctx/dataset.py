@@ -47,9 +47,9 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     Args:
         path: Where `extract` wrote it: a directory, or the address of an object store.
-        sites: The names of the sites to read, or of their hooks, or globs of either; by default
-            all. The others cost nothing. Each is read under the name that it is asked for by, or
-            that a glob matches.
+        sites: The names of the sites to read, or of their hooks, or endings or globs of either, as
+            in `capture`, or the alias of several; by default all. The others cost nothing. Each
+            is read under the name that it is asked for by, or that an ending or a glob matches.
         where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. It may name any
             site, in backticks where the name has dots, and its elements, counted from 1. What
             matches is found once, and takes 8 bytes of memory a row that does.
@@ -64,6 +64,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         DataError: There is no data set at the path, or it is damaged, of a later version, or of
             another model.
         NotCapturedError: It has no such site, or several of the hook.
+        HookNameError: A glob has a bracket that means nothing.
         OptionError: Lance does not understand the condition, or is not installed.
 
     Example:
@@ -145,7 +146,8 @@ class ActivationDataset(Dataset[StoredBatch]):
         Beside what is returned a few megabytes are needed.
 
         Args:
-            name: The name of a site that is read, or of its hook, or of another column.
+            name: The name of a site that is read, or of its hook, or an ending or a glob that
+                means no other; or the name of another column.
 
         Returns:
             A tensor with a row for each of the data set's; or a list where it holds no numbers, or

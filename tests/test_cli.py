@@ -258,10 +258,36 @@ def test_the_file_says_what_it_holds(tiny, out):
 
 
 def test_sites_that_matched_and_never_fired_are_named(tiny):
-    result = capture(tiny, "blocks.*.attn.hook_res*", texts=["one"])
-    assert result.stderr == (
-        "note: matched, but never fired: blocks.0.attn.hook_result, blocks.1.attn.hook_result\n"
+    result = capture(tiny, "blocks.*.attn.hook_[rz]*", texts=["one"])
+    missing = [word.rstrip(",") for word in result.stderr.split() if word.startswith("blocks.")]
+    assert result.stderr.startswith("note: matched, but never fired: blocks.0.attn.hook_r")
+    assert {"blocks.0.attn.hook_result", "blocks.1.attn.hook_result"} <= {*missing}
+    assert "blocks.0.attn.hook_z" in result.stdout
+
+
+def test_a_glob_of_what_is_switched_off_is_refused(tiny):
+    said = refusal("capture", tiny, "blocks.*.attn.hook_res*", "--prompt", "one")
+    assert said == (
+        "'blocks.*.attn.hook_res*' would never fire, since it means only "
+        "'blocks.0.attn.hook_result', 'blocks.1.attn.hook_result': use_attn_result is off, which "
+        "only Python can change, with model.set_use_attn_result(True)"
     )
+
+
+@pytest.mark.parametrize("name", ["hook_z", "attn.hook_z", "blocks.*.attn.hook_z", "**.hook_[z]"])
+def test_a_name_means_the_same_to_names_and_capture(tiny, name):
+    expected = ["blocks.0.attn.hook_z", "blocks.1.attn.hook_z"]
+    listed = actctx("names", tiny, name).stdout.splitlines()
+    assert [line.split()[1] for line in listed] == expected
+    shown = capture(tiny, name, texts=["one"]).stdout.splitlines()
+    assert [line.split()[0] for line in shown if "hook_z" in line] == expected
+
+
+def test_a_bracket_that_means_nothing_is_refused(tiny):
+    for command in (["names"], ["capture", "--prompt", "one"]):
+        said = refusal(command[0], tiny, "blocks.[0:3].hook_out", *command[1:])
+        assert said.startswith("'[0:3]' in 'blocks.[0:3].hook_out' is not a valid bracket: ")
+        assert said.endswith("write '[0-2]'")
 
 
 def test_forwards_stop_after_the_last_site(loaded):

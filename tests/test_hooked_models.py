@@ -15,7 +15,7 @@ from models import (
 )
 from torch import nn
 
-from actctx import HooksRemovedError, SeveralFiringsError, Site, Stopped, capture
+from actctx import HooksRemovedError, NeverFiredError, SeveralFiringsError, Site, Stopped, capture
 from actctx._axes import axis_sizes
 from actctx._caches import count_cache_bytes, estimate_cache_bytes
 
@@ -242,6 +242,30 @@ def test_a_hooked_module_of_ones_own_is_captured(ids):
 
     acts = _agrees(Toy(), ids)
     assert acts.axes("hook_middle") == ("_", "_", "_")
+
+
+# What is switched off.
+
+
+@hooked
+@pytest.mark.parametrize("name", ["hook_result", "hook_q_input", "hook_attn_in", "hook_mlp_in"])
+@pytest.mark.parametrize("options", [{}, LLAMA, {"attn_only": True, "d_mlp": None}])
+def test_what_is_advised_for_what_is_off_works_when_followed(name, options, ids):
+    model = tiny_transformer(**options)
+    with pytest.raises(NeverFiredError) as caught:
+        capture(model, name).__enter__()
+    said = str(caught.value)
+    if options and name == ("hook_attn_in" if options is LLAMA else "hook_mlp_in"):
+        flag = {"hook_attn_in": "use_attn_in", "hook_mlp_in": "use_hook_mlp_in"}[name]
+        assert f"{flag} is off, and " in said
+        with pytest.raises(AssertionError):
+            getattr(model, f"set_{flag}")(True)  # noqa: FBT003  as TransformerLens has it
+        return
+    call = said.partition(": call model.")[2].removesuffix("(True) first")
+    getattr(model, call)(True)  # noqa: FBT003
+    with capture(model, name) as acts:
+        model(ids)
+    assert len(acts) == 2
 
 
 # The norm before attention, which TransformerLens 3 runs for queries, keys and values one by one.

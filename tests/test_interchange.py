@@ -62,8 +62,8 @@ def test_sites_are_renamed_for_saelens(data, tmp_path):
     ("rename", "message"),
     [
         (
-            {"hook_z": "z"},
-            f"rename names 'hook_z', which is no site that is read; the sites are {RESID!r}, {Z!r}",
+            {"hook_q": "z"},
+            f"rename names 'hook_q', which is no site that is read; the sites are {RESID!r}, {Z!r}",
         ),
         ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each another name"),
         ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each another name"),

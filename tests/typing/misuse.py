@@ -46,6 +46,26 @@ def norms(acts: Acts, model: nn.Module, tokens: Tensor) -> Tensor:
     return acts.resid
 
 
+class Study:
+    """Holds what is studied."""
+
+    @captures("blocks.0.hook_resid_post", model=model)
+    def norms(self, acts: Activations, tokens: Tensor) -> Tensor:
+        """Receive the buffer behind `self`."""
+        return acts.tensor
+
+    @captures(Acts, model=model)
+    def typed(self, acts: Acts, tokens: Tensor) -> Tensor:
+        """Receive the schema behind `self`."""
+        return acts.resid
+
+
+Study().norms(acts.activations, tokens)  # refused
+Study().norms()  # refused
+Study().norms(3)  # refused
+Study().norms(tokens).lower()  # refused
+Study().typed(acts, tokens)  # refused
+Study().typed(tokens).lower()  # refused
 norms(acts, model, tokens)  # refused
 norms(model)  # refused
 norms(model, 3)  # refused
