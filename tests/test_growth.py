@@ -133,7 +133,7 @@ def test_the_model_runs_once_however_many_captures_ask():
 def test_the_run_touches_nothing():
     model = bridge()
     fired = []
-    model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda value, hook: fired.append(value))
+    model.hook_dict["blocks.0.hook_resid_post"].add_hook(lambda value, hook: fired.append(value))  # noqa: ARG005  so named by TransformerLens
     model.blocks[0].register_forward_hook(lambda *_: fired.append(0))
     before, weights = hooks_of(model), [*model.parameters()]
     state = torch.get_rng_state()
