@@ -14,12 +14,13 @@ own. Interceptors nest where captures watch a model and a part of it. A forward 
 in the whole chain of frames waits for a site, and it stops in the outermost.
 """
 
+import contextlib
 import functools
 import inspect
 import types
 import weakref
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, Never, Protocol, runtime_checkable
 
@@ -122,6 +123,24 @@ class Frame:
 _FRAME: ContextVar[Frame | None] = ContextVar("actctx_frame", default=None)
 running_frame = _FRAME.get
 """Returns the innermost frame of this thread and context; bare, since every firing asks."""
+
+
+_UNWATCHED: ContextVar[bool] = ContextVar("actctx_unwatched", default=False)
+is_unwatched = _UNWATCHED.get
+"""Tells whether what runs in this thread and context is nobody's forward."""
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Run something that no capture is to see, within a forward of a capture or outside of one."""
+    frame, before = _FRAME.get(), _UNWATCHED.get()
+    try:
+        _FRAME.set(None)
+        _UNWATCHED.set(True)
+        yield
+    finally:
+        _FRAME.set(frame)
+        _UNWATCHED.set(before)
 
 
 def frame_of(watcher: Watcher) -> Frame | None:

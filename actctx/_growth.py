@@ -28,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from actctx._axes import Axes, Growth, grown_axes
+from actctx._forward import unwatched
 from actctx._hooks import Hook
 from actctx._outputs import Inputs
 from actctx._parallel import is_cut
@@ -217,7 +218,7 @@ def _settings(model: nn.Module) -> object:
 def _grown(model: nn.Module) -> Grown | None:
     if is_cut(model):  # whose processes would have to run together
         return None
-    with _disable_current_modes():  # those of a caller
+    with unwatched(), _disable_current_modes():  # those of a caller
         for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
             for sample in samples_of(model):
                 with contextlib.suppress(Exception):  # whatever a model raises that lacks values

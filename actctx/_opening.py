@@ -17,7 +17,15 @@ from actctx._caches import estimate_cache_bytes
 from actctx._eager import run_compiled, run_eagerly
 from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
 from actctx._flags import is_repeated, is_switched_off
-from actctx._forward import Frame, Interceptor, Watcher, frame_of, running_frame, stop_if_done
+from actctx._forward import (
+    Frame,
+    Interceptor,
+    Watcher,
+    frame_of,
+    is_unwatched,
+    running_frame,
+    stop_if_done,
+)
 from actctx._grad import GradMode
 from actctx._hooks import Hook
 from actctx._known_faults import is_given_cache, lost_cache, warn
@@ -193,6 +201,8 @@ class Opening(Generic[B]):
 
     def is_visible(self) -> bool:
         """Whether the running thread and context are those that opened the capture."""
+        if is_unwatched():
+            return False
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
 
     def miss(self) -> None:

@@ -6,7 +6,9 @@ what a model does, so that the model itself stays as it is, and nothing is held 
 """
 
 import copy
+import functools
 import types
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -52,12 +54,11 @@ def stand_in(
             _remember(module, memo, instead)
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
-                new.__dict__[name] = _copied(value, memo)
+                new.__dict__[name] = _copied(value, made, memo)
             if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
                 new.__dict__["forward"] = new.__dict__["_old_forward"]
         for module in kept:
-            for handle in vars(module).get("fwd_hooks", ()):
-                _pass_on(module, handle, made)
+            _pass_on(module, made)
     return made[model], made
 
 
@@ -76,37 +77,69 @@ def _remember(module: nn.Module, memo: dict[int, Any], instead: Callable[[Tensor
             memo.setdefault(id(owner), owner)  # such as the adapter that a bridge was made by
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> Any:
+    if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
+        return _rebound(value, made, set())  # such as a forward that TransformerLens puts in place
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # noqa: BLE001  what cannot be copied is not what a forward changes
         return value
 
 
-def _pass_on(point: Any, handle: Any, made: Mapping[nn.Module, Any]) -> None:
-    """Have the stand-in of a hook point run another one, where TransformerLens' own hook does."""
-    if not getattr(handle, "is_permanent", False):
+def _pass_on(module: Any, made: Mapping[nn.Module, Any]) -> None:
+    """Have a stand-in run other hook points where hooks of TransformerLens' own do that."""
+    new = made[module]
+    if "fwd_hooks" in vars(module):
+        for handle in module.fwd_hooks:
+            registered = module._forward_hooks.get(handle.hook.id)
+            for function in _held(registered) if getattr(handle, "is_permanent", False) else ():
+                if _is_of_the_lens(function):
+                    new.add_hook(_rebound(function, made, set()), is_permanent=True)
         return
-    registered = point._forward_hooks.get(handle.hook.id)
-    for function in _held(registered):
-        is_function = isinstance(function, types.FunctionType)
-        if is_function and function.__module__.startswith("transformer_lens"):
-            made[point].add_hook(_within(function, made), is_permanent=True)
+    for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+        for number, hook in [*vars(module).get(hooks, {}).items()]:
+            if _is_of_the_lens(hook):
+                vars(new)[hooks][number] = _rebound(hook, made, set())
+                if number in vars(module)[f"{hooks}_with_kwargs"]:
+                    vars(new)[f"{hooks}_with_kwargs"][number] = True
 
 
-def _within(function: types.FunctionType, made: Mapping[nn.Module, Any]) -> types.FunctionType:
-    """Return a function that refers to the stand-ins of the modules that it refers to."""
+def _is_of_the_lens(hook: Any) -> bool:
+    is_function = isinstance(hook, types.FunctionType)
+    return is_function and hook.__module__.startswith("transformer_lens")
+
+
+def _rebound(value: Any, made: Mapping[nn.Module, Any], seen: set[int]) -> Any:
+    """Return what a function holds, or is a method of, with stand-ins in place of modules."""
+    if isinstance(value, nn.Module):
+        module = value.train.__self__ if isinstance(value, weakref.ProxyTypes) else value
+        return made.get(module, module)
+    if id(value) in seen:  # a function that refers to itself
+        return value
+    again = functools.partial(_rebound, made=made, seen={*seen, id(value)})
+    if isinstance(value, types.MethodType):
+        return types.MethodType(again(value.__func__), again(value.__self__))
+    if isinstance(value, functools.partial):
+        arguments = {name: again(each) for name, each in value.keywords.items()}
+        return functools.partial(again(value.func), *map(again, value.args), **arguments)
+    if not isinstance(value, types.FunctionType) or not value.__closure__:
+        return value
+    empty = types.CellType()
     cells = [
-        types.CellType(made.get(each, each) if isinstance(each, nn.Module) else each)
-        for each in _held(function)
+        cell if cell == empty else types.CellType(again(cell.cell_contents))
+        for cell in value.__closure__
     ]
-    return types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, closure=tuple(cells)
+    new = types.FunctionType(
+        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
     )
+    new.__dict__.update(value.__dict__)
+    new.__kwdefaults__ = value.__kwdefaults__
+    return new
 
 
 def _held(function: Any) -> list[Any]:
-    return [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    cells = getattr(function, "__closure__", None) or ()
+    return [cell.cell_contents for cell in cells if cell != types.CellType()]
 
 
 def hollow(model: nn.Module, mode: Any) -> Any:
