@@ -41,6 +41,7 @@ MASKS = ("attention_mask", "one_zero_attention_mask")
 
 _NAMES = (*MASKS, "decoder_attention_mask")
 _POSITIONS = ("position_ids", "decoder_position_ids")
+_PADS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 _LENGTHS = "_get_feat_extract_output_lengths"
 
 
@@ -68,6 +69,7 @@ class Padding:
         self._lines = Lines(model)
         self._sides: Sides | None = None
         self._widths: set[int] = set()
+        self._fills = False
         self._previous: Start | None = None
         self._warned: set[str] = set()
         # On a GPU nothing is waited for in a forward: whether a slice took padding is told later.
@@ -88,6 +90,7 @@ class Padding:
                 yield Hook(inner, "original_model", _weakly(self._note_returned), io="out")
         if isinstance(self._asked, str):
             self._widths = widths_of(self._model)
+            self._fills = any(map(_fills_up, inner.modules()))
             for name, table in tables_of(self._model):
                 yield Hook(table, name, _weakly(self._look_up), io="out")
 
@@ -299,6 +302,8 @@ class Padding:
         end = before + (ran or 0)
         if side != "encoder" and pos == _kept_logits(frame.inputs, ran) and width in {end, limit}:
             return _Given(given[:, end - pos : end], end - pos)
+        if pos > width and not before and side != "decoder" and self._pads(site):
+            return _Given(nn.functional.pad(given, (0, pos - width)), 0)
         frames = None if side == "decoder" else self._frames(given, pos, site)
         if frames is None and given.shape[0] == shape[0]:
             holds = f"its cache holds {before} positions" if before else "no cache holds the rest"
@@ -309,6 +314,14 @@ class Padding:
                 "mask=, or give capture a mask of its positions"
             )
         return _Given(given if frames is None else frames, 0)
+
+    def _pads(self, site: WatchedSite) -> bool:
+        """Tell whether a part that holds a site fills sequences up on the right for itself."""
+        return any(
+            any(inner is site.place.module for inner in module.modules())
+            for module in core_of(self._model).modules()
+            if _fills_up(module)
+        )
 
     def _frames(
         self, mask: Bool[Tensor, "batch samples"], count: int, site: WatchedSite
@@ -351,7 +364,8 @@ class Padding:
         if frame.masks[self, "start"].is_cached:
             return
         for mask in self._padded_left(frame):
-            if counts_padding(value, mask, self._widths):
+            seen = value[..., : mask.shape[1], :] if self._fills and value.dim() > 1 else value
+            if counts_padding(seen, mask, self._widths):
                 self._warn_left()
                 return
 
@@ -476,6 +490,11 @@ def _mask_of_generate(
         return None
     real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
     return real
+
+
+def _fills_up(module: nn.Module) -> bool:
+    """Tell whether a module fills sequences up to a multiple of a length, on the right."""
+    return any(hasattr(type(module), name) for name in _PADS)
 
 
 def _selects_positions(site: WatchedSite) -> bool:

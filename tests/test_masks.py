@@ -157,6 +157,24 @@ def test_logits_of_the_last_positions_take_the_last_of_the_mask(llama, ids):
     assert expected[0] not in where
 
 
+@pytest.mark.parametrize("kind", ["Longformer", "LED"])
+def test_what_a_model_fills_up_for_itself_is_padding(kind, ids):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 64, "vocab_size": VOCAB, "pad_token_id": 0}
+    sizes = _TWO_SIDED if kind == "LED" else sizes
+    config = getattr(transformers, f"{kind}Config")(**sizes, attention_window=4)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    name = "encoder.layers.0" if kind == "LED" else "encoder.layer.0"
+    more = {"decoder_input_ids": ids} if kind == "LED" else {}
+    with capture(model, Site(name, axes="batch pos d_model"), mask="attention") as acts:
+        model(ids * RIGHT, attention_mask=RIGHT, **more)
+    assert acts.positions(name).tolist() == RIGHT.nonzero().tolist()
+    whole = _hooked(model, name, ids * RIGHT, attention_mask=RIGHT, **more)
+    assert whole.shape[1] == 8
+    assert torch.equal(acts.tensor, whole[:, :7][RIGHT.bool()])
+
+
 # Sound: a mask of samples, and sites of frames.
 
 
@@ -666,6 +684,17 @@ def test_the_remedies_of_left_padding_are_right(ids):
         acts, said = run(**given)
         assert not said
         assert torch.allclose(acts["logits"], expected, atol=1e-5)
+
+
+def test_left_padding_of_an_encoder_that_fills_up_for_itself_is_told_of(ids):
+    torch.manual_seed(0)
+    model = transformers.LEDModel(transformers.LEDConfig(**_TWO_SIDED, attention_window=4)).eval()
+    site = Site("encoder.layers.0", axes="batch pos d_model")
+    for mask, count in [(RIGHT, 0), (LEFT, 1)]:
+        _, said = _opened(model, site, mask="attention")(
+            ids * mask, attention_mask=mask, decoder_input_ids=ids
+        )
+        assert len(said) == count
 
 
 def test_left_padding_of_an_encoder_is_told_of_without_a_remedy_that_it_lacks(ids):
