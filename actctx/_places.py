@@ -8,13 +8,8 @@ from torch import nn
 
 from actctx._axes import Axes, hook_axes, running_order, ungrouped
 from actctx._globs import is_glob, matcher, matches
-from actctx._translated import (
-    Reading,
-    Translation,
-    is_hugging_face,
-    translate,
-    why_wrapped,
-)
+from actctx._translated import is_hugging_face, translate, why_wrapped
+from actctx._translation import Reading, Translation
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,7 +19,7 @@ from actctx._outputs import tensor_of
 from actctx._places import Place
 from actctx._rows import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select import Selector, Slice, parse_slice
-from actctx._translated import Reading
+from actctx._translation import Reading
 from actctx._typed import Sizes
 
 

@@ -26,6 +26,8 @@ ROOMS = (
     "_patterns",
     "_stand_in",
     "_dry_run",
+    "_translation",
+    "_walk",
     "_translated",
     "_globs",
     "_places",
