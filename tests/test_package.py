@@ -102,7 +102,7 @@ ROOMS = (
     "__main__",
 )
 # Files that hold one idea, though it takes more than 400 lines without docstrings.
-OF_ONE_IDEA = ("_masks", "_translated")
+OF_ONE_IDEA = ("_masks",)
 LAZY = (
     "torch",
     "numpy",
