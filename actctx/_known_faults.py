@@ -42,6 +42,17 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
         )
 
 
+def mask_fault(model: nn.Module) -> str | None:
+    """Say what is wrong with a bridge whose forward is given a mask; None where nothing is."""
+    if getattr(_bridged_config(model), "model_type", None) != "openai-gpt":
+        return None
+    return (
+        f"{_lens()} lets the tokens of OpenAI GPT attend to those behind them where a forward is "
+        "given an attention_mask, also one without padding, so what is captured is wrong; run "
+        "sequences of one length without a mask, or capture from the Hugging Face model itself"
+    )
+
+
 def is_given_cache(given: Mapping[str, Any]) -> bool:
     """Whether a forward is called with a KV cache, by its name."""
     return any(given.get(name) is not None for name in _CACHES)

@@ -29,6 +29,7 @@ from actctx._absolute import counts_padding, has_bare_table, is_padded_left, tab
 from actctx._errors import OptionError, SelectionError
 from actctx._forward import Frame, running_frame
 from actctx._hooks import Hook
+from actctx._known_faults import mask_fault
 from actctx._lines import Lines, Start, generating, positions_of
 from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
@@ -348,6 +349,9 @@ class Padding:
         frame = self._frame()
         if frame is not None:
             frame.masks[self, "given"] = given.kwargs
+        fault = mask_fault(self._model)
+        if fault is not None and isinstance(given.kwargs.get("attention_mask"), Tensor):
+            self._warn("fault", fault)
 
     def _note_returned(self, output: Any) -> None:
         frame = self._frame()

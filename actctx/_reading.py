@@ -11,6 +11,7 @@ from actctx._errors import OptionError
 from actctx._index import whole_number
 from actctx._inputs import Reading
 from actctx._items import MASKS, TOKENS
+from actctx._known_faults import mask_fault
 from actctx._table import counted
 
 _USUAL = frozenset(
@@ -115,7 +116,8 @@ def taken_by(model: Any) -> frozenset[str]:
     within = _within(model) if _takes_anything(model) else None
     if within is not None:
         names = names - {*MASKS} | taken_by(within)
-    return frozenset(names)
+    # A mask that makes a bridge wrong is not one that it takes: it runs sequences of one length.
+    return frozenset(names - {*MASKS} if mask_fault(model) else names)
 
 
 def _passed_on_by(model: Any) -> frozenset[str]:

@@ -7,7 +7,16 @@ import warnings
 import pytest
 import torch
 import transformers
-from models import ARCHITECTURES, GENERATION, OLD_CACHE, bridge, bridge_of, huggingface, tokens
+from models import (
+    ARCHITECTURES,
+    GENERATION,
+    OLD_CACHE,
+    bridge,
+    bridge_of,
+    huggingface,
+    plainly_hooked,
+    tokens,
+)
 
 from actctx import Site, _known_faults, capture, captures
 
@@ -160,3 +169,28 @@ def test_generating_with_a_lost_cache_is_warned_of_and_without_one_is_not():
     with pytest.warns(UserWarning, match="install 'transformers<5.24', or generate without a"):
         wrong, _ = generated(model)
     assert not torch.equal(right, wrong)
+
+
+def test_a_bridge_of_openai_gpt_that_is_given_a_mask_is_warned_of(ids):
+    model = bridge("OpenAIGPTLMHeadModel")
+    with capture(model, "blocks.0.hook_mlp_out"):
+        model(ids)
+    with capture(model, "blocks.0.hook_mlp_out"):
+        with pytest.warns(UserWarning, match="attend to those behind them"):
+            model(ids, attention_mask=torch.ones_like(ids))
+        model(ids, attention_mask=torch.ones_like(ids))  # once is enough
+
+
+def test_rows_of_openai_gpt_are_those_of_sequences_that_run_alone(tmp_path):
+    pytest.importorskip("lance")
+    from actctx.dataset import ActivationDataset
+    from actctx.extract import extract
+
+    model, name = bridge("OpenAIGPTLMHeadModel"), "blocks.1.hook_mlp_out"
+    texts = [tokens()[0, :length] for length in (3, 7, 5)]
+    extract(model, [{"input_ids": each} for each in texts], name, tmp_path / "acts.lance")
+    data = ActivationDataset(tmp_path / "acts.lance")
+    for number, text in enumerate(texts):
+        (alone,) = plainly_hooked(model, text[None])["blocks.1.mlp.hook_out"]
+        rows = data.read(name)[data.read("sequence") == number]
+        torch.testing.assert_close(rows, alone[0], atol=1e-5, rtol=1e-5)
