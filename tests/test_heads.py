@@ -204,7 +204,9 @@ def test_parts_that_are_no_whole_heads_are_refused():
 
 
 @pytest.mark.parametrize(
-    "mode", [lambda: torch.device("meta"), torch.inference_mode, FakeTensorMode], ids=str
+    "mode",
+    [lambda: torch.device("meta"), torch.inference_mode, FakeTensorMode],
+    ids=["meta", "inference", "fake"],
 )
 def test_a_joint_projection_is_divided_in_any_mode(mode):
     model = huggingface("GPTNeoXForCausalLM")
