@@ -111,9 +111,8 @@ def capture(
             once more when it is read.
         grad: Whether the captured tensors stay in the autograd graph. Block and forwards then
             run with gradients.
-        check: Whether every activation is checked against the sizes in the model's config, and
-            the fields of a `Schema` against their annotations. The environment variable
-            `ACTCTX_CHECK=0` switches that off everywhere.
+        check: Whether the fields of a `Schema` are checked against their annotations. The
+            environment variable `ACTCTX_CHECK=0` switches that off everywhere.
 
     Returns:
         A context manager. `with capture(...) as acts` gives an `Activations` buffer, or the

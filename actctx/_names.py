@@ -28,8 +28,8 @@ class Site:
         device: The device that captured activations move to.
         io: `"out"` captures what the module returns, `"in"` what it is given. A hook point has
             one value for both.
-        axes: Names for the axes of a module whose axes are not known, such as
-            `"batch pos d_model"`.
+        axes: Names for the axes, such as `"batch pos d_model"`, which hold whatever the name of the
+            site and a run of the model would tell.
         output: Which tensor to capture of a module that returns several: a position, or a name
             in a mapping, a dataclass or a `ModelOutput`; with `io="in"` of its inputs, by
             position or by the name of the parameter. By default the first.
