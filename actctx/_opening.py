@@ -341,9 +341,9 @@ class Opening(Generic[B]):
         tell = None
         if axes is None:
             teller = Teller.of(self._model, site)
-            if site.needs_axes:
+            if site.needs_axes or self._options.capacity is not None:
                 axes = teller.axes(site.place.name, shape, numbers)
-                if axes is None:
+                if axes is None and site.needs_axes:
                     raise site.refuse_axes(shape)
             else:
                 tell = teller.later(site, shape, numbers)

@@ -55,8 +55,8 @@ def stand_in(
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
                 new.__dict__[name] = _copied(value, made, memo)
-            if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
-                new.__dict__["forward"] = new.__dict__["_old_forward"]
+            if new.__dict__.pop("_hf_hook", None) is not None:  # accelerate's, to fetch weights
+                new.__dict__["forward"] = new.__dict__.pop("_old_forward")
         for module in kept:
             _pass_on(module, made)
     return made[model], made

@@ -146,7 +146,7 @@ class WatchedSite:
     @property
     def needs_axes(self) -> bool:
         """Whether it has to be known, from the first activation on, where its axes lie."""
-        joins = self.options.capacity is not None or self.options.join not in {None, "batch"}
+        joins = self.options.join not in {None, "batch"}
         return self.rows is not None or self.selects_by_name or joins
 
     def refuse_axes(self, shape: torch.Size) -> AxisError:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import (
     ActctxError,
+    AxisError,
     DataError,
     OptionError,
     SelectionError,
@@ -637,20 +638,6 @@ def test_errors_number_sequences_as_the_input_does(gpt2, out):
     ("site", "options", "message"),
     [
         (
-            "block",
-            {},
-            "a data set has rows of tokens, but 'block' has no 'batch' and 'pos' axes to find them "
-            "by: its axes are not known; name them with Site(axes='batch pos ...'), or leave it "
-            "out",
-        ),
-        (
-            "block",
-            {"slice": {"pos": -1}},
-            "a data set has rows of tokens, but 'block' has no 'batch' and 'pos' axes to find them "
-            "by: its axes are not known; name them with Site(axes='batch pos ...'), or leave it "
-            "out",
-        ),
-        (
             BLOCK,
             {"slice": {"batch": 0}},
             "the slice of 'block' selects along 'batch', which a data set does not allow; leave "
@@ -840,3 +827,15 @@ def test_positions_of_roberta_begin_behind_its_padding(out):
     model = transformers.RobertaModel(config).eval()
     done = extract(model, [[5] * 30], Site("encoder.layer.0", axes="batch pos d"), out)
     assert (done.rows, done.cut) == (18, 12)
+
+
+@pytest.mark.parametrize("options", [{}, {"slice": {"pos": -1}}])
+def test_a_site_whose_axes_nothing_tells_leaves_no_rows(out, options):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(AxisError) as refused:
+        extract(model, tokens(), "0", out, **options)
+    assert str(refused.value) == (
+        "a data set has rows of tokens, but '0' has no 'batch' and 'pos' axes to find them by: its "
+        "axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
+    )
+    assert not out.exists()
