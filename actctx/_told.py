@@ -43,12 +43,16 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
 
     """
     for given in forwards:
-        tokens = [each for name, each in given.items() if _holds_tokens(name, each)]
+        found = {name: each for name, each in given.items() if _holds_tokens(name, each)}
+        # Others have two axes as well, such as the sizes of pictures.
+        named = [each for name, each in found.items() if name.endswith(_TOKENS)]
+        tokens = named or [*found.values()]
         if tokens:
             return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens))
     return Numbers()
 
 
+_TOKENS = ("input_ids", "inputs_embeds")
 _OTHER = ("mask", "position", "type", "label", "past")
 _WITH_TOKENS = 2
 
