@@ -15,17 +15,14 @@ runs for real, on a few tokens.
 
 import contextlib
 import functools
-import logging
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._forward import unwatched
@@ -34,7 +31,7 @@ from actctx._outputs import Inputs
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
-from actctx._stand_in import stand_in
+from actctx._stand_in import stand_in, undisturbed
 
 
 class _Shape(NamedTuple):
@@ -218,7 +215,7 @@ def _settings(model: nn.Module) -> object:
 def _grown(model: nn.Module) -> Grown | None:
     if is_cut(model):  # whose processes would have to run together
         return None
-    with unwatched(), _disable_current_modes():  # those of a caller
+    with unwatched(), undisturbed(model):
         for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
             for sample in samples_of(model):
                 with contextlib.suppress(Exception):  # whatever a model raises that lacks values
@@ -258,30 +255,10 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
     """Run a copy of a model on samples, and see what each module is given and returns."""
     runs: list[Run] = []
     _take_notes(copies, runs)
-    with _undisturbed():
-        for args, kwargs in sample.calls(copied):
-            runs.append(weakref.WeakKeyDictionary())
-            copied(*args, **kwargs)
+    for args, kwargs in sample.calls(copied):
+        runs.append(weakref.WeakKeyDictionary())
+        copied(*args, **kwargs)
     return Grown(runs[0], dict(zip(sample.grown, runs[1:], strict=True)))
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the caller's grad, inference and autocast modes, and keep torch from logging."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 class _Answers(TorchFunctionMode):

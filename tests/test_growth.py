@@ -1,5 +1,6 @@
 """Where axes lie: told by names where sizes leave no doubt, else by a run of the model."""
 
+import logging
 import threading
 
 import pytest
@@ -10,6 +11,8 @@ from torch import nn
 from actctx import AxisError, SelectionError, Site, capture
 from actctx._axes import grown_axes
 from actctx._growth import grown, growth_at
+from actctx._stand_in import undisturbed
+from actctx._told import numbers_of
 
 BATCH, POS, BOTH, ROWS = (
     frozenset(each) for each in (["batch"], ["pos"], ["rows", "pos"], ["rows"])
@@ -142,6 +145,54 @@ def test_the_run_touches_nothing():
     assert hooks_of(model) == before
     assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_model_keeps_of_its_forwards_is_not_added_to(ids):
+    class Noted(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.kept = {"losses": [], "of": self.head}
+
+        def forward(self, ids):
+            hidden = super().forward(ids)
+            self.kept["losses"].append(hidden.mean())
+            return hidden
+
+    model = Noted()
+    model(ids)  # whose graph keeps torch from copying the list
+    assert grown(model) is not None
+    assert len(model.kept["losses"]) == 1
+
+
+def test_a_module_that_a_patched_forward_has_as_a_default_does_not_run():
+    model, fired = Mlp(), []
+    model.head.forward = lambda value, other=model.block: other(value)
+    model.block.register_forward_hook(lambda *_: fired.append(0))
+    assert grown(model) is not None
+    assert fired == []
+
+
+def test_runs_in_two_threads_leave_the_levels_of_loggers_as_they_were():
+    logger, before = logging.getLogger("transformers"), logging.getLogger("transformers").level
+    entered, left = threading.Event(), threading.Event()
+
+    def run():
+        with undisturbed(Mlp()):
+            entered.set()
+            left.wait()
+
+    beside = threading.Thread(target=run)
+    with undisturbed(Mlp()):
+        beside.start()
+        entered.wait(0.2)  # in vain, as it has to wait itself
+    left.set()
+    beside.join()
+    assert logger.level == before
+
+
+def test_sequences_are_counted_by_tokens_and_not_by_sizes_of_pictures(ids):
+    sizes = torch.tensor([[1, 4, 4]])
+    assert numbers_of([{"image_grid_thw": sizes, "input_ids": ids}]) == (3, {7})
 
 
 def test_nothing_of_the_run_stays_in_a_capture_that_is_open(ids):
