@@ -137,7 +137,7 @@ class Opening(Generic[B]):
         """Put the hooks on, all or none.
 
         Returns:
-            The buffer. For a `"thread"`, whoever has it keeps the hooks on, until they are off.
+            The buffer. For a `"thread"`, the hooks stay on as long as somebody holds it.
 
         """
         try:
@@ -148,7 +148,7 @@ class Opening(Generic[B]):
             raise
 
     def _steps(self) -> Iterator[tuple[Action, Action]]:
-        """Tell what to do to open, and before it what undoes it, were it but half done."""
+        """Yield (undo, do) pairs; each undo must be safe even if its do was interrupted."""
         reference: weakref.ref[Watcher] = weakref.ref(self)
         if self._scope == "block":
             mode = GradMode(enabled=self.grad)
@@ -174,7 +174,7 @@ class Opening(Generic[B]):
         io = "point" if site.place.is_hook_point else site.io
         fire = _firing(weakref.ref(self), self._seen[site.key])
         if site.place.reading is not None and not site.exact:
-            fire = _wishing(fire)
+            fire = _if_returned(fire)
         return Hook(site.place.module, site.place.name, fire, io=io)
 
     def _notes(self) -> Iterator[Hook]:
@@ -294,7 +294,7 @@ class Opening(Generic[B]):
         if torch.is_inference_mode_enabled():
             with plain_mode():
                 return self._take(seen, activation, frame, number)
-        if seen.is_whole:  # what `_take` comes to, at once
+        if seen.is_whole:  # as `_take` does, but faster
             if activation.is_contiguous():
                 return Owned(activation.clone())  # torch takes a while to read the option below
             return Owned(activation.clone(memory_format=torch.contiguous_format))
@@ -437,21 +437,21 @@ def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any
     return fire
 
 
-def _wishing(fire: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Leave out what a module does not return this time, such as a pattern that it must be asked.
+def _if_returned(fire: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Leave out what a module does not return this time, such as a pattern that was not asked for.
 
-    A glob over TransformerLens' names is a wish: what it leaves out is among `acts.missing`.
+    What a glob over TransformerLens' names leaves out is listed in `acts.missing`.
     """
 
-    def wish(value: Any) -> None:
+    def fire_if_returned(value: Any) -> None:
         with contextlib.suppress(OutputError):
             fire(value)
 
-    return wish
+    return fire_if_returned
 
 
 def _ignore(_value: object) -> None:
-    """Stand in where nothing is to be done."""
+    """Do nothing."""
 
 
 def _enter(number: int) -> None:

@@ -1,9 +1,9 @@
-"""Where the axes of an activation lie: what its name proposes, held against what the model does.
+"""Where the axes of an activation lie: what its name proposes, checked against the model.
 
 # NOTE [Names propose, the model decides]
 In this order. The user's `Site(axes=...)` holds. Else the name of a hook point proposes axes, with
-the position where TransformerLens declares it. They are held against the numbers of sequences and
-of positions that the forward was given: where these leave no other axes, they hold. Where sizes
+the position where TransformerLens declares it. They are checked against the numbers of sequences
+and positions that the forward was given: where these leave no other axes, they hold. Where sizes
 coincide, or disagree, or no name proposes anything, the model is run with other sizes, and what
 grows tells (see `_growth`). What still cannot be told is refused, where something depends on it.
 """
