@@ -92,6 +92,11 @@ class Column:
         return all(_is_equal(first, other) for other in others)
 
     @property
+    def is_to_join(self) -> bool:
+        """Whether it holds several forwards that are to become one tensor."""
+        return self.join is not None and any(len(chunks) > 1 for chunks in self.firings)
+
+    @property
     def nbytes(self) -> int:
         """The bytes that it holds; with a capacity, those of the whole room."""
         if self.rooms:

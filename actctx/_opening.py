@@ -404,6 +404,9 @@ class Opening(Generic[B]):
 
         """
         self._padding.finish()
+        for seen in self._seen.values():  # while the model is there to tell
+            if seen.column.is_to_join:
+                seen.column.settle_axes()
         self._check_fired()
         if isinstance(self.handed, Schema):
             self.handed.check(more)

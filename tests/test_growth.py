@@ -1,5 +1,6 @@
 """Where axes lie: told by names where sizes leave no doubt, else by a run of the model."""
 
+import gc
 import logging
 import threading
 
@@ -92,6 +93,17 @@ def test_forwards_join_along_the_sequences_wherever_they_lie():
         for each in ids:
             model(each)
     expected = torch.cat([hidden_of(model, "layer", each) for each in ids], 1)
+    assert torch.equal(acts.tensor, expected)
+
+
+def test_forwards_join_where_their_axis_lies_once_the_model_is_gone():
+    model, ids = Swapped(), (tokens(4), tokens(2))
+    with capture(model, "layer") as acts:
+        for each in ids:
+            model(each)
+    expected = torch.cat([hidden_of(model, "layer", each) for each in ids], 1)
+    del model
+    gc.collect()
     assert torch.equal(acts.tensor, expected)
 
 
