@@ -9,6 +9,8 @@ import contextlib
 import copy
 import functools
 import logging
+import random
+import sys
 import threading
 import types
 import warnings
@@ -61,8 +63,7 @@ def stand_in(
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
                 new.__dict__[name] = _copied(value, made, memo)
-            if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
-                new.__dict__["forward"] = new.__dict__["_old_forward"]
+            _run_as_written(new)
         for module in kept:
             _pass_on(module, made)
     return made[model], made
@@ -99,6 +100,17 @@ def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> 
     with contextlib.suppress(Exception):
         return memo.setdefault(id(value), copy.copy(value))
     return value  # what cannot be copied at all is shared
+
+
+def _run_as_written(new: nn.Module) -> None:
+    """Have a stand-in run the forward of its class, not one that fetches weights or compiles."""
+    own = vars(new)
+    if "_old_forward" in own:  # of accelerate
+        own["forward"] = own["_old_forward"]
+    if isinstance(inner := new._modules.get("_orig_mod"), nn.Module):  # of torch.compile
+        own["forward"] = inner
+    if "_compiled_call_impl" in own:
+        own["_compiled_call_impl"] = None
 
 
 def _pass_on(module: Any, made: Mapping[nn.Module, Any]) -> None:
@@ -173,24 +185,45 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
     """
     devices = {each.device for each in model.parameters() if each.is_cuda}
-    loggers = [*map(logging.getLogger, _LOGGERS)]
     with (
         _ONE_AT_A_TIME,
         _disable_current_modes(),
         torch.inference_mode(mode=False),
         torch.no_grad(),
         torch.random.fork_rng(devices=devices),
-        warnings.catch_warnings(),
+        _drawing_aside(),
+        _silence(),
     ):
-        warnings.simplefilter("ignore")
-        levels = [logger.level for logger in loggers]
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
+        yield
+
+
+@contextlib.contextmanager
+def _drawing_aside() -> Iterator[None]:
+    """Give the random numbers of Python and NumPy, which older models draw, their state back."""
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy is not None:
+            numpy.random.set_state(drawn[1])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch and Hugging Face from warning of a run that the user did not ask for."""
+    loggers = [*map(logging.getLogger, _LOGGERS)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def hollow(model: nn.Module, mode: Any) -> Any:

@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
@@ -182,6 +184,30 @@ def test_a_module_that_a_patched_forward_has_as_a_default_does_not_run():
     model.block.register_forward_hook(lambda *_: fired.append(0))
     assert grown(model) is not None
     assert fired == []
+
+
+def test_random_numbers_go_on_as_without_the_run():
+    class Drawing(Mlp):
+        def forward(self, ids):
+            return super().forward(ids) + random.random() + np.random.rand()  # noqa: NPY002, S311  as older code draws
+
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  as above
+    assert grown(Drawing()) is not None
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002  as above
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parts_that_are_compiled_run_as_they_are_written(in_place):
+    def compiled(*_):
+        raise AssertionError
+
+    model = Mlp()
+    if in_place:
+        model.block.compile(backend=compiled)
+    else:
+        model.block = torch.compile(model.block, backend=compiled)
+    grew = growth_at(model, model.head, "out", lambda value: value)
+    assert grew.growth == (BATCH, POS, NONE)
 
 
 def test_runs_in_two_threads_leave_the_levels_of_loggers_as_they_were():
