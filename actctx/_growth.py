@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._forward import unwatched
 from actctx._hooks import Hook
-from actctx._outputs import Inputs
+from actctx._outputs import Inputs, tensor_of
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
@@ -59,12 +59,15 @@ class Grew(NamedTuple):
         shape: The shape that it had at first.
         is_whole: Whether it was seen what grows with the positions, and not only what grows with
             the sequences.
+        is_of_part: Whether a part of the model was run, whose sequences may be others, such as
+            images.
 
     """
 
     growth: Growth
     shape: torch.Size
     is_whole: bool
+    is_of_part: bool = False
 
     def axes(self, proposed: Axes | None, shape: tuple[int, ...] | None = None) -> Axes | None:
         """Name the axes of an activation; see `grown_axes`.
@@ -178,7 +181,7 @@ def growth_at(
         found = grown(part)
         grew = None if found is None else found.of(module, io, read)
         if grew is not None:
-            return grew
+            return grew._replace(is_of_part=part is not model)
     return None
 
 
@@ -219,8 +222,20 @@ def _grown(model: nn.Module) -> Grown | None:
         for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
             for sample in samples_of(model):
                 with contextlib.suppress(Exception):  # whatever a model raises that lacks values
-                    return way(model, sample)
+                    found = way(model, sample)
+                    return None if _has_positions_first(model, found) else found
     return None
+
+
+def _has_positions_first(model: nn.Module, found: Grown) -> bool:
+    """Tell whether a model takes ids to be `pos batch`, by its layers of torch that do so."""
+    layers = (nn.RNNBase, nn.MultiheadAttention)
+    for module in model.modules():
+        if isinstance(module, layers) and not module.batch_first:
+            grew = found.of(module, "in", functools.partial(tensor_of, "", output=None))
+            if grew is not None and [*map(set, grew.growth[:2])] == [{"batch"}, {"pos"}]:
+                return True
+    return False
 
 
 def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:

@@ -37,7 +37,14 @@ from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
 from actctx._table import counted, shortened
-from actctx._told import Numbers, Teller, numbers_of, plainly_told, proposed_axes
+from actctx._told import (
+    Numbers,
+    Teller,
+    has_other_sequences,
+    numbers_of,
+    plainly_told,
+    proposed_axes,
+)
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._values import check_capturable
@@ -323,9 +330,17 @@ class Opening(Generic[B]):
             AxisError, SelectionError: It does not have what is to be selected.
 
         """
-        if activation.dim() != seen.rank or not seen.column.firings:
+        is_as_before = activation.dim() == seen.rank and seen.column.firings
+        if not is_as_before or self._has_other_sequences(seen.site, activation.shape, frame):
             self._tell_axes(seen, activation.shape, frame)
         seen.check(activation.shape)
+
+    def _has_other_sequences(
+        self, site: WatchedSite, shape: torch.Size, frame: Frame | None
+    ) -> bool:
+        if not site.needs_axes or site.named_axes is not None:
+            return False
+        return has_other_sequences(site.known_axes, shape, self._numbers(frame).batch)
 
     def _tell_axes(self, seen: Seen, shape: torch.Size, frame: Frame | None) -> None:
         """Tell where the axes of a site lie, for activations of so many axes.

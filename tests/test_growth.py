@@ -109,6 +109,58 @@ def test_forwards_join_where_their_axis_lies_once_the_model_is_gone():
     assert torch.equal(acts.tensor, expected)
 
 
+@pytest.mark.parametrize("before", [[], [5]])
+def test_a_layout_that_only_long_texts_have_is_refused(before):
+    class Chunked(Mlp):
+        def forward(self, ids):
+            hidden = self.embed(ids)
+            is_long = ids.shape[1] > 16
+            return self.block(hidden.transpose(0, 1) if is_long else hidden)
+
+    model = Chunked()
+    with (
+        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        capture(model, "block", slice={"pos": -1}),
+    ):
+        for pos in (*before, 20):
+            model(tokens(3, pos))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.MultiheadAttention])
+@pytest.mark.parametrize("is_batch_first", [False, True])
+def test_ids_that_a_model_takes_to_be_positions_first_are_not_taken_for_sequences(
+    kind, is_batch_first
+):
+    class Mixing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.mix = kind(8, 8, batch_first=is_batch_first)
+
+        def forward(self, ids):
+            hidden = self.block(self.embed(ids))
+            given = (hidden,) if kind is nn.LSTM else (hidden, hidden, hidden)
+            return self.head(self.mix(*given)[0])
+
+    model = Mixing()
+    assert (growth_at(model, model.head, "out", lambda value: value) is None) != is_batch_first
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_tokens_are_found_in_what_a_wrapper_is_given(as_one, ids):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = huggingface("LlamaForCausalLM")
+
+        def forward(self, *batch):
+            return self.inner(**batch[0]) if as_one else self.inner(*batch)
+
+    model = Wrapper()
+    with capture(model, "inner.model.norm", slice={"pos": -1}) as acts:
+        model({"input_ids": ids} if as_one else ids)
+    assert acts.tensor.shape == (3, 32)
+
+
 @pytest.mark.parametrize("by_glob", [False, True])
 def test_what_cannot_be_told_is_refused(by_glob):
     linear = nn.Sequential(nn.Linear(4, 4))
