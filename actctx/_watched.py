@@ -51,7 +51,7 @@ class WatchedSite:
 
     @property
     def is_known_at_once(self) -> bool:
-        """Whether a firing that is wanted is known to be it, without the end of the forward."""
+        """Whether each firing tells at once, before the forward ends, if it is the wanted one."""
         return self.firing is None or self.firing >= 0
 
     @property
@@ -92,7 +92,7 @@ class WatchedSite:
 
     @property
     def yields_it(self) -> bool:
-        """Whether a tensor that it yields is the activation, of which nothing is to be made."""
+        """Whether the hooked value can be captured as it is, if it is a tensor."""
         reading = self.place.reading
         is_read = reading is not None and (reading.part, reading.pattern) != (None, None)
         return self.output is None and not is_read and not self.needs_sequences
@@ -201,9 +201,9 @@ class Seen:
     Attributes:
         site: The site.
         column: What it leaves.
-        is_plain: Whether a tensor that it yields is the activation.
-        is_whole: Whether it leaves clones of all that it yields.
-        is_known_at_once: Whether a firing that is wanted is known to be it before the forward ends.
+        is_plain: Whether the hooked value can be captured as it is, if it is a tensor.
+        is_whole: Whether a clone of the whole activation is captured.
+        is_known_at_once: Whether each firing tells at once if it is the wanted one.
         rank: The number of axes of its last activation, whose places are settled.
         shape: The shape of its last activation.
         tokens: The sequences and positions that it covered.
@@ -240,7 +240,7 @@ class Seen:
         """Name the axes of what it leaves of activations of this shape; None where nothing does."""
         named = axes if axes is not None else ("_",) * len(shape)
         found = named_after(self.site.selector, self.site.rows, named, shape)
-        # What the user names is held against the config, as it is nobody else's word.
+        # Axes that only the user names are checked against the config, not against themselves.
         self.column.named = found._replace(whole={}) if self.site.named_axes else found
         self.column.batch_dropped = self.site.selector.drops(0, len(shape))
 
@@ -308,7 +308,7 @@ def watch_site(
         if told is None:
             if axes is None or asked.axes is not None:
                 raise
-            return _checked(site, axes, {})  # a config alone is no reason to refuse
+            return _checked(site, axes, {})  # a config alone does not decide
         return _checked(replace(site, told_axes=told[0]), *told)
 
 
@@ -334,7 +334,7 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
     """Return the mask that was asked for.
 
     Raises:
-        OptionError: It is none.
+        OptionError: It is not a valid mask.
 
     """
     if mask is None or (isinstance(mask, str) and mask == "attention"):
@@ -342,23 +342,23 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
     if isinstance(mask, Tensor):
         return as_mask(mask)
     raise OptionError(
-        f"mask={mask!r} is no mask; give 'attention' for that of each forward, or a tensor of "
-        "the shape batch pos"
+        f"mask={mask!r} is not a valid mask; give 'attention' for that of each forward, or a "
+        "tensor of the shape batch pos"
     )
 
 
 def check_capacity(options: Options) -> None:
-    """Refuse a capacity that is none, or that other options cannot fill.
+    """Refuse a capacity that is not a positive int, or that other options rule out.
 
     Raises:
-        OptionError: It is.
+        OptionError: The capacity is refused.
 
     """
     capacity = options.capacity
     if capacity is None:
         return
     if type(capacity) is not int or capacity < 1:  # True is an int to Python
-        raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
+        raise OptionError(f"capacity={capacity!r} is not a number of rows; give a positive int")
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
         raise OptionError(
@@ -387,7 +387,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
     if join is None or join == "batch" or kept_as_tokens:
         return
     if not isinstance(join, str):
-        raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
+        raise OptionError(f"join={join!r} is not an axis; give 'batch', 'pos' or None for a list")
     axes = site.known_axes
     if axes is None:
         raise AxisError(

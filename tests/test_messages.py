@@ -81,8 +81,8 @@ def test_braces_in_a_pattern(gpt2):
 
 def test_a_firing_that_is_no_number():
     assert _said(Site, "a", firing="last") == (
-        "Site(firing='last') is no number of a firing; give an int, such as 0 for the first of "
-        "each forward or -1 for the last"
+        "Site(firing='last') is not the number of a firing; give an int, such as 0 for the first "
+        "of each forward or -1 for the last"
     )
 
 
@@ -207,7 +207,7 @@ def test_a_device_that_is_none(gpt2):
 
 def test_a_join_that_is_no_axis(gpt2):
     assert _said(capture, gpt2, RESID, join=1) == (
-        "join=1 is no axis; give 'batch', 'pos' or None for a list"
+        "join=1 is not an axis; give 'batch', 'pos' or None for a list"
     )
 
 
