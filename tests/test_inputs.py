@@ -612,6 +612,34 @@ def test_pooled_rows_of_another_dtype_are_not_gone_on_with(gpt2, out):
 
 
 @pytest.mark.usefixtures("unchecked")
+class OtherNumbers(nn.Module):
+    """A module of which parts yield what is no floating-point number."""
+
+    def __init__(self):
+        super().__init__()
+        self.bools, self.waves = nn.Identity(), nn.Identity()
+
+    def forward(self, input_ids):
+        spread = torch.stack([input_ids % 2, input_ids % 3], dim=-1)
+        self.bools(spread > 0)
+        return self.waves(torch.complex(spread.float(), spread.float()))
+
+
+def test_means_of_bools_are_numbers(out):
+    extract(OtherNumbers(), [[2, 3], [3, 3, 4, 6]], "bools", out, pool="mean")
+    wanted = torch.tensor([[0.5, 0.5], [0.5, 0.25]])
+    assert torch.equal(Read(out)["bools"][torch.tensor(Read(out)["sequence"]).argsort()], wanted)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_complex_numbers_are_refused_and_not_halved(out, dtype):
+    message = refusal(OptionError, OtherNumbers(), [[2, 3]], "waves", out, pool="max", dtype=dtype)
+    assert message == (
+        "'waves' yields complex64, but a data set holds floating-point activations; leave the site "
+        "out, or keep it in memory with capture()"
+    )
+
+
 @pytest.mark.parametrize("pool", ["sum", ["mean"]])
 def test_ways_to_pool_are_these(gpt2, out, pool):
     assert refusal(OptionError, gpt2, tokens(), RESID, out, pool=pool) == (
