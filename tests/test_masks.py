@@ -352,7 +352,7 @@ class Stateful(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(50, 8)
 
-    def forward(self, input_ids, attention_mask=None, state=None):
+    def forward(self, input_ids, attention_mask=None, state=None):  # noqa: ARG002
         return self.embed(input_ids)
 
 
