@@ -55,7 +55,10 @@ def stand_in(
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
                 new.__dict__[name] = _copied(value, made, memo)
-            if "_old_forward" in new.__dict__:  # of accelerate, whose own would fetch the weights
+            # Accelerate's hook is the model's own: it would fetch weights, and note those of the
+            # stand-in as if they were the model's.
+            new.__dict__.pop("_hf_hook", None)
+            if "_old_forward" in new.__dict__:
                 new.__dict__["forward"] = new.__dict__["_old_forward"]
         for module in kept:
             _pass_on(module, made)
