@@ -375,6 +375,19 @@ def test_an_empty_cache_does_not_count_as_one_that_is_continued(state, ids):
     assert acts.tensor.shape == (3, 14, 8)
 
 
+def test_masks_without_values_are_refused_and_warn_of_nothing(ids):
+    ids = ids.to("meta")
+    model, mask = Stateful().to("meta"), torch.ones_like(ids)
+    with capture(model, "embed", slice={"pos": -1}) as acts:
+        model(ids, attention_mask=mask)
+    assert acts.tensor.shape == (3, 8)
+    with (
+        pytest.raises(OptionError, match="the mask is on the meta device, so it does not tell"),
+        capture(model, "embed", mask="attention"),
+    ):
+        model(ids, attention_mask=mask)
+
+
 def test_copies_of_one_prefix_are_sequences_of_their_own(llama):
     prefix = transformers.DynamicCache()
     with capture(llama, LAYER, mask="attention") as acts:
