@@ -48,11 +48,11 @@ class Facts:
 
         Args:
             target: Where the data set is.
-            resume: Whether it may be gone on with.
+            resume: Whether it may be resumed.
             otherwise: What else can be done.
 
         Raises:
-            DataError: It is another, or it is not to be gone on with.
+            DataError: It differs, or it is not to be resumed.
 
         """
         layout = target.layout
@@ -123,7 +123,7 @@ class Facts:
             DataError: A row of theirs is another.
 
         """
-        assert target.layout is not None  # noqa: S101  as it is gone on with
+        assert target.layout is not None  # noqa: S101  as it is resumed
         told = {site.name: site for site in sites}
         facts = []
         for was in target.layout.sites:

@@ -342,8 +342,8 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
     if isinstance(mask, Tensor):
         return as_mask(mask)
     raise OptionError(
-        f"mask={mask!r} is no mask; give 'attention' for that of each forward, or a tensor of "
-        "the shape batch pos"
+        f"mask={mask!r} is not a valid mask; give 'attention' for that of each forward, or a "
+        "tensor of the shape batch pos"
     )
 
 
@@ -358,7 +358,7 @@ def check_capacity(options: Options) -> None:
     if capacity is None:
         return
     if type(capacity) is not int or capacity < 1:  # True is an int to Python
-        raise OptionError(f"capacity={capacity!r} is no number of rows; give a positive int")
+        raise OptionError(f"capacity={capacity!r} is not a number of rows; give a positive int")
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
         raise OptionError(
@@ -387,7 +387,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
     if join is None or join == "batch" or kept_as_tokens:
         return
     if not isinstance(join, str):
-        raise OptionError(f"join={join!r} is no axis; give 'batch', 'pos' or None for a list")
+        raise OptionError(f"join={join!r} is not an axis; give 'batch', 'pos' or None for a list")
     axes = site.known_axes
     if axes is None:
         raise AxisError(

@@ -207,7 +207,7 @@ def test_a_device_that_is_none(gpt2):
 
 def test_a_join_that_is_no_axis(gpt2):
     assert _said(capture, gpt2, RESID, join=1) == (
-        "join=1 is no axis; give 'batch', 'pos' or None for a list"
+        "join=1 is not an axis; give 'batch', 'pos' or None for a list"
     )
 
 

@@ -278,8 +278,8 @@ def test_what_fires_once_for_all_sequences_cannot_be_masked():
         (
             "padding",
             {},
-            "mask='padding' is no mask; give 'attention' for that of each forward, or a tensor "
-            "of the shape batch pos",
+            "mask='padding' is not a valid mask; give 'attention' for that of each forward, or a "
+            "tensor of the shape batch pos",
         ),
         (
             torch.ones(7),

@@ -281,10 +281,10 @@ def test_a_capacity_holds_every_firing_and_the_rows_of_a_mask(looped, ids):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"capacity": 0}, "capacity=0 is no number of rows; give a positive int"),
+        ({"capacity": 0}, "capacity=0 is not a number of rows; give a positive int"),
         (
             {"capacity": True},
-            "capacity=True is no number of rows; give a positive int",
+            "capacity=True is not a number of rows; give a positive int",
         ),
         (
             {"capacity": 3, "join": None},
