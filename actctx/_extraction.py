@@ -21,16 +21,15 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from actctx._absolute import has_bare_table, tables_of
 from actctx._activations import Activations
 from actctx._axes import axis_sizes
-from actctx._batches import Batch, is_padded_before, with_padding_behind
+from actctx._batches import Batch, with_padding_behind
 from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._decoders import check_sides
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
-from actctx._facts import Facts, picks_of, slice_of, taken_of
+from actctx._facts import Facts, check_padding, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
 from actctx._layout import (
@@ -237,7 +236,7 @@ class Extraction:
     def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
         try:
             works: Iterable[Work] = map(self._choose, self._reading.batches(data))
-            works = self._rightly_written(works, self._against or target)
+            works = check_padding(works, self._against or target, self._model)
             if self._against is not None:
                 works = held_against(works, self._against.stored(), rows=self._against.rows)
             stored = target.stored() if target.rows else iter(())
@@ -248,30 +247,6 @@ class Extraction:
             pipe.close(error)
         else:
             pipe.close()
-
-    def _rightly_written(self, works: Iterable[Work], there: Target) -> Iterable[Work]:
-        """Pass on what is run, unless rows on disk may have counted padding as positions.
-
-        Raises:
-            DataError: They are of sequences with padding before their tokens, which versions that
-                did not know equal lengths either ran as they were.
-
-        """
-        is_older = there.layout is not None and "equal_lengths" not in there.layout.input
-        if not is_older or not (any(tables_of(self._model)) or has_bare_table(self._model)):
-            yield from works
-            return
-        count = 0
-        for work in works:
-            has_positions = "position_ids" in work.batch.given
-            if count < there.rows and not has_positions and is_padded_before(work.batch):
-                raise DataError(
-                    f"cannot go on with '{there.path}': an older version of actctx wrote it, which "
-                    "ran padding before the tokens as it is, and this model may count that as "
-                    "positions, so its rows may be wrong; give another path"
-                )
-            count += len(work.token)
-            yield work
 
     def _choose(self, batch: Batch) -> Work:
         work = self._choosing.choose(batch)
