@@ -8,7 +8,7 @@ be of positions are hooked. In a forward whose mask has zeros on the left, a tab
 padding that yields the same rows for sequences whose padding is not the same.
 
 # NOTE [What is not seen]
-Tables that are no modules, as CTRL's, are known by their name.
+Tables that are not modules, such as CTRL's, are known by their name.
 """
 
 import re
@@ -22,7 +22,7 @@ from actctx._sides import core_of
 
 _KIND = re.compile("Pos(ition(al)?)?_?Emb")
 _NAME = re.compile("pos|wpe")
-_NO_MODULES = ("pos_encoding",)
+_BARE = ("pos_encoding",)
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -41,16 +41,16 @@ def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_bare_table(model: nn.Module) -> bool:
-    """Tell whether a model has a table of absolute positions that is no module."""
+    """Tell whether a model has a table of absolute positions that is not a module."""
     return any(
         isinstance({**vars(module), **module._buffers}.get(name), Tensor)
         for module in core_of(model).modules()
-        for name in _NO_MODULES
+        for name in _BARE
     )
 
 
 def widths_of(model: nn.Module) -> set[int]:
-    """Tell how wide what is added to the embeddings of tokens can be; nothing if nobody says."""
+    """Tell how wide the embeddings of positions can be; an empty set if the model does not say."""
     core = core_of(model)
     configs = [getattr(core, name, None) for name in ("config", "cfg")]
     names = ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "dim")

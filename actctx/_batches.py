@@ -103,11 +103,9 @@ def with_padding_behind(
 
     """
     unpadded = batch.unpadded
-    if unpadded is None or _has_positions_of_its_own(batch):
+    if unpadded is None or not is_padded_before(batch):
         return batch, where
     first, _ = spans(unpadded)
-    if not bool(first.any()):
-        return batch, where
     count, width = unpadded.shape
     rows = torch.arange(count, device="cpu")
     places = (torch.arange(width, device="cpu") + first[:, None]) % width
@@ -120,6 +118,14 @@ def with_padding_behind(
     )
     sequence, place = where.unbind(1)
     return moved, torch.stack([sequence, (place - first[sequence]) % width], dim=1)
+
+
+def is_padded_before(batch: Batch) -> bool:
+    """Tell whether a batch has padding before its tokens that is to be moved."""
+    unpadded = batch.unpadded
+    if unpadded is None or _has_positions_of_its_own(batch):
+        return False
+    return bool(spans(unpadded)[0].any())
 
 
 def _has_positions_of_its_own(batch: Batch) -> bool:

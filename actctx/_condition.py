@@ -69,7 +69,7 @@ def find_sites(
     for name in names:
         if not isinstance(name, str):
             raise OptionError(
-                f"sites= has {name!r}, which is no name; give names of sites, or globs, of "
+                f"sites= has {name!r}, which is not a name; give names of sites, or globs, of "
                 f"{shortened([*map(repr, sites)])}"
             )
     chosen: dict[str, StoredSite] = {}
@@ -98,7 +98,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
     """
     if not isinstance(where, str):
         raise OptionError(
-            f"where={where!r} is no condition; give a string, as in SQL, such as 'position > 0'"
+            f"where={where!r} is not a condition; give a string, as in SQL, such as 'position > 0'"
         )
 
     def column(part: re.Match[str]) -> str:
@@ -107,7 +107,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
         try:
             site = find_site(sites, part[1], others)
         except NotCapturedError as error:
-            raise OptionError(f"where={where!r} is no condition on rows: {error}") from None
+            raise OptionError(f"where={where!r} is not a condition on rows: {error}") from None
         _refuse_bfloat16(where, site)
         return f"`{site.column}`"
 

@@ -56,7 +56,7 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         found: Any = load_from_disk(str(path))
     except FileNotFoundError:
         raise OptionError(
-            f"the directory --data '{path}' is no Hugging Face dataset; give what "
+            f"the directory --data '{path}' is not a Hugging Face dataset; give what "
             "Dataset.save_to_disk wrote"
         ) from None
     except (ValueError, LookupError, TypeError, OSError) as error:

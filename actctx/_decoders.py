@@ -33,7 +33,7 @@ def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
         if side == "decoder" or named or later:
             raise OptionError(
                 f"{site.shown} is of the decoder, but a row is a token of what the encoder is "
-                "given; capture it by capture(), or extract from the decoder by itself"
+                "given; capture it with capture(), or extract from the decoder by itself"
             )
 
 

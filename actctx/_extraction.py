@@ -2,9 +2,9 @@
 
 # NOTE [Memory]
 Beside the model and a forward there are, at most: a few batches of token ids that were read ahead,
-a window of single sequences that are sorted together,
-the rows of `_WAITING` forwards that wait to be written, and what Lance holds of the file that it is
-writing, some 8 MiB a column and 100 MiB in all. None of it grows with the data set.
+a window of single sequences that are sorted together, the rows of `_WAITING` forwards that wait to
+be written, and what Lance holds of the file that it is writing, some 8 MiB a column and 100 MiB in
+all. None of it grows with the data set.
 """
 
 import contextlib
@@ -29,10 +29,17 @@ from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._decoders import check_sides
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
-from actctx._facts import Facts, picks_of, slice_of, taken_of
+from actctx._facts import Facts, check_padding, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
-from actctx._layout import TAKEN, Layout, StoredSite, check_rows, column_name
+from actctx._layout import (
+    TAKEN,
+    Layout,
+    StoredSite,
+    check_rows,
+    column_name,
+    not_floating_point,
+)
 from actctx._leaks import Alone, one_alone
 from actctx._offloaded import input_device
 from actctx._pipe import Pipe
@@ -229,6 +236,7 @@ class Extraction:
     def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
         try:
             works: Iterable[Work] = map(self._choose, self._reading.batches(data))
+            works = check_padding(works, self._against or target, self._model)
             if self._against is not None:
                 works = held_against(works, self._against.stored(), rows=self._against.rows)
             stored = target.stored() if target.rows else iter(())
@@ -285,7 +293,7 @@ class Extraction:
             alone.compare({name: wait_for(own) for name, own in left.items()}, apart, self._dtype)
         if self._pool is not None:
             left = {
-                site.key: _pool(left[site.key], work, how=self._pool, dtype=site.dtype)
+                site.key: _pool(site.key, left[site.key], work, how=self._pool, dtype=site.dtype)
                 for site in self._sites
                 if site.key in left
             }
@@ -419,9 +427,12 @@ class Extraction:
         )
 
 
-def _pool(owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
+def _pool(name: str, owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
     whole = wait_for(owned)
-    return Owned(pool_rows(whole, work, how=how).to(dtype or whole.dtype))
+    if whole.is_complex() or whole.is_quantized:  # of which float() would keep a part, or fail
+        raise OptionError(not_floating_point(name, whole.dtype))
+    kept = whole.dtype if whole.is_floating_point() else torch.float32
+    return Owned(pool_rows(whole, work, how=how).to(dtype or kept))
 
 
 def _show(bar: Any, rows: int) -> None:

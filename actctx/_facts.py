@@ -10,6 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from torch import nn
+
+from actctx._absolute import has_bare_table, tables_of
+from actctx._batches import is_padded_before
+from actctx._choosing import Work
 from actctx._errors import DataError
 from actctx._fingerprint import ANEW
 from actctx._layout import Layout, StoredSite, column_name
@@ -48,11 +53,11 @@ class Facts:
 
         Args:
             target: Where the data set is.
-            resume: Whether it may be gone on with.
+            resume: Whether it may be resumed.
             otherwise: What else can be done.
 
         Raises:
-            DataError: It is another, or it is not to be gone on with.
+            DataError: It differs, or it is not to be resumed.
 
         """
         layout = target.layout
@@ -123,7 +128,7 @@ class Facts:
             DataError: A row of theirs is another.
 
         """
-        assert target.layout is not None  # noqa: S101  as it is gone on with
+        assert target.layout is not None  # noqa: S101  as it is resumed
         told = {site.name: site for site in sites}
         facts = []
         for was in target.layout.sites:
@@ -158,6 +163,34 @@ class Facts:
         for name, was in {"equal_lengths": False, **layout.input}.items():
             if name not in _NOTED:
                 yield name, was, self.layout.input.get(name)
+
+
+def check_padding(works: Iterable[Work], there: Target, model: nn.Module) -> Iterator[Work]:
+    """Pass on what is run, unless rows on disk may have counted padding as positions.
+
+    Args:
+        works: All there is, from the start of the input.
+        there: The data set that has the rows.
+        model: The model.
+
+    Raises:
+        DataError: They are of sequences with padding before their tokens, which versions that did
+            not know `equal_lengths` ran as they were.
+
+    """
+    is_older = there.layout is not None and "equal_lengths" not in there.layout.input
+    may_count = is_older and (any(tables_of(model)) or has_bare_table(model))
+    count = 0
+    for work in works:
+        is_there = may_count and count < there.rows
+        if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):
+            raise DataError(
+                f"cannot go on with '{there.path}': an older version of actctx wrote it, which ran "
+                "padding before the tokens as it is, and this model may count that as positions, "
+                "so its rows may be wrong; give another path"
+            )
+        count += len(work.token)
+        yield work
 
 
 def taken_of(site: WatchedSite) -> str:

@@ -38,7 +38,7 @@ def expanded(path: str | PathLike[str]) -> str:
     """
     if not isinstance(path, str | PathLike) or "\0" in os.fspath(path):
         raise OptionError(
-            f"{path!r} is no path; give a string, or a pathlib.Path, without NUL characters"
+            f"{path!r} is not a path; give a string, or a pathlib.Path, without NUL characters"
         )
     return os.path.expanduser(path)  # noqa: PTH111  Path would make a path of an address
 

@@ -7,7 +7,7 @@ Otherwise those of a window that follow each other are sorted by length, so that
 padding to be computed, and its batches run in an order drawn by chance, so that those which come
 first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
 the same input always leaves the same rows in the same order, which is what resuming relies on. What
-is gone on with by another batch size keeps the order, and its batches run in parts.
+is resumed with another batch size keeps the order, and its batches run in parts.
 """
 
 import functools
@@ -67,7 +67,7 @@ class Reading:
         padding: The token id that fills up shorter sequences.
         always: What each forward is given, by name, where the input does not give it.
         ordered_as: The batch size that makes the order of single sequences, which is that of the
-            data set that is gone on with; None where it is the batch size itself.
+            data set that is resumed; None where it is the batch size itself.
 
     """
 

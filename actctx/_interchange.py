@@ -173,7 +173,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
         cached = datasets.load_from_disk(expanded(path))
     except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DataError(
-            f"'{path}' is no directory of SAELens' cached activations: {error}; give its "
+            f"'{path}' is not a directory of SAELens' cached activations: {error}; give its "
             "new_cached_activations_path"
         ) from None
     except IndexError:  # of datasets, where there is no file of rows

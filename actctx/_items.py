@@ -180,8 +180,8 @@ class Items:
             raise DataError(_no_ids(tokens, number)) from None
         if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
             raise DataError(
-                f"from sequence {number} on, the input holds {found(ids)}, which are no token ids; "
-                "give integers"
+                f"from sequence {number} on, the input holds {found(ids)}, which are not token "
+                "ids; give integers"
             )
         if ids.dim() != rank:
             kind = "batches, of the shape batch pos" if rank > 1 else "single sequences"
@@ -311,7 +311,7 @@ def _kept(item: Mapping[str, Any], name: str) -> Shaped[Tensor, "..."]:
     if item.get(name) is None:
         raise DataError(
             f"mask names {name!r}, but the input has nothing under that name; give dicts that have "
-            "it, or 'attention' for all tokens that are no padding"
+            "it, or 'attention' for all tokens that are not padding"
         )
     return _as_mask(item, name)
 
@@ -334,7 +334,7 @@ def _no_ids(tokens: Any, number: int) -> str:
             "batches"
         )
     return (
-        f"from sequence {number} on, the input holds {found(tokens)}, which is no tensor of "
+        f"from sequence {number} on, the input holds {found(tokens)}, which is not a tensor of "
         "token ids; give a tensor, or lists of ints"
     )
 
@@ -346,12 +346,12 @@ def _as_mask(
         mask = torch.as_tensor(item[name])
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
-            f"{name!r} holds {found(item[name])}, which is no tensor; give one entry, 0 or 1, for "
-            "each token"
+            f"{name!r} holds {found(item[name])}, which is not a tensor; give one entry, 0 or 1, "
+            "for each token"
         ) from None
     if is_binary and not bool(((mask == 0) | (mask == 1)).all()):
         raise DataError(
-            f"{name!r} holds other values than 0 and 1; give 1 for each token that is no padding"
+            f"{name!r} holds other values than 0 and 1; give 1 for each token that is not padding"
         )
     return mask.to("cpu", torch.bool, copy=True)
 

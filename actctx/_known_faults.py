@@ -14,6 +14,15 @@ from typing import Any
 from torch import nn
 
 _WRONG_UP_TO = (4, 3)  # TransformerLens
+_LIBRARIES = (
+    "actctx",
+    "torch",
+    "transformers",
+    "transformer_lens",
+    "contextlib",
+    "jaxtyping",
+    "beartype",
+)
 _CACHES = ("past_key_values", "cache")  # what a forward is given one as, in old and new versions
 
 
@@ -85,7 +94,7 @@ def _is_old() -> bool:
 
 
 def _bridged_config(model: nn.Module) -> Any:
-    """Find the Hugging Face config of the model in a bridge; None where it is no bridge."""
+    """Find the Hugging Face config of the model in a bridge; None for any other model."""
     inner = getattr(model, "original_model", None)
     if not isinstance(inner, nn.Module) or not _is_old():
         return None
@@ -120,7 +129,7 @@ def _computes_itself(kind: type[nn.Module]) -> bool:
 
 
 def warn(*faults: str | None) -> None:
-    """Warn of what is wrong, where something is, at the line of the user's that led here."""
+    """Warn of what is wrong, where something is, at the user's line that runs the model."""
     for fault in filter(None, faults):
         frame, depth = sys._getframe(), 1
         while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
@@ -129,4 +138,4 @@ def warn(*faults: str | None) -> None:
 
 
 def _is_library(module: str) -> bool:
-    return module.partition(".")[0] in {"actctx", "jaxtyping", "torch", "transformers"}
+    return module.partition(".")[0] in _LIBRARIES

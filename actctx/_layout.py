@@ -280,16 +280,22 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
             f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
             "nothing; give a slice that selects something"
         )
-    if not values.dtype.is_floating_point:  # which dtype= does not cast
-        raise OptionError(
-            f"{name!r} yields {dtype_name(values.dtype)}, but a data set holds floating-point "
-            "activations; leave the site out, or keep it in memory with capture()"
-        )
+    if not values.dtype.is_floating_point:
+        raise OptionError(not_floating_point(name, values.dtype))
     if values.dtype not in _DTYPES:
         raise OptionError(
             f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
             f"dtype= {', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
         )
+
+
+def not_floating_point(name: str, dtype: torch.dtype) -> str:
+    """Say why a site that yields integers, bools or complex numbers leaves no rows."""
+    # dtype= would not help, since it casts floating-point activations only.
+    return (
+        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point activations; "
+        "leave the site out, or keep it in memory with capture()"
+    )
 
 
 def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":

@@ -7,7 +7,6 @@ the shortest sequence of the first batch with padding runs alone as well, and a 
 are others than those is warned of. It costs one forward of one sequence.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,11 @@ from torch import Tensor
 
 from actctx._batches import Batch, given_at, spans
 from actctx._errors import DataError
+from actctx._known_faults import warn
 
 _OFF = {torch.float16: 0.1, torch.bfloat16: 0.1}
 _OFF_BY_DEFAULT = 1e-2
-"""How far rows are off, of their norm, that are no longer the same but for rounding."""
+"""From which distance, relative to their norm, rows differ by more than rounding."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Alone:
     def compare(
         self, together: Mapping[str, Tensor], alone: Mapping[str, Tensor], dtype: torch.dtype
     ) -> None:
-        """Warn of rows that are others beside padding.
+        """Warn of rows that differ beside padding.
 
         Args:
             together: What each site left of the whole batch.
@@ -57,11 +57,10 @@ class Alone:
             off = _distance(mine.flatten(1).double(), other.flatten(1).double())
             most = max(_OFF.get(each, _OFF_BY_DEFAULT) for each in (dtype, rows.dtype))
             if off > most:
-                warnings.warn(
+                warn(
                     f"padding reaches the tokens beside it: what {name!r} leaves of sequence "
                     f"{int(self.batch.sequences[0])} is {off:.0%} off from what it leaves of it "
-                    "alone; give equal_lengths=True, with which no forward has padding",
-                    stacklevel=2,
+                    "alone; give equal_lengths=True, with which no forward has padding"
                 )
                 return
 

@@ -11,6 +11,7 @@ back tokens that it guessed. Such a forward repeats positions.
 What a cache holds is asked of it before the forward runs, which changes it.
 """
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -105,7 +106,9 @@ class Lines:
             if length is None and start.before is not None:
                 count = positions_of(inputs)
                 length = None if count is None else start.before + count
-            if anchor is not None:
+            with contextlib.suppress(
+                TypeError
+            ):  # such as a dict, which nothing can refer to weakly
                 self._left[id(anchor)] = _Left(weakref.ref(anchor), start.line, length)
 
 
@@ -168,7 +171,8 @@ def is_batching() -> bool:
 
 def _caches(named: Mapping[str, Any]) -> Iterator[Any]:
     given = (named.get(name) for name in CACHES)
-    return (each for each in given if each is not None and not isinstance(each, bool | Tensor))
+    others = int | float | str | Tensor
+    return (each for each in given if each is not None and not isinstance(each, others))
 
 
 def _is_cache(value: Any) -> bool:
@@ -181,6 +185,10 @@ def _is_frozen(cache: Any) -> bool:
 
 def _is_filled(cache: Any) -> bool:
     """Tell whether a cache that does not count positions holds something."""
+    if isinstance(cache, tuple | list):
+        return _anchor(cache) is not None
+    if isinstance(cache, Mapping):
+        return bool(cache)
     filled = getattr(cache, "has_previous_state", True)
     if not callable(filled):
         return bool(filled)

@@ -51,7 +51,7 @@ def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.
     boot = _boot()
     other = None if tokenizer is None else _tokenizer(tokenizer)
     try:
-        # What is initialised at random is the same each time, so that data sets are gone on with.
+        # What is initialised at random is the same each time, so that data sets can be resumed.
         with (
             _quiet(bars=directory is None and sys.stderr.isatty()),
             torch.random.fork_rng(devices=[]),

@@ -15,8 +15,6 @@ keeps it, since some models are not handed on a mask that has some.
 
 import functools
 import inspect
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -29,7 +27,7 @@ from actctx._absolute import counts_padding, has_bare_table, is_padded_left, tab
 from actctx._errors import OptionError, SelectionError
 from actctx._forward import Frame, running_frame
 from actctx._hooks import Hook
-from actctx._known_faults import mask_fault
+from actctx._known_faults import mask_fault, warn
 from actctx._lines import Lines, Start, generating, positions_of
 from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
@@ -175,8 +173,8 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != size:
-            return  # such as behind a cache, where what is run is no padding
+        if not isinstance(mask, Tensor) or mask.is_meta or tuple(mask.shape) != size:
+            return  # behind a cache, for example, what is run is not padding
         padded = ~Selector(site.key, steps, None).select(mask.detach().bool()).all()
         if mask.is_cpu:
             if bool(padded):
@@ -401,10 +399,7 @@ class Padding:
         if what in self._warned:
             return
         self._warned.add(what)
-        frame, depth = sys._getframe(), 1  # up to the code that runs the forward
-        while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
-            frame, depth = frame.f_back, depth + 1
-        warnings.warn(said, UserWarning, stacklevel=depth)
+        warn(said)
 
     def _warn_left(self) -> None:
         takes = "position_ids" in _parameters(self._model)
@@ -446,15 +441,6 @@ class Padding:
             )
 
 
-_LIBRARIES = (
-    "actctx",
-    "torch",
-    "transformers",
-    "transformer_lens",
-    "contextlib",
-    "jaxtyping",
-    "beartype",
-)
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
@@ -571,10 +557,6 @@ def _signature(function: Callable[..., Any]) -> tuple[str, ...]:
         return tuple(inspect.signature(function).parameters)
     except (TypeError, ValueError):
         return ()
-
-
-def _is_library(name: str) -> bool:
-    return name.partition(".")[0] in _LIBRARIES
 
 
 def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -30,7 +30,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """List the parameters of a model by name, those that are offloaded as they are kept.
 
     Raises:
-        OptionError: The weights of one are nowhere.
+        OptionError: Weights are on the meta device, and nothing says where they are kept.
 
     """
     if not any(weights.is_meta for weights in model.parameters()):
@@ -56,13 +56,14 @@ def _kept(modules: dict[str, nn.Module], name: str) -> Tensor:
             if isinstance(found, Tensor):
                 return found.detach()
     raise OptionError(
-        f"the weights of {name!r} are on the meta device, so there is nothing to run, nor to tell "
-        "the model by; load them first, or offload the model with accelerate, which keeps them"
+        f"the weights of {name!r} are on the meta device, so it cannot run, and "
+        "data sets cannot tell it from others; load them first, or offload the model with "
+        "accelerate, which keeps them"
     )
 
 
 def _hooks_of(module: nn.Module | None) -> list[Any]:
-    """List the hooks of accelerate's that a module has."""
+    """List the hooks of accelerate that a module has."""
     hook = getattr(module, "_hf_hook", None)
     return [] if hook is None else [hook, *getattr(hook, "hooks", ())]
 

@@ -36,7 +36,7 @@ class Positions(TorchFunctionMode):
         self._names = {
             each.untyped_storage()._cdata: name
             for name, each in (*model.named_parameters(), *model.named_buffers())
-            if not each.is_meta
+            if not each.is_meta and each.layout is torch.strided
         }
 
     def __torch_function__(
@@ -68,16 +68,22 @@ class Positions(TorchFunctionMode):
         parts = index if isinstance(index, tuple) else (index,)
         if any(part is Ellipsis for part in parts):
             return
-        along = [part for part in parts if part is not None][: table.dim()]
-        for dim, part in enumerate(along):
+        dim = 0
+        for part in parts:
+            if dim >= table.dim():
+                return  # torch will say so
             if isinstance(part, Tensor):
                 self._check(table, dim, part)
             elif isinstance(part, slice) and isinstance(part.stop, int):
                 start = part.start if isinstance(part.start, int) else 0
-                # As many as there are tokens, of fewer: what is made of them does not fit.
-                is_short = part.stop - start == self._width and part.stop > table.shape[dim]
+                # As many as there are tokens, of fewer: what is made of them does not fit, unless
+                # a single one is spread over all.
+                is_short = part.stop - start == self._width and 1 < table.shape[dim] < part.stop
                 if is_short and table.untyped_storage()._cdata in self._names:
                     self._refuse(table, table.shape[dim])
+            # A mask of bools stands for as many axes as it has.
+            is_mask = isinstance(part, Tensor) and part.dtype in {torch.bool, torch.uint8}
+            dim += part.dim() if is_mask else not (part is None or isinstance(part, bool))
 
     def _check(self, table: Any, dim: Any, indices: Any) -> None:
         if not isinstance(table, Tensor) or not isinstance(indices, Tensor) or indices.is_meta:

@@ -45,8 +45,8 @@ def reading_of(
     """Settle how an input is read for a model; see `actctx.extract.extract`.
 
     Raises:
-        OptionError: An option is no positive number, or the context is too long for the model, or
-            the model leaves other activations each time.
+        OptionError: An option is not a positive number, or the context is too long for the model,
+            or the model yields other activations each time.
 
     """
     batch_size = whole_number("batch_size", batch_size, least=1)
@@ -59,8 +59,8 @@ def reading_of(
         )
     if mask is not None and not isinstance(mask, str):
         raise OptionError(
-            f"mask={mask!r} is no mask of a data set; give 'attention', the name of what holds one "
-            "in each dict of data, or None"
+            f"mask={mask!r} is not a valid mask for a data set; give 'attention', the name of what "
+            "holds one in each dict of data, or None"
         )
     for name in carry:
         if not isinstance(name, str) or not name or set(name) & set(_NOT_IN_COLUMNS):

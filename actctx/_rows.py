@@ -205,9 +205,14 @@ def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
     """Read a mask, such as a tokenizer's `attention_mask`, on the CPU.
 
     Raises:
-        OptionError: It is not two-dimensional.
+        OptionError: It is not two-dimensional, or has no values.
 
     """
+    if mask.is_meta:
+        raise OptionError(
+            "the mask is on the meta device, so it does not tell which tokens are real; capture "
+            "without mask=, or give a mask on the CPU"
+        )
     if mask.dim() != 2:  # noqa: PLR2004  batch and pos
         raise OptionError(
             f"the mask has the shape {tuple(mask.shape)}; give one of the shape batch pos, true "

@@ -63,12 +63,7 @@ def stand_in(
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
                 new.__dict__[name] = _copied(value, made, memo)
-<<<<<<< HEAD
-            if new.__dict__.pop("_hf_hook", None) is not None:  # accelerate's, to fetch weights
-                new.__dict__["forward"] = new.__dict__.pop("_old_forward")
-=======
             _run_as_written(new)
->>>>>>> h-r2
         for module in kept:
             _pass_on(module, made)
     return made[model], made

@@ -102,7 +102,7 @@ class StoredRows:
             sites: The sites that it may name, which are all that there are.
 
         Raises:
-            OptionError: It is no condition that Lance understands.
+            OptionError: It is not a condition that Lance understands.
 
         """
         condition = as_lance_reads(where, sites, self.others)
@@ -111,7 +111,7 @@ class StoredRows:
             found = scanned.to_table()["_rowoffset"].to_numpy()
         except (ValueError, OSError) as error:
             reason = why_refused(reason_of(error), sites, self.others)
-            raise OptionError(f"where={where!r} is no condition on rows: {reason}") from None
+            raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 
     def empty(self, rows: int) -> StoredBatch:

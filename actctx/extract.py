@@ -133,10 +133,10 @@ def extract(
         What was written.
 
     Raises:
-        DataError: The input is no input, or another than the data set came from, as is the model
-            or an option; there is something else at the path, or it cannot be written to, or
+        DataError: The input cannot be read, or it, the model or an option differs from what the
+            data set came from; there is something else at the path, or it cannot be written to, or
             another extraction does; it has more rows than `max_tokens`; a value is not finite.
-        OptionError: An option makes no sense.
+        OptionError: An option is not valid.
         ActctxError: As `capture`.
 
     Example:
@@ -148,7 +148,7 @@ def extract(
     import_lance()
     begun = time.monotonic()
     if pool not in (None, "mean", "max"):
-        raise OptionError(f"pool={pool!r} is no way to pool; give 'mean', 'max' or None")
+        raise OptionError(f"pool={pool!r} is not a way to pool; give 'mean', 'max' or None")
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, least=1)
     chosen = Chosen()

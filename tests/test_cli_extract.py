@@ -341,6 +341,6 @@ def test_a_directory_of_other_things_is_no_corpus(tiny, tmp_path, out):  # noqa:
     pytest.importorskip("datasets")
     (tmp_path / "corpus").mkdir()
     assert refused(tiny, RESID, "--data", tmp_path / "corpus", "--out", out) == (
-        f"error: the directory --data '{tmp_path / 'corpus'}' is no Hugging Face dataset; give "
+        f"error: the directory --data '{tmp_path / 'corpus'}' is not a Hugging Face dataset; give "
         "what Dataset.save_to_disk wrote\n"
     )

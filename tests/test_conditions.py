@@ -19,7 +19,7 @@ def test_a_condition_that_lance_does_not_understand_is_refused(data):
     with pytest.raises(OptionError) as caught:
         ActivationDataset(data.path, where="position >")
     message = str(caught.value)
-    assert message.startswith("where='position >' is no condition on rows: ")
+    assert message.startswith("where='position >' is not a condition on rows: ")
     assert "Expected: an expression, found: EOF" in message
     assert "/rust/" not in message
 
@@ -28,7 +28,7 @@ def test_a_column_that_is_not_there_is_named_beside_those_that_are(data):
     with pytest.raises(OptionError) as caught:
         ActivationDataset(data.path, where="text = yes")
     assert str(caught.value) == (
-        "where='text = yes' is no condition on rows: there is no column yes; there are token, "
+        "where='text = yes' is not a condition on rows: there is no column yes; there are token, "
         f"sequence, position, label, text, `{RESID}`, `{Z}`; a string stands in single quotes, as "
         "in label = 'yes'"
     )
@@ -56,7 +56,7 @@ CONDITIONS = [
     ),
     (
         "`blocks/0/attn/hook_z`[1] > 5",
-        "where='`blocks/0/attn/hook_z`[1] > 5' is no condition on rows: the data set has no "
+        "where='`blocks/0/attn/hook_z`[1] > 5' is not a condition on rows: the data set has no "
         f"'blocks/0/attn/hook_z'; closest: {Z!r}; it holds {RESID!r}, {Z!r}, 'token', "
         "'sequence', 'position', 'label', 'text'",
     ),
@@ -83,7 +83,7 @@ def test_a_condition_is_a_string(data):
     with pytest.raises(OptionError) as caught:
         ActivationDataset(data.path, where=5)
     assert str(caught.value) == (
-        "where=5 is no condition; give a string, as in SQL, such as 'position > 0'"
+        "where=5 is not a condition; give a string, as in SQL, such as 'position > 0'"
     )
-    with pytest.raises(OptionError, match=r"^where=<function .* is no condition"):
+    with pytest.raises(OptionError, match=r"^where=<function .* is not a condition"):
         ActivationDataset(data.path, where=lambda row: row)

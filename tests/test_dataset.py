@@ -402,7 +402,7 @@ ERRORS = [
     (
         lambda data: ActivationDataset(data.path, sites=5),
         OptionError,
-        f"sites= has 5, which is no name; give names of sites, or globs, of '{RESID}', '{Z}'",
+        f"sites= has 5, which is not a name; give names of sites, or globs, of '{RESID}', '{Z}'",
     ),
     (
         lambda data: data.read("lable"),

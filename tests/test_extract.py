@@ -383,7 +383,7 @@ def test_ragged_batches_are_refused(gpt2, out):
 
 def test_token_ids_are_integers(gpt2, out):
     assert refusal(DataError, gpt2, [torch.rand(2, 3)], RESID, out) == (
-        "from sequence 0 on, the input holds a tensor of float32 (2, 3), which are no token ids; "
+        "from sequence 0 on, the input holds a tensor of float32 (2, 3), which are not token ids; "
         "give integers"
     )
 
@@ -436,7 +436,7 @@ def test_a_site_and_what_is_carried_have_two_names(gpt2, out):
 @pytest.mark.parametrize("path", [5, "a\0b", None, b"acts"])
 def test_what_is_no_path_is_refused(gpt2, path):
     assert refusal(OptionError, gpt2, tokens(), RESID, path) == (
-        f"{path!r} is no path; give a string, or a pathlib.Path, without NUL characters"
+        f"{path!r} is not a path; give a string, or a pathlib.Path, without NUL characters"
     )
 
 
@@ -488,7 +488,7 @@ def test_a_mask_that_is_named_is_there(gpt2, out):
     message = refusal(DataError, gpt2, [{"input_ids": tokens()}], RESID, out, mask="loss_mask")
     assert message == (
         "mask names 'loss_mask', but the input has nothing under that name; give dicts that have "
-        "it, or 'attention' for all tokens that are no padding"
+        "it, or 'attention' for all tokens that are not padding"
     )
 
 

@@ -330,7 +330,8 @@ def test_a_text_that_is_not_there_is_refused(gpt2, out, batch):
 def test_a_ragged_mask_is_refused(gpt2, out):
     batch = {"input_ids": tokens(2), "attention_mask": [[1] * 7, [1] * 6]}
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "'attention_mask' holds a list, which is no tensor; give one entry, 0 or 1, for each token"
+        "'attention_mask' holds a list, which is not a tensor; give one entry, 0 or 1, for each "
+        "token"
     )
 
 
@@ -516,7 +517,7 @@ def test_tokens_of_an_encoder_are_no_rows_of_its_decoder(out, build):
     decoder = next(name for name, _ in model.named_modules() if name.startswith("decoder"))
     message = refusal(OptionError, model, tokens(2), Site(decoder, axes="batch pos d"), out)
     assert message.endswith(
-        "is of the decoder, but a row is a token of what the encoder is given; capture it by "
+        "is of the decoder, but a row is a token of what the encoder is given; capture it with "
         "capture(), or extract from the decoder by itself"
     )
 
@@ -612,11 +613,39 @@ def test_pooled_rows_of_another_dtype_are_not_gone_on_with(gpt2, out):
     assert f"its dtype of '{RESID}' is 'float32', not 'float16'" in message
 
 
+class OtherNumbers(nn.Module):
+    """A module of which parts yield what is no floating-point number."""
+
+    def __init__(self):
+        super().__init__()
+        self.bools, self.waves = nn.Identity(), nn.Identity()
+
+    def forward(self, input_ids):
+        spread = torch.stack([input_ids % 2, input_ids % 3], dim=-1)
+        self.bools(spread > 0)
+        return self.waves(torch.complex(spread.float(), spread.float()))
+
+
+def test_means_of_bools_are_numbers(out):
+    extract(OtherNumbers(), [[2, 3], [3, 3, 4, 6]], "bools", out, pool="mean")
+    wanted = torch.tensor([[0.5, 0.5], [0.5, 0.25]])
+    assert torch.equal(Read(out)["bools"][torch.tensor(Read(out)["sequence"]).argsort()], wanted)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_complex_numbers_are_refused_and_not_halved(out, dtype):
+    message = refusal(OptionError, OtherNumbers(), [[2, 3]], "waves", out, pool="max", dtype=dtype)
+    assert message == (
+        "'waves' yields complex64, but a data set holds floating-point activations; leave the site "
+        "out, or keep it in memory with capture()"
+    )
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("pool", ["sum", ["mean"]])
 def test_ways_to_pool_are_these(gpt2, out, pool):
     assert refusal(OptionError, gpt2, tokens(), RESID, out, pool=pool) == (
-        f"pool={pool!r} is no way to pool; give 'mean', 'max' or None"
+        f"pool={pool!r} is not a way to pool; give 'mean', 'max' or None"
     )
 
 
@@ -655,6 +684,25 @@ def test_slices_that_make_no_rows_are_refused(mlp, out, site, options, message):
     with pytest.raises(ActctxError) as refused:
         extract(mlp, tokens(), site, out, **options)
     assert str(refused.value) == message
+
+
+class Pooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.mean = nn.Embedding(50, 8), nn.Identity()
+
+    def forward(self, ids):
+        return self.mean(self.embed(ids).mean(1))
+
+
+@pytest.mark.parametrize("options", [{}, {"slice": {"pos": -1}}], ids=str)
+def test_what_has_no_positions_leaves_no_rows(out, options):
+    with pytest.raises(ActctxError) as refused:
+        extract(Pooled(), tokens(), "mean", out, **options)
+    assert str(refused.value) == (
+        "a data set has rows of tokens, but 'mean' has no 'batch' and 'pos' axes to find them by: "
+        "its axes are 'batch _'; name them with Site(axes='batch pos ...'), or leave it out"
+    )
 
 
 def test_cut_tokens_are_counted_where_they_ran(gpt2, out):
@@ -773,7 +821,8 @@ def test_a_mask_that_nothing_reads_is_refused(gpt2, out):
 def test_a_mask_is_of_0_and_1(gpt2, out):
     batch = {"input_ids": tokens(2), "attention_mask": torch.full((2, 7), -1.0)}
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "'attention_mask' holds other values than 0 and 1; give 1 for each token that is no padding"
+        "'attention_mask' holds other values than 0 and 1; give 1 for each token that is not "
+        "padding"
     )
 
 

@@ -353,7 +353,7 @@ def test_a_context_that_is_no_number_of_rows_is_refused(data, tmp_path, context,
 
 def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
     datasets = pytest.importorskip("datasets")
-    with pytest.raises(DataError, match="is no directory of SAELens' cached activations"):
+    with pytest.raises(DataError, match="is not a directory of SAELens' cached activations"):
         ActivationDataset.from_saelens(tmp_path, tmp_path / "out.lance")
     datasets.Dataset.from_dict({"x": [1], "y": [2]}).save_to_disk(tmp_path / "xy")
     with pytest.raises(DataError) as caught:

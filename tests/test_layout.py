@@ -15,6 +15,7 @@ from actctx._layout import (
     column_name,
     import_lance,
 )
+from actctx._table import dtype_name
 
 lance = pytest.importorskip("lance")
 pa = pytest.importorskip("pyarrow")
@@ -130,10 +131,20 @@ def test_a_later_layout_is_refused():
 
 def test_other_dtypes_are_refused():
     with pytest.raises(OptionError) as refused:
-        check_rows("hook_tokens", torch.zeros(3, 2, dtype=torch.int64))
+        check_rows("hook_out", torch.zeros(3, 2, dtype=torch.float64))
     assert str(refused.value) == (
-        "'hook_tokens' yields int64, which a data set does not hold; give dtype= torch.float32, "
+        "'hook_out' yields float64, which a data set does not hold; give dtype= torch.float32, "
         "torch.float16 or torch.bfloat16"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
+def test_what_no_dtype_makes_floating_point_is_refused_without_that_advice(dtype):
+    with pytest.raises(OptionError) as refused:
+        check_rows("hook_tokens", torch.empty(3, 2, dtype=dtype))
+    assert str(refused.value) == (
+        f"'hook_tokens' yields {dtype_name(dtype)}, but a data set holds floating-point "
+        "activations; leave the site out, or keep it in memory with capture()"
     )
 
 

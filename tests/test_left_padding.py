@@ -1,12 +1,13 @@
 """What `extract` writes of sequences with padding: what each leaves alone, on whichever side."""
 
 import functools
+import json
 
 import pytest
 import torch
 import transformers
 from models import ARCHITECTURES, bridge, huggingface, tokens
-from test_extract import Read, refusal
+from test_extract import Read, lance, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site
@@ -157,6 +158,49 @@ def test_a_data_set_of_one_side_of_padding_is_resumed_with_the_other(out):
     assert extract(model, [before], FIRST, out).rows == 14
     wanted = alone(model, first_block(model))
     torch.testing.assert_close(Read(out)[FIRST], wanted, atol=1e-5, rtol=1e-5)
+
+
+def as_written_before_padding_was_moved(out):
+    """Take out of the metadata what versions that ran padding as it is did not write."""
+    dataset = lance.dataset(str(out))
+    (key,) = dataset.schema.metadata
+    described = json.loads(dataset.schema.metadata[key])
+    del described["input"]["equal_lengths"]
+    dataset.update_schema_metadata({key.decode(): json.dumps(described)})
+
+
+PADDED = {"input_ids": left(IDS), "attention_mask": left(MASK).long()}
+UNPADDED = {"input_ids": IDS, "attention_mask": MASK.long()}
+PLACED = {**PADDED, "position_ids": (left(MASK).cumsum(1) - 1).clamp(min=0)}
+
+
+@pytest.mark.parametrize("add", [False, True])
+def test_rows_of_left_padding_by_an_older_version_are_not_joined_by_others(out, add):
+    model = huggingface("GPT2LMHeadModel")
+    extract(model, [PADDED], FIRST, out, max_tokens=None if add else 6)
+    as_written_before_padding_was_moved(out)
+    site = "blocks.1.hook_resid_post" if add else FIRST
+    assert refusal(DataError, model, [PADDED], site, out, add=add) == (
+        f"cannot go on with '{out}': an older version of actctx wrote it, which ran padding before "
+        "the tokens as it is, and this model may count that as positions, so its rows may be "
+        "wrong; give another path"
+    )
+
+
+@pytest.mark.parametrize(
+    ("architecture", "written", "more"),
+    [
+        ("GPT2LMHeadModel", UNPADDED, [PADDED]),
+        ("GPT2LMHeadModel", PLACED, []),
+        ("LlamaForCausalLM", PADDED, []),
+    ],
+    ids=["unpadded so far", "with positions", "without a table"],
+)
+def test_right_rows_of_an_older_version_are_joined_by_others(out, architecture, written, more):
+    model = huggingface(architecture)
+    extract(model, [written], FIRST, out, max_tokens=None if more else 6)
+    as_written_before_padding_was_moved(out)
+    assert extract(model, [written, *more], FIRST, out).rows == 14 * (1 + len(more))
 
 
 def test_padding_moves_wherever_new_tensors_are_made():

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from models import GENERATION, OLD_CACHE, VOCAB, bridge, bridge_of, huggingface, tokens
+from torch import nn
 
 from actctx import NeverFiredError, OptionError, SelectionError, Site, capture
 
@@ -342,6 +343,49 @@ def test_what_both_sides_run_is_told_by_the_number_of_its_positions():
 
 
 # Which sequences a forward continues.
+
+
+class Stateful(nn.Module):
+    """A module with an argument that is called as caches are, and is none that can be followed."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+
+    def forward(self, input_ids, attention_mask=None, state=None):  # noqa: ARG002
+        return self.embed(input_ids)
+
+
+@pytest.mark.parametrize("state", [3, "warm", (), [None], {}, {"memory": torch.ones(2)}], ids=str)
+def test_what_is_only_called_a_cache_breaks_no_forward(state, ids):
+    torch.manual_seed(0)
+    model, mask = Stateful().eval(), torch.ones_like(ids)
+    with capture(model, "embed", mask="attention") as acts:
+        for _ in range(2):
+            model(ids, attention_mask=mask, state=state)
+    assert acts.positions("embed").tolist() == [[row, pos] for row in range(6) for pos in range(7)]
+
+
+@pytest.mark.parametrize("state", [3, "warm", (), {}], ids=str)
+def test_an_empty_cache_does_not_count_as_one_that_is_continued(state, ids):
+    model = Stateful().eval()
+    with capture(model, "embed", join="pos") as acts:
+        for _ in range(2):
+            model(ids, state=state)
+    assert acts.tensor.shape == (3, 14, 8)
+
+
+def test_masks_without_values_are_refused_and_warn_of_nothing(ids):
+    ids = ids.to("meta")
+    model, mask = Stateful().to("meta"), torch.ones_like(ids)
+    with capture(model, "embed", slice={"pos": -1}) as acts:
+        model(ids, attention_mask=mask)
+    assert acts.tensor.shape == (3, 8)
+    with (
+        pytest.raises(OptionError, match="the mask is on the meta device, so it does not tell"),
+        capture(model, "embed", mask="attention"),
+    ):
+        model(ids, attention_mask=mask)
 
 
 def test_copies_of_one_prefix_are_sequences_of_their_own(llama):

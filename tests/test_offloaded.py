@@ -5,7 +5,7 @@ import torch
 from models import huggingface, tokens
 from test_extract import Read, refusal
 
-from actctx import OptionError
+from actctx import OptionError, capture, hook_names
 from actctx._fingerprint import fingerprint
 from actctx._offloaded import input_device
 from actctx.extract import extract
@@ -57,6 +57,20 @@ def test_rows_and_fingerprints_are_those_of_the_loaded_model(out, tmp_path, arch
     assert [each.is_meta for each in model.parameters()] == known
 
 
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "OPTForCausalLM"])
+def test_looking_at_a_model_leaves_its_hooks_as_they_were(tmp_path, architecture):
+    model = to_both(huggingface(architecture), tmp_path / "weights")
+    hooks = [getattr(module, "_hf_hook", None) for module in model.modules()]
+    tied = [hook.tied_params_map for hook in hooks if getattr(hook, "tied_params_map", None)]
+    assert tied
+    before = [[*each] for each in tied]
+    hook_names(model)
+    assert [[*each] for each in tied] == before
+    with capture(model, RESID, slice={"pos": -1}), torch.no_grad():
+        logits = model(tokens(4)).logits
+    assert torch.equal(logits, huggingface(architecture)(tokens(4)).logits)
+
+
 def test_another_model_that_is_offloaded_has_another_fingerprint():
     found = {
         fingerprint(to_cpu(huggingface("GPT2LMHeadModel", seed=seed), None)) for seed in (0, 1)
@@ -75,7 +89,7 @@ def test_a_model_whose_weights_are_nowhere_is_refused(out):
     with torch.device("meta"):
         model = huggingface("GPT2LMHeadModel")
     assert refusal(OptionError, model, tokens(2), RESID, out) == (
-        "the weights of 'transformer.wte.weight' are on the meta device, so there is nothing to "
-        "run, nor to tell the model by; load them first, or offload the model with accelerate, "
-        "which keeps them"
+        "the weights of 'transformer.wte.weight' are on the meta device, so it cannot run, and "
+        "data sets cannot tell it from others; load them first, or offload the model with "
+        "accelerate, which keeps them"
     )

@@ -104,6 +104,25 @@ def test_an_own_model_says_no_limit_but_has_one(out, cut, data):
     assert extract(Own(cut=cut), tokens(2, 16), BLOCK, out).rows == 32
 
 
+class Spread(nn.Module):
+    """A module with weights, buffers and look-ups that look like tables which are too short."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.block = nn.Embedding(VOCAB, 8), nn.Identity()
+        self.scale = nn.Parameter(torch.ones(1, 1, 8))
+        self.register_buffer("adjacent", torch.eye(8).to_sparse())
+
+    def forward(self, ids):
+        resid = self.embed(ids) * self.scale[:, : ids.shape[1]]
+        last = resid[torch.ones_like(ids, dtype=torch.bool), torch.tensor([7])]
+        return self.block(resid + last.view(*ids.shape, 1))
+
+
+def test_what_torch_can_look_up_is_not_refused(out):
+    assert extract(Spread(), [tokens(2, 5)], BLOCK, out).rows == 10
+
+
 def test_numbers_that_are_no_positions_are_not_taken_for_them(out):
     ids = tokens(2, 5)
     ids[1, 1] = VOCAB
