@@ -105,8 +105,8 @@ def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> 
 def _run_as_written(new: nn.Module) -> None:
     """Have a stand-in run the forward of its class, not one that fetches weights or compiles."""
     own = vars(new)
-    # TransformerLens asks accelerate's hook for weights, too, which would note those of the stand-in
-    # as if they were the model's.
+    # TransformerLens asks accelerate's hook for weights, too, which would note the stand-in's as
+    # if they were the model's.
     if own.pop("_hf_hook", None) is not None:
         own["forward"] = own.pop("_old_forward")
     if isinstance(inner := new._modules.get("_orig_mod"), nn.Module):  # of torch.compile
