@@ -69,9 +69,10 @@ class DryRun:
     """Which modules a model calls.
 
     Attributes:
-        model: A stand-in of it.
+        model: The model.
         calls: What each module was given and returned, by its name, at its last call.
         is_whole: Whether the run came to its end.
+        modules: The modules of the stand-in that ran, by name.
 
     """
 

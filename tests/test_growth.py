@@ -199,6 +199,13 @@ def test_the_model_runs_once_however_many_captures_ask():
     assert grown(model) is not first
 
 
+def test_a_model_of_few_positions_is_run_on_as_many():
+    model = huggingface("BertForMaskedLM", max_position_embeddings=8)
+    with capture(model, "bert.encoder.layer.0", slice={"pos": -1}) as acts:
+        model(tokens(4, 4))
+    assert torch.equal(acts.tensor, hidden_of(model, "bert.encoder.layer.0", tokens(4, 4))[:, -1])
+
+
 def test_the_run_touches_nothing():
     model = bridge()
     fired = []
