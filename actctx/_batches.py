@@ -19,7 +19,8 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
-from actctx._items import MASKS, is_elsewhere, is_number
+from actctx._items import is_elsewhere, is_number
+from actctx._masks import MASKS
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from actctx._batches import Batch, in_equal_lengths
 from actctx._errors import DataError, OptionError
 from actctx._items import (
-    MASKS,
     Item,
     Items,
     ids_of,
@@ -34,6 +33,7 @@ from actctx._items import (
     is_number,
     tokens_in,
 )
+from actctx._masks import MASKS
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
@@ -89,6 +89,7 @@ class Reading:
     tells_all: bool = False
     equal_lengths: bool = False
     limit: int | None = None
+    _warned: set[str] = field(default_factory=set, init=False)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -191,7 +192,7 @@ class Reading:
                 yield from in_equal_lengths(batch)
             else:
                 if batch.unpadded is not None and not self.is_told(batch):
-                    _check_unmasked(batch.unpadded, count)
+                    _check_unmasked(batch.unpadded, count, self._warned)
                 yield batch
             count += len(tokens)
 
@@ -345,8 +346,13 @@ def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
     return isinstance(data, Tensor | np.ndarray) and data.ndim == 2  # noqa: PLR2004  batch and pos
 
 
-def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int) -> None:
-    """See to padding that a forward cannot be told of; behind the tokens causal models do not mind.
+def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[str]) -> None:
+    """Check padding that a forward cannot be told of; behind the tokens causal models ignore it.
+
+    Args:
+        real: Where tokens are not padding.
+        number: The number of the first sequence in the input.
+        warned: What was warned of before, which is warned of once.
 
     Raises:
         DataError: It stands before tokens.
@@ -360,6 +366,9 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int) -> None:
             f"from sequence {number} on, the input has padding before tokens, but the model's "
             f"forward takes no attention mask, so that they would attend to it; {remedy}"
         )
+    if "unmasked" in warned:
+        return
+    warned.add("unmasked")
     warnings.warn(
         "the model's forward takes no attention mask, so that tokens attend to the padding behind "
         f"them if it is not causal; {remedy}",

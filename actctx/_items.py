@@ -13,13 +13,11 @@ from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError
+from actctx._masks import MASKS
 from actctx._table import shortened
 
 TOKENS = ("input_ids", "tokens", "text")
 """What a dict may hold its tokens, or its text, under."""
-
-MASKS = ("attention_mask", "one_zero_attention_mask")
-"""What a mask is called, by models and in dicts, which is 1 where tokens are no padding."""
 
 _ELSEWHERE = (
     *("decoder", "cross", "head", "past"),

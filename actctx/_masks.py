@@ -36,7 +36,7 @@ from actctx._sides import Side, Sides, core_of
 from actctx._watched import Options, WatchedSite
 
 MASKS = ("attention_mask", "one_zero_attention_mask")
-"""What forwards call the mask that is 1 where tokens are no padding."""
+"""What models, and dicts of data, call the mask that is 1 where tokens are not padding."""
 
 _NAMES = (*MASKS, "decoder_attention_mask")
 _POSITIONS = ("position_ids", "decoder_position_ids")

@@ -280,9 +280,11 @@ class Opening(Generic[B]):
             del firings[: site.firing]
 
     def _fire_outside(self, seen: Seen, value: Any) -> None:
-        """Capture from a part that is called by itself, as `generate` calls an encoder."""
+        """Capture from a part that is called by itself, as `generate` calls an encoder.
+
+        It counts as a forward of one firing, which is its first and its last.
+        """
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
-        # A forward of one firing, its first and last.
         if self.is_visible() and not recomputes and seen.site.firing in {None, 0, -1}:
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 

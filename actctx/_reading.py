@@ -10,8 +10,9 @@ from torch import nn
 from actctx._errors import OptionError
 from actctx._index import whole_number
 from actctx._inputs import Reading
-from actctx._items import MASKS, TOKENS
+from actctx._items import TOKENS
 from actctx._known_faults import mask_fault
+from actctx._masks import MASKS
 from actctx._table import counted
 
 _USUAL = frozenset(

@@ -111,8 +111,7 @@ def side_of(
 def core_of(model: nn.Module) -> nn.Module:
     """Return the model that a bridge or a compiled model wraps, or the model itself."""
     model = uncompiled(model)
-    inner = model.__dict__.get("original_model") or model._modules.get("original_model")
-    inner = inner or getattr(model, "original_model", None)
+    inner = getattr(model, "original_model", None)
     return inner if isinstance(inner, nn.Module) else model
 
 

@@ -486,13 +486,13 @@ def test_padding_behind_tokens_is_warned_of_where_the_model_takes_no_mask(out, o
     extract(model, [whole], MIXED, out)
     batch = {**whole, "attention_mask": [[1, 1, 1], [1] * ones + [0] * (3 - ones)]}
     with pytest.warns(UserWarning, match="takes no attention mask") as caught:
-        extract(model, [whole, batch], MIXED, out)
-    assert {str(each.message) for each in caught} == {
+        extract(model, [whole, batch, batch], MIXED, out)
+    assert [str(each.message) for each in caught] == [
         "the model's forward takes no attention mask, so that tokens attend to the padding behind "
         "them if it is not causal; give equal_lengths=True, which runs sequences without padding, "
         "or single sequences"
-    }
-    assert Read(out)["position"] == [*range(3)] * 3 + [*range(ones)]
+    ]
+    assert Read(out)["position"] == [*range(3)] * 3 + [*range(ones), *range(3), *range(ones)]
 
 
 @pytest.mark.parametrize("mask", ["attention", None])

@@ -12,7 +12,7 @@ from actctx import OptionError, Site
 from actctx.extract import extract
 
 OF_DECODERS = (
-    " is of the decoder, but a row is a token of what the encoder is given; capture it by "
+    " is of the decoder, but a row is a token of what the encoder is given; capture it with "
     "capture(), or extract from the decoder by itself"
 )
 
