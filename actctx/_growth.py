@@ -61,6 +61,7 @@ class Grew(NamedTuple):
             the sequences.
         is_of_part: Whether a part of the model was run, whose sequences may be others, such as
             images.
+        is_of_images: Whether it was run on images, whose height and width grow.
 
     """
 
@@ -68,6 +69,7 @@ class Grew(NamedTuple):
     shape: torch.Size
     is_whole: bool
     is_of_part: bool = False
+    is_of_images: bool = False
 
     def axes(self, proposed: Axes | None, shape: tuple[int, ...] | None = None) -> Axes | None:
         """Name the axes of an activation; see `grown_axes`.
@@ -78,6 +80,9 @@ class Grew(NamedTuple):
 
         """
         found = grown_axes(self.growth, proposed, self.shape if shape is None else shape)
+        if self.is_of_images and found is not None and "query" not in (proposed or ()):
+            # Two axes that grow with an image are its height and width, which have no names.
+            found = tuple("_" if axis in {"query", "key"} else axis for axis in found)
         if self.is_whole or found is None:
             return found
         rows = [dim for dim, axis in enumerate(found) if axis == "batch"]
@@ -92,11 +97,13 @@ class Grown:
     Attributes:
         first: The run that the others are compared with.
         others: Those in which one thing had grown, by its name, such as `"batch"`.
+        is_of_images: Whether they were on images.
 
     """
 
     first: Run
     others: Mapping[str, Run]
+    is_of_images: bool = False
 
     def of(self, module: nn.Module, io: str, read: Callable[[Any], Tensor]) -> Grew | None:
         """Tell what the axes of an activation grow with.
@@ -120,7 +127,8 @@ class Grown:
         ]
         if None in found or len({grew.growth for grew in found if grew is not None}) > 1:
             return None
-        return found[0]
+        grew = found[0]
+        return None if grew is None else grew._replace(is_of_images=self.is_of_images)
 
 
 def _compared(first: torch.Size, others: Mapping[str, torch.Size]) -> Grew | None:
@@ -273,7 +281,8 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
     for args, kwargs in sample.calls(copied):
         runs.append(weakref.WeakKeyDictionary())
         copied(*args, **kwargs)
-    return Grown(runs[0], dict(zip(sample.grown, runs[1:], strict=True)))
+    others = dict(zip(sample.grown, runs[1:], strict=True))
+    return Grown(runs[0], others, sample.is_of_images)
 
 
 class _Answers(TorchFunctionMode):
@@ -324,7 +333,7 @@ def _emptied(value: Any) -> Any:
         return _Shape(value.shape, value.dtype)
     if isinstance(value, Inputs):
         return Inputs(None, _emptied(value.args), _emptied(value.kwargs))  # type: ignore[arg-type]
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, Mapping):
         value = {each.name: getattr(value, each.name) for each in fields(value)}
     if isinstance(value, Mapping):
         return {key: _emptied(inner) for key, inner in value.items()}

@@ -33,6 +33,7 @@ from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
 from actctx._select import Positions, Rows, Selector, Step
 from actctx._sides import Side, Sides, core_of
+from actctx._told import side_of_run
 from actctx._watched import Options, WatchedSite
 
 MASKS = ("attention_mask", "one_zero_attention_mask")
@@ -188,6 +189,8 @@ class Padding:
         if self._sides is None:
             self._sides = Sides(self._model)
         side = self._sides.of(site.place, io=site.io, output=site.output)
+        if self._sides.two and side != "tower":
+            return side_of_run(self._model, site) or side
         if side is not None or self._sides.two or frame is None:
             return side
         if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
@@ -309,8 +312,8 @@ class Padding:
             why = f", and {holds}" if width > pos else ""
             raise SelectionError(
                 f"{site.shown} has {pos} positions, but the forward's mask has {width}{why}: they "
-                "count different things, as frames and samples of sound do; capture it without "
-                "mask=, or give capture a mask of its positions"
+                "count different things; capture it without mask=, or give capture a mask of its "
+                "positions"
             )
         return _Given(given if frames is None else frames, 0)
 

@@ -107,12 +107,16 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
     """
     pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
     if axes is None or pos is None or axes[0] != "batch":
-        known = f"its axes are {' '.join(axes)!r}" if axes else "its axes are not known"
         keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
+        if axes is None:
+            raise AxisError(
+                f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: its axes "
+                f"are not known; name them with Site(axes='batch pos ...'), or {otherwise}"
+            )
         raise AxisError(
-            f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: {known}; name "
-            f"them with Site(axes='batch pos ...'), or {otherwise}"
+            f"{keeps}, but the axes of {site!r} are {' '.join(axes)!r}, and not 'batch' first and "
+            f"then 'pos'; {otherwise}"
         )
     return axes, axes.index(pos)
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,11 +33,13 @@ class Sample:
         grown: What has grown in each call after the first: `"batch"`, `"pos"`, and `"target"`, the
             positions of a decoder beside an encoder.
         calls: Makes the calls for a copy of the model, on which it may change what fixes a size.
+        is_of_images: Whether it holds images.
 
     """
 
     grown: tuple[str, ...]
     calls: Callable[[Any], Iterator[Call]]
+    is_of_images: bool = False
 
 
 def samples_of(model: nn.Module) -> list[Sample]:
@@ -75,7 +77,8 @@ def _of_images(config: Any) -> Iterator[Sample]:
     if side and patch:
         patches = ((side // patch) ** 2, (side // patch + 1) ** 2)
         sizes = (side, side + patch)
-        yield from _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, patches)
+        images = _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, patches)
+        yield from (replace(sample, is_of_images=True) for sample in images)
 
 
 def _of_sound(config: Any) -> Iterator[Sample]:
@@ -202,6 +205,8 @@ def _stretch(hollow: nn.Module, sizes: tuple[int, int], positions: tuple[int, in
                 longer = None if tensor is None else _longer(tensor.shape, *positions)
                 if tensor is not None and longer is not None:
                     tensors[name] = tensor.new_empty(longer)  # type: ignore[assignment]
+                    if isinstance(module, nn.Embedding):
+                        module.num_embeddings = longer[0]
 
 
 def _longer(shape: torch.Size, usual: int, larger: int) -> list[int] | None:

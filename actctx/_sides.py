@@ -20,6 +20,7 @@ from actctx._places import Place, uncompiled
 Side: TypeAlias = Literal["encoder", "decoder", "shared", "tower"]
 
 _MODALITIES = ("image", "audio")
+_NOT_TOKENS = ("pixel_values", "input_values", "input_features", "audio_values")
 _CROSS = re.compile(
     r"(^|[._])(cross_?att\w*|enc(oder)?_?(dec(oder)?_?)?att\w*)($|\.)", re.IGNORECASE
 )
@@ -133,6 +134,14 @@ def _towers(core: nn.Module, encoder: nn.Module | None) -> Iterator[nn.Module]:
         tower = _part(core, "get_encoder", modality)
         if tower is not None and tower is not encoder:
             yield tower
+    if _reads(core) not in {None, *_NOT_TOKENS}:
+        yield from (part for part in core.modules() if _reads(part) in _NOT_TOKENS)
+
+
+def _reads(part: nn.Module) -> str | None:
+    """Name what a part of a Hugging Face model says that it reads."""
+    read = getattr(type(part), "main_input_name", None)
+    return read if isinstance(read, str) else None
 
 
 def _inside(part: nn.Module | None) -> set[int]:

@@ -11,7 +11,7 @@ grows tells (see `_growth`). What still cannot be told is refused, where somethi
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -168,6 +168,24 @@ class Teller:
             return None if axes is None else named_after(selector, rows, axes, shape)
 
         return tell
+
+
+def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "decoder"] | None:
+    """Tell by a run whose tokens a site of a model with an encoder and a decoder runs on.
+
+    Returns:
+        The side whose positions its own grow with; None where that is not told, as of a module that
+        both sides run.
+
+    """
+    teller = Teller.of(model, site)
+    grew, axes = teller.grew(), teller.axes(site.place.name)
+    if grew is None or grew.is_of_part or axes is None:
+        return None
+    along = [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
+    if len(along) != 1:
+        return None
+    return "decoder" if "target" in grew.growth[along[0]] else "encoder"
 
 
 def has_other_sequences(

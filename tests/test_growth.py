@@ -8,6 +8,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
 from torch import nn
 
@@ -360,3 +361,66 @@ def test_a_site_that_the_user_names_is_not_asked_of_the_model(ids):
     with capture(model, Site("blocks.0", axes="pos batch d_model"), slice={"pos": 0}) as acts:
         model(ids)
     assert acts.axes("blocks.0") == ("batch", "d_model")
+
+
+def test_a_mask_is_refused_where_the_sequences_do_not_come_first_without_advice_that_is_wrong():
+    with pytest.raises(AxisError) as refused:
+        capture(Swapped(), "layer", mask="attention")
+    assert str(refused.value) == (
+        "mask= keeps real tokens, but the axes of 'layer' are 'pos batch _', and not 'batch' first "
+        "and then 'pos'; capture it without mask="
+    )
+
+
+TINY = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 50,
+}
+
+
+def test_the_model_itself_is_selected_from_with_a_head_as_without(ids):
+    model = huggingface("LlamaForCausalLM")
+    with torch.no_grad():
+        logits = model(ids).logits
+    with capture(model, "", slice={"pos": -1}) as acts:
+        model(ids)
+    assert torch.equal(acts.tensor, logits[:, -1])
+
+
+def whisper():
+    sizes = {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "num_mel_bins": 16,
+        "max_source_positions": 16,
+        "vocab_size": 50,
+    }
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    return transformers.WhisperModel(transformers.WhisperConfig(**sizes, **special)).eval()
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1"])
+def test_positions_are_told_where_a_table_fixes_how_many_there_are(name):
+    model, ids = whisper(), tokens(4, 4)
+    given = {"input_features": torch.randn(4, 16, 32), "decoder_input_ids": ids}
+    with capture(model, name) as whole:
+        model(**given)
+    with capture(model, name, slice={"pos": -1}) as acts:
+        model(**given)
+    assert torch.equal(acts.tensor, whole.tensor[:, -1])
+
+
+def test_height_and_width_of_an_image_are_not_called_positions():
+    config = transformers.ViTConfig(**{**TINY, "image_size": 16, "patch_size": 4})
+    model = transformers.ViTModel(config).eval()
+    with capture(model, "embeddings.patch_embeddings.projection") as acts:
+        model(torch.randn(2, 3, 16, 16))
+    assert acts.axes("embeddings.patch_embeddings.projection") == ("batch", "_", "_", "_")

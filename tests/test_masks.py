@@ -143,8 +143,8 @@ def test_a_site_that_is_shorter_than_the_mask_without_a_cache_is_refused(ids):
         model(ids, attention_mask=RIGHT)
     assert str(caught.value) == (
         "'encoder.blocks.1.0' has 4 positions, but the forward's mask has 7, and no cache holds "
-        "the rest: they count different things, as frames and samples of sound do; capture it "
-        "without mask=, or give capture a mask of its positions"
+        "the rest: they count different things; capture it without mask=, or give capture a mask "
+        "of its positions"
     )
 
 
@@ -866,3 +866,46 @@ def test_bridges_tell_the_sides_of_models_without_sides():
     model = bridge("LlamaForCausalLM")
     places = Places(model)
     assert {side_of(places[name], model) for name in model.hook_dict} == {None}
+
+
+ENCODER = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
+DECODER = torch.tensor([[1] * 6, [1, 1, 1, 1, 1, 0]])
+
+
+@pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1.cross_attn.key_proj"])
+def test_the_side_of_a_site_is_told_by_whose_positions_it_grows_with(name):
+    sizes = {"hidden_size": 32, "vocab_size": 50, "ngram": 2}
+    sizes |= dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2)
+    sizes |= dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4)
+    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48)
+    torch.manual_seed(0)
+    model = transformers.ProphetNetModel(transformers.ProphetNetConfig(**sizes)).eval()
+    ids = tokens(2, 6)
+    with capture(model, name, mask="attention") as acts:
+        model(
+            ids,
+            attention_mask=ENCODER,
+            decoder_input_ids=ids,
+            decoder_attention_mask=DECODER,
+        )
+    assert acts.positions(name)[:, 0].bincount().tolist() == [4, 6]  # the encoder's tokens
+
+
+def test_a_tower_with_as_many_patches_as_there_are_tokens_is_refused():
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.GitConfig(vision_config=vision, vocab_size=50, **sizes)
+    torch.manual_seed(0)
+    model = transformers.GitForCausalLM(config).eval()
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
+    tower = "git.image_encoder.vision_model.encoder.layers.0"
+    with (
+        pytest.raises(SelectionError, match="runs on pictures or sound"),
+        capture(model, tower, mask="attention"),
+    ):
+        model(tokens(2, 5), attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))
