@@ -52,6 +52,7 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
     return Numbers()
 
 
+_OF_EXPERT = ("token", "d_mlp")
 _TOKENS = ("input_ids", "inputs_embeds")
 _OTHER = ("mask", "position", "type", "label", "past")
 _WITH_TOKENS = 2
@@ -153,6 +154,8 @@ class Teller:
         if grew is None:
             return None
         rank = len(grew.shape if shape is None else shape)
+        if self.proposed == _OF_EXPERT and rank == len(_OF_EXPERT):
+            return self.proposed  # how many tokens it is given depends on values, not on sizes
         axes = grew.axes(fired_axes(name, self.proposed, rank) or self.proposed, shape)
         batch = None if grew.is_of_part or numbers is None else numbers.batch
         return None if has_other_sequences(axes, shape, batch) else axes
