@@ -180,7 +180,9 @@ class Padding:
             if bool(padded):
                 self._warn_slice()
         else:
-            self._later = padded if self._later is None else self._later | padded
+            # Of a model that is spread, masks may lie on several devices.
+            later = padded if self._later is None else self._later
+            self._later = later | padded.to(later.device)
 
     # Which mask, and how it lies.
 
