@@ -92,6 +92,11 @@ class Column:
         return all(_is_equal(first, other) for other in others)
 
     @property
+    def is_to_join(self) -> bool:
+        """Whether it holds several forwards that are to become one tensor."""
+        return self.join is not None and any(len(chunks) > 1 for chunks in self.firings)
+
+    @property
     def nbytes(self) -> int:
         """The bytes that it holds; with a capacity, those of the whole room."""
         if self.rooms:
@@ -112,7 +117,7 @@ class Column:
         self.stack = None
         if len(firings) == len(self.firings) == 1 and self.capacity is None:
             (chunk,) = firings
-            if chunk.rows is None:  # what the rest comes to, for what is most often written
+            if chunk.rows is None:  # a shortcut for the usual case
                 self.firings[0].append(chunk)
                 return
         for number, chunk in enumerate(firings):
@@ -301,7 +306,7 @@ def stack_in_place(columns: Sequence[Column]) -> Shaped[Tensor, "layer ..."]:
     """Stack what sites left; what they hold becomes views of it, so that nothing is held twice."""
     tensors = [column.joined(0) for column in columns]
     if any(tensor.requires_grad for tensor in tensors) or any(column.rooms for column in columns):
-        with torch.enable_grad():  # whatever the mode of who reads, the graph was asked for
+        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
             return torch.stack(tensors)
     whole = columns[0].stack
     if whole is not None and all(column.stack is whole for column in columns):
@@ -386,7 +391,7 @@ def _others(tensor: Tensor, dim: int) -> list[int]:
 def _concatenate(chunks: deque[Owned], dim: int) -> None:
     """Replace chunks by their concatenation, releasing each as soon as it is copied."""
     if any(chunk.value.requires_grad for chunk in chunks):
-        with torch.enable_grad():  # whatever the mode of who reads, the graph was asked for
+        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
             joined = torch.cat([chunk.value for chunk in chunks], dim)
         chunks.clear()
         chunks.append(Owned(joined))

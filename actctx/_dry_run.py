@@ -14,12 +14,9 @@ layers take no longer than one.
 """
 
 import ast
-import contextlib
 import functools
 import inspect
-import logging
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from actctx._stand_in import hollow
+from actctx._stand_in import hollow, undisturbed
 
 _SEQUENCES, _SHORT, _LONG = 2, 16, 130
 _SAMPLES = 4000
@@ -72,9 +69,10 @@ class DryRun:
     """Which modules a model calls.
 
     Attributes:
-        model: A stand-in of it.
+        model: The model.
         calls: What each module was given and returned, by its name, at its last call.
         is_whole: Whether the run came to its end.
+        modules: The modules of the stand-in that ran, by name.
 
     """
 
@@ -141,7 +139,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
     alike = _run_once(modules)
     is_whole = True
     try:
-        with torch.inference_mode(mode=False), mode, torch.no_grad(), _quiet():
+        with undisturbed(model), torch.device("cpu"), mode:
             _run(whole, positions, options)
     except Exception:  # noqa: BLE001  what a model raises that cannot run without values
         is_whole = False
@@ -150,24 +148,6 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
         if first in calls:
             calls.setdefault(name, calls[first])
     return DryRun(model, calls, is_whole, modules)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep to oneself what torch and Hugging Face say of a run that is nobody's."""
-    loggers = [
-        logging.getLogger(name) for name in ("torch._subclasses.fake_tensor", "transformers")
-    ]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _first_alike(name: str, alike: Mapping[str, str]) -> str:

@@ -41,8 +41,8 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     `*`, `?` and brackets stay within one part of a name, `**` spans any number of parts. A bracket
     holds numbers, which are whole numbers in a name and whose ranges include both ends (`[8-11]`,
     `[0,3,11]`, and `[!0]` for all others), or characters (`[qkv]`, `[!qk]`). A glob without a dot
-    matches the last part of a name, at any depth, as in a `.gitignore`. What is no glob matches
-    the end of a name, part by part.
+    matches the last part of a name, at any depth, as in a `.gitignore`. Any other
+    name matches the end of a name, part by part.
 
     Raises:
         HookNameError: A bracket holds something else.

@@ -15,26 +15,23 @@ runs for real, on a few tokens.
 
 import contextlib
 import functools
-import logging
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import _disable_current_modes
 
 from actctx._axes import Axes, Growth, grown_axes
 from actctx._forward import unwatched
 from actctx._hooks import Hook
-from actctx._outputs import Inputs
+from actctx._outputs import Inputs, tensor_of
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import SEQUENCES, Sample, samples_of
-from actctx._stand_in import stand_in
+from actctx._stand_in import stand_in, undisturbed
 
 
 class _Shape(NamedTuple):
@@ -62,12 +59,15 @@ class Grew(NamedTuple):
         shape: The shape that it had at first.
         is_whole: Whether it was seen what grows with the positions, and not only what grows with
             the sequences.
+        is_of_part: Whether a part of the model was run, whose sequences may be others, such as
+            images.
 
     """
 
     growth: Growth
     shape: torch.Size
     is_whole: bool
+    is_of_part: bool = False
 
     def axes(self, proposed: Axes | None, shape: tuple[int, ...] | None = None) -> Axes | None:
         """Name the axes of an activation; see `grown_axes`.
@@ -181,7 +181,7 @@ def growth_at(
         found = grown(part)
         grew = None if found is None else found.of(module, io, read)
         if grew is not None:
-            return grew
+            return grew._replace(is_of_part=part is not model)
     return None
 
 
@@ -218,12 +218,24 @@ def _settings(model: nn.Module) -> object:
 def _grown(model: nn.Module) -> Grown | None:
     if is_cut(model):  # whose processes would have to run together
         return None
-    with unwatched(), _disable_current_modes():  # those of a caller
+    with unwatched(), undisturbed(model):
         for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
             for sample in samples_of(model):
                 with contextlib.suppress(Exception):  # whatever a model raises that lacks values
-                    return way(model, sample)
+                    found = way(model, sample)
+                    return None if _has_positions_first(model, found) else found
     return None
+
+
+def _has_positions_first(model: nn.Module, found: Grown) -> bool:
+    """Tell whether a model takes ids to be `pos batch`, by its layers of torch that do so."""
+    layers = (nn.RNNBase, nn.MultiheadAttention)
+    for module in model.modules():
+        if isinstance(module, layers) and not module.batch_first:
+            grew = found.of(module, "in", functools.partial(tensor_of, "", output=None))
+            if grew is not None and [*map(set, grew.growth[:2])] == [{"batch"}, {"pos"}]:
+                return True
+    return False
 
 
 def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
@@ -258,30 +270,10 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
     """Run a copy of a model on samples, and see what each module is given and returns."""
     runs: list[Run] = []
     _take_notes(copies, runs)
-    with _undisturbed():
-        for args, kwargs in sample.calls(copied):
-            runs.append(weakref.WeakKeyDictionary())
-            copied(*args, **kwargs)
+    for args, kwargs in sample.calls(copied):
+        runs.append(weakref.WeakKeyDictionary())
+        copied(*args, **kwargs)
     return Grown(runs[0], dict(zip(sample.grown, runs[1:], strict=True)))
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Leave the caller's grad, inference and autocast modes, and keep torch from logging."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        with (
-            torch.inference_mode(mode=False),
-            torch.no_grad(),
-            torch.random.fork_rng(devices=[]),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 class _Answers(TorchFunctionMode):

@@ -2,7 +2,7 @@
 
 # NOTE [Sizes of a layer]
 Layers of one model may have heads of different sizes and numbers, and a model may hold several
-towers. So heads are split by what the attention module of the layer says of itself, held against
+towers. So heads are split by what the attention module of the layer says of itself, checked against
 the widths of its projections: queries are `heads * d_head` wide, or twice that where the adapter
 says that a gate lies beside each query; keys are as deep as queries; values and what is mixed of
 them are `heads * d_value` wide. What does not add up is refused, not guessed.
@@ -10,7 +10,7 @@ them are `heads * d_value` wide. What does not add up is refused, not guessed.
 # NOTE [Dividing by labels]
 TransformerLens' adapters divide weights, not activations. So one is given a projection whose
 weights are the numbers of its outputs, and the numbers that come back as the weights of the queries
-are theirs. What comes back is held against what was given, since an adapter that reads other
+are theirs. What comes back is checked against what was given, since an adapter that reads other
 weights than these would give any features for the heads.
 """
 
@@ -56,7 +56,7 @@ class Heads:
 
     @functools.cached_property
     def _layout(self) -> tuple[int, int]:
-        """Where the first head starts, and how far on the next; -1 where there is no rule to it."""
+        """Where the first head starts, and the step to the next one; -1 if the steps differ."""
         if self.index is None:
             return 0, self.d_head
         heads = self.index.view(-1, self.d_head)
@@ -112,7 +112,7 @@ def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[st
         As `heads_of`.
 
     Raises:
-        ValueError: What the adapter gives is no division of the outputs. It raises other errors
+        ValueError: What the adapter gives does not divide the outputs. It raises other errors
             of its own.
 
     """
@@ -233,7 +233,7 @@ def labelled(component: Any, attention: nn.Module) -> list[Int64[Tensor, " _"]]:
     """List which outputs of a joint projection are queries, keys and values; see the note above.
 
     Raises:
-        ValueError: What the adapter gives is no division of the outputs. It raises other errors
+        ValueError: What the adapter gives does not divide the outputs. It raises other errors
             of its own.
 
     """
@@ -281,4 +281,4 @@ def _of_falcon(attention: Any, numbers: Float[Tensor, " outputs"]) -> list[Float
 def _check(parts: list[Float[Tensor, " _"]], numbers: Float[Tensor, " outputs"]) -> None:
     given = torch.cat(parts).tolist()
     if len({*given} & {*numbers.tolist()}) != len(given):
-        raise ValueError("what it gives is no division of the outputs")
+        raise ValueError("what it gives does not divide the outputs")

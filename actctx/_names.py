@@ -38,7 +38,7 @@ class Site:
 
     Raises:
         OptionError: `io` is neither `"in"` nor `"out"`, `axes` names an axis twice, or `firing`
-            is no int.
+            is not an int.
 
     Example:
         >>> Site("blocks.*.attn.hook_pattern", slice={"head": [0, 3]}, dtype=torch.float16)
@@ -68,8 +68,8 @@ class Site:
             )
         if self.firing is not None and type(self.firing) is not int:
             raise OptionError(
-                f"Site(firing={self.firing!r}) is no number of a firing; give an int, such as 0 "
-                "for the first of each forward or -1 for the last"
+                f"Site(firing={self.firing!r}) is not the number of a firing; give an int, such "
+                "as 0 for the first of each forward or -1 for the last"
             )
 
     def __repr__(self) -> str:
@@ -214,7 +214,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
 
 
 def _matching(places: Places, glob: str) -> list[str]:
-    """List what a glob matches; a name with a bracket that means nothing is none."""
+    """List what a glob matches; a module may have a name with a bracket in it, too."""
     try:
         accept = matcher(glob)
     except HookNameError:

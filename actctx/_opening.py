@@ -37,7 +37,14 @@ from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
 from actctx._table import counted, shortened
-from actctx._told import Numbers, Teller, numbers_of, plainly_told, proposed_axes
+from actctx._told import (
+    Numbers,
+    Teller,
+    has_other_sequences,
+    numbers_of,
+    plainly_told,
+    proposed_axes,
+)
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._values import check_capturable
@@ -137,7 +144,7 @@ class Opening(Generic[B]):
         """Put the hooks on, all or none.
 
         Returns:
-            The buffer. For a `"thread"`, whoever has it keeps the hooks on, until they are off.
+            The buffer. For a `"thread"`, the hooks stay on as long as somebody holds it.
 
         """
         try:
@@ -148,7 +155,7 @@ class Opening(Generic[B]):
             raise
 
     def _steps(self) -> Iterator[tuple[Action, Action]]:
-        """Tell what to do to open, and before it what undoes it, were it but half done."""
+        """Yield (undo, do) pairs; each undo must be safe even if its do was interrupted."""
         reference: weakref.ref[Watcher] = weakref.ref(self)
         if self._scope == "block":
             mode = GradMode(enabled=self.grad)
@@ -174,7 +181,7 @@ class Opening(Generic[B]):
         io = "point" if site.place.is_hook_point else site.io
         fire = _firing(weakref.ref(self), self._seen[site.key])
         if site.place.reading is not None and not site.exact:
-            fire = _wishing(fire)
+            fire = _if_returned(fire)
         return Hook(site.place.module, site.place.name, fire, io=io)
 
     def _notes(self) -> Iterator[Hook]:
@@ -296,7 +303,7 @@ class Opening(Generic[B]):
         if torch.is_inference_mode_enabled():
             with plain_mode():
                 return self._take(seen, activation, frame, number)
-        if seen.is_whole:  # what `_take` comes to, at once
+        if seen.is_whole:  # as `_take` does, but faster
             if activation.is_contiguous():
                 return Owned(activation.clone())  # torch takes a while to read the option below
             return Owned(activation.clone(memory_format=torch.contiguous_format))
@@ -325,9 +332,17 @@ class Opening(Generic[B]):
             AxisError, SelectionError: It does not have what is to be selected.
 
         """
-        if activation.dim() != seen.rank or not seen.column.firings:
+        is_as_before = activation.dim() == seen.rank and seen.column.firings
+        if not is_as_before or self._has_other_sequences(seen.site, activation.shape, frame):
             self._tell_axes(seen, activation.shape, frame)
         seen.check(activation.shape)
+
+    def _has_other_sequences(
+        self, site: WatchedSite, shape: torch.Size, frame: Frame | None
+    ) -> bool:
+        if not site.needs_axes or site.named_axes is not None:
+            return False
+        return has_other_sequences(site.known_axes, shape, self._numbers(frame).batch)
 
     def _tell_axes(self, seen: Seen, shape: torch.Size, frame: Frame | None) -> None:
         """Tell where the axes of a site lie, for activations of so many axes.
@@ -343,9 +358,9 @@ class Opening(Generic[B]):
         tell = None
         if axes is None:
             teller = Teller.of(self._model, site)
-            if site.needs_axes:
+            if site.needs_axes or self._options.capacity is not None:
                 axes = teller.axes(site.place.name, shape, numbers)
-                if axes is None:
+                if axes is None and site.needs_axes:
                     raise site.refuse_axes(shape)
             else:
                 tell = teller.later(site, shape, numbers)
@@ -406,6 +421,9 @@ class Opening(Generic[B]):
 
         """
         self._padding.finish()
+        for seen in self._seen.values():  # while the model is there to tell
+            if seen.column.is_to_join:
+                seen.column.settle_axes()
         self._check_fired()
         if isinstance(self.handed, Schema):
             self.handed.check(more)
@@ -439,21 +457,21 @@ def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any
     return fire
 
 
-def _wishing(fire: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Leave out what a module does not return this time, such as a pattern that it must be asked.
+def _if_returned(fire: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Leave out what a module does not return this time, such as a pattern that was not asked for.
 
-    A glob over TransformerLens' names is a wish: what it leaves out is among `acts.missing`.
+    What a glob over TransformerLens' names leaves out is listed in `acts.missing`.
     """
 
-    def wish(value: Any) -> None:
+    def fire_if_returned(value: Any) -> None:
         with contextlib.suppress(OutputError):
             fire(value)
 
-    return wish
+    return fire_if_returned
 
 
 def _ignore(_value: object) -> None:
-    """Stand in where nothing is to be done."""
+    """Do nothing."""
 
 
 def _enter(number: int) -> None:

@@ -79,7 +79,7 @@ class Places:
 
     @functools.cached_property
     def modules(self) -> Mapping[str, nn.Module]:
-        """The modules that are no hook points: on a bridge thousands, so listed when needed."""
+        """The modules that are not hook points; a bridge has thousands, so only when needed."""
         hooked = {id(module) for module in self.hook_points.values()}
         modules = self._model.named_modules(remove_duplicate=False)
         return {name: module for name, module in modules if id(module) not in hooked}

@@ -54,7 +54,11 @@ def samples_of(model: nn.Module) -> list[Sample]:
 def _of_tokens(config: Any) -> Iterator[Sample]:
     windows = getattr(config, "attention_window", None) or _STEP
     step = max(windows) if isinstance(windows, list | tuple) else int(windows)
-    yield _growing(config, _ids, 2 * step, 3 * step)
+    usual, longer = 2 * step, 3 * step
+    longest = getattr(config, "max_position_embeddings", None)
+    if step == _STEP and isinstance(longest, int) and 1 < longest < longer:
+        usual, longer = longest - 1, longest
+    yield _growing(config, _ids, usual, longer)
 
 
 def _ids(batch: int, pos: int) -> Int64[Tensor, "batch pos"]:

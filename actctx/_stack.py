@@ -114,7 +114,7 @@ def _of_kind(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[str, str
     found = meant(wanted, names)
     if wanted in found.values():  # one place, by its whole name
         return {}
-    # Without the alias before it, which is no stack of layers.
+    # Without the alias before it, which is not a stack of layers.
     return {
         key: next((each for each in names[key] if name.endswith(f".{each}")), name)
         for key, name in found.items()

@@ -5,12 +5,18 @@ change its config, and split its weights. A stand-in takes all of that, and runs
 what a model does, so that the model itself stays as it is, and nothing is held twice.
 """
 
+import contextlib
 import copy
 import functools
+import logging
+import random
+import sys
+import threading
 import types
+import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +34,8 @@ _HOOKS = (
 )
 _LENS_HOOKS = ("fwd_hooks", "bwd_hooks")
 _SHARED = ("tokenizer", "processor", "adapter", "_hf_hook")
+_LOGGERS = ("torch._subclasses.fake_tensor", "transformers")
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def stand_in(
@@ -55,11 +63,7 @@ def stand_in(
         for module, new in made.items():
             for name, value in [*vars(module).items()]:
                 new.__dict__[name] = _copied(value, made, memo)
-            # Accelerate's hook is the model's own: it would fetch weights, and note those of the
-            # stand-in as if they were the model's.
-            new.__dict__.pop("_hf_hook", None)
-            if "_old_forward" in new.__dict__:
-                new.__dict__["forward"] = new.__dict__["_old_forward"]
+            _run_as_written(new)
         for module in kept:
             _pass_on(module, made)
     return made[model], made
@@ -83,10 +87,32 @@ def _remember(module: nn.Module, memo: dict[int, Any], instead: Callable[[Tensor
 def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> Any:
     if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
         return _rebound(value, made, set())  # such as a forward that TransformerLens puts in place
+    known = len(memo)
     try:
         return copy.deepcopy(value, memo)
-    except Exception:  # noqa: BLE001  what cannot be copied is not what a forward changes
-        return value
+    except Exception:  # noqa: BLE001  such as a list of losses, whose graph torch does not copy
+        for key in [*memo][known:]:  # copies that were only begun
+            del memo[key]
+    if type(value) is list:
+        return [_copied(each, made, memo) for each in value]
+    if type(value) is dict:
+        return {key: _copied(each, made, memo) for key, each in value.items()}
+    with contextlib.suppress(Exception):
+        return memo.setdefault(id(value), copy.copy(value))
+    return value  # what cannot be copied at all is shared
+
+
+def _run_as_written(new: nn.Module) -> None:
+    """Have a stand-in run the forward of its class, not one that fetches weights or compiles."""
+    own = vars(new)
+    # TransformerLens asks accelerate's hook for weights, too, which would note the stand-in's as
+    # if they were the model's.
+    if own.pop("_hf_hook", None) is not None:
+        own["forward"] = own.pop("_old_forward")
+    if isinstance(inner := new._modules.get("_orig_mod"), nn.Module):  # of torch.compile
+        own["forward"] = inner
+    if "_compiled_call_impl" in own:
+        own["_compiled_call_impl"] = None
 
 
 def _pass_on(module: Any, made: Mapping[nn.Module, Any]) -> None:
@@ -125,24 +151,81 @@ def _rebound(value: Any, made: Mapping[nn.Module, Any], seen: set[int]) -> Any:
     if isinstance(value, functools.partial):
         arguments = {name: again(each) for name, each in value.keywords.items()}
         return functools.partial(again(value.func), *map(again, value.args), **arguments)
-    if not isinstance(value, types.FunctionType) or not value.__closure__:
+    return _rebound_function(value, again) if isinstance(value, types.FunctionType) else value
+
+
+def _rebound_function(value: Any, again: Callable[[Any], Any]) -> Any:
+    defaults, named = value.__defaults__ or (), value.__kwdefaults__ or {}
+    if not (value.__closure__ or defaults or named):
         return value
     empty = types.CellType()
     cells = [
         cell if cell == empty else types.CellType(again(cell.cell_contents))
-        for cell in value.__closure__
+        for cell in value.__closure__ or ()
     ]
     new = types.FunctionType(
-        value.__code__, value.__globals__, value.__name__, value.__defaults__, tuple(cells)
+        value.__code__, value.__globals__, value.__name__, tuple(map(again, defaults)), tuple(cells)
     )
     new.__dict__.update(value.__dict__)
-    new.__kwdefaults__ = value.__kwdefaults__
+    new.__kwdefaults__ = {name: again(each) for name, each in named.items()}
     return new
 
 
 def _held(function: Any) -> list[Any]:
     cells = getattr(function, "__closure__", None) or ()
     return [cell.cell_contents for cell in cells if cell != types.CellType()]
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Run a stand-in without gradients, and leave modes and random numbers as they were.
+
+    Warnings and logs can only be silenced for all threads, so threads run one after the other.
+
+    Args:
+        model: The model, whose devices draw random numbers.
+
+    """
+    devices = {each.device for each in model.parameters() if each.is_cuda}
+    with (
+        _ONE_AT_A_TIME,
+        _disable_current_modes(),
+        torch.inference_mode(mode=False),
+        torch.no_grad(),
+        torch.random.fork_rng(devices=devices),
+        _drawing_aside(),
+        _silence(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _drawing_aside() -> Iterator[None]:
+    """Give the random numbers of Python and NumPy, which older models draw, their state back."""
+    numpy = sys.modules.get("numpy")
+    drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(drawn[0])
+        if numpy is not None:
+            numpy.random.set_state(drawn[1])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keep torch and Hugging Face from warning of a run that the user did not ask for."""
+    loggers = [*map(logging.getLogger, _LOGGERS)]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def hollow(model: nn.Module, mode: Any) -> Any:

@@ -1,15 +1,15 @@
-"""Where the axes of an activation lie: what its name proposes, held against what the model does.
+"""Where the axes of an activation lie: what its name proposes, checked against the model.
 
 # NOTE [Names propose, the model decides]
 In this order. The user's `Site(axes=...)` holds. Else the name of a hook point proposes axes, with
-the position where TransformerLens declares it. They are held against the numbers of sequences and
-of positions that the forward was given: where these leave no other axes, they hold. Where sizes
+the position where TransformerLens declares it. They are checked against the numbers of sequences
+and positions that the forward was given: where these leave no other axes, they hold. Where sizes
 coincide, or disagree, or no name proposes anything, the model is run with other sizes, and what
 grows tells (see `_growth`). What still cannot be told is refused, where something depends on it.
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -43,14 +43,30 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
 
     """
     for given in forwards:
-        tokens = [each for name, each in given.items() if _holds_tokens(name, each)]
+        found = [(name, each) for name, each in _flat(given) if _holds_tokens(name, each)]
+        # Others have two axes as well, such as the sizes of pictures.
+        named = [each for name, each in found if name.endswith(_TOKENS)]
+        tokens = named or [each for _, each in found]
         if tokens:
             return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens))
     return Numbers()
 
 
+_TOKENS = ("input_ids", "inputs_embeds")
 _OTHER = ("mask", "position", "type", "label", "past")
 _WITH_TOKENS = 2
+
+
+def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """List arguments, and those that a wrapper takes as a batch or by `*args`."""
+    for name, value in given.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value)
+        elif isinstance(value, tuple | list):
+            for each in value:
+                yield from _flat({name: each})
+        else:
+            yield str(name), value
 
 
 def _holds_tokens(name: str, value: Any) -> bool:
@@ -128,12 +144,18 @@ class Teller:
     def axes(
         self, name: str, shape: tuple[int, ...] | None = None, numbers: Numbers | None = None
     ) -> Axes | None:
-        """Tell the axes of an activation of this shape, by default of that of the run."""
+        """Tell the axes of an activation of this shape, by default of that of the run.
+
+        None where it has other sequences than the forward: a model may do other things with long
+        texts than with those of the run.
+        """
         grew = self.grew(numbers)
         if grew is None:
             return None
         rank = len(grew.shape if shape is None else shape)
-        return grew.axes(fired_axes(name, self.proposed, rank) or self.proposed, shape)
+        axes = grew.axes(fired_axes(name, self.proposed, rank) or self.proposed, shape)
+        batch = None if grew.is_of_part or numbers is None else numbers.batch
+        return None if has_other_sequences(axes, shape, batch) else axes
 
     def later(
         self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
@@ -146,6 +168,15 @@ class Teller:
             return None if axes is None else named_after(selector, rows, axes, shape)
 
         return tell
+
+
+def has_other_sequences(
+    axes: Axes | None, shape: tuple[int, ...] | None, batch: int | None
+) -> bool:
+    """Tell whether an activation has another number of sequences than the forward was given."""
+    if axes is None or shape is None or batch is None or "batch" not in axes:
+        return False
+    return shape[axes.index("batch")] not in {1, batch}
 
 
 def axes_before(model: nn.Module, site: WatchedSite) -> tuple[Axes, dict[str, int]] | None:

@@ -174,7 +174,10 @@ def _why_never(run: DryRun, module: str, reading: Reading) -> str:
             "the model"
         )
     if reading.io == "in" and not run.is_given_tensor(module):
-        return f"what {module!r} is given first is no tensor"
+        return (
+            f"what {module!r} is given first is not a tensor; capture what it returns, by its "
+            "own name"
+        )
     if reading.pattern is None or call is None or call.has_pattern:
         return ""
     if reading.pattern.is_optional:

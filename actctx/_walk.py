@@ -77,7 +77,7 @@ class Walk:
         if name is None or path.rpartition(".")[2] in INSIDE:
             self._hide(path, "hook_in", "hook_out")
             return
-        if component.name is None:  # a container that is no module is what its parts are
+        if component.name is None:  # a container without a module, for which its parts stand
             for io, part in (("hook_in", "in"), ("hook_out", "out")):
                 if f"{path}.{part}.{io}" in points:
                     points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]

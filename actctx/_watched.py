@@ -51,7 +51,7 @@ class WatchedSite:
 
     @property
     def is_known_at_once(self) -> bool:
-        """Whether a firing that is wanted is known to be it, without the end of the forward."""
+        """Whether each firing tells at once, before the forward ends, if it is the wanted one."""
         return self.firing is None or self.firing >= 0
 
     @property
@@ -92,7 +92,7 @@ class WatchedSite:
 
     @property
     def yields_it(self) -> bool:
-        """Whether a tensor that it yields is the activation, of which nothing is to be made."""
+        """Whether the hooked value can be captured as it is, if it is a tensor."""
         reading = self.place.reading
         is_read = reading is not None and (reading.part, reading.pattern) != (None, None)
         return self.output is None and not is_read and not self.needs_sequences
@@ -146,7 +146,7 @@ class WatchedSite:
     @property
     def needs_axes(self) -> bool:
         """Whether it has to be known, from the first activation on, where its axes lie."""
-        joins = self.options.capacity is not None or self.options.join not in {None, "batch"}
+        joins = self.options.join not in {None, "batch"}
         return self.rows is not None or self.selects_by_name or joins
 
     def refuse_axes(self, shape: torch.Size) -> AxisError:
@@ -201,9 +201,9 @@ class Seen:
     Attributes:
         site: The site.
         column: What it leaves.
-        is_plain: Whether a tensor that it yields is the activation.
-        is_whole: Whether it leaves clones of all that it yields.
-        is_known_at_once: Whether a firing that is wanted is known to be it before the forward ends.
+        is_plain: Whether the hooked value can be captured as it is, if it is a tensor.
+        is_whole: Whether a clone of the whole activation is captured.
+        is_known_at_once: Whether each firing tells at once if it is the wanted one.
         rank: The number of axes of its last activation, whose places are settled.
         shape: The shape of its last activation.
         tokens: The sequences and positions that it covered.
@@ -240,7 +240,7 @@ class Seen:
         """Name the axes of what it leaves of activations of this shape; None where nothing does."""
         named = axes if axes is not None else ("_",) * len(shape)
         found = named_after(self.site.selector, self.site.rows, named, shape)
-        # What the user names is held against the config, as it is nobody else's word.
+        # Axes that only the user names are checked against the config, not against themselves.
         self.column.named = found._replace(whole={}) if self.site.named_axes else found
         self.column.batch_dropped = self.site.selector.drops(0, len(shape))
 
@@ -308,7 +308,7 @@ def watch_site(
         if told is None:
             if axes is None or asked.axes is not None:
                 raise
-            return _checked(site, axes, {})  # a config alone is no reason to refuse
+            return _checked(site, axes, {})  # a config alone does not decide
         return _checked(replace(site, told_axes=told[0]), *told)
 
 
@@ -334,7 +334,7 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
     """Return the mask that was asked for.
 
     Raises:
-        OptionError: It is none.
+        OptionError: It is not a valid mask.
 
     """
     if mask is None or (isinstance(mask, str) and mask == "attention"):
@@ -348,10 +348,10 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
 
 
 def check_capacity(options: Options) -> None:
-    """Refuse a capacity that is none, or that other options cannot fill.
+    """Refuse a capacity that is not a positive int, or that other options rule out.
 
     Raises:
-        OptionError: It is.
+        OptionError: The capacity is refused.
 
     """
     capacity = options.capacity

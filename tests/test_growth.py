@@ -1,7 +1,11 @@
 """Where axes lie: told by names where sizes leave no doubt, else by a run of the model."""
 
+import gc
+import logging
+import random
 import threading
 
+import numpy as np
 import pytest
 import torch
 from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
@@ -10,6 +14,8 @@ from torch import nn
 from actctx import AxisError, SelectionError, Site, capture
 from actctx._axes import grown_axes
 from actctx._growth import grown, growth_at
+from actctx._stand_in import undisturbed
+from actctx._told import numbers_of
 
 BATCH, POS, BOTH, ROWS = (
     frozenset(each) for each in (["batch"], ["pos"], ["rows", "pos"], ["rows"])
@@ -92,6 +98,69 @@ def test_forwards_join_along_the_sequences_wherever_they_lie():
     assert torch.equal(acts.tensor, expected)
 
 
+def test_forwards_join_where_their_axis_lies_once_the_model_is_gone():
+    model, ids = Swapped(), (tokens(4), tokens(2))
+    with capture(model, "layer") as acts:
+        for each in ids:
+            model(each)
+    expected = torch.cat([hidden_of(model, "layer", each) for each in ids], 1)
+    del model
+    gc.collect()
+    assert torch.equal(acts.tensor, expected)
+
+
+@pytest.mark.parametrize("before", [[], [5]])
+def test_a_layout_that_only_long_texts_have_is_refused(before):
+    class Chunked(Mlp):
+        def forward(self, ids):
+            hidden = self.embed(ids)
+            is_long = ids.shape[1] > 16
+            return self.block(hidden.transpose(0, 1) if is_long else hidden)
+
+    model = Chunked()
+    with (
+        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        capture(model, "block", slice={"pos": -1}),
+    ):
+        for pos in (*before, 20):
+            model(tokens(3, pos))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.MultiheadAttention])
+@pytest.mark.parametrize("is_batch_first", [False, True])
+def test_ids_that_a_model_takes_to_be_positions_first_are_not_taken_for_sequences(
+    kind, is_batch_first
+):
+    class Mixing(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.mix = kind(8, 8, batch_first=is_batch_first)
+
+        def forward(self, ids):
+            hidden = self.block(self.embed(ids))
+            given = (hidden,) if kind is nn.LSTM else (hidden, hidden, hidden)
+            return self.head(self.mix(*given)[0])
+
+    model = Mixing()
+    assert (growth_at(model, model.head, "out", lambda value: value) is None) != is_batch_first
+
+
+@pytest.mark.parametrize("as_one", [False, True])
+def test_tokens_are_found_in_what_a_wrapper_is_given(as_one, ids):
+    class Wrapper(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = huggingface("LlamaForCausalLM")
+
+        def forward(self, *batch):
+            return self.inner(**batch[0]) if as_one else self.inner(*batch)
+
+    model = Wrapper()
+    with capture(model, "inner.model.norm", slice={"pos": -1}) as acts:
+        model({"input_ids": ids} if as_one else ids)
+    assert acts.tensor.shape == (3, 32)
+
+
 @pytest.mark.parametrize("by_glob", [False, True])
 def test_what_cannot_be_told_is_refused(by_glob):
     linear = nn.Sequential(nn.Linear(4, 4))
@@ -130,6 +199,13 @@ def test_the_model_runs_once_however_many_captures_ask():
     assert grown(model) is not first
 
 
+def test_a_model_of_few_positions_is_run_on_as_many():
+    model = huggingface("BertForMaskedLM", max_position_embeddings=8)
+    with capture(model, "bert.encoder.layer.0", slice={"pos": -1}) as acts:
+        model(tokens(4, 4))
+    assert torch.equal(acts.tensor, hidden_of(model, "bert.encoder.layer.0", tokens(4, 4))[:, -1])
+
+
 def test_the_run_touches_nothing():
     model = bridge()
     fired = []
@@ -142,6 +218,78 @@ def test_the_run_touches_nothing():
     assert hooks_of(model) == before
     assert all(one is other for one, other in zip(model.parameters(), weights, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_model_keeps_of_its_forwards_is_not_added_to(ids):
+    class Noted(Mlp):
+        def __init__(self):
+            super().__init__()
+            self.kept = {"losses": [], "of": self.head}
+
+        def forward(self, ids):
+            hidden = super().forward(ids)
+            self.kept["losses"].append(hidden.mean())
+            return hidden
+
+    model = Noted()
+    model(ids)  # whose graph keeps torch from copying the list
+    assert grown(model) is not None
+    assert len(model.kept["losses"]) == 1
+
+
+def test_a_module_that_a_patched_forward_has_as_a_default_does_not_run():
+    model, fired = Mlp(), []
+    model.head.forward = lambda value, other=model.block: other(value)
+    model.block.register_forward_hook(lambda *_: fired.append(0))
+    assert grown(model) is not None
+    assert fired == []
+
+
+def test_random_numbers_go_on_as_without_the_run():
+    class Drawing(Mlp):
+        def forward(self, ids):
+            return super().forward(ids) + random.random() + np.random.rand()  # noqa: NPY002, S311  as older code draws
+
+    before = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  as above
+    assert grown(Drawing()) is not None
+    assert before == (random.getstate(), np.random.get_state()[1].tolist())  # noqa: NPY002  as above
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_parts_that_are_compiled_run_as_they_are_written(in_place):
+    def compiled(*_):
+        raise AssertionError
+
+    model = Mlp()
+    if in_place:
+        model.block.compile(backend=compiled)
+    else:
+        model.block = torch.compile(model.block, backend=compiled)
+    grew = growth_at(model, model.head, "out", lambda value: value)
+    assert grew.growth == (BATCH, POS, NONE)
+
+
+def test_runs_in_two_threads_leave_the_levels_of_loggers_as_they_were():
+    logger, before = logging.getLogger("transformers"), logging.getLogger("transformers").level
+    entered, left = threading.Event(), threading.Event()
+
+    def run():
+        with undisturbed(Mlp()):
+            entered.set()
+            left.wait()
+
+    beside = threading.Thread(target=run)
+    with undisturbed(Mlp()):
+        beside.start()
+        entered.wait(0.2)  # in vain, as it has to wait itself
+    left.set()
+    beside.join()
+    assert logger.level == before
+
+
+def test_sequences_are_counted_by_tokens_and_not_by_sizes_of_pictures(ids):
+    sizes = torch.tensor([[1, 4, 4]])
+    assert numbers_of([{"image_grid_thw": sizes, "input_ids": ids}]) == (3, {7})
 
 
 def test_nothing_of_the_run_stays_in_a_capture_that_is_open(ids):

@@ -173,7 +173,7 @@ def test_what_is_no_division_of_the_outputs_is_refused(starts):
     component = types.SimpleNamespace(
         submodules={"qkv": types.SimpleNamespace(name="qkv")}, split_qkv_matrix=split
     )
-    with pytest.raises(ValueError, match="what it gives is no division of the outputs"):
+    with pytest.raises(ValueError, match="what it gives does not divide the outputs"):
         labelled(component, attention)
 
 

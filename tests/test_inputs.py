@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import (
     ActctxError,
+    AxisError,
     DataError,
     OptionError,
     SelectionError,
@@ -875,3 +876,15 @@ def test_positions_of_roberta_begin_behind_its_padding(out):
     model = transformers.RobertaModel(config).eval()
     done = extract(model, [[5] * 30], Site("encoder.layer.0", axes="batch pos d"), out)
     assert (done.rows, done.cut) == (18, 12)
+
+
+@pytest.mark.parametrize("options", [{}, {"slice": {"pos": -1}}])
+def test_a_site_whose_axes_nothing_tells_leaves_no_rows(out, options):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with pytest.raises(AxisError) as refused:
+        extract(model, tokens(), "0", out, **options)
+    assert str(refused.value) == (
+        "a data set has rows of tokens, but '0' has no 'batch' and 'pos' axes to find them by: its "
+        "axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
+    )
+    assert not out.exists()

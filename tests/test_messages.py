@@ -81,8 +81,8 @@ def test_braces_in_a_pattern(gpt2):
 
 def test_a_firing_that_is_no_number():
     assert _said(Site, "a", firing="last") == (
-        "Site(firing='last') is no number of a firing; give an int, such as 0 for the first of "
-        "each forward or -1 for the last"
+        "Site(firing='last') is not the number of a firing; give an int, such as 0 for the first "
+        "of each forward or -1 for the last"
     )
 
 

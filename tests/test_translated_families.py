@@ -550,7 +550,7 @@ def test_what_no_forward_calls_is_told(family_name, point, module):
 def test_what_is_given_no_tensor_is_told():
     assert _refused(_family("PegasusForConditionalGeneration"), "pos_embed.hook_in") == (
         "no hook point matches 'pos_embed.hook_in': what 'model.encoder.embed_positions' is given "
-        "first is no tensor"
+        "first is not a tensor; capture what it returns, by its own name"
     )
 
 

@@ -38,7 +38,9 @@ def test_hook_points_are_off(name):
     model, bridged = (Matrix(name, kind, alone=True) for kind in ("plain", "bridge"))
     expected = bridged.by_alias()
     sites = [site for site in model.translated if WRONG[name] in site and site in expected]
-    assert max(apart(model.fired[site][0], expected[site][0]) for site in sites) > 0.5
+    pairs = [(model.fired[site][0], expected[site][0]) for site in sites]
+    others = [one.numel() != other.numel() for one, other in pairs]
+    assert any(others) or max(apart(one, other) for one, other in pairs) > 0.5
 
 
 def test_logits_of_a_grouped_falcon_are_off():
