@@ -180,9 +180,8 @@ class Padding:
             if bool(padded):
                 self._warn_slice()
         else:
-            # Of a model that is spread, masks may lie on several devices.
             later = padded if self._later is None else self._later
-            self._later = later | padded.to(later.device)
+            self._later = later | padded.to(later.device)  # masks may lie on several devices
 
     # Which mask, and how it lies.
 
