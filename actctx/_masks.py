@@ -181,7 +181,8 @@ class Padding:
             if bool(padded):
                 self._warn_slice()
         else:
-            self._later = padded if self._later is None else self._later | padded
+            later = padded if self._later is None else self._later
+            self._later = later | padded.to(later.device)  # masks may lie on several devices
 
     # Which mask, and how it lies.
 
