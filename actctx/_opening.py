@@ -37,14 +37,7 @@ from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
 from actctx._table import counted, shortened
-from actctx._told import (
-    Numbers,
-    Teller,
-    has_other_sequences,
-    numbers_of,
-    plainly_told,
-    proposed_axes,
-)
+from actctx._told import Numbers, must_tell_axes, numbers_of, tell_axes
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._values import check_capturable
@@ -332,45 +325,10 @@ class Opening(Generic[B]):
             AxisError, SelectionError: It does not have what is to be selected.
 
         """
-        is_as_before = activation.dim() == seen.rank and seen.column.firings
-        if not is_as_before or self._has_other_sequences(seen.site, activation.shape, frame):
-            self._tell_axes(seen, activation.shape, frame)
-        seen.check(activation.shape)
-
-    def _has_other_sequences(
-        self, site: WatchedSite, shape: torch.Size, frame: Frame | None
-    ) -> bool:
-        if not site.needs_axes or site.named_axes is not None:
-            return False
-        return has_other_sequences(site.known_axes, shape, self._numbers(frame).batch)
-
-    def _tell_axes(self, seen: Seen, shape: torch.Size, frame: Frame | None) -> None:
-        """Tell where the axes of a site lie, for activations of so many axes.
-
-        Raises:
-            AxisError: Something depends on it, and it cannot be told.
-
-        """
-        site = seen.site
-        site.check_axes(shape)
-        numbers = self._numbers(frame)
-        axes = plainly_told(site, shape, numbers)
-        tell = None
-        if axes is None:
-            teller = Teller.of(self._model, site)
-            if site.needs_axes or self._options.capacity is not None:
-                axes = teller.axes(site.place.name, shape, numbers)
-                if axes is None and site.needs_axes:
-                    raise site.refuse_axes(shape)
-            else:
-                tell = teller.later(site, shape, numbers)
-        if site.needs_axes and axes is not None and axes != site.known_axes:
-            seen.take(site.along(axes))
-        seen.site.selector.check(shape)
-        if not seen.column.firings:
-            seen.column.tell = tell
-            seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
-        seen.rank = len(shape)
+        shape, numbers = activation.shape, self._numbers(frame)
+        if must_tell_axes(seen, shape, numbers):
+            tell_axes(self._model, seen, shape, numbers)
+        seen.check(shape)
 
     def _numbers(self, frame: Frame | None) -> Numbers:
         """Tell how much the running forward was given."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actctx._axes import Axes, are_the_only, fired_axes
 from actctx._column import Named
 from actctx._growth import Grew, growth_at, says_what_it_reads
-from actctx._watched import WatchedSite, fixed_sizes, named_after
+from actctx._watched import Seen, WatchedSite, fixed_sizes, named_after
 
 
 class Numbers(NamedTuple):
@@ -189,6 +189,44 @@ def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "deco
     if len(along) != 1:
         return None
     return "decoder" if "target" in grew.growth[along[0]] else "encoder"
+
+
+def must_tell_axes(seen: Seen, shape: torch.Size, numbers: Numbers) -> bool:
+    """Say whether what is known of the axes of a site may not hold for this activation."""
+    site = seen.site
+    if len(shape) != seen.rank or not seen.column.firings:
+        return True
+    if not site.needs_axes or site.named_axes is not None:
+        return False
+    return has_other_sequences(site.known_axes, shape, numbers.batch)
+
+
+def tell_axes(model: nn.Module, seen: Seen, shape: torch.Size, numbers: Numbers) -> None:
+    """Tell where the axes of a site lie, for activations of so many axes.
+
+    Raises:
+        AxisError: Something depends on it, and it cannot be told.
+        SelectionError: A position lies outside an axis.
+
+    """
+    site = seen.site
+    site.check_axes(shape)
+    axes, tell = plainly_told(site, shape, numbers), None
+    if axes is None:
+        teller = Teller.of(model, site)
+        if site.needs_axes or site.options.capacity is not None:
+            axes = teller.axes(site.place.name, shape, numbers)
+            if axes is None and site.needs_axes:
+                raise site.refuse_axes(shape)
+        else:
+            tell = teller.later(site, shape, numbers)
+    if site.needs_axes and axes is not None and axes != site.known_axes:
+        seen.take(site.along(axes))
+    seen.site.selector.check(shape)
+    if not seen.column.firings:
+        seen.column.tell = tell
+        seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
+    seen.rank = len(shape)
 
 
 def has_other_sequences(
