@@ -1,6 +1,7 @@
 """The capture context: what users ask for, checked before the model is touched."""
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Generic, Never, TypedDict, TypeVar, Unpack, overload
@@ -179,7 +180,7 @@ class Capture(Generic[B]):
             defaults=defaults,
             sizes=sizes,
             options=options,
-            grow=functools.partial(axes_before, model),
+            grow=functools.partial(axes_before, model, known=weakref.WeakKeyDictionary()),
         )
         if isinstance(names, type):
             _check_schema(names, options)

@@ -15,8 +15,9 @@ runs for real, on a few tokens.
 
 import contextlib
 import functools
+import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -177,24 +178,37 @@ def grown(model: nn.Module) -> Grown | None:
     return known[1]
 
 
+Known = weakref.WeakKeyDictionary[nn.Module, Grown | None]
+"""What was seen of models and parts of models since a capture was made or opened."""
+
+
 def growth_at(
-    model: nn.Module, module: nn.Module, io: str, read: Callable[[Any], Tensor]
+    model: nn.Module,
+    module: nn.Module,
+    io: str,
+    read: Callable[[Any], Tensor],
+    *,
+    known: Known | None = None,
 ) -> Grew | None:
     """Tell what the axes of an activation grow with; see `Grown.of`.
 
     What did not run with the model, such as a tower for images, is asked of the innermost part that
-    says what it reads.
+    says what it reads. What is known already is not compared with the model again, which takes as
+    long as it has modules.
     """
-    for part in (model, *_parts_with(model, module)):
-        found = grown(part)
+    known = weakref.WeakKeyDictionary() if known is None else known
+    for part in itertools.chain([model], _parts_with(model, module)):
+        if part not in known:
+            known[part] = grown(part)
+        found = known[part]
         grew = None if found is None else found.of(module, io, read)
         if grew is not None:
             return grew._replace(is_of_part=part is not model)
     return None
 
 
-def _parts_with(model: nn.Module, module: nn.Module) -> list[nn.Module]:
-    """List the parts that say what they read and that hold a module, the innermost first."""
+def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
+    """Go through the parts that say what they read and that hold a module, innermost first."""
     parts = [
         part
         for part in model.modules()
@@ -202,7 +216,7 @@ def _parts_with(model: nn.Module, module: nn.Module) -> list[nn.Module]:
         and says_what_it_reads(part)
         and any(each is module for each in part.modules())
     ]
-    return parts[::-1]
+    yield from reversed(parts)
 
 
 def says_what_it_reads(model: nn.Module) -> bool:
@@ -226,12 +240,15 @@ def _settings(model: nn.Module) -> object:
 def _grown(model: nn.Module) -> Grown | None:
     if is_cut(model):  # whose processes would have to run together
         return None
+    ways = (_without_values(answer=False), _without_values(answer=True), _with_values)
+    samples: list[Sample] = []
     with unwatched(), undisturbed(model):
-        for way in (_without_values(answer=False), _without_values(answer=True), _with_values):
-            for sample in samples_of(model):
-                with contextlib.suppress(Exception):  # whatever a model raises that lacks values
-                    found = way(model, sample)
-                    return None if _has_positions_first(model, found) else found
+        with contextlib.suppress(Exception):  # such as of a forward that does not say what it takes
+            samples += samples_of(model)
+        for way, sample in itertools.product(ways, samples):
+            with contextlib.suppress(Exception):  # whatever a model raises that lacks values
+                found = way(model, sample)
+                return None if _has_positions_first(model, found) else found
     return None
 
 

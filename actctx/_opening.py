@@ -27,6 +27,7 @@ from actctx._forward import (
     stop_if_done,
 )
 from actctx._grad import GradMode
+from actctx._growth import Known
 from actctx._hooks import Hook
 from actctx._known_faults import is_given_cache, lost_cache, warn
 from actctx._lines import is_batching
@@ -108,6 +109,7 @@ class Opening(Generic[B]):
         }
         self._options = options
         self._padding = Padding(model, options, sites)
+        self._known: Known = weakref.WeakKeyDictionary()
         self._scope = scope
         self._pieces = pieces_of(model)
         self._asked_of_cache = False
@@ -327,7 +329,7 @@ class Opening(Generic[B]):
         """
         shape, numbers = activation.shape, self._numbers(frame)
         if must_tell_axes(seen, shape, numbers):
-            tell_axes(self._model, seen, shape, numbers)
+            tell_axes(self._model, seen, shape, numbers, self._known)
         seen.check(shape)
 
     def _numbers(self, frame: Frame | None) -> Numbers:

@@ -10,7 +10,7 @@ grows tells (see `_growth`). What still cannot be told is refused, where somethi
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from actctx._axes import Axes, are_the_only, fired_axes
 from actctx._column import Named
-from actctx._growth import Grew, growth_at, says_what_it_reads
+from actctx._growth import Grew, Known, growth_at, says_what_it_reads
 from actctx._watched import Seen, WatchedSite, fixed_sizes, named_after
 
 
@@ -110,6 +110,7 @@ class Teller:
         io: Whether the activation is given to it or returned by it.
         read: Finds the activation in that.
         proposed: The axes that the name proposes.
+        known: What runs have told already.
 
     """
 
@@ -118,13 +119,15 @@ class Teller:
     io: str
     read: Callable[[Any], Tensor]
     proposed: Axes | None
+    known: Known | None = None
 
     @classmethod
-    def of(cls, model: nn.Module, site: WatchedSite) -> "Teller":
+    def of(cls, model: nn.Module, site: WatchedSite, known: Known | None = None) -> "Teller":
         """Prepare to tell the axes of a site."""
         place = site.place
         io = "out" if place.is_hook_point else site.io
-        return cls(weakref.ref(model), weakref.ref(place.module), io, site.reader, place.axes)
+        held = weakref.ref(model), weakref.ref(place.module)
+        return cls(*held, io, site.reader, place.axes, known)
 
     def grew(self, numbers: Numbers | None = None) -> Grew | None:
         """Tell what the axes grow with, if the model still lives.
@@ -140,7 +143,7 @@ class Teller:
         reads_tokens = numbers is None or numbers.batch is not None
         if not reads_tokens and not says_what_it_reads(model):
             return None
-        return growth_at(model, module, self.io, self.read)
+        return growth_at(model, module, self.io, self.read, known=self.known)
 
     def axes(
         self, name: str, shape: tuple[int, ...] | None = None, numbers: Numbers | None = None
@@ -165,9 +168,10 @@ class Teller:
     ) -> Callable[[], Named | None]:
         """Return what tells the axes of what a site leaves, once that is asked for."""
         name, selector, rows = site.place.name, site.selector, site.rows
+        afresh = replace(self, known=None)
 
         def tell() -> Named | None:
-            axes = self.axes(name, shape, numbers)
+            axes = afresh.axes(name, shape, numbers)
             return None if axes is None else named_after(selector, rows, axes, shape)
 
         return tell
@@ -201,8 +205,17 @@ def must_tell_axes(seen: Seen, shape: torch.Size, numbers: Numbers) -> bool:
     return has_other_sequences(site.known_axes, shape, numbers.batch)
 
 
-def tell_axes(model: nn.Module, seen: Seen, shape: torch.Size, numbers: Numbers) -> None:
+def tell_axes(
+    model: nn.Module, seen: Seen, shape: torch.Size, numbers: Numbers, known: Known
+) -> None:
     """Tell where the axes of a site lie, for activations of so many axes.
+
+    Args:
+        model: The model that runs.
+        seen: The site, which is told.
+        shape: The shape of the activation.
+        numbers: How much the forward was given.
+        known: What runs have told already.
 
     Raises:
         AxisError: Something depends on it, and it cannot be told.
@@ -213,7 +226,7 @@ def tell_axes(model: nn.Module, seen: Seen, shape: torch.Size, numbers: Numbers)
     site.check_axes(shape)
     axes, tell = plainly_told(site, shape, numbers), None
     if axes is None:
-        teller = Teller.of(model, site)
+        teller = Teller.of(model, site, known)
         if site.needs_axes or site.options.capacity is not None:
             axes = teller.axes(site.place.name, shape, numbers)
             if axes is None and site.needs_axes:
@@ -238,9 +251,11 @@ def has_other_sequences(
     return shape[axes.index("batch")] not in {1, batch}
 
 
-def axes_before(model: nn.Module, site: WatchedSite) -> tuple[Axes, dict[str, int]] | None:
+def axes_before(
+    model: nn.Module, site: WatchedSite, *, known: Known | None = None
+) -> tuple[Axes, dict[str, int]] | None:
     """Tell the axes of a site before any forward, and the sizes of those that do not grow."""
-    teller = Teller.of(model, site)
+    teller = Teller.of(model, site, known)
     grew = teller.grew()
     axes = teller.axes(site.place.name)
     if grew is None or axes is None:
