@@ -225,10 +225,14 @@ class Interceptor:
         inputs = functools.partial(self._inputs, args, kwargs)
         return self._run(Frame(watchers, parent, inputs), args, kwargs)
 
+    @functools.cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self._forward)
+
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Name what the forward is called with, as far as that can be told."""
         try:
-            named = inspect.signature(self._forward).bind(*args, **kwargs).arguments
+            named = self._signature.bind(*args, **kwargs).arguments
         except (TypeError, ValueError):  # calling it will say what is wrong
             return kwargs
         return {**named, **kwargs}

@@ -34,7 +34,7 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
         names: The names of the captured places.
 
     """
-    config = _bridged_config(model)
+    config = _bridged_config(model, "falcon", "switch_transformers")
     kind = getattr(config, "model_type", None)
     if kind == "falcon" and _mixes_heads(config):
         yield (
@@ -53,7 +53,7 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
 
 def mask_fault(model: nn.Module) -> str | None:
     """Say what is wrong with a bridge whose forward is given a mask; None where nothing is."""
-    if getattr(_bridged_config(model), "model_type", None) != "openai-gpt":
+    if _bridged_config(model, "openai-gpt") is None:
         return None
     return (
         f"{_lens()} lets the tokens of OpenAI GPT attend to those behind them where a forward is "
@@ -93,12 +93,13 @@ def _is_old() -> bool:
     return tuple(int(part) for part in parts if part.isdecimal()) <= _WRONG_UP_TO
 
 
-def _bridged_config(model: nn.Module) -> Any:
-    """Find the Hugging Face config of the model in a bridge; None for any other model."""
+def _bridged_config(model: nn.Module, *kinds: str) -> Any:
+    """Find the config of a model of some kinds in a bridge that may be wrong, or None."""
     inner = getattr(model, "original_model", None)
-    if not isinstance(inner, nn.Module) or not _is_old():
-        return None
-    return getattr(inner, "config", None)
+    config = getattr(inner, "config", None) if isinstance(inner, nn.Module) else None
+    # The version is asked for last, since that takes as long as a block around a small forward.
+    is_one = getattr(config, "model_type", None) in kinds and _is_old()
+    return config if is_one else None
 
 
 def _mixes_heads(config: Any) -> bool:

@@ -67,6 +67,7 @@ class Padding:
         self._asked = options.mask
         self._joins_positions = options.join == "pos"
         self._lines = Lines(model)
+        self._fault = mask_fault(model)
         self._sides: Sides | None = None
         self._widths: set[int] = set()
         self._fills = False
@@ -351,9 +352,8 @@ class Padding:
         frame = self._frame()
         if frame is not None:
             frame.masks[self, "given"] = given.kwargs
-        fault = mask_fault(self._model)
-        if fault is not None and isinstance(given.kwargs.get("attention_mask"), Tensor):
-            self._warn("fault", fault)
+        if self._fault is not None and isinstance(given.kwargs.get("attention_mask"), Tensor):
+            self._warn("fault", self._fault)
 
     def _note_returned(self, output: Any) -> None:
         frame = self._frame()

@@ -285,10 +285,7 @@ class Opening(Generic[B]):
 
     def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
         is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
-        activation: Tensor = value if is_it else self._read(seen.site, value)
-        is_dense = activation.layout is torch.strided
-        if not is_it and is_dense and seen.site.is_flattened(activation):
-            activation = self._by_sequence(activation, frame)
+        activation: Tensor = value if is_it else self._read(seen.site, value, frame)
         if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
             site = seen.site
             check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
@@ -304,13 +301,17 @@ class Opening(Generic[B]):
             return Owned(activation.clone(memory_format=torch.contiguous_format))
         return self._take(seen, activation, frame, number)
 
-    def _read(self, site: WatchedSite, value: Any) -> Tensor:
+    def _read(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
         found = site.found(value)
         activation = gathered(found)
         if self._pieces is not None and activation is found:
             self._pieces.check(site.shown, site.place.module, found, io=site.io)
         reading = site.place.reading
-        return activation if reading is None else reading.of(activation)
+        activation = activation if reading is None else reading.of(activation)
+        is_dense = activation.layout is torch.strided
+        if is_dense and site.is_flattened(activation):
+            return self._by_sequence(activation, frame)
+        return activation
 
     def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
         """Divide an activation that has one row a token, if it does, into sequences."""

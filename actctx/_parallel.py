@@ -160,7 +160,9 @@ def is_cut(model: nn.Module) -> bool:
     """Tell whether weights of a model are cut over processes."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(
-        isinstance(each, distributed.DTensor) for each in model.parameters()
+        isinstance(each, distributed.DTensor)
+        for module in model.modules()
+        for each in module._parameters.values()
     )
 
 

@@ -10,7 +10,7 @@ grows tells (see `_growth`). What still cannot be told is refused, where somethi
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -168,10 +168,9 @@ class Teller:
     ) -> Callable[[], Named | None]:
         """Return what tells the axes of what a site leaves, once that is asked for."""
         name, selector, rows = site.place.name, site.selector, site.rows
-        afresh = replace(self, known=None)
 
         def tell() -> Named | None:
-            axes = afresh.axes(name, shape, numbers)
+            axes = self.axes(name, shape, numbers)
             return None if axes is None else named_after(selector, rows, axes, shape)
 
         return tell
