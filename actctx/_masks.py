@@ -423,6 +423,17 @@ class Padding:
             "mask='attention', so that positions count real tokens, of which -1 is the last",
         )
 
+    def warn_positions(self, site: WatchedSite) -> None:
+        """Warn, once, that positions of a site are not the tokens that the forward was given."""
+        if self._side(site, None) != "tower":
+            self._warn(
+                "positions",
+                f"{site.shown} has not one position for each token of the forward, so a slice "
+                "along 'pos' may select what the model adds, such as padding to a multiple, or "
+                "patches; look at the whole site first, or select by position with a tuple, as in "
+                "slice=np.s_[:, -1], which says nothing of tokens",
+            )
+
     def _warn_repeats(self) -> None:
         self._warn(
             "repeats",

@@ -38,7 +38,13 @@ from actctx._rows import Chosen
 from actctx._schema import Schema
 from actctx._select import Owned, own, plain_mode
 from actctx._table import counted, shortened
-from actctx._told import Numbers, must_tell_axes, numbers_of, tell_axes
+from actctx._told import (
+    Numbers,
+    has_other_positions,
+    must_tell_axes,
+    numbers_of,
+    tell_axes,
+)
 from actctx._typed import Claim
 from actctx._undo import Action, do, take_back
 from actctx._values import check_capturable
@@ -332,6 +338,8 @@ class Opening(Generic[B]):
         if must_tell_axes(seen, shape, numbers):
             tell_axes(self._model, seen, shape, numbers, self._known)
         seen.check(shape)
+        if has_other_positions(seen.site, shape, numbers):
+            self._padding.warn_positions(seen.site)
 
     def _numbers(self, frame: Frame | None) -> Numbers:
         """Tell how much the running forward was given."""

@@ -48,7 +48,9 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
         named = [each for name, each in found if name.endswith(_TOKENS)]
         tokens = named or [each for _, each in found]
         if tokens:
-            return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens))
+            labels = given.get("labels")  # of which an encoder's decoder makes its own tokens
+            also = [labels] if isinstance(labels, Tensor) and labels.dim() == _WITH_TOKENS else []
+            return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens + also))
     return Numbers()
 
 
@@ -239,6 +241,16 @@ def tell_axes(
         seen.column.tell = tell
         seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
     seen.rank = len(shape)
+
+
+def has_other_positions(site: WatchedSite, shape: torch.Size, numbers: Numbers) -> bool:
+    """Tell whether a slice along `pos` counts other positions than the tokens of the forward."""
+    axes = site.known_axes
+    if not site.selects_by_name or not numbers.positions or axes is None or len(axes) != len(shape):
+        return False
+    along = [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
+    selected = {step.dim % len(shape) for step in site.selector.steps}
+    return any(dim in selected and shape[dim] not in numbers.positions for dim in along)
 
 
 def has_other_sequences(

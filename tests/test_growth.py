@@ -424,3 +424,24 @@ def test_height_and_width_of_an_image_are_not_called_positions():
     with capture(model, "embeddings.patch_embeddings.projection") as acts:
         model(torch.randn(2, 3, 16, 16))
     assert acts.axes("embeddings.patch_embeddings.projection") == ("batch", "_", "_", "_")
+
+
+def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
+    sizes = {**TINY, "attention_window": [4, 4], "max_position_embeddings": 64}
+    model = transformers.LongformerModel(transformers.LongformerConfig(**sizes)).eval()
+    given = {"input_ids": ids[:, :6], "attention_mask": torch.ones(3, 6, dtype=torch.long)}
+    with capture(model, "encoder.layer.*", slice=-1):
+        with pytest.warns(UserWarning, match="has not one position for each token of the forward"):
+            model(**given)
+        model(**given)
+    with capture(model, "encoder.layer.1", slice=-1):
+        model(ids[:, :4], attention_mask=given["attention_mask"][:, :4])  # a whole window
+
+
+def test_a_slice_of_the_logits_that_were_kept_warns(ids):
+    model = huggingface("LlamaForCausalLM")
+    with (
+        pytest.warns(UserWarning, match="'lm_head' has not one position for each token"),
+        capture(model, "lm_head", slice=0),
+    ):
+        model(ids, logits_to_keep=2)
