@@ -31,7 +31,7 @@ from actctx._hooks import Hook
 from actctx._outputs import Inputs, tensor_of
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
-from actctx._samples import SEQUENCES, Sample, samples_of
+from actctx._samples import MANY, SEQUENCES, Sample, samples_of
 from actctx._stand_in import stand_in, undisturbed
 
 
@@ -132,9 +132,10 @@ class Grown:
         return None if grew is None else grew._replace(is_of_images=self.is_of_images)
 
 
-def _compared(first: torch.Size, others: Mapping[str, torch.Size]) -> Grew | None:
+def _compared(first: torch.Size, others: dict[str, torch.Size]) -> Grew | None:
     if any(len(shape) != len(first) for shape in others.values()):
         return None
+    many = others.pop("many", None)
     growth = tuple(
         frozenset(
             "rows" if name == "batch" and (size, shape[dim]) != SEQUENCES else name
@@ -143,6 +144,13 @@ def _compared(first: torch.Size, others: Mapping[str, torch.Size]) -> Grew | Non
         )
         for dim, size in enumerate(first)
     )
+    few = SEQUENCES[0]
+    wide = [
+        size * MANY // few if {"batch", "rows"} & grows else size
+        for size, grows in zip(first, growth, strict=True)
+    ]
+    if many is not None and [*many] != wide:  # where axes lie depends on how long they are
+        return None
     return Grew(growth, first, "pos" in others)
 
 

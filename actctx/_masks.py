@@ -32,7 +32,7 @@ from actctx._lines import Lines, Start, generating, positions_of
 from actctx._outputs import Inputs
 from actctx._rows import Chosen, as_mask, find_rows
 from actctx._select import Positions, Rows, Selector, Step
-from actctx._sides import Side, Sides, core_of
+from actctx._sides import Side, Sides, core_of, reads_tokens
 from actctx._told import side_of_run
 from actctx._watched import Options, WatchedSite
 
@@ -425,7 +425,7 @@ class Padding:
 
     def warn_positions(self, site: WatchedSite) -> None:
         """Warn, once, that positions of a site are not the tokens that the forward was given."""
-        if self._side(site, None) != "tower":
+        if self._side(site, None) != "tower" and reads_tokens(core_of(self._model)):
             self._warn(
                 "positions",
                 f"{site.shown} has not one position for each token of the forward, so a slice "

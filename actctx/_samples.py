@@ -18,6 +18,9 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 SEQUENCES = (2, 3)
 """The sequences of a call, and of one in which they have grown."""
 
+MANY = 13
+"""The sequences of a call that has more of them than positions."""
+
 _STEP = 4
 """What the positions of a call are a multiple of, where a model does not attend in windows."""
 
@@ -31,7 +34,8 @@ class Sample:
 
     Attributes:
         grown: What has grown in each call after the first: `"batch"`, `"pos"`, and `"target"`, the
-            positions of a decoder beside an encoder.
+            positions of a decoder beside an encoder. `"many"` are the sequences again, which are
+            more than the positions then: a module of somebody's own may mind.
         calls: Makes the calls for a copy of the model, on which it may change what fixes a size.
         is_of_images: Whether it holds images.
 
@@ -156,12 +160,14 @@ def _sample(
         yield call(more, usual)
         if has_decoder:
             yield call(few, usual, target=_LONGER)
+        if config is None:
+            yield call(MANY, usual)
         if larger != usual:
             prepare(hollow)
             yield call(few, larger)
 
-    grown = ["batch", *(["target"] if has_decoder else []), *(["pos"] if larger != usual else [])]
-    return Sample(tuple(grown), calls)
+    also = {"target": has_decoder, "many": config is None, "pos": larger != usual}
+    return Sample(("batch", *(name for name, is_so in also.items() if is_so)), calls)
 
 
 def _call(

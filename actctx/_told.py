@@ -246,7 +246,8 @@ def tell_axes(
 def has_other_positions(site: WatchedSite, shape: torch.Size, numbers: Numbers) -> bool:
     """Tell whether a slice along `pos` counts other positions than the tokens of the forward."""
     axes = site.known_axes
-    if not site.selects_by_name or not numbers.positions or axes is None or len(axes) != len(shape):
+    is_told = site.selects_by_name and site.named_axes is None
+    if not is_told or not numbers.positions or axes is None or len(axes) != len(shape):
         return False
     along = [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
     selected = {step.dim % len(shape) for step in site.selector.steps}

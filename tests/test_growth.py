@@ -445,3 +445,19 @@ def test_a_slice_of_the_logits_that_were_kept_warns(ids):
         capture(model, "lm_head", slice=0),
     ):
         model(ids, logits_to_keep=2)
+
+
+def test_a_layout_that_depends_on_the_sizes_is_refused_where_they_coincide():
+    class Sorted(Swapped):
+        def forward(self, ids):
+            hidden = self.embed(ids)
+            is_long = hidden.shape[1] > hidden.shape[0]
+            return self.layer(hidden.transpose(0, 1) if is_long else hidden)
+
+    model = Sorted()
+    for ids in (tokens(4, 4), tokens(3, 7)):
+        with (
+            pytest.raises(AxisError, match=r"cannot be told|are not known"),
+            capture(model, "layer", slice={"pos": -1}),
+        ):
+            model(ids)
