@@ -44,9 +44,11 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
     """
     for given in forwards:
         found = [(name, each) for name, each in _flat(given) if _holds_tokens(name, each)]
-        # Others have two axes as well, such as the sizes of pictures.
+        # Others have two axes as well, such as the sizes of pictures. A bridge names its tokens
+        # otherwise than those of its decoder.
         named = [each for name, each in found if name.endswith(_TOKENS)]
-        tokens = named or [each for _, each in found]
+        is_named = any(name.endswith(_TOKENS) and "decoder" not in name for name, _ in found)
+        tokens = named if is_named else [each for _, each in found]
         if tokens:
             labels = given.get("labels")  # of which an encoder's decoder makes its own tokens
             also = [labels] if isinstance(labels, Tensor) and labels.dim() == _WITH_TOKENS else []

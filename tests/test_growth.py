@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from models import GENERATION, Mlp, bridge, hooks_of, huggingface, tokens
+from models import GENERATION, HAS_T5, Mlp, bridge, hooks_of, huggingface, tokens
 from torch import nn
 
 from actctx import AxisError, SelectionError, Site, capture
@@ -461,3 +461,12 @@ def test_a_layout_that_depends_on_the_sizes_is_refused_where_they_coincide():
             capture(model, "layer", slice={"pos": -1}),
         ):
             model(ids)
+
+
+@pytest.mark.skipif(not HAS_T5, reason="its bridge does not run")
+def test_both_sides_of_a_bridge_are_counted(ids):
+    model = bridge("T5ForConditionalGeneration")
+    names = ["encoder_blocks.0.hook_in", "decoder_blocks.0.hook_in"]
+    with capture(model, names, slice=-1) as acts:  # without a warning
+        model(ids, decoder_input_ids=ids[:, :5])
+    assert [acts[name].shape for name in names] == [(3, 32), (3, 32)]
