@@ -22,10 +22,7 @@ from grown import MORE_BATCH, Matrix, Truth, captured
 from actctx import AxisError, capture
 
 # Captures of bridges that are known to be wrong say so.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*has not one position for each token:UserWarning"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning")
 Failures = Iterator[tuple[str, str]]
 # Parts of the names where a bridge is wrong itself, as docs/known-wrong-bridges.md says.
 WRONG = {
