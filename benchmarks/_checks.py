@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actctx import Schema, capture, site
+from actctx._told import Numbers, plainly_told
 from benchmarks._models import Setup, build, make_tokens
 
 MICROSECONDS = 1e6
@@ -24,7 +25,7 @@ class Checked(Schema):
 
 
 def measure_checks(setup: Setup, *, rounds: int) -> dict[str, float]:
-    """Time the check of a site against the config, and of a field against its annotation.
+    """Time telling the axes of a site by name and sizes, and the check of a field.
 
     Returns:
         The least microseconds of the rounds: of the dearest `site` of the model, each shape that
@@ -40,7 +41,10 @@ def measure_checks(setup: Setup, *, rounds: int) -> dict[str, float]:
     with capturing as acts, torch.no_grad():
         model(tokens)
     sites = {each.key: each for each in capturing._sites}
-    dearest = max(least(partial(sites[key].check_sizes, acts[key].shape)) for key in acts)
+    numbers = Numbers(len(tokens), frozenset({tokens.shape[1]}))
+    dearest = max(
+        least(partial(plainly_told, sites[key], acts[key].shape, numbers)) for key in acts
+    )
     with capture(model, Checked, stop=True) as checked:
         model(tokens)
     return {"site": dearest, "field": least(checked.check) / len(Checked._fields)}
