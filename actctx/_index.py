@@ -33,7 +33,7 @@ def whole_number(option: str, value: object, *, least: int) -> int:
     """Make sure that an option is a whole number, such as Python's or NumPy's.
 
     Raises:
-        OptionError: It is none, or too small.
+        OptionError: It is not a whole number, or it is too small.
 
     """
     if not is_int(value):

@@ -134,7 +134,7 @@ class Items:
         """Read a batch, whose first sequence has a number in the input.
 
         Raises:
-            DataError: It is none.
+            DataError: It is not a batch of token ids.
 
         """
         tokens = self.ids(tokens_in(item), rank=2, number=number)
@@ -148,7 +148,7 @@ class Items:
         """Read a single sequence.
 
         Raises:
-            DataError: It is none.
+            DataError: It is not a sequence of token ids, nor a text.
 
         """
         tokens = tokens_in(item)
@@ -169,7 +169,7 @@ class Items:
         """Read token ids, into a tensor of their own.
 
         Raises:
-            DataError: They are none, or none of the model's.
+            DataError: They are not token ids, or not in the model's vocabulary.
 
         """
         try:

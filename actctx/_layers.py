@@ -47,7 +47,7 @@ def _check_asked(acts: object, name: object) -> None:
     """Refuse what is neither a buffer nor a data set, and what is no name in it.
 
     Raises:
-        OptionError: It is none.
+        OptionError: `acts` is neither, or `name` is not a name.
 
     """
     if not isinstance(acts, Activations | ActivationDataset):

@@ -5,8 +5,8 @@ A forward that is given a cache which holds something continues the sequences of
 filled it: both are of one line, and have its number. It is the same line if it is the same cache
 object, and it holds what the last forward left there. A copy of a cache, one that was filled while
 nobody captured, and one that was cut back or is frozen to be used again, each begin a line of their
-own. Only `generate()` cuts a cache back and goes on with the same sequences, as it does to take
-back tokens that it guessed. Such a forward repeats positions.
+own. Only `generate()` cuts a cache back and continues the same sequences, to take back tokens that
+it guessed. Such a forward repeats positions.
 
 What a cache holds is asked of it before the forward runs, which changes it.
 """
