@@ -242,6 +242,11 @@ def grown_axes(growth: Growth, proposed: Axes | None, shape: tuple[int, ...]) ->
     return tuple(name or "_" for name in named)
 
 
+def position_dims(axes: Axes) -> list[int]:
+    """List the axes along which a slice along `pos` selects; keys are not among them."""
+    return [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
+
+
 def _fitting(proposed: Axes | None, grown: list[str | None], shape: tuple[int, ...]) -> Axes | None:
     """Return the proposed axes, unless as many of them do not grow as the model says."""
     if proposed is None or sum(axis in POSITIONS for axis in proposed) != grown.count("pos"):

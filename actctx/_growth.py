@@ -32,6 +32,7 @@ from actctx._outputs import Inputs, tensor_of
 from actctx._parallel import is_cut
 from actctx._places import is_hook_point
 from actctx._samples import MANY, SEQUENCES, Sample, samples_of
+from actctx._sides import input_of
 from actctx._stand_in import stand_in, undisturbed
 
 
@@ -230,7 +231,7 @@ def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
 def says_what_it_reads(model: nn.Module) -> bool:
     """Tell whether a model is known to read tokens, or says what else it reads."""
     is_hooked = isinstance(getattr(model, "hook_dict", None), Mapping)
-    return is_hooked or isinstance(getattr(type(model), "main_input_name", None), str)
+    return is_hooked or input_of(model) is not None
 
 
 def _settings(model: nn.Module) -> object:

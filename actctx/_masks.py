@@ -24,6 +24,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from actctx._absolute import counts_padding, has_bare_table, is_padded_left, tables_of, widths_of
+from actctx._axes import position_dims
 from actctx._errors import OptionError, SelectionError
 from actctx._forward import Frame, running_frame
 from actctx._hooks import Hook
@@ -69,6 +70,7 @@ class Padding:
         self._lines = Lines(model)
         self._fault = mask_fault(model)
         self._sides: Sides | None = None
+        self._run_sides: dict[str, Side | None] = {}
         self._widths: set[int] = set()
         self._fills = False
         self._previous: Start | None = None
@@ -192,7 +194,9 @@ class Padding:
             self._sides = Sides(self._model)
         side = self._sides.of(site.place, io=site.io, output=site.output)
         if self._sides.two and side != "tower":
-            return side_of_run(self._model, site) or side
+            if site.key not in self._run_sides:  # asked of every site in every forward
+                self._run_sides[site.key] = side_of_run(self._model, site)
+            return self._run_sides[site.key] or side
         if side is not None or self._sides.two or frame is None:
             return side
         if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
@@ -513,7 +517,7 @@ def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
         return (0, 1) if rank > 2 else None  # noqa: PLR2004
     if len(axes) != rank or axes[0] != "batch":
         return None
-    pos = next((dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}), None)
+    pos = next(iter(position_dims(axes)), None)
     return None if pos is None else (0, pos)
 
 

@@ -134,16 +134,16 @@ def _towers(core: nn.Module, encoder: nn.Module | None) -> Iterator[nn.Module]:
         tower = _part(core, "get_encoder", modality)
         if tower is not None and tower is not encoder:
             yield tower
-    if _reads(core) is not None and reads_tokens(core):
-        yield from (part for part in core.modules() if _reads(part) in _NOT_TOKENS)
+    if input_of(core) is not None and reads_tokens(core):
+        yield from (part for part in core.modules() if input_of(part) in _NOT_TOKENS)
 
 
 def reads_tokens(model: nn.Module) -> bool:
     """Tell whether a model reads tokens, as far as it does not say that it reads something else."""
-    return _reads(model) not in _NOT_TOKENS
+    return input_of(model) not in _NOT_TOKENS
 
 
-def _reads(part: nn.Module) -> str | None:
+def input_of(part: nn.Module) -> str | None:
     """Name what a part of a Hugging Face model says that it reads."""
     read = getattr(type(part), "main_input_name", None)
     return read if isinstance(read, str) else None

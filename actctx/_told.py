@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from actctx._axes import Axes, are_the_only, fired_axes
+from actctx._axes import Axes, are_the_only, fired_axes, position_dims
 from actctx._column import Named
 from actctx._growth import Grew, Known, growth_at, says_what_it_reads
 from actctx._watched import Seen, WatchedSite, fixed_sizes, named_after
@@ -158,8 +158,16 @@ class Teller:
         texts than with those of the run.
         """
         grew = self.grew(numbers)
-        if grew is None:
-            return None
+        return None if grew is None else self.named(grew, name, shape, numbers)
+
+    def named(
+        self,
+        grew: Grew,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        numbers: Numbers | None = None,
+    ) -> Axes | None:
+        """Name the axes of an activation by what they grow with; see `axes`."""
         rank = len(grew.shape if shape is None else shape)
         if self.proposed == _OF_EXPERT and rank == len(_OF_EXPERT):
             return self.proposed  # how many tokens it is given depends on values, not on sizes
@@ -189,10 +197,10 @@ def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "deco
 
     """
     teller = Teller.of(model, site)
-    grew, axes = teller.grew(), teller.axes(site.place.name)
-    if grew is None or grew.is_of_part or axes is None:
+    grew = teller.grew()
+    if grew is None or grew.is_of_part:
         return None
-    along = [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
+    along = position_dims(teller.named(grew, site.place.name) or ())
     if len(along) != 1:
         return None
     return "decoder" if "target" in grew.growth[along[0]] else "encoder"
@@ -251,9 +259,9 @@ def has_other_positions(site: WatchedSite, shape: torch.Size, numbers: Numbers) 
     is_told = site.selects_by_name and site.named_axes is None
     if not is_told or not numbers.positions or axes is None or len(axes) != len(shape):
         return False
-    along = [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
     selected = {step.dim % len(shape) for step in site.selector.steps}
-    return any(dim in selected and shape[dim] not in numbers.positions for dim in along)
+    along = selected.intersection(position_dims(axes))
+    return any(shape[dim] not in numbers.positions for dim in along)
 
 
 def has_other_sequences(
@@ -271,7 +279,7 @@ def axes_before(
     """Tell the axes of a site before any forward, and the sizes of those that do not grow."""
     teller = Teller.of(model, site, known)
     grew = teller.grew()
-    axes = teller.axes(site.place.name)
+    axes = None if grew is None else teller.named(grew, site.place.name)
     if grew is None or axes is None:
         return None
     sizes = zip(axes, fixed_sizes(axes, grew.shape), strict=True)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._axes import POSITIONS, Axes
+from actctx._axes import POSITIONS, Axes, position_dims
 from actctx._cast import device_of, dtype_of
 from actctx._column import Column, Named
 from actctx._errors import AxisError, OptionError, SelectionError
@@ -120,7 +120,7 @@ class WatchedSite:
     def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
         """Tell the sequences and positions of an activation, as far as they are known."""
         axes = self.known_axes or ()
-        pos = next((dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}), len(shape))
+        pos = next(iter(position_dims(axes)), len(shape))
         return (shape[0], shape[pos]) if axes[:1] == ("batch",) and pos < len(shape) else (0, 0)
 
     @property
