@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from actctx._activations import Activations
-    from actctx._capture import Capture, capture
-    from actctx._decorator import captures
+    from actctx._results.activations import Activations
+    from actctx._capture.capture import Capture, capture
+    from actctx._capture.decorator import captures
     from actctx._errors import (
         ActctxError,
         AxisError,
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
         StoppedError,
         TypedError,
     )
-    from actctx._forward import Stopped
-    from actctx._names import Site
-    from actctx._places import hook_names
-    from actctx._schema import Schema, site
+    from actctx._capture.forward import Stopped
+    from actctx._model.sites import Site
+    from actctx._model.places import hook_names
+    from actctx._results.schema import Schema, site
 else:
     # The modules of the names that are not errors. They import torch, so each is imported when
     # one of its names is first used.

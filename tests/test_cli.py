@@ -17,10 +17,10 @@ from typer.testing import CliRunner
 
 from actctx import JoinError, hook_names
 from actctx.__main__ import app
-from actctx._caches import count_cache_bytes
-from actctx._loading import load
-from actctx._sequences import count_caches, in_batches, run
-from actctx._table import format_bytes
+from actctx._capture.cache_size import count_cache_bytes
+from actctx._cli.load_model import load
+from actctx._cli.texts import count_caches, in_batches, run
+from actctx._results.table import format_bytes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 TEXTS = ["one two", "three four five six", "seven eight", "nine"]
