@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._results.table import dtype_name
+from actctx._text import dtype_name
 
 
 def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:

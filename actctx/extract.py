@@ -11,21 +11,21 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from actctx._results.activations import Activations
-from actctx._extract.add_sites import add_sites
 from actctx._capture.capture import Capture
-from actctx._extract.row_choice import dropping
+from actctx._capture.watched import Options
 from actctx._errors import OptionError
+from actctx._extract.add_sites import add_sites
+from actctx._extract.model_inputs import reading_of
+from actctx._extract.row_choice import dropping
 from actctx._extract.run import Extraction
 from actctx._files import local_path
-from actctx._store.indexing import whole_number
-from actctx._store.layout import import_lance
 from actctx._model.sites import Names
-from actctx._extract.model_inputs import reading_of
+from actctx._results.activations import Activations
 from actctx._select.padding import Chosen
 from actctx._select.slices import Slice
 from actctx._store.destination import Target
-from actctx._capture.watched import Options
+from actctx._store.indexing import whole_number
+from actctx._store.layout import import_lance
 
 
 @dataclass(frozen=True)

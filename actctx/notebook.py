@@ -13,7 +13,7 @@ from IPython.core.magic_arguments import argument, magic_arguments, parse_argstr
 
 from actctx._capture.capture import capture
 from actctx._errors import OptionError
-from actctx._select.words import parse_words
+from actctx._select.slices import parse_words
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 

@@ -13,9 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actctx._results.activations import Activations
-from actctx._plot.coloured import ColouredTokens
 from actctx._errors import OptionError
+from actctx._plot.coloured import ColouredTokens
 from actctx._plot.sources import (
     check_count,
     layer_numbers,
@@ -27,6 +26,7 @@ from actctx._plot.sources import (
     read_pattern,
     read_tokens,
 )
+from actctx._results.activations import Activations
 from actctx._select.values import check_readable
 from actctx.dataset import ActivationDataset
 

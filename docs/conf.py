@@ -11,10 +11,10 @@ from sphinx.application import Sphinx
 import actctx
 from actctx._capture.decorated import ModelOf
 from actctx._capture.decorator import _Decorator
-from actctx._store.indexing import Index
-from actctx._model.sites import Names
 from actctx._capture.opening import B
+from actctx._model.sites import Names
 from actctx._select.slices import Slice
+from actctx._store.indexing import Index
 
 project = "actctx"
 copyright = "actctx contributors"  # noqa: A001  Sphinx' own word

@@ -9,9 +9,8 @@ from interrupts import interrupted
 from models import Mlp, bridge, hooks_of, huggingface, tiny_transformer
 
 from actctx import capture, captures
-from actctx._capture.eager import _STANCE
 from actctx._capture.forward import _FRAME
-from actctx._capture.modes import _STACK
+from actctx._capture.modes import _STACK, _STANCE
 from actctx._capture.opening import _OPEN
 from actctx._capture.undo import _LOCK
 

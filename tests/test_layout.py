@@ -15,7 +15,7 @@ from actctx._store.layout import (
     column_name,
     import_lance,
 )
-from actctx._results.table import dtype_name
+from actctx._text import dtype_name
 
 lance = pytest.importorskip("lance")
 pa = pytest.importorskip("pyarrow")

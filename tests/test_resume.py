@@ -16,10 +16,10 @@ from models import Mlp, bridge, huggingface, tokens
 from test_extract import RESID, Read, Z, refusal, sequences
 
 from actctx import DataError, Site
-from actctx._model.fingerprint import describe_model
 from actctx._extract.inputs import Batch
-from actctx._store.destination import Target
 from actctx._extract.writer import commit_seconds
+from actctx._model.fingerprint import describe_model
+from actctx._store.destination import Target
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")

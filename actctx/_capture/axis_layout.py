@@ -5,7 +5,7 @@ In this order. The user's `Site(axes=...)` holds. Else the name of a hook point 
 the position where TransformerLens declares it. They are checked against the numbers of sequences
 and positions that the forward was given: where these leave no other axes, they hold. Where sizes
 coincide, or disagree, or no name proposes anything, the model is run with other sizes, and what
-grows tells (see `_growth`). What still cannot be told is refused, where something depends on it.
+grows tells (see `growth`). What still cannot be told is refused, where something depends on it.
 """
 
 import weakref
@@ -16,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from actctx._model.axes import Axes, are_the_only, fired_axes, position_dims
-from actctx._results.column import Named
 from actctx._capture.growth import Grew, Known, growth_at, says_what_it_reads
 from actctx._capture.watched import Seen, WatchedSite, fixed_sizes, named_after
+from actctx._model.axes import Axes, are_the_only, fired_axes, position_dims
+from actctx._results.column import Named
 
 
 class Numbers(NamedTuple):

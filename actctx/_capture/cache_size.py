@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from actctx._capture.hooks import Hook
 from actctx._model.axes import axis_sizes
 from actctx._model.flags import is_switched_off
-from actctx._capture.hooks import Hook
 from actctx._model.places import Places
 
 # Hook points that fire with a storage that another one fired with before: what a component is

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from actctx._results.activations import Activations
-from actctx._model.axes import Axes, axis_sizes
+from actctx._capture.axis_layout import axes_before
+from actctx._capture.opening import B, Opening, Scope
+from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 from actctx._errors import (
     CaptureStateError,
     HookNameError,
@@ -19,18 +20,17 @@ from actctx._errors import (
     OptionError,
     TypedError,
 )
-from actctx._results.early_checks import Expected, refuse_dtype, refuse_impossible
+from actctx._model.axes import Axes, axis_sizes
 from actctx._model.flags import is_switched_off, why_it_never_fires
 from actctx._model.known_faults import faults_of, warn
-from actctx._model.sites import Names, Request, Site, resolve
-from actctx._capture.opening import B, Opening, Scope
 from actctx._model.places import uncompiled
+from actctx._model.sites import Names, Request, Site, resolve
+from actctx._results.activations import Activations
+from actctx._results.annotations import is_checking
+from actctx._results.early_checks import Expected, refuse_dtype, refuse_impossible
 from actctx._results.schema import Part, Schema, parts_of
 from actctx._select.slices import Slice
-from actctx._results.table import shortened
-from actctx._capture.axis_layout import axes_before
-from actctx._results.annotations import is_checking
-from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
+from actctx._text import shortened
 
 S = TypeVar("S", bound=Schema)
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from actctx._results.activations import Activations
 from actctx._capture.capture import Capture
-from actctx._errors import OptionError
 from actctx._capture.opening import Scope
-from actctx._results.schema import Schema
+from actctx._errors import OptionError
+from actctx._results.activations import Activations
 from actctx._results.annotations import Claim, mentions_array_type
+from actctx._results.schema import Schema
 
 ModelOf = nn.Module | Callable[..., nn.Module]
 

@@ -19,10 +19,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from actctx._results.activations import Activations
-from actctx._capture.decorated import Call, Function, ModelOf, check_function, check_names, model_of
 from actctx._capture.capture import Capture, CaptureOptions, S, capture
+from actctx._capture.decorated import Call, Function, ModelOf, check_function, check_names, model_of
 from actctx._model.sites import Names
+from actctx._results.activations import Activations
 from actctx._results.schema import Schema
 from actctx._select.slices import Slice
 

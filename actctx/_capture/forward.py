@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from actctx._errors import StoppedError
-from actctx._select.slices import Owned
+from actctx._select.own import Owned
 
 
 @runtime_checkable

@@ -25,15 +25,15 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from actctx._model.axes import Axes, Growth, grown_axes
 from actctx._capture.forward import unwatched
 from actctx._capture.hooks import Hook
-from actctx._model.structure import Inputs, tensor_of
+from actctx._capture.samples import MANY, SEQUENCES, Sample, samples_of
+from actctx._model.axes import Axes, Growth, grown_axes
 from actctx._model.parallel import is_cut
 from actctx._model.places import is_hook_point
-from actctx._capture.samples import MANY, SEQUENCES, Sample, samples_of
 from actctx._model.sides import input_of
 from actctx._model.stand_in import stand_in, undisturbed
+from actctx._model.structure import Inputs, tensor_of
 
 
 class _Shape(NamedTuple):

@@ -2,9 +2,9 @@
 
 # NOTE [Where a mask lies on a site]
 A forward's mask counts what its cache holds and then what it runs; a site has only the latter. What
-the cache holds is asked of it before the forward; see `_lines`. Nothing else is subtracted: a site
-that is shorter than the mask for another reason counts other things than the mask does, such as
-frames instead of samples. Where the model itself says how many frames so many samples make, that
+the cache holds is asked of it before the forward; see `generation`. Nothing else is subtracted: a
+site that is shorter than the mask for another reason counts other things than the mask does, such
+as frames instead of samples. Where the model itself says how many frames so many samples make, that
 is used. Where a forward kept the logits of the last positions only, those are taken. All else is
 refused.
 
@@ -23,19 +23,26 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._model.absolute_positions import counts_padding, has_bare_table, is_padded_left, tables_of, widths_of
-from actctx._model.axes import position_dims
-from actctx._errors import OptionError, SelectionError
-from actctx._capture.forward import Frame, running_frame
-from actctx._capture.hooks import Hook
-from actctx._model.known_faults import mask_fault, warn
-from actctx._capture.generation import Lines, Start, generating, positions_of
-from actctx._model.structure import Inputs
-from actctx._select.padding import Chosen, as_mask, find_rows
-from actctx._select.slices import Positions, Rows, Selector, Step
-from actctx._model.sides import Side, Sides, core_of, reads_tokens
 from actctx._capture.axis_layout import side_of_run
+from actctx._capture.forward import Frame, running_frame
+from actctx._capture.generation import Lines, Start, generating, positions_of
+from actctx._capture.hooks import Hook
 from actctx._capture.watched import Options, WatchedSite
+from actctx._errors import OptionError, SelectionError
+from actctx._model.absolute_positions import (
+    counts_padding,
+    has_bare_table,
+    is_padded_left,
+    tables_of,
+    widths_of,
+)
+from actctx._model.axes import position_dims
+from actctx._model.known_faults import mask_fault, warn
+from actctx._model.sides import Side, Sides, core_of, reads_tokens
+from actctx._model.structure import Inputs
+from actctx._select.own import Rows
+from actctx._select.padding import Chosen, as_mask, find_rows
+from actctx._select.slices import Positions, Selector, Step
 
 MASKS = ("attention_mask", "one_zero_attention_mask")
 """What models, and dicts of data, call the mask that is 1 where tokens are not padding."""

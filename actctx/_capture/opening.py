@@ -12,11 +12,14 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from actctx._results.activations import Activations
+from actctx._capture.axis_layout import (
+    Numbers,
+    has_other_positions,
+    must_tell_axes,
+    numbers_of,
+    tell_axes,
+)
 from actctx._capture.cache_size import estimate_cache_bytes
-from actctx._capture.eager import run_compiled, run_eagerly
-from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
-from actctx._model.flags import is_repeated, is_switched_off
 from actctx._capture.forward import (
     Frame,
     Interceptor,
@@ -26,29 +29,25 @@ from actctx._capture.forward import (
     running_frame,
     stop_if_done,
 )
-from actctx._capture.modes import GradMode
+from actctx._capture.generation import is_batching
 from actctx._capture.growth import Known
 from actctx._capture.hooks import Hook
-from actctx._model.known_faults import is_given_cache, lost_cache, warn
-from actctx._capture.generation import is_batching
 from actctx._capture.masks import Padding
-from actctx._model.structure import Inputs
-from actctx._model.parallel import gathered, pieces_of
-from actctx._select.padding import Chosen
-from actctx._results.schema import Schema
-from actctx._select.slices import Owned, own, plain_mode
-from actctx._results.table import counted, shortened
-from actctx._capture.axis_layout import (
-    Numbers,
-    has_other_positions,
-    must_tell_axes,
-    numbers_of,
-    tell_axes,
-)
-from actctx._results.annotations import Claim
+from actctx._capture.modes import GradMode, run_compiled, run_eagerly
 from actctx._capture.undo import Action, do, take_back
-from actctx._select.values import check_capturable
 from actctx._capture.watched import Options, Seen, WatchedSite, why_silent
+from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
+from actctx._model.flags import is_repeated, is_switched_off
+from actctx._model.known_faults import is_given_cache, lost_cache, warn
+from actctx._model.parallel import gathered, pieces_of
+from actctx._model.structure import Inputs
+from actctx._results.activations import Activations
+from actctx._results.annotations import Claim
+from actctx._results.schema import Schema
+from actctx._select.own import Owned, own, plain_mode
+from actctx._select.padding import Chosen
+from actctx._select.values import check_capturable
+from actctx._text import counted, shortened
 
 B = TypeVar("B")
 """What is handed over: the buffer, or a `Schema` before it."""

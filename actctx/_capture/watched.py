@@ -9,18 +9,18 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._model.axes import POSITIONS, Axes, position_dims
-from actctx._select.own import device_of, dtype_of
-from actctx._results.column import Column, Named
 from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._model.axes import POSITIONS, Axes, position_dims
 from actctx._model.flags import why_it_never_fired
+from actctx._model.places import Place
 from actctx._model.sites import Request, Site
 from actctx._model.structure import tensor_of
-from actctx._model.places import Place
-from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
-from actctx._select.slices import Selector, Slice, parse_slice
 from actctx._model.translation import Reading
 from actctx._results.annotations import Sizes
+from actctx._results.column import Column, Named
+from actctx._select.own import device_of, dtype_of
+from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
+from actctx._select.slices import Selector, Slice, parse_slice
 
 
 @dataclass(frozen=True, eq=False)

@@ -195,4 +195,3 @@ def _info(path: DataSet) -> None:
 def main() -> None:
     """Run the command line; what it refuses ends in a message and the exit status 2."""
     app(prog_name="actctx")
-

@@ -15,15 +15,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from actctx._results.activations import Activations
 from actctx._cli.corpus import paragraphs, read_corpus
-from actctx._errors import OptionError
-from actctx._store.layout import import_lance, layout_of, open_lance
 from actctx._cli.load_model import load
-from actctx._model.sites import resolve
 from actctx._cli.options import Dtype, Pooling
-from actctx._model.places import Place, Places, hook_names
-from actctx._select.slices import Index
 from actctx._cli.texts import (
     Result,
     Sequences,
@@ -33,8 +27,13 @@ from actctx._cli.texts import (
     run,
     tokenize,
 )
-from actctx._results.table import dtype_name, format_bytes, shortened
-from actctx._select.words import parse_words
+from actctx._errors import OptionError
+from actctx._model.places import Place, Places, hook_names
+from actctx._model.sites import resolve
+from actctx._results.activations import Activations
+from actctx._select.slices import Index, parse_words
+from actctx._store.layout import import_lance, layout_of, open_lance
+from actctx._text import dtype_name, format_bytes, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000

@@ -23,13 +23,14 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from actctx._results.activations import Activations
-from actctx._model.axes import Axes
 from actctx._capture.cache_size import count_cache_bytes
 from actctx._capture.capture import capture
-from actctx._results.column import Named
 from actctx._errors import JoinError, OptionError
-from actctx._select.slices import Index, Owned
+from actctx._model.axes import Axes
+from actctx._results.activations import Activations
+from actctx._results.column import Named
+from actctx._select.own import Owned
+from actctx._select.slices import Index
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from actctx._errors import DataError, OptionError
-from actctx._extract.run import Extraction
 from actctx._extract.compatibility import Facts
+from actctx._extract.run import Extraction
 from actctx._store.destination import Target, delete, found_at
 
 

@@ -12,16 +12,16 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
-from actctx._model.absolute_positions import has_bare_table, tables_of
+from actctx._capture.watched import WatchedSite
+from actctx._errors import DataError
 from actctx._extract.batching import is_padded_before
 from actctx._extract.row_choice import Work
-from actctx._errors import DataError
+from actctx._model.absolute_positions import has_bare_table, tables_of
 from actctx._model.fingerprint import ANEW
-from actctx._store.layout import Layout, StoredSite, column_name
 from actctx._select.slices import Positions, Selector
-from actctx._results.table import dtype_name
 from actctx._store.destination import Target
-from actctx._capture.watched import WatchedSite
+from actctx._store.layout import Layout, StoredSite, column_name
+from actctx._text import dtype_name
 
 _NOTED = {"name", "tokenizer", "batch_size"}
 

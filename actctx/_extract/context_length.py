@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from actctx._extract.batching import Batch
 from actctx._errors import DataError
+from actctx._extract.batching import Batch
 
 _LOOK_UPS = {torch.index_select, Tensor.index_select, torch.gather, Tensor.gather}
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from actctx._capture.watched import WatchedSite
 from actctx._errors import OptionError
 from actctx._extract.model_inputs import innermost
 from actctx._model.sides import Sides
-from actctx._capture.watched import WatchedSite
 
 _OF_DECODERS = ("decoder", "tgt", "target")
 """How the names of what a forward takes for its decoder begin."""

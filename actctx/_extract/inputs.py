@@ -22,8 +22,9 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._capture.masks import MASKS
 from actctx._errors import DataError, OptionError
+from actctx._extract.batching import Batch, in_equal_lengths
 from actctx._extract.items import (
     Item,
     Items,
@@ -33,7 +34,6 @@ from actctx._extract.items import (
     is_number,
     tokens_in,
 )
-from actctx._capture.masks import MASKS
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from actctx._errors import DataError
 from actctx._capture.masks import MASKS
-from actctx._results.table import shortened
+from actctx._errors import DataError
+from actctx._text import shortened
 
 TOKENS = ("input_ids", "tokens", "text")
 """What a dict may hold its tokens, or its text, under."""

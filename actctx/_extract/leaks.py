@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from actctx._extract.batching import Batch, given_at, spans
 from actctx._errors import DataError
+from actctx._extract.batching import Batch, given_at, spans
 from actctx._model.known_faults import warn
 
 _OFF = {torch.float16: 0.1, torch.bfloat16: 0.1}

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from actctx._capture.masks import MASKS
 from actctx._errors import OptionError
-from actctx._store.indexing import whole_number
 from actctx._extract.inputs import Reading
 from actctx._extract.items import TOKENS
 from actctx._model.known_faults import mask_fault
-from actctx._capture.masks import MASKS
-from actctx._results.table import counted
+from actctx._store.indexing import whole_number
+from actctx._text import counted
 
 _USUAL = frozenset(
     {

@@ -21,17 +21,30 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
 
-from actctx._results.activations import Activations
-from actctx._model.axes import axis_sizes
-from actctx._extract.batching import Batch, with_padding_behind
 from actctx._capture.capture import Capture
-from actctx._extract.row_choice import Choosing, Work, held_against, pool_rows, remaining
-from actctx._results.column import wait_for
-from actctx._extract.decoder_sites import check_sides
+from actctx._capture.watched import WatchedSite, why_silent
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
+from actctx._extract.batching import Batch, with_padding_behind
 from actctx._extract.compatibility import Facts, check_padding, picks_of, slice_of, taken_of
-from actctx._model.fingerprint import describe_model, versions
+from actctx._extract.context_length import Positions
+from actctx._extract.decoder_sites import check_sides
 from actctx._extract.inputs import Reading
+from actctx._extract.leaks import Alone, one_alone
+from actctx._extract.pipe import Pipe
+from actctx._extract.progress import progress_bar
+from actctx._extract.resume import held_against, remaining
+from actctx._extract.row_choice import Choosing, Work, pool_rows
+from actctx._extract.writer import Left, Writer, carried_array
+from actctx._model.axes import axis_sizes
+from actctx._model.fingerprint import describe_model, versions
+from actctx._model.offloaded import input_device
+from actctx._model.places import uncompiled
+from actctx._results.activations import Activations
+from actctx._results.column import wait_for
+from actctx._select.own import Owned
+from actctx._select.padding import Chosen
+from actctx._select.slices import Selector
+from actctx._store.destination import Target
 from actctx._store.layout import (
     TAKEN,
     Layout,
@@ -40,18 +53,7 @@ from actctx._store.layout import (
     column_name,
     not_floating_point,
 )
-from actctx._extract.leaks import Alone, one_alone
-from actctx._model.offloaded import input_device
-from actctx._extract.pipe import Pipe
-from actctx._model.places import uncompiled
-from actctx._extract.context_length import Positions
-from actctx._extract.progress import progress_bar
-from actctx._select.padding import Chosen
-from actctx._select.slices import Owned, Selector
-from actctx._results.table import dtype_name, format_bytes, shortened
-from actctx._store.destination import Target
-from actctx._capture.watched import WatchedSite, why_silent
-from actctx._extract.writer import Left, Writer, carried_array
+from actctx._text import dtype_name, format_bytes, shortened
 
 _LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4

@@ -17,14 +17,14 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from actctx._errors import DataError
+from actctx._extract.pipe import Pipe
 from actctx._extract.row_choice import Work
 from actctx._results.column import wait_for
-from actctx._errors import DataError
-from actctx._store.layout import COUNTED, StoredSite, as_array
-from actctx._extract.pipe import Pipe
-from actctx._select.slices import Owned
-from actctx._results.table import dtype_name
+from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
+from actctx._store.layout import COUNTED, StoredSite, as_array
+from actctx._text import dtype_name
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from actctx._model.adapters import Walk, told
 from actctx._model.dry_run import DryRun, dry_run
 from actctx._model.stand_in import hollow
 from actctx._model.translation import Reading, Translation
-from actctx._model.adapters import Walk, told
 
 
 @dataclass(frozen=True, eq=False)

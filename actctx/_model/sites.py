@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from actctx._model.axes import hook_axes
 from actctx._errors import HookNameError, OptionError
+from actctx._model.axes import hook_axes
 from actctx._model.globs import is_glob, matcher
 from actctx._model.places import Place, Places
 

@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Shaped
 from torch import Tensor
 
-from actctx._model.structure import tensor_of
 from actctx._model.patterns import Pattern
+from actctx._model.structure import tensor_of
 
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 

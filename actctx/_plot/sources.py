@@ -10,13 +10,13 @@ from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from actctx._results.activations import Activations
-from actctx._model.axes import Axes
-from actctx._store.where import find_site
 from actctx._errors import AxisError, JoinError, NotCapturedError, OptionError
-from actctx._store.indexing import is_int
+from actctx._model.axes import Axes
+from actctx._results.activations import Activations
 from actctx._results.layers import layers_of, stack_layers
 from actctx._select.values import check_readable
+from actctx._store.indexing import is_int
+from actctx._store.where import find_site
 from actctx.dataset import ActivationDataset
 
 Source: TypeAlias = Activations | ActivationDataset

@@ -1,7 +1,7 @@
 """The buffer that is handed back: captured tensors by name."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -9,18 +9,17 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from actctx._model.axes import Axes
-from actctx._select.own import read_to
-from actctx._results.column import Column, Kept, wait_for
 from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
 from actctx._files import describe, write_safetensors
-from actctx._results.lookup import are_layers, find_column, listed, why_empty, why_nothing
-from actctx._select.slices import Owned, own, plain_mode
-from actctx._results.spared import Estimate, spared, unknown
-from actctx._results.layers import layers_of, stack_layers
-from actctx._results.table import Row, as_html, as_text, counted, format_bytes
+from actctx._model.axes import Axes
+from actctx._model.globs import meant
 from actctx._results.annotations import spec_of
+from actctx._results.column import Column, Kept, wait_for
+from actctx._results.layers import layers_of, stack_layers
+from actctx._results.table import Estimate, Row, as_html, as_text, spared, unknown
+from actctx._select.own import Owned, own, plain_mode, read_to
 from actctx._select.values import why_not_moved
+from actctx._text import counted, format_bytes, shortened
 
 if TYPE_CHECKING:
     _Tensors = Mapping[str, Tensor]
@@ -454,3 +453,72 @@ class Activations(_Tensors):
 
 
 Activations.__module__ = "actctx"  # where users find it
+
+
+def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
+    """Find what a site left that a name means, if it means one.
+
+    Raises:
+        HookNameError: It is a pattern that means nothing.
+
+    """
+    if not isinstance(name, str):
+        return None
+    if name in columns:
+        return columns[name]
+    found = _meant(columns, name)
+    return columns[next(iter(found))] if len(found) == 1 else None
+
+
+def why_nothing(
+    columns: Mapping[str, Column], name: str, fired: Iterable[str], forwards: int
+) -> str:
+    """Say why nothing is found under a name, though there were forwards."""
+    if find_column(columns, name) is not None:
+        return f"it never fired in {counted(forwards, 'forward')}"
+    found = _meant(columns, name)
+    if not found:
+        names = [*fired]
+        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
+    # By the names that were meant, where these tell them apart.
+    alike = listed(found.values() if len({*found.values()}) == len(found) else found)
+    if any(name in columns[key].names for key in found):
+        return f"it is captured several times, so read one of {alike}"
+    stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
+    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
+
+
+def are_layers(columns: Mapping[str, Column], name: str) -> bool:
+    """Tell whether what a name means can be stacked over layers."""
+    fired = {key: column for key, column in columns.items() if column.firings}
+    if any(column.join is None for column in fired.values()):
+        return False
+    try:
+        return bool(layers_of({key: column.names for key, column in fired.items()}, name))
+    except (HookNameError, NotCapturedError):
+        return False
+
+
+def why_empty(source: str, silent: int = 0) -> str:
+    """Say why there is nothing at all, of a model of this class.
+
+    Args:
+        source: The class of the model.
+        silent: The forwards that have run and left nothing.
+
+    """
+    model = source or "the model"
+    if silent:
+        return f"none of the sites fired in {counted(silent, 'forward')} of {model}"
+    return f"no forward of {model} has run since the block began or the buffer was cleared"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """List some of the names."""
+    return shortened([*map(repr, keys)])
+
+
+def _meant(columns: Mapping[str, Column], name: str) -> dict[str, str]:
+    """Find what a name means, of what has fired if some has; see `meant`."""
+    found = meant(name, {key: column.names for key, column in columns.items()})
+    return {key: each for key, each in found.items() if columns[key].firings} or found

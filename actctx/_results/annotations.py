@@ -19,9 +19,9 @@ import torch
 from jaxtyping import AbstractArray, AbstractDtype, AnnotationError, Shaped, jaxtyped
 from torch import Tensor
 
-from actctx._model.axes import Axes
 from actctx._errors import TypedError
-from actctx._results.table import dtype_name
+from actctx._model.axes import Axes
+from actctx._text import dtype_name
 
 Sizes = tuple[int | None, ...]
 """The size of each axis in elements, None where it is not known beforehand."""

@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from actctx._model.axes import Axes
-from actctx._select.own import cast_dtype
 from actctx._errors import AxisError, CapacityError, JoinError
-from actctx._select.slices import Owned, Rows, plain_mode
-from actctx._results.sketch import sketch
-from actctx._results.table import Row, dtype_name
+from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
+from actctx._results.sketch import sketch
+from actctx._results.table import Row
+from actctx._select.own import Owned, Rows, cast_dtype, plain_mode
+from actctx._text import dtype_name
 
 
 class Named(NamedTuple):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from actctx._model.axes import AXIS_NAMES, Axes
 from actctx._errors import TypedError
+from actctx._model.axes import AXIS_NAMES, Axes
 from actctx._results.annotations import (
     Sizes,
     aligned,

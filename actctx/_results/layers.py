@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actctx._errors import HookNameError, JoinError, NotCapturedError
 from actctx._model.globs import meant
-from actctx._results.table import shortened
+from actctx._text import shortened
 
 # A number that is a part of a name, or the end of one, as in `h.3` and `layer_3`.
 _NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")

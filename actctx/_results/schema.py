@@ -18,12 +18,12 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from actctx._results.activations import Activations
-from actctx._results.column import Column, stack_in_place
 from actctx._errors import HookNameError, NotCapturedError, OptionError
 from actctx._model.sites import Request, Site, resolve_sites
-from actctx._results.layers import check_layers, in_layers, several_in, stack_layers
+from actctx._results.activations import Activations
 from actctx._results.annotations import Claim, hold, is_array_type, shown, suggested
+from actctx._results.column import Column, stack_in_place
+from actctx._results.layers import check_layers, in_layers, several_in, stack_layers
 
 
 class Field:

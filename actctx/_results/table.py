@@ -1,7 +1,11 @@
-"""The short table that shows what was captured."""
+"""The short table that shows what was captured, and what was spared."""
 
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from html import escape
+
+from actctx._text import format_bytes
 
 
 @dataclass(frozen=True)
@@ -18,30 +22,6 @@ class Row:
 
 
 _HEADER = tuple(column.name.replace("nbytes", "bytes") for column in fields(Row))
-
-
-def format_bytes(nbytes: int) -> str:
-    """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
-    if nbytes < 2**10:
-        return f"{nbytes} B"
-    power = min((nbytes.bit_length() - 1) // 10, 4)
-    return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
-
-
-def dtype_name(dtype: object) -> str:
-    """Write a torch dtype without its module, as in `float32`."""
-    return str(dtype).removeprefix("torch.")
-
-
-def counted(count: int, word: str) -> str:
-    """Write a number of things, as in `2 forwards`."""
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
-def shortened(names: list[str], most: int = 8) -> str:
-    """List names for a message, the first few of them where there are many."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -82,3 +62,22 @@ def as_html(title: str, rows: list[Row]) -> str:
         f'<div style="font-size:0.85em;overflow-x:auto"><div>{escape(title)}</div>'
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+Estimate = Callable[[int, int], int | None]
+"""Tells how many bytes `run_with_cache` would hold after a forward of so many sequences and
+positions, or None where that is not known."""
+
+
+def unknown(_batch: int, _pos: int) -> None:
+    """Stand in for an estimate where there is no model any more."""
+
+
+def spared(estimate: Estimate, tokens: Counter[tuple[int, int]], nbytes: int) -> str:
+    """Say what would be cached by the forwards that left so many bytes, to be put behind these."""
+    held = [estimate(*forward) for forward in tokens.elements()]
+    known = [each for each in held if each]
+    # More may be captured than would be cached, since each site has a copy of its own.
+    if not known or len(known) < len(held) or sum(known) < nbytes:
+        return ""
+    return f" of about {format_bytes(sum(known))} that run_with_cache would hold"

@@ -7,9 +7,10 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from actctx._model.axes import Axes
 from actctx._errors import AxisError, OptionError, SelectionError
-from actctx._select.slices import Positions, Rows, Selector, Step
+from actctx._model.axes import Axes
+from actctx._select.own import Rows
+from actctx._select.slices import Positions, Selector, Step
 
 
 class RowSelector(NamedTuple):

@@ -1,9 +1,8 @@
-"""From an activation to the part of it that the user owns."""
+"""What to select from an activation: `slice=` as users write it, checked, and applied."""
 
 import functools
 import operator
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import EllipsisType
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias
@@ -12,9 +11,8 @@ import torch
 from jaxtyping import Bool, Int64, Integer, Shaped
 from torch import Tensor
 
-from actctx._model.axes import Axes
-from actctx._select.own import cast_dtype
 from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._model.axes import Axes
 
 Index: TypeAlias = (
     SupportsIndex | slice | range | Sequence[int] | Integer[Tensor, "i"] | Bool[Tensor, "i"]
@@ -292,84 +290,29 @@ def _no_index(site: str, index: object) -> OptionError:
     )
 
 
-class Rows(NamedTuple):
-    """Where the rows of a tensor come from, when only real tokens are kept.
+def parse_words(asked: Sequence[str]) -> dict[str, Index]:
+    """Read `--slice` options, one for an axis.
 
-    Attributes:
-        where: The sequence and the position of each row.
-        sequences: The number of sequences of the forward.
-        before: With a KV cache, the number of positions that came in earlier forwards.
-        is_all: Whether they are known to be all rows, in their order.
-        line: What forwards that continue each other have in common; see `_lines`.
+    Raises:
+        OptionError: One of them is none, or an axis is given twice.
 
     """
-
-    where: Int64[Tensor, "token 2"]
-    sequences: int
-    before: int = 0
-    is_all: bool = False
-    line: int | None = None
-
-
-class Owned(NamedTuple):
-    """A captured tensor that shares no storage with anything else.
-
-    Attributes:
-        value: The tensor. With `ready`, it may still be being copied.
-        ready: On a GPU, what to wait for before `value` is read on the host.
-        rows: Where its rows come from, with a mask.
-
-    """
-
-    value: Shaped[Tensor, "..."]
-    ready: torch.cuda.Event | None = None
-    rows: Rows | None = None
+    found: dict[str, Index] = {}
+    for option in asked:
+        axis, _, index = option.partition("=")
+        if axis in found:
+            raise OptionError(f"--slice selects twice along {axis!r}; give one index for it")
+        try:
+            found[axis] = _parse_index(index)
+        except (TypeError, ValueError):
+            raise OptionError(
+                f"--slice {option!r} is not AXIS=INDEX, with an int, a range a:b or a:b:c, or "
+                "positions a,b,c; give one such as pos=-1, pos=0:10 or head=0,3"
+            ) from None
+    return found
 
 
-def own(
-    selected: Shaped[Tensor, "..."],
-    *,
-    copied: bool = False,
-    dtype: torch.dtype | None = None,
-    device: torch.device | None = None,
-    room: Shaped[Tensor, "..."] | None = None,
-) -> Owned:
-    """Cast and move what was selected, in one pass where torch can, into a tensor of one's own.
-
-    Args:
-        selected: What was selected of an activation, in the autograd graph or out of it.
-        copied: Whether selecting made a copy already, so that no second one is needed.
-        dtype: The dtype of the result; only floating-point activations are cast.
-        device: The device of the result.
-        room: Where to put the result; a new tensor by default.
-
-    """
-    dtype = cast_dtype(selected, dtype)
-    if room is not None:
-        asynchronous = selected.is_cuda and room.is_pinned()
-        room.copy_(selected, non_blocking=asynchronous)
-        return Owned(room, _recorded(selected) if asynchronous else None)
-    if device is not None and device.type == "cpu" and selected.is_cuda and not selected.grad_fn:
-        # Pinned memory and no waiting, so that the forward goes on meanwhile.
-        cast = selected.to(dtype)
-        value = torch.empty(cast.shape, dtype=cast.dtype, pin_memory=True)
-        value.copy_(cast, non_blocking=True)
-        return Owned(value, _recorded(selected))
-    return Owned(
-        selected.to(
-            device=device,
-            dtype=dtype,
-            copy=not copied,
-            memory_format=torch.contiguous_format,
-        )
-    )
-
-
-def _recorded(selected: Shaped[Tensor, "..."]) -> torch.cuda.Event:
-    event: torch.cuda.Event = torch.cuda.current_stream(selected.device).record_event()
-    return event
-
-
-def plain_mode() -> AbstractContextManager[object]:
-    """Leave inference mode, in which no tensor could be made that can train a probe later."""
-    return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()
+def _parse_index(index: str) -> Index:
+    if ":" in index:
+        return slice(*(int(bound) if bound else None for bound in index.split(":")))
+    return [int(position) for position in index.split(",")] if "," in index else int(index)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from actctx._errors import OptionError, OutputError
-from actctx._results.table import dtype_name
+from actctx._text import dtype_name
 
 # Torch's own words for what it cannot do.
 _CANNOT = (RuntimeError, TypeError)  # NotImplementedError is a RuntimeError

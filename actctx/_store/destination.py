@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from actctx._extract.row_choice import Stored
 from actctx._errors import DataError
 from actctx._files import cannot_write, reason_of
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._store.origins import Stored
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -9,7 +9,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import OptionError, SelectionError
-from actctx._results.table import counted
+from actctx._text import counted
 
 Index: TypeAlias = (
     SupportsIndex | slice | Sequence[int] | Sequence[bool] | Shaped[Tensor, "..."] | np.ndarray

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from actctx._model.axes import Axes
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._results.table import dtype_name
+from actctx._model.axes import Axes
+from actctx._text import dtype_name
 
 if TYPE_CHECKING:
     import pyarrow as pa

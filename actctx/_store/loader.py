@@ -16,11 +16,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from actctx._select.own import device_of
 from actctx._errors import OptionError
+from actctx._select.own import device_of
 from actctx._store.indexing import is_int
-from actctx._store.shuffle import Order, Pool
 from actctx._store.rows import StoredBatch, StoredRows
+from actctx._store.shuffle import Order, Pool
 
 _AHEAD = 2  # batches that are ready before they are asked for
 

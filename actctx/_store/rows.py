@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from actctx._store.where import as_lance_reads, why_refused
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
 from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
-from actctx._results.table import dtype_name
+from actctx._store.where import as_lance_reads, why_refused
+from actctx._text import dtype_name
 
 StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""

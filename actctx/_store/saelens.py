@@ -20,14 +20,14 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from actctx._model.axes import hook_axes
-from actctx._store.where import meant_sites
 from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
+from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
 from actctx._store.layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
 from actctx._store.rows import StoredRows
-from actctx._results.table import counted, dtype_name, shortened
+from actctx._store.where import meant_sites
+from actctx._text import counted, dtype_name, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa

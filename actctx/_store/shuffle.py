@@ -23,7 +23,7 @@ from jaxtyping import Int64
 
 from actctx._errors import OptionError
 from actctx._store.indexing import is_int, whole_number
-from actctx._results.table import counted
+from actctx._text import counted
 
 _BLOCK = 32
 _MOST_BLOCKS = 2**22  # 32 MiB of block numbers; larger files are read in larger blocks

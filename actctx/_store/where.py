@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping
 from actctx._errors import NotCapturedError, OptionError
 from actctx._model.globs import meant
 from actctx._store.layout import StoredSite
-from actctx._results.table import shortened
+from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
