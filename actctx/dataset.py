@@ -16,16 +16,15 @@ from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
 from actctx._store.layout import StoredSite, layout_of
 from actctx._store.loader import Loader
+from actctx._store.mixing import Mixing, warn_of_pool
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
-from actctx._store.shuffle import Order, rank_of
+from actctx._store.shuffle import Order, batches_of, rank_of
 from actctx._store.where import find_site, find_sites
 from actctx._text import counted, format_bytes
 
-__all__ = ["ActivationDataset", "Loader", "StoredSite"]
-Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
-
-_POOL_BYTES = 2**27
+__all__ = ["ActivationDataset", "Loader", "Mixing", "StoredSite"]
+Loader.__module__ = Mixing.__module__ = StoredSite.__module__ = __name__  # where users find them
 
 
 class ActivationDataset(Dataset[StoredBatch]):
@@ -214,14 +213,15 @@ class ActivationDataset(Dataset[StoredBatch]):
         batch_size = whole_number("batch_size", batch_size, least=1)
         workers = whole_number("workers", workers, least=0)
         seed = whole_number("seed", seed, least=0)
-        if pool is None:
-            pool = max(batch_size, _POOL_BYTES // self._rows.memory)
-        pool = whole_number("pool", pool, least=1)
         rank, world_size = rank_of(rank, world_size)
+        if pool is not None:
+            pool = whole_number("pool", pool, least=1)
+        elif not shuffle:  # then it is but what is read ahead
+            pool = 4 * self._rows.at_once
         order = Order(
             rows=len(self),
             batch_size=batch_size,
-            pool=max(1, pool // batch_size),
+            pool=batches_of(pool, batch_size, rows=-(-len(self) // world_size)),
             shuffle=shuffle,
             drop_last=drop_last,
             rank=rank,
@@ -229,7 +229,9 @@ class ActivationDataset(Dataset[StoredBatch]):
             seed=seed,
             epoch=0,
         )
-        return Loader(self._rows, order, workers=workers, device=device)
+        loader = Loader(self._rows, order, workers=workers, device=device)
+        warn_of_pool(order, pool, memory=loader.memory)
+        return loader
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the activations are of this model.
