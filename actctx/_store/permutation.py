@@ -46,11 +46,12 @@ def _mixed(
         one, other = turn % 2, 1 - turn % 2
         added = _hash(digits[other] + key) % bases[one]
         digits[one] = (digits[one] + added) % bases[one]
-    mixed: UInt64[np.ndarray, "_"] = digits[0] * bases[1] + digits[1]
+    mixed: np.ndarray = digits[0] * bases[1] + digits[1]
     return mixed
 
 
 def _hash(values: UInt64[np.ndarray, "_"]) -> UInt64[np.ndarray, "_"]:
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         values = (values ^ (values >> np.uint64(shift))) * np.uint64(factor)
-    return values ^ (values >> np.uint64(31))
+    hashed: np.ndarray = values ^ (values >> np.uint64(31))
+    return hashed
