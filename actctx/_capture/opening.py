@@ -179,7 +179,7 @@ class Opening(Generic[B]):
     def _hook(self, site: WatchedSite) -> Hook:
         io = "point" if site.place.is_hook_point else site.io
         fire = _firing(weakref.ref(self), self._seen[site.key])
-        if site.place.reading is not None and not site.exact:
+        if site.place.readout is not None and not site.exact:
             fire = _if_returned(fire)
         return Hook(site.place.module, site.place.name, fire, io=io)
 

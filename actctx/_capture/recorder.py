@@ -77,8 +77,8 @@ class Recorder:
         activation = gathered(found)
         if self._pieces is not None and activation is found:
             self._pieces.check(site.shown, site.place.module, found, io=site.io)
-        reading = site.place.reading
-        activation = activation if reading is None else reading.of(activation)
+        readout = site.place.readout
+        activation = activation if readout is None else readout.of(activation)
         is_dense = activation.layout is torch.strided
         if is_dense and site.is_flattened(activation):
             return self._by_sequence(activation, frame)
