@@ -1,13 +1,15 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int32
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from actctx._errors import DataError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
@@ -96,6 +98,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         if where is not None:
             self._rows.find(where, stored)
         self._length = len(self._rows)
+        self._warned = False
 
     def __len__(self) -> int:
         return self._length
@@ -122,11 +125,27 @@ class ActivationDataset(Dataset[StoredBatch]):
         return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> list[StoredBatch]:
-        """Read the rows of a `DataLoader`'s batch together."""
+        """Read the rows of a `DataLoader`'s batch together; warns where it shuffles."""
+        self._warn_of_scattered(indices)
         batch = self[indices]
         return [
             {name: _owned(values[k]) for name, values in batch.items()} for k in range(len(indices))
         ]
+
+    def _warn_of_scattered(self, indices: list[int]) -> None:
+        """Warn once that a `DataLoader` shuffles slowly; of several workers, in the first."""
+        worker = get_worker_info()
+        if self._warned or len(indices) < 2 or (worker and worker.id):  # noqa: PLR2004  neighbours
+            return
+        if np.mean(np.diff(indices) == 1) < 0.5:  # noqa: PLR2004  half of them
+            self._warned = True
+            better = f"data.loader({len(indices)})"
+            warnings.warn(
+                "a DataLoader that shuffles reads every row by itself, many times slower than "
+                f"{better}, which reads blocks of rows; iterate over that, or give "
+                f"DataLoader({better}, batch_size=None)",
+                stacklevel=3,
+            )
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
@@ -175,8 +194,10 @@ class ActivationDataset(Dataset[StoredBatch]):
         """Give batches for training, each a dict as `data[...]` gives it, read ahead in threads.
 
         Rows are shuffled over the whole file, in another order each epoch. They are read in blocks
-        of 32 that lie together: the blocks are permuted, read pool by pool, and the rows of each
-        pool are permuted. A data set that fits into one pool is permuted row by row.
+        of 32 that lie together: the blocks are permuted and divided into pools, and the rows of
+        each pool are dealt to its batches, so that those of a block go to as many batches as can
+        be. `Loader.mixing` tells how well that mixes. A data set that fits into one pool is
+        permuted row by row.
 
         An iteration is an epoch. Every row comes once, at one rank. The order depends on the seed,
         the epoch, the batch size, the pool and the number of ranks, and on nothing else. It can be
@@ -191,9 +212,11 @@ class ActivationDataset(Dataset[StoredBatch]):
             workers: The threads that read. With 0 there are none: batches are read when they are
                 asked for.
             device: The device that batches move to.
-            pool: The rows that are shuffled among each other; up to three times as many are in
-                memory. By default as many as 128 MiB hold; what strings take is estimated, by a
-                sample of 256 rows that is the same each time.
+            pool: The most rows that are shuffled among each other; these and about six batches are
+                in memory. By default 131,072 rows or 32 batches, whichever is more, so that pools
+                have at least half of that. Fewer than that half give a warning that says how they
+                mix. `Loader.memory` tells the bytes; if they are more than half of what the machine
+                has, a warning says so.
             rank: Which of the shares to give; by default that of torch's distributed group.
             world_size: How many shares there are.
 
@@ -259,7 +282,13 @@ class ActivationDataset(Dataset[StoredBatch]):
             )
 
     def to_saelens(
-        self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        context: int,
+        rename: Mapping[str, str] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> int:
         """Write what SAELens trains from with `use_cached_activations=True`.
 
@@ -268,11 +297,17 @@ class ActivationDataset(Dataset[StoredBatch]):
         them. bfloat16, which these files do not have, becomes float32, with a warning. A few
         megabytes of rows are in memory at a time.
 
+        SAELens reads the runs in their order, and mixes no more rows than its buffer holds. With
+        `shuffle` they are written in the random order of `loader`, which takes its memory.
+
         Args:
             path: The directory to write, SAELens' `cached_activations_path`; there whole or not
                 at all.
             context: The `context_size` of SAELens' config, in rows.
             rename: SAELens' `hook_name` for sites that have another name here, by their name.
+            shuffle: Whether to write the rows in random order; those that are left out are random,
+                too.
+            seed: What that order depends on.
 
         Returns:
             The number of rows that were left out.
@@ -288,7 +323,10 @@ class ActivationDataset(Dataset[StoredBatch]):
 
         """
         context = whole_number("context", context, least=1)
-        write_saelens(self._rows, path, context=context, rename=rename or {})
+        seed = whole_number("seed", seed, least=0)
+        write_saelens(
+            self._rows, path, context=context, rename=rename or {}, seed=seed if shuffle else None
+        )
         return len(self) % context
 
     @classmethod

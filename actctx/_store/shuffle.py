@@ -190,6 +190,21 @@ def _ranks(keys: Float64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
     return ranks
 
 
+def shuffled(rows: int, batch_size: int, *, seed: int) -> Order:
+    """Shuffle all rows once."""
+    return Order(
+        rows=rows,
+        batch_size=batch_size,
+        pool=batches_of(None, batch_size, rows=rows),
+        shuffle=True,
+        drop_last=False,
+        rank=0,
+        world_size=1,
+        seed=seed,
+        epoch=0,
+    )
+
+
 def batches_of(pool: int | None, batch_size: int, *, rows: int) -> int:
     """Tell the most batches of a pool of so many rows; of all rows, where it has as many."""
     if pool is None:  # all pools have more than half of it, so they have the least at least
