@@ -55,10 +55,10 @@ class Mixing:
 def mixing_of(source: StoredRows, order: Order, *, memory: int) -> Mixing:
     """Measure how well the batches of an epoch are mixed; see `Loader.mixing`."""
     if not len(order):
-        return Mixing(order.batch_size, 0, 0, 0, 0, pool=0, memory=memory)
-    some = max(1, _SEEN // order.batch_size)
+        return Mixing(order.batch_size, 0.0, 0.0, 0.0, 0.0, pool=0, memory=memory)
     full = max(1, len(order) - 1)  # all but the last are
-    ends = [list(islice(_batches(order, first), some)) for first in (0, max(0, full - some))]
+    some = min(max(1, _SEEN // order.batch_size), full)
+    ends = [list(islice(_batches(order, first), some)) for first in (0, full - some)]
     size = min(order.batch_size, order.rows)
     random = np.random.default_rng(order.seed)
     drawn = [random.choice(order.rows, size, replace=False) for _ in range(some)]
@@ -105,9 +105,9 @@ def warn_of_pool(order: Order, pool: int | None, *, memory: int) -> None:
     if machine and memory > machine // 2:
         fewer = least if order.pool_rows > least else order.pool_rows // 2
         warnings.warn(
-            f"the loader will hold up to {format_bytes(memory)} in memory, and this machine has "
-            f"{format_bytes(machine)}; read fewer sites, by sites=, or give fewer rows to shuffle "
-            f"at a time: pool={fewer}",
+            f"the loader will hold up to {format_bytes(memory)}, and this machine has "
+            f"{format_bytes(machine)} of memory; read fewer sites, by sites=, or shuffle fewer "
+            f"rows at a time, by pool={fewer}",
             stacklevel=3,
         )
     if pool is None or not order.shuffle or order.pool_count == 1 or pool >= least:
