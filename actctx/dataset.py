@@ -28,6 +28,8 @@ from actctx._text import counted, format_bytes
 __all__ = ["ActivationDataset", "Loader", "Mixing", "StoredSite"]
 Loader.__module__ = Mixing.__module__ = StoredSite.__module__ = __name__  # where users find them
 
+_FEW = 4  # rows, too few to tell whether they are shuffled
+
 
 class ActivationDataset(Dataset[StoredBatch]):
     """The rows of a data set on disk, each of them read when it is asked for.
@@ -135,7 +137,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     def _warn_of_scattered(self, indices: list[int]) -> None:
         """Warn once that a `DataLoader` shuffles slowly; of several workers, in the first."""
         worker = get_worker_info()
-        if self._warned or len(indices) < 2 or (worker and worker.id):  # noqa: PLR2004  neighbours
+        if self._warned or len(indices) < _FEW or (worker and worker.id):
             return
         if np.mean(np.diff(indices) == 1) < 0.5:  # noqa: PLR2004  half of them
             self._warned = True

@@ -172,12 +172,13 @@ def test_a_loader_without_rows_has_a_mixing(data):
 
 def test_mixing_is_said_in_words(data):
     mixing = data.loader(96, shuffle=False).mixing
-    permuted = f"{mixing.permuted_sequences:.1f}", f"{mixing.permuted_neighbours:.1%}"
-    assert str(mixing) == (
-        f"a batch of 96 rows comes from 6.0 sequences (a permutation: {permuted[0]}); 100.0% of "
-        f"its rows have a neighbour in it (a permutation: {permuted[1]}); 1000 rows are shuffled "
-        f"at a time, in {mixing.memory / 2**10:.1f} KiB"
-    )
+    assert str(mixing).splitlines() == [
+        f"a batch of 96 rows comes from 6.0 sequences; in a permutation, "
+        f"{mixing.permuted_sequences:.1f}",
+        f"100.0% of its rows have a neighbour in it; in a permutation, "
+        f"{mixing.permuted_neighbours:.1%}",
+        f"1000 rows are shuffled at a time, in {mixing.memory / 2**10:.1f} KiB",
+    ]
 
 
 def test_a_pool_that_is_too_small_is_warned_of(data):

@@ -21,7 +21,7 @@ class Mixing:
     """How well the batches of a loader are mixed.
 
     Measured on some batches at the start of the epoch, and on some at its end, of which the worse
-    are given, and on as many of a permutation, drawn at random.
+    are given, and on some of a permutation, drawn at random.
 
     Attributes:
         batch_size: The rows of a batch.
@@ -45,10 +45,10 @@ class Mixing:
     def __str__(self) -> str:
         return (
             f"a batch of {counted(self.batch_size, 'row')} comes from {self.sequences:,.1f} "
-            f"sequences (a permutation: {self.permuted_sequences:,.1f}); {self.neighbours:.1%} of "
-            "its rows have a neighbour in it (a permutation: "
-            f"{self.permuted_neighbours:.1%}); {counted(self.pool, 'row')} are shuffled at a time, "
-            f"in {format_bytes(self.memory)}"
+            f"sequences; in a permutation, {self.permuted_sequences:,.1f}\n"
+            f"{self.neighbours:.1%} of its rows have a neighbour in it; in a permutation, "
+            f"{self.permuted_neighbours:.1%}\n"
+            f"{counted(self.pool, 'row')} are shuffled at a time, in {format_bytes(self.memory)}"
         )
 
 
@@ -57,11 +57,12 @@ def mixing_of(source: StoredRows, order: Order, *, memory: int) -> Mixing:
     if not len(order):
         return Mixing(order.batch_size, 0.0, 0.0, 0.0, 0.0, pool=0, memory=memory)
     full = max(1, len(order) - 1)  # all but the last are
-    some = min(max(1, _SEEN // order.batch_size), full)
+    seen = max(1, _SEEN // order.batch_size)
+    some = min(seen, full)
     ends = [list(islice(_batches(order, first), some)) for first in (0, full - some)]
     size = min(order.batch_size, order.rows)
     random = np.random.default_rng(order.seed)
-    drawn = [random.choice(order.rows, size, replace=False) for _ in range(some)]
+    drawn = [random.choice(order.rows, size, replace=False) for _ in range(seen)]
     numbers = replace(source, sites={}, others={"sequence": source.others["sequence"]})
     found = [(_sequences(numbers, each), _mean(map(neighbours, each))) for each in (*ends, drawn)]
     (first, before), (last, after), (permuted, beside) = found
