@@ -214,7 +214,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             workers: The threads that read. With 0 there are none: batches are read when they are
                 asked for.
             device: The device that batches move to.
-            pool: The most rows that are shuffled among each other; these and about six batches are
+            pool: The most rows that are shuffled among each other; these and eight batches are
                 in memory. By default 131,072 rows or 32 batches, whichever is more, so that pools
                 have at least half of that. Fewer than that half give a warning that says how they
                 mix. `Loader.memory` tells the bytes; if they are more than half of what the machine
