@@ -1,0 +1,194 @@
+"""Values of settings as JSON holds them, and functions told apart by what they compute with.
+
+Equal values are written alike in any process: no ids, addresses or paths.
+"""
+
+import functools
+import hashlib
+import inspect
+import json
+import math
+import types
+from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from actctx._model.digest import sketched
+
+SKIPPED: Any = object()
+"""In place of a value that is no setting, such as a tokenizer."""
+
+LIBRARIES = {"torch", "transformers", "transformer_lens", "accelerate", "peft", "actctx"}
+"""What puts hooks and functions on models by itself."""
+
+_LONGEST = 2000  # characters of JSON, beyond which a value is shortened to a digest
+_DEEPEST = 4
+_PLAIN = (bool, int, str, type(None))
+
+
+def package_of(value: Any) -> str:
+    """Name the package that a class or a function is from."""
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]
+
+
+def plain(value: Any, *, tensors: bool) -> Any:
+    """Write a value as JSON holds it, or return `SKIPPED`.
+
+    Args:
+        value: The value of an attribute.
+        tensors: Whether tensors are settings; in libraries, they are copies and caches.
+
+    """
+    found = _plain(value, tensors=tensors)
+    written = "" if found is SKIPPED else json.dumps(found)
+    return found if len(written) <= _LONGEST else f"{type(value).__name__} {_short(written)}"
+
+
+def _plain(value: Any, *, tensors: bool) -> Any:
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, str):
+        return SKIPPED if "/" in value or "\\" in value else str(value)
+    if isinstance(value, _PLAIN):
+        return value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(value)
+    if isinstance(value, np.generic):
+        return _plain(value.item(), tensors=tensors)
+    if isinstance(value, torch.dtype | complex | range | slice):
+        return str(value)
+    if isinstance(value, Tensor | np.ndarray):
+        return _of_tensor(value) if tensors else SKIPPED
+    if isinstance(value, Mapping):
+        return _of_items({str(key): each for key, each in value.items()}, tensors=tensors)
+    if isinstance(value, list | tuple):
+        return _of_list([*value], tensors=tensors)
+    if isinstance(value, AbstractSet):
+        found = _of_list([*value], tensors=tensors)
+        return found if found is SKIPPED else sorted(found, key=str)
+    if isinstance(value, type):
+        return value.__qualname__
+    is_function = inspect.isroutine(value) or isinstance(value, functools.partial)
+    return " ".join(describe_function(value)) if is_function else SKIPPED
+
+
+def _of_tensor(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "fiub":
+            return SKIPPED
+        value = torch.tensor(value)
+    return SKIPPED if value.is_meta else sketched(value)
+
+
+def _of_list(values: list[Any], *, tensors: bool) -> Any:
+    found = [_plain(value, tensors=tensors) for value in values]
+    return SKIPPED if any(each is SKIPPED for each in found) else found
+
+
+def _of_items(values: Mapping[str, Any], *, tensors: bool) -> Any:
+    found = _of_list([*values.values()], tensors=tensors)
+    return SKIPPED if found is SKIPPED else dict(zip(values, found, strict=True))
+
+
+def is_foreign(function: Any) -> bool:
+    """Tell whether a function, or what a library wrapped, is from outside of the libraries."""
+    return any(package_of(_class_of(each)) not in LIBRARIES for each in _wrapped(function))
+
+
+def describe_function(function: Any) -> tuple[str, str]:
+    """Name a function, and digest its code and what it closes over.
+
+    Lists are left out, since hooks keep what they see in them.
+    """
+    inner = next((each for each in _wrapped(function) if is_foreign(each)), function)
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    name = getattr(inner, "__qualname__", type(inner).__qualname__)
+    return name, _short(str([*_told(function, 0)]))
+
+
+def _wrapped(function: Any) -> Iterator[Any]:
+    """Find the functions that a partial, or a closure of a library, calls."""
+    if isinstance(function, functools.partial):
+        yield from _wrapped(function.func)
+    elif isinstance(function, types.FunctionType) and package_of(function) in LIBRARIES:
+        within = [each for each in _cells(function) if callable(each) and not _is_model(each)]
+        yield function
+        for each in within:
+            yield from _wrapped(each)
+    else:
+        yield function
+
+
+def _class_of(function: Any) -> Any:
+    if isinstance(function, types.MethodType):
+        return function.__func__
+    return function if inspect.isroutine(function) else type(function)
+
+
+def _is_model(value: Any) -> bool:
+    return isinstance(value, nn.Module | type)
+
+
+def _cells(function: types.FunctionType) -> list[Any]:
+    found = []
+    for cell in function.__closure__ or ():
+        try:
+            found.append(cell.cell_contents)
+        except ValueError:  # it is empty yet
+            continue
+    return found
+
+
+def _told(value: Any, depth: int) -> Iterator[str]:
+    """Tell what a function computes with."""
+    if depth > _DEEPEST or isinstance(value, list | nn.Module):
+        return
+    parts: list[Any] = []
+    if isinstance(value, functools.partial):
+        parts = [value.func, *value.args, *value.keywords, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        parts = [value.__func__, value.__self__]
+    elif isinstance(value, types.FunctionType):
+        inner = inspect.unwrap(value)
+        yield from _of_code(inner.__code__)
+        parts = _used_by(inner)
+    elif inspect.isroutine(value):
+        yield value.__name__
+    elif (found := plain(value, tensors=True)) is not SKIPPED:
+        yield str(found)
+    elif isinstance(value, tuple):
+        parts = [*value]
+    elif not isinstance(value, type):
+        yield type(value).__qualname__
+        parts = [type(value).__call__] if inspect.isfunction(type(value).__call__) else []
+        parts += [part for item in getattr(value, "__dict__", {}).items() for part in item]
+    for part in parts:
+        yield from _told(part, depth + 1)
+
+
+def _used_by(function: types.FunctionType) -> list[Any]:
+    known = (function.__globals__.get(name) for name in function.__code__.co_names)
+    numbers = [each for each in known if isinstance(each, float | int | Tensor)]
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*_cells(function), *defaults, *numbers]
+
+
+def _of_code(code: types.CodeType) -> Iterator[str]:
+    yield str((code.co_code.hex(), code.co_names))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _of_code(constant)
+        elif isinstance(constant, frozenset):
+            yield str(sorted(map(repr, constant)))
+        else:
+            yield repr(constant)
+
+
+def _short(written: str) -> str:
+    return hashlib.blake2b(written.encode(), digest_size=4).hexdigest()
