@@ -17,7 +17,7 @@ from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
 from actctx._results.sketch import sketch
 from actctx._results.table import Row
-from actctx._select.own import Owned, Rows, cast_dtype, plain_mode
+from actctx._select.own import Owned, TokenRows, cast_dtype, plain_mode
 from actctx._text import dtype_name
 
 
@@ -147,7 +147,7 @@ class Column:
         if tell is not None:
             self.named = tell() or self.named
 
-    def _note_rows(self, rows: Rows) -> None:
+    def _note_rows(self, rows: TokenRows) -> None:
         """Count sequences over the forwards; those of one line have the same sequences."""
         first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
         if count != rows.sequences:
