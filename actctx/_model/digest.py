@@ -13,6 +13,7 @@ logarithmic but near zero, each with a weight of its own. Rounding moves it by l
 """
 
 import hashlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,10 +52,15 @@ def sketched(values: Tensor) -> str | list[Any]:
 
 
 def is_alike(was: Any, now: Any) -> bool:
-    """Compare two values of a setting, sketches among them up to rounding."""
-    if _is_sketch(was) and _is_sketch(now):
+    """Compare two descriptions of tensors, or of whatever else; sketches up to rounding."""
+    if is_sketch(was) and is_sketch(now):
         return bool(was[0] == now[0] and abs(was[1] - now[1]) <= TOLERANCE)
     return bool(was == now)
+
+
+def is_sketch(described: Any) -> bool:
+    """Tell whether a description is one that `sketched` makes of a tensor that is computed anew."""
+    return isinstance(described, list) and [type(each) for each in described] == [str, float]
 
 
 def kind_of(weights: Tensor) -> str:
@@ -62,16 +68,12 @@ def kind_of(weights: Tensor) -> str:
     return f"{str(weights.dtype).removeprefix('torch.')} {tuple(weights.shape)}"
 
 
-def _is_sketch(value: Any) -> bool:
-    return isinstance(value, list) and [type(each) for each in value] == [str, float]
-
-
 def _sketch(flat: Float64[Tensor, " _"]) -> float:
     if not flat.numel():
         return 0.0
     scaled = torch.asinh(flat.nan_to_num() * _FINE)
     each = 1 + torch.arange(len(flat), dtype=torch.float64, device=flat.device).sin() / 2
-    return round(float((scaled * each).sum()) / len(flat) ** 0.5, 6)
+    return round((scaled * each).sum().item() / math.sqrt(len(flat)), 6)
 
 
 def _parts(weights: Tensor) -> Iterator[Tensor]:

@@ -2,9 +2,8 @@
 
 # NOTE [Which ones count]
 A hook that only looks on changes no value, and what it returns is not known before it runs. So all
-hooks of others are listed, and in the first forward what passes through them is compared. Hooks that
-libraries put on by themselves are left out, as those of bridges, of tensor parallelism and of
-captures.
+hooks of others are listed, and in the first forward what passes through them is compared. Those
+that libraries put on are left out, such as those of bridges, of tensor parallelism, of captures.
 """
 
 import contextlib
@@ -73,7 +72,7 @@ class _Between:
                 else every.register_module_forward_hook
             )
             first, last = register(self._first), register(self._last)
-            hooks = every._global_forward_pre_hooks if io == _INPUT else every._global_forward_hooks
+            hooks: Any = first.hooks_dict_ref()
             hooks.move_to_end(first.id, last=False)
             return [first, last]
         if io == _INPUT:

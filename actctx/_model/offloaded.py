@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from actctx._errors import OptionError
 
@@ -36,7 +37,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """
     listed = [*model.named_parameters()]
     for name, weights in listed:
-        if isinstance(weights, nn.parameter.UninitializedTensorMixin):
+        if isinstance(weights, UninitializedParameter):
             raise OptionError(
                 f"the weights of {name!r} are not initialised, which the first forward does, so "
                 "data sets cannot tell them from others; run the model once first"

@@ -9,7 +9,7 @@ import inspect
 import json
 import math
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from enum import Enum
 from typing import Any
@@ -28,7 +28,15 @@ LIBRARIES = {"torch", "transformers", "transformer_lens", "accelerate", "peft", 
 
 _LONGEST = 2000  # characters of JSON, beyond which a value is shortened to a digest
 _DEEPEST = 4
-_PLAIN = (bool, int, str, type(None))
+_WRITTEN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
+    (Enum, lambda value: value.name),
+    (str, lambda value: SKIPPED if {"/", "\\"} & {*value} else str(value)),  # a path, or a name
+    (bool | int | None, lambda value: value),
+    (float, lambda value: float(value) if math.isfinite(value) else str(value)),
+    (np.generic, lambda value: plain(value.item(), tensors=False)),
+    (torch.dtype | complex | range | slice, str),
+    (type, lambda value: value.__qualname__),
+)
 
 
 def package_of(value: Any) -> str:
@@ -50,29 +58,18 @@ def plain(value: Any, *, tensors: bool) -> Any:
 
 
 def _plain(value: Any, *, tensors: bool) -> Any:
-    if isinstance(value, Enum):
-        return value.name
-    if isinstance(value, str):
-        return SKIPPED if "/" in value or "\\" in value else str(value)
-    if isinstance(value, _PLAIN):
-        return value
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else str(value)
-    if isinstance(value, np.generic):
-        return _plain(value.item(), tensors=tensors)
-    if isinstance(value, torch.dtype | complex | range | slice):
-        return str(value)
+    write = next((write for kind, write in _WRITTEN if isinstance(value, kind)), None)
+    if write is not None:
+        return write(value)
     if isinstance(value, Tensor | np.ndarray):
         return _of_tensor(value) if tensors else SKIPPED
     if isinstance(value, Mapping):
-        return _of_items({str(key): each for key, each in value.items()}, tensors=tensors)
-    if isinstance(value, list | tuple):
-        return _of_list([*value], tensors=tensors)
-    if isinstance(value, AbstractSet):
-        found = _of_list([*value], tensors=tensors)
-        return found if found is SKIPPED else sorted(found, key=str)
-    if isinstance(value, type):
-        return value.__qualname__
+        found = _of_list(value.values(), tensors=tensors)
+        return found if found is SKIPPED else dict(zip(map(str, value), found, strict=True))
+    if isinstance(value, list | tuple | AbstractSet):
+        found = _of_list(value, tensors=tensors)
+        is_sorted = found is not SKIPPED and isinstance(value, AbstractSet)
+        return sorted(found, key=str) if is_sorted else found
     is_function = inspect.isroutine(value) or isinstance(value, functools.partial)
     return " ".join(describe_function(value)) if is_function else SKIPPED
 
@@ -85,14 +82,9 @@ def _of_tensor(value: Any) -> Any:
     return SKIPPED if value.is_meta else sketched(value)
 
 
-def _of_list(values: list[Any], *, tensors: bool) -> Any:
+def _of_list(values: Iterable[Any], *, tensors: bool) -> Any:
     found = [_plain(value, tensors=tensors) for value in values]
     return SKIPPED if any(each is SKIPPED for each in found) else found
-
-
-def _of_items(values: Mapping[str, Any], *, tensors: bool) -> Any:
-    found = _of_list([*values.values()], tensors=tensors)
-    return SKIPPED if found is SKIPPED else dict(zip(values, found, strict=True))
 
 
 def is_foreign(function: Any) -> bool:

@@ -29,7 +29,7 @@ from actctx._model.plain_values import (
 )
 
 _OF_TORCH = {*vars(nn.Module())}
-_ADAPTERS = {"_active_adapter", "_disable_adapters"}  # peft's, of which there is no public attribute
+_ADAPTERS = {"_active_adapter", "_disable_adapters"}  # peft's, which have no public attribute
 _CONFIGS = {"config", "cfg", "args", "hparams"}
 _IMPLEMENTATIONS = {
     "_attn_implementation": "attention implementation",
@@ -66,7 +66,7 @@ def settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
         model: The model, not as `torch.compile` wraps it.
 
     """
-    modules = [(_name(name), module) for name, module in _counted(model)]
+    modules = [(without_compiled(name), module) for name, module in _counted(model)]
     run: dict[str, Any] = {}
     attributes: dict[str, Any] = {}
     config: dict[str, Any] = {}
@@ -96,7 +96,7 @@ def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _name(name: str) -> str:
+def without_compiled(name: str) -> str:
     """Leave out of a name what `torch.compile` puts into it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
