@@ -1,6 +1,5 @@
 """What a data set is of: whatever changes values is told apart when it is resumed."""
 
-import contextlib
 import functools
 import os
 import subprocess
@@ -109,9 +108,6 @@ def test_a_buffer_that_is_computed_is_named(out):
 
 @pytest.mark.parametrize("factor", [1 + 3e-7, 1 - 3e-7])
 def test_a_buffer_that_another_device_computed_is_the_same(out, factor):
-    assert not torch.equal(
-        rotary(1).model.rotary_emb.inv_freq, rotary(factor).model.rotary_emb.inv_freq
-    )
     resumed(rotary(1), rotary(factor), out, RESID)
 
 
@@ -122,6 +118,8 @@ def test_frequencies_that_follow_the_longest_sequence_are_no_setting(out, kind):
     rope["original_max_position_embeddings"] = 8
     name = "Phi3ForCausalLM" if factors else "LlamaForCausalLM"
     sizes = {"max_position_embeddings": 16, "rope_parameters": rope}
+    if factors:
+        sizes["original_max_position_embeddings"] = 8
     model, fresh = (huggingface(name, **sizes) for _ in range(2))
     before = fresh.model.rotary_emb.inv_freq.clone()
     extract(model, [tokens()], RESID, out)
@@ -187,8 +185,6 @@ def test_weights_of_any_kind_are_digested(made):
 def test_weights_that_are_not_initialised_are_refused(out):
     model = mlp()
     model.head = nn.LazyLinear(3)
-    from actctx import OptionError
-
     assert refusal(OptionError, model, [tokens()], SITE, out) == (
         "the weights of 'head.weight' are not initialised, which the first forward does, so data "
         "sets cannot tell them from others; run the model once first"
@@ -243,18 +239,13 @@ def test_sharded_weights_have_the_fingerprint_of_the_whole(tmp_path, world):
         (nn.GELU(), nn.GELU("tanh"), "setting 'block.1.approximate' is 'none', not 'tanh'"),
         (Scale(2.0), Scale(3.0), "setting 'block.1.factor' is 2.0, not 3.0"),
         (Scale(_power=1), Scale(_power=2), "setting 'block.1._power' is 1, not 2"),
-        (Scale(float("inf")), Scale(1.0), "setting 'block.1.factor' is 'inf', not 1.0"),
+        (Scale(most=torch.inf), Scale(most=1), "setting 'block.1.most' is 'inf', not 1"),
         (
             Scale(at={1: (2, None)}),
             Scale(at={1: (3, None)}),
             "setting 'block.1.at' is {'1': [2, None]}, not {'1': [3, None]}",
         ),
-        (
-            Scale(config=Scale.__new__(type("Config", (), {}))),
-            nn.Identity(),
-            "class of 'block.1' is 'Scale', not 'Identity'",
-        ),
-    ][:8],
+    ],
 )
 def test_modules_without_parameters_are_told_apart(out, first, second, said):
     found = refused(mlp(first), mlp(second), out)
@@ -421,13 +412,13 @@ def test_a_method_that_somebody_replaced_is_named(out):
 # Adapters.
 
 
-def adapted(*, on="a", scale=2, merged=False):
+def adapted(*, on="first", scale=2, merged=False):
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
     model = huggingface("LlamaForCausalLM")
     torch.manual_seed(1)
-    model = peft.get_peft_model(model, config, adapter_name="a")
-    model.add_adapter("b", config)
+    model = peft.get_peft_model(model, config, adapter_name="first")
+    model.add_adapter("second", config)
     model.set_adapter(on)
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
@@ -443,8 +434,8 @@ LAYER = "base_model.model.model.layers.1"
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"on": "b"}, "_active_adapter' (1 of 3 differences) is ['a'], not ['b']"),
-        ({"scale": 1}, "scaling' (1 of 2 differences) is {'a': 2.0, 'b': 2.0}, not {'a': 1.0, "),
+        ({"on": "second"}, "_active_adapter' (1 of 3 differences) is ['first'], not ['second']"),
+        ({"scale": 1}, "scaling' (1 of 2 differences) is {'first': 2.0, 'second': 2.0}, not "),
         ({"merged": True}, "base_layer.weight' (1 of 4 differences) is 'float32 (32, 32) "),
     ],
 )
@@ -468,6 +459,10 @@ def test_adapters_that_are_off_are_told_apart(out):
 
 def double(module, args, output):  # noqa: ARG001
     return output * 2
+
+
+def double_linear(module, args, output):  # noqa: ARG001
+    return output * 2 if isinstance(module, nn.Linear) else None
 
 
 def add(module, args, output, by):  # noqa: ARG001
@@ -540,12 +535,12 @@ def test_hooks_that_only_look_are_no_difference(out):
 
 def test_hooks_of_every_module_are_told_apart(out):
     extract(mlp(), [tokens()], SITE, out)
-    handle = nn.modules.module.register_module_forward_hook(double)
+    handle = nn.modules.module.register_module_forward_hook(double_linear)
     try:
         message = refusal(DataError, mlp(), [tokens(), tokens(seed=1)], SITE, out)
     finally:
         handle.remove()
-    assert "its hooks on the output of every module is [], not ['double " in message
+    assert "its hooks on the output of every module is [], not ['double_linear " in message
     assert not nn.modules.module._global_forward_hooks
 
 
@@ -572,12 +567,8 @@ def test_hooks_on_hook_points_are_told_apart(out, gpt2):
 
 
 def test_a_capture_around_an_extraction_is_no_difference(out):
-    from actctx import capture
-
     model = mlp()
     extract(model, [tokens()], SITE, out)
-    with capture(model, "block.0", axes=None) if False else contextlib.nullcontext():
-        pass
     with capture(model, "block.0"):
         extract(model, [tokens(), tokens(seed=1)], SITE, out)
 
@@ -697,7 +688,7 @@ SEQUENCES = [[*range(1, length + 1)] for length in (3, 5, 2, 7, 4, 6, 1, 8)] * 3
 )
 def test_another_batch_size_is_warned_of_once(out, data, first, second, options):
     extract(bridge(), data, RESID, out, batch_size=first, max_tokens=5, **options)
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="batch_size") as caught:
         extract(bridge(), data, RESID, out, batch_size=second, **options)
     assert [str(each.message) for each in caught] == [
         f"the rows in '{out}' were run with batch_size={first}, and more are run with "

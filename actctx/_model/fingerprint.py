@@ -87,11 +87,13 @@ def settled(described: Mapping[str, str], model: nn.Module, changing: set[str]) 
     ]
     for section in ("buffers", "computed", "attributes"):
         found[section] = {name: each for name, each in found[section].items() if name not in states}
-    for place, there in found["hooks"].items():
-        # One that holds a state is known by its name alone.
-        known = hooks.get(place, [])
-        there[:] = [each if each in known else [each[0], ""] for each in there]
-    settings = packed({**found, "states": states, "changing": sorted(changing)})
+    # Of hooks that only look nothing is kept, and of one that holds a state the name alone.
+    found["hooks"] = {
+        place: [each if each in hooks.get(place, []) else [each[0], ""] for each in there]
+        for place, there in found["hooks"].items()
+        if place in changing
+    }
+    settings = packed({**found, "states": states})
     return {**described, "settings": settings}
 
 
@@ -147,7 +149,7 @@ def _is_dynamic(model: nn.Module, name: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Tell the versions of what a data set depends on."""
+    """Return the versions of what a data set depends on."""
     found = {}
     for package in ("actctx", "torch", "transformer_lens", "transformers", "peft", "pylance"):
         try:

@@ -13,7 +13,7 @@ _META = torch.device("meta")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Tell where a model is to be given its tokens.
+    """Return the device that a model takes its tokens on.
 
     An offloaded model has its weights on no device until they are needed; accelerate's hooks then
     say where each module runs.
@@ -28,7 +28,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the parameters of a model by name, those that are offloaded as they are kept.
+    """List the parameters of a model by name; offloaded ones are read from where they are kept.
 
     Raises:
         OptionError: Weights are on the meta device, and nothing says where they are kept; or they
@@ -116,7 +116,7 @@ def _hooks_of(module: nn.Module | None) -> list[Any]:
 
 
 def _tied_in(model: nn.Module) -> set[str]:
-    """Name the parameters that are one with others, which were listed once before offloading."""
+    """Name the parameters that are tied to others, which a model lists once."""
     return {
         ".".join(filter(None, (prefix, name)))
         for prefix, module in model.named_modules()

@@ -89,7 +89,7 @@ def _of_list(values: Iterable[Any], *, tensors: bool) -> Any:
 
 def is_foreign(function: Any) -> bool:
     """Tell whether a function, or what a library wrapped, is from outside of the libraries."""
-    return any(package_of(_class_of(each)) not in LIBRARIES for each in _wrapped(function))
+    return any(map(_is_own, _wrapped(function)))
 
 
 def describe_function(function: Any) -> tuple[str, str]:
@@ -97,7 +97,7 @@ def describe_function(function: Any) -> tuple[str, str]:
 
     Lists are left out, since hooks keep what they see in them.
     """
-    inner = next((each for each in _wrapped(function) if is_foreign(each)), function)
+    inner = next(filter(_is_own, _wrapped(function)), function)
     while isinstance(inner, functools.partial):
         inner = inner.func
     name = getattr(inner, "__qualname__", type(inner).__qualname__)
@@ -117,10 +117,10 @@ def _wrapped(function: Any) -> Iterator[Any]:
         yield function
 
 
-def _class_of(function: Any) -> Any:
-    if isinstance(function, types.MethodType):
-        return function.__func__
-    return function if inspect.isroutine(function) else type(function)
+def _is_own(function: Any) -> bool:
+    """Tell whether somebody else than a library wrote a function, or the class of an object."""
+    kind = getattr(function, "__func__", function)
+    return package_of(kind if inspect.isroutine(kind) else type(kind)) not in LIBRARIES
 
 
 def _is_model(value: Any) -> bool:

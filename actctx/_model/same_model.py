@@ -101,8 +101,9 @@ def is_of_weights(fact: Fact) -> bool:
 def _of_hooks(
     there: Mapping[str, Any], here: Mapping[str, Any], changing: Collection[str]
 ) -> Iterator[Fact]:
-    for place in dict.fromkeys((*there.get("changing", ()), *changing)):
-        old, new = there.get("hooks", {}).get(place, []), here["hooks"].get(place, [])
+    known = there.get("hooks", {})
+    for place in dict.fromkeys((*known, *changing)):
+        old, new = known.get(place, []), here["hooks"].get(place, [])
         pairs = zip(old, new, strict=False)
         is_same = all(a == c and b in {d, ""} for (a, b), (c, d) in pairs)
         if len(old) != len(new) or not is_same:
@@ -134,12 +135,12 @@ def unpacked(described: Mapping[str, Any]) -> dict[str, Any]:
         compressed = base64.b64decode(described["settings"], validate=True)
         found = json.loads(zlib.decompressobj().decompress(compressed, _MOST_BYTES))
         sections = [found.get(name, {}) for name in (*_NAMES, "hooks")]
-        lists = [found.get(name, []) for name in ("states", "changing")]
+        states = found.get("states", [])
     except (ValueError, TypeError, AttributeError, zlib.error) as error:
         raise _damaged(error) from error
     if not all(isinstance(each, dict) for each in sections):
         raise _damaged("a section is not a dict")
-    if not all(isinstance(each, list) for each in lists):
+    if not isinstance(states, list):
         raise _damaged("a section is not a list")
     return dict(found)
 

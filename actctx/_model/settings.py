@@ -39,7 +39,7 @@ _NO_SETTINGS = {
     # where it came from, and with what
     *("name_or_path", "model_name", "tokenizer_name", "tokenizer_class", "base_model_name_or_path"),
     *("transformers_version", "architectures", "architecture", "original_architecture", "auto_map"),
-    *("revision", "from_checkpoint", "checkpoint_index", "checkpoint_label_type"),
+    *("model_type", "revision", "from_checkpoint", "checkpoint_index", "checkpoint_label_type"),
     *("checkpoint_value", "trust_remote_code", "peft_version", "name"),
     # where it runs
     *("device", "n_devices", "hf_device_map", "device_map", "is_parallelizable"),
