@@ -164,7 +164,7 @@ def test_weights_that_are_saved_in_a_way_of_their_own_are_told_apart():
         lambda weights: weights.to_sparse_csc(),
         lambda weights: weights.to(torch.complex64),
         lambda weights: weights.to(torch.float8_e4m3fn),
-        lambda weights: torch.quantize_per_tensor(weights, 0.01, 3, torch.qint8),
+        lambda weights: torch.quantize_per_tensor(weights, 0.1, 3, torch.qint8),
         lambda weights: torch.quantize_per_channel(
             weights, torch.tensor([0.1, 0.2]), torch.tensor([0, 0]), 0, torch.qint8
         ),
@@ -417,8 +417,10 @@ def adapted(*, on="first", scale=2, merged=False):
     config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj"], init_lora_weights=False)
     model = huggingface("LlamaForCausalLM")
     torch.manual_seed(1)
-    model = peft.get_peft_model(model, config, adapter_name="first")
-    model.add_adapter("second", config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what peft asks transformers for
+        model = peft.get_peft_model(model, config, adapter_name="first")
+        model.add_adapter("second", config)
     model.set_adapter(on)
     for module in model.modules():
         if isinstance(getattr(module, "scaling", None), dict):
@@ -635,21 +637,14 @@ def test_a_data_set_of_an_earlier_version_is_resumed(out):
 
 
 @pytest.mark.parametrize(
-    ("settings", "reason"),
-    [
-        ("!", "Incorrect padding"),
-        ("AAAA", "Error -3 while decompressing data: unknown compression method"),
-        (packed({"weights": []}), "a section is not a dict"),
-        (packed({"states": {}}), "a section is not a list"),
-    ],
+    "settings", ["!", "AAAA", 3, packed({"weights": []}), packed({"states": {}})]
 )
-def test_damaged_settings_are_an_error_of_ours(out, settings, reason):
+def test_damaged_settings_are_an_error_of_ours(out, settings):
     extract(mlp(), [tokens()], SITE, out)
     rewritten(out, settings=settings)
     message = refusal(DataError, mlp(), [tokens(), tokens(seed=1)], SITE, out)
     assert message.startswith("what the data set says of its model is damaged (")
-    assert message.endswith("so no model can be compared with it; give another path")
-    assert reason.split(":")[0][:5] in message
+    assert message.endswith("), so no model can be compared with it; give another path")
 
 
 # check().

@@ -30,6 +30,9 @@ from actctx._model.plain_values import (
 
 _OF_TORCH = {*vars(nn.Module())}
 _ADAPTERS = {"_active_adapter", "_disable_adapters"}  # peft's, which have no public attribute
+_OF_LIBRARIES = ("_hf", "_is_hf", "_is_torch", "_is_fsdp", "_fsdp", "_ddp", "_torch")
+"""How names begin that libraries give to private attributes of anybody's modules."""
+
 _CONFIGS = {"config", "cfg", "args", "hparams"}
 _IMPLEMENTATIONS = {
     "_attn_implementation": "attention implementation",
@@ -111,7 +114,8 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for key, value in vars(module).items():
         if key in _OF_TORCH or not _is_setting(key) or _is_config(key, value):
             continue
-        if key.startswith("_") and key not in _ADAPTERS and (not is_ours or key.startswith("_hf")):
+        is_hidden = key.startswith(_OF_LIBRARIES if is_ours else "_")
+        if is_hidden and key not in _ADAPTERS:
             continue
         is_method = inspect.isroutine(value) and hasattr(type(module), key)
         found = SKIPPED if is_method else plain(value, tensors=is_ours)
