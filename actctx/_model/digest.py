@@ -46,9 +46,12 @@ def exact(weights: Tensor) -> str:
 
 def sketched(values: Tensor) -> str | list[Any]:
     """Describe a tensor that is computed anew; one of integers to the bit."""
-    if not values.is_floating_point() or type(values) not in (Tensor, nn.Parameter):
+    is_dense = type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided
+    if not is_dense or not (values.is_floating_point() or values.is_complex()):
         return exact(values)
-    return [kind_of(values), _sketch(values.detach().reshape(-1).double())]
+    flat = values.detach().resolve_conj().reshape(-1)
+    real = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
+    return [kind_of(values), _sketch(real.double())]
 
 
 def is_alike(was: Any, now: Any) -> bool:

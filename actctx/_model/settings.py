@@ -29,8 +29,13 @@ from actctx._model.plain_values import (
 )
 
 _OF_TORCH = {*vars(nn.Module())}
-_ADAPTERS = {"_active_adapter", "_disable_adapters"}  # peft's, which have no public attribute
-_OF_LIBRARIES = ("_hf", "_is_hf", "_is_torch", "_is_fsdp", "_fsdp", "_ddp", "_torch")
+_ADAPTERS = {"_active_adapter", "_disable_adapters", "_adapters_disabled"}
+"""Private attributes of peft that no public one tells."""
+
+_OF_LIBRARIES = (
+    *("_hf", "_is_hf", "_is_torch", "_is_fsdp", "_fsdp", "_ddp", "_torch"),
+    *("_compiled", "_old_forward"),
+)
 """How names begin that libraries give to private attributes of anybody's modules."""
 
 _CONFIGS = {"config", "cfg", "args", "hparams"}
