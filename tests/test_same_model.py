@@ -458,7 +458,7 @@ def test_adapters_that_are_off_are_told_apart(out):
     model = adapted()
     with model.disable_adapter():
         message = refusal(DataError, model, [tokens(), tokens(seed=1)], LAYER, out)
-    assert "q_proj._disable_adapters' (1 of 2 differences) is False, not True; give" in message
+    assert "its setting '_adapters_disabled' (1 of 3 differences) is False, not True;" in message
     extract(model, [tokens(), tokens(seed=1)], LAYER, out)
 
 
