@@ -279,6 +279,29 @@ def test_what_a_forward_changes_is_a_state_and_no_setting(out):
     extract(mlp(Scale()), [tokens(), tokens(seed=1), tokens(seed=2)], SITE, out)
 
 
+def test_functions_are_told_apart_by_their_names_alone_in_another_python():
+    def model(factor, act=nn.functional.gelu):
+        return hooked(lambda m, args, output: output * factor, act=act)  # noqa: ARG005
+
+    def hooked(hook, act):
+        made = mlp(Scale(act=act, own=hook))
+        made.block[0].register_forward_hook(hook)
+        return made
+
+    first, other, third = map(describe_model, (model(2), model(3), model(2, nn.functional.relu)))
+    place = "output of 'block.0'"
+    found = [
+        name for name, *_ in differences(first, other, versions_differ=False, changing=[place])
+    ]
+    assert found == ["setting 'block.1.own'", f"hooks on the {place}"]
+    elsewhere = packed({**unpacked(first), "python": {"version": "3.99"}})
+    first = {**first, "settings": elsewhere}
+    assert not [*differences(first, other, versions_differ=False, changing=[place])]
+    assert [*differences(first, third, versions_differ=False)] == [
+        ("setting 'block.1.act'", "gelu", "relu")
+    ]
+
+
 def test_an_attribute_that_came_with_another_use_is_no_difference():
     assert not differing(mlp(Scale()), mlp(Scale(cached=3)))
 
@@ -649,7 +672,15 @@ def test_a_data_set_of_an_earlier_version_is_resumed(out):
 
 
 @pytest.mark.parametrize(
-    "settings", ["!", "AAAA", 3, packed({"weights": []}), packed({"states": {}})]
+    "settings",
+    [
+        "!",
+        "AAAA",
+        3,
+        packed({"weights": []}),
+        packed({"states": {}}),
+        packed({"hooks": {"x": [1]}}),
+    ],
 )
 def test_damaged_settings_are_an_error_of_ours(out, settings):
     extract(mlp(), [tokens()], SITE, out)

@@ -170,7 +170,7 @@ class Facts:
         self, layout: Layout, spared: Collection[str] = (), changing: Collection[str] = ()
     ) -> Iterator[Fact]:
         was, now = layout.model, self.layout.model
-        yield "model's class", was["class"], now["class"]
+        yield "model's class", was.get("class"), now["class"]
         has_other_versions = layout.versions != self.layout.versions
         yield from summed_up(
             differences(

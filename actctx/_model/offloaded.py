@@ -62,7 +62,7 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     modules = dict(model.named_modules())
     for prefix, module in modules.items():
         for key, buffer in module._buffers.items():
-            if buffer is not None:
+            if buffer is not None and not _is_made_of_config(module, key):
                 name = _joined(prefix, key)
                 found = _kept(modules, name) if buffer.is_meta else buffer.detach()
                 yield name, found, key not in module._non_persistent_buffers_set
@@ -83,6 +83,11 @@ def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if isinstance(value, tuple | list):
             parts = {f"{key}.{number}": part for number, part in enumerate(value)}
         yield from ((name, part) for name, part in parts.items() if isinstance(part, Tensor))
+
+
+def _is_made_of_config(module: nn.Module, key: str) -> bool:
+    """Tell whether a buffer is a mask of TransformerLens', which its versions make otherwise."""
+    return key in {"mask", "IGNORE"} and type(module).__module__.startswith("transformer_lens.")
 
 
 def _joined(prefix: str, key: str) -> str:

@@ -71,7 +71,7 @@ def _plain(value: Any, *, tensors: bool) -> Any:
         is_sorted = found is not SKIPPED and isinstance(value, AbstractSet)
         return sorted(found, key=str) if is_sorted else found
     is_function = inspect.isroutine(value) or isinstance(value, functools.partial)
-    return " ".join(describe_function(value)) if is_function else SKIPPED
+    return name_function(value) if is_function else SKIPPED
 
 
 def _of_tensor(value: Any) -> Any:
@@ -90,6 +90,13 @@ def _of_list(values: Iterable[Any], *, tensors: bool) -> Any:
 def is_foreign(function: Any) -> bool:
     """Tell whether a function, or what a library wrapped, is from outside of the libraries."""
     return any(map(_is_own, _wrapped(function)))
+
+
+def name_function(function: Any) -> str:
+    """Name a function, with a digest unless it is a library's as it stands."""
+    name, digest = describe_function(function)
+    is_known = inspect.isroutine(function) and not is_foreign(function)
+    return name if is_known else f"{name} {digest}"
 
 
 def describe_function(function: Any) -> tuple[str, str]:

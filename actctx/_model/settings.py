@@ -10,6 +10,7 @@ Of everybody's, what the first forward changes does not: it is a state, such as 
 import argparse
 import dataclasses
 import inspect
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -22,8 +23,8 @@ from actctx._model.places import is_hook_point
 from actctx._model.plain_values import (
     LIBRARIES,
     SKIPPED,
-    describe_function,
     is_foreign,
+    name_function,
     package_of,
     plain,
 )
@@ -61,8 +62,8 @@ _NO_SETTINGS = {
     # what a tokenizer does
     *("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"),
     *("default_padding_side", "bos_token_id"),
-    # what the longest sequence so far decides
-    "max_seq_len_cached",
+    # what tells of a use of it: hooks, a cache, the longest sequence so far
+    *("context_level", "is_caching", "max_seq_len_cached"),
 }
 _SECRETS = ("token", "secret", "password", "api_key", "credentials")
 
@@ -90,6 +91,7 @@ def settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
     run["autocast"] = _autocast(model)
     run["modules in training mode"] = [name for name, module in modules if _is_training(module)]
     return {
+        "python": {"version": ".".join(map(str, sys.version_info[:2]))},
         "modules": {name: type(module).__name__ for name, module in modules if name},
         "functions": dict(_replaced(modules)),
         "config": config,
@@ -134,7 +136,7 @@ def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str]]
         for key, value in vars(module).items():
             is_method = inspect.isroutine(getattr(type(module), key, None)) and callable(value)
             if is_method and is_foreign(value):
-                yield _joined(name, key), " ".join(describe_function(value))
+                yield _joined(name, key), name_function(value)
 
 
 def _is_setting(key: str) -> bool:
