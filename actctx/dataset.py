@@ -13,7 +13,14 @@ from torch.utils.data import Dataset, get_worker_info
 
 from actctx._errors import DataError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
-from actctx._model.fingerprint import ANEW, describe_model
+from actctx._model.fingerprint import describe_model, versions
+from actctx._model.same_model import (
+    ANEW,
+    FINGERPRINT,
+    differences,
+    is_of_weights,
+    summed_up,
+)
 from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
 from actctx._store.layout import StoredSite, layout_of
@@ -262,11 +269,11 @@ class ActivationDataset(Dataset[StoredBatch]):
         """Make sure that the activations are of this model.
 
         Args:
-            model: What they were extracted from, as far as its weights tell.
+            model: What they were extracted from, as far as its weights, buffers and settings tell.
 
         Raises:
-            DataError: They are of a model with other weights, or weights of other names; or it is
-                not known which, as with what `from_saelens` made.
+            DataError: They are of a model with other ones; or it is not known which, as with what
+                `from_saelens` made.
 
         """
         here, there = describe_model(model), self.layout.model
@@ -276,11 +283,19 @@ class ActivationDataset(Dataset[StoredBatch]):
                 f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
                 "out model= and check()"
             )
-        if here["fingerprint"] != there["fingerprint"]:
+        found = differences(
+            there, here, versions_differ=self.layout.versions != versions(), is_run=False
+        )
+        for fact in summed_up(found):
+            name, was, now = fact
+            which = (
+                "" if name == FINGERPRINT else f": its {name} is {was!r} there, but {now!r} here"
+            )
+            hint = f" ({ANEW})" if is_of_weights(fact) else ""
             raise DataError(
                 f"{self.path!r} holds activations of {_described(there)}, but this model is "
-                f"{_described(here)}; give the model that they were extracted from, or extract "
-                f"them from this one ({ANEW})"
+                f"{_described(here)}{which}; give the model that they were extracted from, or "
+                f"extract them from this one{hint}"
             )
 
     def to_saelens(
