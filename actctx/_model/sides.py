@@ -116,6 +116,12 @@ def core_of(model: nn.Module) -> nn.Module:
     return inner if isinstance(inner, nn.Module) else model
 
 
+def encoder_of(core: nn.Module) -> nn.Module | None:
+    """Return the encoder of a model that has a decoder behind it."""
+    has_decoder = getattr(getattr(core, "config", None), "is_encoder_decoder", False)
+    return _part(core, "get_encoder") if has_decoder else None
+
+
 def _part(core: nn.Module, getter: str, *args: Any) -> nn.Module | None:
     """Return a part of a model, unless it has none or returns itself."""
     get: Callable[..., Any] | None = getattr(core, getter, None)
