@@ -67,10 +67,10 @@ def test_a_permutation_is_as_even_as_chance():
 
 
 def test_all_orders_of_few_numbers_come_as_often():
-    found = [tuple(permuted(np.arange(4), 4, np.random.default_rng(k))) for k in range(1200)]
+    found = [tuple(permuted(np.arange(4), 4, np.random.default_rng(k))) for k in range(480)]
     counts = np.unique(found, axis=0, return_counts=True)[1]
     assert len(counts) == 24
-    assert ((counts - 50) ** 2 / 50).sum() < 23 + 5 * 46**0.5
+    assert ((counts - 20) ** 2 / 20).sum() < 23 + 5 * 46**0.5
 
 
 @pytest.mark.parametrize("batches", [3, 16, 31, 32, 33, 100])
@@ -129,20 +129,21 @@ def test_all_rows_as_a_pool_are_one_pool(data):
 
 
 def test_each_row_comes_once_from_several_pools():
-    order = shuffled(400_123, 1000, seed=3)
-    assert order.pool_count == 4
+    order = shuffled(300_123, 1000, seed=3)
+    assert order.pool_count == 3
     found = np.concatenate(batches_from(order, 0, len(order)))
-    assert np.array_equal(np.sort(found), np.arange(400_123))
+    assert np.array_equal(np.sort(found), np.arange(300_123))
 
 
-@pytest.mark.parametrize("given", [1, 99, 100, 101, 350, 400])
-def test_what_is_left_of_an_epoch_is_what_would_have_come(given):
-    order = shuffled(400_123, 1000, seed=3)
+def test_what_is_left_of_an_epoch_is_what_would_have_come():
+    order = shuffled(300_123, 1000, seed=3)
     whole = batches_from(order, 0, len(order))
-    left = batches_from(order, given, len(order))
-    assert [batch.tolist() for batch in left] == [batch.tolist() for batch in whole[given:]]
-    some = next(order.pools(given))
-    assert len(some.rows) == sum(map(len, some.batches))  # nothing that was given is read
+    for given in (1, 100, 101, 250, 300):
+        left = batches_from(order, given, len(order))
+        assert len(left) == len(whole) - given
+        assert all(map(np.array_equal, left, whole[given:]))
+        some = next(order.pools(given))
+        assert len(some.rows) == sum(map(len, some.batches))  # nothing that was given is read
 
 
 def test_neighbours_are_rows_with_the_next_or_the_last_beside_them():
@@ -163,6 +164,14 @@ def test_mixing_tells_of_rows_that_are_not_shuffled(data):
     mixing = data.loader(96, shuffle=False).mixing
     assert mixing.neighbours == 1
     assert mixing.sequences == 6
+
+
+def test_mixing_tells_the_worse_end_of_an_epoch(data, monkeypatch):
+    monkeypatch.setattr("actctx._store.mixing._SEEN", 10)
+    for where in ("sequence < 3 OR position = 0", "sequence > 59 OR position = 0"):
+        some = ActivationDataset(data.path, where=where)
+        mixing = some.loader(10, shuffle=False).mixing
+        assert (mixing.sequences, mixing.neighbours) == (1, 1)
 
 
 def test_a_loader_without_rows_has_a_mixing(data):
@@ -204,8 +213,7 @@ def test_a_loader_that_takes_most_of_the_memory_is_warned_of(data, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("batch_size", [64, 4096])
-def test_a_loader_holds_the_memory_that_it_says(large, batch_size):
+def test_a_loader_holds_the_memory_that_it_says(large):
     code = (
         "from actctx.dataset import ActivationDataset\n"
         "def peak():\n"
@@ -215,7 +223,7 @@ def test_a_loader_holds_the_memory_that_it_says(large, batch_size):
         "next(iter(data.loader(64)))\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "before = peak()\n"
-        f"loader = data.loader({batch_size}, pool=2**16)\n"
+        "loader = data.loader(1024, pool=2**16)\n"
         "for batch in loader: pass\n"
         "print((peak() - before) * 1024, loader.memory, data.nbytes)"
     )
