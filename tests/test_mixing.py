@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stored import write
 
+from actctx._store.layout import StoredSite
+from actctx._store.loader import Loader
 from actctx._store.mixing import neighbours
 from actctx._store.permutation import permuted
+from actctx._store.rows import StoredRows
 from actctx._store.shuffle import BLOCK, dealt, shuffled
+from actctx._text import format_bytes
 from actctx.dataset import ActivationDataset
 
 LARGE = 500_000_000
@@ -186,7 +191,7 @@ def test_mixing_is_said_in_words(data):
         f"{mixing.permuted_sequences:.1f}",
         f"100.0% of its rows have a neighbour in it; in a permutation, "
         f"{mixing.permuted_neighbours:.1%}",
-        f"1000 rows are shuffled at a time, in {mixing.memory / 2**10:.1f} KiB",
+        f"0 rows are shuffled at a time, in {mixing.memory / 2**10:.1f} KiB",
     ]
 
 
@@ -244,3 +249,13 @@ def test_the_figures_of_the_docs():
     share = np.mean([neighbours(batch) for batch in found])
     assert f"{few:,.0f} sequences, those of a permutation from {all_:,.0f}" in page
     assert f"{100 * share:.1f} % of its rows" in page
+    site = StoredSite("", "", "", ("d_model",), (4096,), "float16")
+    numbers = {"token": torch.int32, "sequence": torch.int64, "position": torch.int32}
+    rows = StoredRows("", sites=dict.fromkeys("abcd", site), others=numbers)
+    memory = Loader(rows, order, workers=1, device=None).memory
+    assert f"Four sites of 4096 in float16 take {format_bytes(memory)}" in page
+
+
+def test_a_rank_without_batches_has_nothing_to_be_warned_of(data):
+    loader = data.loader(1000, pool=50, rank=0, world_size=2, drop_last=True)
+    assert (len(loader), list(loader)) == (0, [])
