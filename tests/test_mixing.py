@@ -6,11 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from stored import write
 
+from actctx._store.layout import StoredSite
+from actctx._store.loader import Loader
 from actctx._store.mixing import neighbours
 from actctx._store.permutation import permuted
+from actctx._store.rows import StoredRows
 from actctx._store.shuffle import BLOCK, dealt, shuffled
+from actctx._text import format_bytes
 from actctx.dataset import ActivationDataset
 
 LARGE = 500_000_000
@@ -67,10 +72,10 @@ def test_a_permutation_is_as_even_as_chance():
 
 
 def test_all_orders_of_few_numbers_come_as_often():
-    found = [tuple(permuted(np.arange(4), 4, np.random.default_rng(k))) for k in range(1200)]
+    found = [tuple(permuted(np.arange(4), 4, np.random.default_rng(k))) for k in range(480)]
     counts = np.unique(found, axis=0, return_counts=True)[1]
     assert len(counts) == 24
-    assert ((counts - 50) ** 2 / 50).sum() < 23 + 5 * 46**0.5
+    assert ((counts - 20) ** 2 / 20).sum() < 23 + 5 * 46**0.5
 
 
 @pytest.mark.parametrize("batches", [3, 16, 31, 32, 33, 100])
@@ -129,20 +134,21 @@ def test_all_rows_as_a_pool_are_one_pool(data):
 
 
 def test_each_row_comes_once_from_several_pools():
-    order = shuffled(400_123, 1000, seed=3)
-    assert order.pool_count == 4
+    order = shuffled(300_123, 1000, seed=3)
+    assert order.pool_count == 3
     found = np.concatenate(batches_from(order, 0, len(order)))
-    assert np.array_equal(np.sort(found), np.arange(400_123))
+    assert np.array_equal(np.sort(found), np.arange(300_123))
 
 
-@pytest.mark.parametrize("given", [1, 99, 100, 101, 350, 400])
-def test_what_is_left_of_an_epoch_is_what_would_have_come(given):
-    order = shuffled(400_123, 1000, seed=3)
+def test_what_is_left_of_an_epoch_is_what_would_have_come():
+    order = shuffled(300_123, 1000, seed=3)
     whole = batches_from(order, 0, len(order))
-    left = batches_from(order, given, len(order))
-    assert [batch.tolist() for batch in left] == [batch.tolist() for batch in whole[given:]]
-    some = next(order.pools(given))
-    assert len(some.rows) == sum(map(len, some.batches))  # nothing that was given is read
+    for given in (1, 100, 101, 250, 300):
+        left = batches_from(order, given, len(order))
+        assert len(left) == len(whole) - given
+        assert all(map(np.array_equal, left, whole[given:]))
+        some = next(order.pools(given))
+        assert len(some.rows) == sum(map(len, some.batches))  # nothing that was given is read
 
 
 def test_neighbours_are_rows_with_the_next_or_the_last_beside_them():
@@ -165,6 +171,14 @@ def test_mixing_tells_of_rows_that_are_not_shuffled(data):
     assert mixing.sequences == 6
 
 
+def test_mixing_tells_the_worse_end_of_an_epoch(data, monkeypatch):
+    monkeypatch.setattr("actctx._store.mixing._SEEN", 10)
+    for where in ("sequence < 3 OR position = 0", "sequence > 59 OR position = 0"):
+        some = ActivationDataset(data.path, where=where)
+        mixing = some.loader(10, shuffle=False).mixing
+        assert (mixing.sequences, mixing.neighbours) == (1, 1)
+
+
 def test_a_loader_without_rows_has_a_mixing(data):
     loader = ActivationDataset(data.path, where="position < 0").loader(16)
     assert (loader.mixing.sequences, loader.mixing.pool) == (0, 0)
@@ -177,7 +191,7 @@ def test_mixing_is_said_in_words(data):
         f"{mixing.permuted_sequences:.1f}",
         f"100.0% of its rows have a neighbour in it; in a permutation, "
         f"{mixing.permuted_neighbours:.1%}",
-        f"1000 rows are shuffled at a time, in {mixing.memory / 2**10:.1f} KiB",
+        f"0 rows are shuffled at a time, in {mixing.memory / 2**10:.1f} KiB",
     ]
 
 
@@ -204,8 +218,7 @@ def test_a_loader_that_takes_most_of_the_memory_is_warned_of(data, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
-@pytest.mark.parametrize("batch_size", [64, 4096])
-def test_a_loader_holds_the_memory_that_it_says(large, batch_size):
+def test_a_loader_holds_the_memory_that_it_says(large):
     code = (
         "from actctx.dataset import ActivationDataset\n"
         "def peak():\n"
@@ -215,7 +228,7 @@ def test_a_loader_holds_the_memory_that_it_says(large, batch_size):
         "next(iter(data.loader(64)))\n"
         "open('/proc/self/clear_refs', 'w').write('5')\n"
         "before = peak()\n"
-        f"loader = data.loader({batch_size}, pool=2**16)\n"
+        "loader = data.loader(1024, pool=2**16)\n"
         "for batch in loader: pass\n"
         "print((peak() - before) * 1024, loader.memory, data.nbytes)"
     )
@@ -236,3 +249,13 @@ def test_the_figures_of_the_docs():
     share = np.mean([neighbours(batch) for batch in found])
     assert f"{few:,.0f} sequences, those of a permutation from {all_:,.0f}" in page
     assert f"{100 * share:.1f} % of its rows" in page
+    site = StoredSite("", "", "", ("d_model",), (4096,), "float16")
+    numbers = {"token": torch.int32, "sequence": torch.int64, "position": torch.int32}
+    rows = StoredRows("", sites=dict.fromkeys("abcd", site), others=numbers)
+    memory = Loader(rows, order, workers=1, device=None).memory
+    assert f"Four sites of 4096 in float16 take {format_bytes(memory)}" in page
+
+
+def test_a_rank_without_batches_has_nothing_to_be_warned_of(data):
+    loader = data.loader(1000, pool=50, rank=0, world_size=2, drop_last=True)
+    assert (len(loader), list(loader)) == (0, [])

@@ -29,7 +29,7 @@ class Mixing:
         permuted_sequences: From how many they come in a permutation of all rows.
         neighbours: The share of the rows of a batch with the row before or after them in it.
         permuted_neighbours: The share in a permutation of all rows.
-        pool: The rows that are shuffled among each other, and are in memory for it.
+        pool: The most rows that are shuffled among each other.
         memory: The bytes that the loader holds at most, batches included.
 
     """
@@ -72,7 +72,7 @@ def mixing_of(source: StoredRows, order: Order, *, memory: int) -> Mixing:
         permuted_sequences=permuted,
         neighbours=max(before, after),
         permuted_neighbours=beside,
-        pool=order.pool_rows,
+        pool=order.pool_rows if order.shuffle else 0,
         memory=memory,
     )
 
@@ -111,7 +111,7 @@ def warn_of_pool(order: Order, pool: int | None, *, memory: int) -> None:
             f"rows at a time, by pool={fewer}",
             stacklevel=3,
         )
-    if pool is None or not order.shuffle or order.pool_count == 1 or pool >= least:
+    if pool is None or not order.shuffle or order.pool_count <= 1 or pool >= least:
         return
     rows = next(_batches(order, 0))
     warnings.warn(
