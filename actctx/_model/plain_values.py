@@ -23,7 +23,10 @@ from actctx._model.digest import sketched
 SKIPPED: Any = object()
 """In place of a value that is no setting, such as a tokenizer."""
 
-LIBRARIES = {"torch", "transformers", "transformer_lens", "accelerate", "peft", "actctx"}
+LIBRARIES = {
+    *("torch", "transformers", "transformer_lens", "accelerate", "peft", "sentence_transformers"),
+    "actctx",
+}
 """What puts hooks and functions on models by itself."""
 
 _LONGEST = 2000  # characters of JSON, beyond which a value is shortened to a digest

@@ -58,7 +58,13 @@ _NO_SETTINGS = {
     *("use_cache", "return_dict", "output_hidden_states", "output_attentions", "loss_type"),
     *("output_router_logits", "router_aux_loss_coef", "id2label", "label2id", "problem_type"),
     *("gradient_checkpointing", "torchscript", "inference_mode", "generation_config"),
-    *("task_specific_params", "warnings_issued", "inplace", "all_tied_weights_keys"),
+    *(
+        "task_specific_params",
+        "model_card_data",
+        "warnings_issued",
+        "inplace",
+        "all_tied_weights_keys",
+    ),
     # what a tokenizer does
     *("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"),
     *("default_padding_side", "bos_token_id"),
