@@ -56,18 +56,6 @@ def test_patches_are_positions_whatever_the_size_of_the_image(make):
     assert torch.equal(acts.tensor, whole[:, [0, -1]])
 
 
-def test_films_are_sequences():
-    sizes = {**_VISION, "image_size": 16, "patch_size": 8, "num_frames": 4, "tubelet_size": 2}
-    torch.manual_seed(0)
-    model = transformers.VideoMAEModel(transformers.VideoMAEConfig(**sizes)).eval()
-    films = torch.randn(3, 4, 3, 16, 16)
-    with capture(model, "encoder.layer.0") as acts:
-        model(films)
-        model(films[:2])
-    assert acts.axes("encoder.layer.0") == ("batch", "_", "_")
-    assert acts.tensor.shape == (5, 8, 24)
-
-
 class _Custom(nn.Module):
     """A custom model with an encoder and a decoder, whose names only partly tell them."""
 

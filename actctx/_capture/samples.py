@@ -91,26 +91,10 @@ def _of_images(config: Any) -> Iterator[Sample]:
         sizes, each = (side, side + patch), (side // patch, side // patch + 1)
     else:  # several stages, each of which divides further
         sizes, each = (side, 2 * side), (0, 0)
-    depth = _frames_of(config)
-    positions = (each[0] ** 2 * (depth or 1), each[1] ** 2 * (depth or 1))
-    make = functools.partial(_images, config=config)
-    for sample in _fixed(config, make, sizes, positions):
-        yield replace(sample, is_of_images=True)
-
-
-def _images(
-    batch: int, side: int, config: Any
-) -> Float[Tensor, "batch *frames channel row column"]:
-    """Make images, or films where a model has frames."""
-    frames = [config.num_frames] if _frames_of(config) else []
-    return torch.zeros(batch, *frames, getattr(config, "num_channels", 3), side, side)
-
-
-def _frames_of(config: Any) -> int | None:
-    """Return in how many parts a model for films divides their frames."""
-    frames, along = getattr(config, "num_frames", None), getattr(config, "tubelet_size", 1)
-    first = along[0] if isinstance(along, list | tuple) else along
-    return frames // first if isinstance(frames, int) and isinstance(first, int) else None
+    channels = getattr(config, "num_channels", 3)
+    positions = (each[0] ** 2, each[1] ** 2)
+    images = _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, positions)
+    yield from (replace(sample, is_of_images=True) for sample in images)
 
 
 def _of_sound(config: Any) -> Iterator[Sample]:
