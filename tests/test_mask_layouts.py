@@ -316,10 +316,7 @@ class _Bare(nn.Module):
     ],
 )
 def test_left_padding_is_told_of_where_a_table_of_positions_is_no_module(name, options, counts):
-    if name == "embed":
-        model = _Plain()
-    else:
-        model = _Bare(name=name, **options)
+    model = _Plain() if name == "embed" else _Bare(name=name, **options)
     ids = tokens(3, 7)
     for mask, count in [(LEFT, counts), (RIGHT, 0)]:
         _, said = _captured(model, "layer", ids, mask, mask="attention")
