@@ -285,3 +285,39 @@ def _two_sided(kind):
     )
     torch.manual_seed(0)
     return transformers.PegasusForConditionalGeneration(config).eval(), "model.decoder.layers.1"
+
+
+class _Bare(nn.Module):
+    """A custom model with a table of positions that is a parameter or a buffer."""
+
+    def __init__(self, *, name, is_buffer, turns=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.layer = nn.Embedding(VOCAB, 8), nn.Linear(8, 8)
+        self.name, table = name, torch.randn(1, 16, 4 if turns else 8)
+        if is_buffer:
+            self.register_buffer(name, table)
+        else:
+            self.register_parameter(name, nn.Parameter(table))
+
+    def forward(self, ids, attention_mask=None):  # noqa: ARG002
+        table = getattr(self, self.name)[:, : ids.shape[1]]
+        return self.layer(self.embed(ids) + torch.cat([table] * (8 // table.shape[-1]), -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "counts"),
+    [
+        ("pos_emb", {"is_buffer": False}, 1),
+        ("position_embeddings", {"is_buffer": False}, 1),
+        ("pe", {"is_buffer": True}, 1),
+        ("embed", {"is_buffer": False}, 0),
+        ("pos_emb", {"is_buffer": True, "turns": True}, 0),  # as wide as a part of a head
+    ],
+)
+def test_left_padding_is_told_of_where_a_table_of_positions_is_no_module(name, options, counts):
+    model = _Plain() if name == "embed" else _Bare(name=name, **options)
+    ids = tokens(3, 7)
+    for mask, count in [(LEFT, counts), (RIGHT, 0)]:
+        _, said = _captured(model, "layer", ids, mask, mask="attention")
+        assert len(said) == count

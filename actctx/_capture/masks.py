@@ -19,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._capture.axis_layout import side_of_run
 from actctx._capture.forward import Frame, running_frame
 from actctx._capture.frames import counted_frames, of_frames
 from actctx._capture.generation import Lines, Start, generating, positions_of
+from actctx._capture.given_masks import MASKS, diagonal, left_masks, mask_of_generate
 from actctx._capture.hooks import Hook
 from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import OptionError, SelectionError
@@ -44,11 +45,8 @@ from actctx._select.own import TokenRows
 from actctx._select.padding import Chosen, as_mask, find_rows, real_of
 from actctx._select.slices import Positions, Selector, Step
 
-MASKS = ("attention_mask", "one_zero_attention_mask")
-"""What models, and dicts of data, call the mask that is 1 where tokens are not padding."""
-
-_NAMES = (*MASKS, "decoder_attention_mask")
 _POSITIONS = ("position_ids", "decoder_position_ids")
+_TARGETS = ("decoder_", "tgt", "trg")
 _PADS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
 
 
@@ -215,9 +213,14 @@ class Padding:
             return self._run_sides[site.key] or side
         if side is not None or self._sides.two or frame is None:
             return side
-        if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
+        if not any(name.startswith(_TARGETS) for given in self.inputs(frame) for name in given):
             return None
-        # A custom model, of which only the names of arguments tell.
+        if site.key not in self._run_sides:
+            self._run_sides[site.key] = side_of_run(self._model, site)
+        told = self._run_sides[site.key]
+        if told is not None:
+            return told
+        # A custom model, of which only the names of parts tell.
         parts = site.place.name.split(".")
         named = [side for side in _SIDES if any(part.startswith(side) for part in parts)]
         return named[0] if len(named) == 1 else "shared"
@@ -263,7 +266,7 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
         if mask is None:
-            mask = _mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
+            mask = mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
         if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
@@ -311,7 +314,7 @@ class Padding:
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
-        given = as_mask(_diagonal(mask, shape[0], before) if is_square else real_of(mask))
+        given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if self._asked == "attention" and not before and is_padded_left(given):
             self._check_bare_table(frame)
@@ -388,14 +391,14 @@ class Padding:
     def _padded_left(self, frame: Frame) -> list[Bool[Tensor, "batch pos"]]:
         """List the masks of a forward that have padding on the left."""
         if (self, "left") not in frame.masks:
-            frame.masks[self, "left"] = _left_masks(self.inputs(frame))
+            frame.masks[self, "left"] = left_masks(self.inputs(frame))
         left: list[Tensor] = frame.masks[self, "left"]
         return left
 
     def _note_encoder(self, given: Inputs) -> None:
         """Record the mask of an encoder that is called by itself, as `generate()` does."""
         if self._frame() is None:
-            self._left_alone = _left_masks([listed_inputs(given, by_position=False)])
+            self._left_alone = left_masks([listed_inputs(given, by_position=False)])
 
     def _forget_encoder(self, _output: Any) -> None:
         self._left_alone = []
@@ -471,55 +474,6 @@ class Padding:
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
-def _mask_of_generate(
-    side: Side | None,
-    before: int | None,
-    sequences: int,
-    given: tuple[Mapping[str, Any], ...],
-) -> Bool[Tensor, "batch pos"] | None:
-    """Make the mask of a forward that `generate()` gave none, of what it was given itself.
-
-    What it generates is real.
-
-    Returns:
-        The mask of what the cache holds and of what is run now; None where there is no
-        `generate()`, or it does not say.
-
-    """
-    running = generating()
-    known = None if running is None else running.f_locals.get("model_kwargs")
-    count = next(filter(None, map(positions_of, given)), None)
-    # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
-    appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
-    if not isinstance(known, dict) or count is None or appends or side == "encoder":
-        return None
-    name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
-    if side != "decoder" and name not in known:
-        return None
-    prompt = known.get(name)
-    real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
-    if prompt is None:
-        return real
-    if not isinstance(prompt, Tensor) or before is None or prompt.dim() != 2:  # noqa: PLR2004
-        return None
-    ran = as_mask(real_of(prompt))[:, : real.shape[1]]
-    if sequences % len(ran):
-        return None
-    real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
-    return real
-
-
-def _left_masks(forwards: Iterable[Mapping[str, Any]]) -> list[Bool[Tensor, "batch pos"]]:
-    """List the masks with padding on the left among the inputs of forwards."""
-    found = {}
-    for inputs in forwards:
-        for name in _NAMES:
-            mask = inputs.get(name)
-            if isinstance(mask, Tensor) and mask.dim() == 2:  # noqa: PLR2004  batch and pos
-                found[name] = as_mask(real_of(mask))
-    return [*filter(is_padded_left, found.values())]
-
-
 def _fills_up(module: nn.Module) -> bool:
     """Return whether a module fills sequences up to a multiple of a length, on the right."""
     return any(hasattr(type(module), name) for name in _PADS)
@@ -549,24 +503,6 @@ def _chooses(selector: Selector, dim: int, rank: int) -> bool:
         else not isinstance(pick, Positions) or pick.length is None
         for pick in picks
     )
-
-
-def _diagonal(
-    mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
-) -> Bool[Tensor, "sequences pos"]:
-    """Make a mask of two axes of one that tells who attends to whom: padding not to itself."""
-    ran, keys = mask.shape[-2:]
-    first = keys - ran if before is None else min(before, keys - ran)
-    seen = mask.detach()[:, 0]
-    seen = seen > -1 if seen.is_floating_point() else seen.bool()
-    among = seen[:, :, first:]
-    # A query that has no key is often given all of them, those behind it too, which do not see it.
-    is_opened = seen.all(2)
-    unseen = ~among & ~is_opened[:, :, None]
-    is_opened &= unseen.tril(-1).any(1)[:, :ran]
-    real = among.diagonal(dim1=1, dim2=2) & ~is_opened
-    past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
-    return torch.cat([past, real], 1).expand(sequences, -1)
 
 
 def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.batching import Batch, in_equal_lengths
 from actctx._extract.items import (
