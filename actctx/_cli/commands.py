@@ -28,6 +28,7 @@ from actctx._cli.texts import (
     tokenize,
 )
 from actctx._errors import OptionError
+from actctx._files import room_beside
 from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
@@ -202,14 +203,15 @@ def _check_out(out: Path | None, *, force: bool) -> None:
     """Refuse what could not be written before the model runs."""
     if out is None:
         return
-    partial = Path(f"{out}.partial")  # what `Activations.save` writes to
     try:
         found = "it is a directory" if out.is_dir() else ""
         if not out.parent.is_dir():
             found = "it lies in a directory that does not exist"
+        if not found and out.exists() and not out.is_file():
+            found = "it is a device or a pipe"
         if not found:
-            partial.touch()
-            partial.unlink()
+            with room_beside(out):
+                pass
     except OSError as error:
         found = f"the system says {(error.strerror or str(error)).lower()!r}"
     if found:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from actctx._errors import DataError
-from actctx._files import cannot_write, reason_of
+from actctx._files import cannot_write, clear_leftovers, reason_of
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
 from actctx._store.origins import Stored
 
@@ -62,6 +62,7 @@ class Target:
 
         self.path = path
         self._lance = import_lance()
+        clear_leftovers(path.parent)
         found = found_at(path)
         if found:
             raise DataError(
