@@ -337,7 +337,8 @@ class ActivationDataset(Dataset[StoredBatch]):
         refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
-        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        axes: dict[str, Axes] = {name: (self._first_axis,) for name in tensors}
+        axes |= {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
         write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
 
     @property
