@@ -55,7 +55,7 @@ def expanded(path: str | PathLike[str]) -> str:
     A `file://` address of this machine becomes the path that it means.
 
     Raises:
-        OptionError: It is no path.
+        OptionError: It is not a path.
 
     """
     given = os.fspath(path) if isinstance(path, PathLike) else path
@@ -118,7 +118,7 @@ def write_safetensors(
 
 
 def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
-    """Say why a safetensors file cannot hold a tensor; None where it can."""
+    """Explain why a safetensors file cannot hold a tensor; None where it can."""
     from safetensors.torch import save
 
     if tensor.is_meta:
@@ -300,7 +300,7 @@ def _said_of(
 
 
 def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
-    """Say why nothing can be written to a path, and what to do."""
+    """Explain why nothing can be written to a path, and what to do."""
     return DataError(f"cannot write to '{path}': {reason_of(error)}; {remedy}")
 
 
