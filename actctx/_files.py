@@ -29,7 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._text import dtype_name
+from actctx._text import dtype_name, is_utf8
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -99,8 +99,8 @@ def write_safetensors(
     """Write tensors; an existing file is replaced once all is written.
 
     Raises:
-        DataError: It cannot be written there, or a tensor has no values, or a dtype that the format
-            does not have.
+        DataError: It cannot be written there, or a tensor has no values, or a dtype or a name that
+            the format does not have.
 
     """
     from safetensors import SafetensorError
@@ -108,6 +108,11 @@ def write_safetensors(
 
     place = check_place(path)
     for name, tensor in tensors.items():
+        if name == "__metadata__" or not is_utf8(name):
+            raise DataError(
+                f"cannot write {name!r} to '{place}': a safetensors file has no such name; give "
+                "the site an alias, as in {'resid': ...}"
+            )
         if why := _why_not_held(tensor):
             raise DataError(
                 f"cannot write {name!r} to '{place}': {why}; leave it out, or write it with "

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from actctx._errors import DataError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
+from actctx._model.axes import Axes
 from actctx._model.fingerprint import ANEW, describe_model
 from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
@@ -337,7 +338,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
-        axes: dict[str, Axes] = {name: (self._first_axis,) for name in tensors}
+        axes: dict[str, Axes] = dict.fromkeys(tensors, (self._first_axis,))
         axes |= {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
         write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
 

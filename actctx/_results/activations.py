@@ -380,7 +380,7 @@ class Activations(_Tensors):
 
         Example:
             >>> acts.save("acts.safetensors")
-            >>> [*actctx.load("acts.safetensors")]
+            >>> [*load("acts.safetensors")]
             ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']
 
         """
@@ -501,7 +501,7 @@ def load(path: str | PathLike[str], *, device: torch.device | str | None = None)
 
     Example:
         >>> acts.save("acts.safetensors")
-        >>> actctx.load("acts.safetensors").stack("hook_resid_post").shape
+        >>> load("acts.safetensors").stack("hook_resid_post").shape
         torch.Size([2, 4, 7, 32])
 
     """

@@ -20,6 +20,7 @@ from actctx._errors import DataError, OptionError
 from actctx._files import describe, expanded, reason_of, write_safetensors
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
+from actctx._text import is_utf8
 
 _KEY = "activations"
 _FORMAT = 1
@@ -108,7 +109,7 @@ def _check_metadata(metadata: object) -> None:
     if not isinstance(metadata, Mapping):
         raise OptionError(f"metadata={metadata!r} is not a dict of strings; give one, or None")
     for key, value in metadata.items():
-        if not (_is_text(key) and _is_text(value)):
+        if not all(isinstance(each, str) and is_utf8(each) for each in (key, value)):
             raise OptionError(
                 f"metadata has {value!r} under {key!r}, but a file holds text under text; give "
                 "strings, such as json.dumps(value)"
@@ -117,13 +118,6 @@ def _check_metadata(metadata: object) -> None:
             raise OptionError(
                 f"metadata has {key!r}, which the file says itself; give it another name"
             )
-
-
-def _is_text(value: object) -> bool:
-    try:
-        return isinstance(value, str) and bool(value.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def read_saved(path: str | PathLike[str]) -> Saved:
