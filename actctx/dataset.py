@@ -1,5 +1,6 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
+import reprlib
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
@@ -9,7 +10,7 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from actctx._errors import DataError
+from actctx._errors import DataError, OptionError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
 from actctx._model.axes import Axes
 from actctx._model.fingerprint import ANEW, describe_model
@@ -241,8 +242,11 @@ class ActivationDataset(Dataset[StoredBatch]):
         Raises:
             DataError: They are of a model with other weights, or weights of other names; or it is
                 not known which, as with what `from_saelens` made.
+            OptionError: It is not a model.
 
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"{reprlib.repr(model)} is not a model; give a torch.nn.Module")
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
@@ -349,7 +353,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     def _only(self, name: str) -> StoredRows:
         """Select one column."""
         rows = self._rows
-        if name in rows.others:
+        if isinstance(name, str) and name in rows.others:
             kept = {name: rows.others[name]}
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
         site = find_site(self.sites, name, rows.others)

@@ -109,7 +109,7 @@ class StoredRows:
         try:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last where Lance panics
             reason = why_refused(reason_of(error), sites, self.others)
             raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
