@@ -194,7 +194,8 @@ def written_beside(
     with contextlib.ExitStack() as stack:
         with _said_of(path):
             if directory:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                with suppress(FileExistsError):  # if it is a file, that is said below
+                    path.parent.mkdir(parents=True, exist_ok=True)
             partial = stack.enter_context(room_beside(path)) / path.name
             if directory:
                 partial.mkdir()
