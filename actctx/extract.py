@@ -161,10 +161,10 @@ def extract(
         tokenizer=tokenizer,
         batch_size=batch_size,
         context=context,
-        pack=pack,
+        pack=bool(pack),
         carry=_names_of(carry),
         mask=mask,
-        equal_lengths=equal_lengths,
+        equal_lengths=bool(equal_lengths),
     )
     extraction = Extraction(
         model,

@@ -279,7 +279,10 @@ def test_what_is_no_data_set_is_refused(tmp_path):
             ["--drop", "position"],
             "--drop 'position' is not WHAT=N; give one such as position=0 or token=50256,0",
         ),
-        (["--context", "9"], "context=9 is more than the 8 tokens that the model reads"),
+        (
+            ["--context", "9"],
+            "--context 9 is more than the 8 tokens that the model reads; give 8 or less",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tiny, text, out, option, message):  # noqa: F811

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from actctx._capture.masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._extract.containers import check_container
 from actctx._extract.items import (
     Item,
     Items,
@@ -98,22 +99,10 @@ class Reading:
             DataError: It is empty, or holds what is no input.
 
         """
+        check_container(data)
         if _is_one(data):
             starts = range(0, len(data), self.batch_size)
             data = [data[start : start + self.batch_size] for start in starts]
-        no_iterable = is_number(data) or not hasattr(data, "__iter__")
-        if isinstance(data, str | bytes | Mapping) or no_iterable:
-            remedy = "give a list, such as [data]"
-            if hasattr(data, "num_rows"):  # splits of a Hugging Face dataset
-                remedy = "give one split, such as data['train']"
-            raise DataError(
-                f"data is one {type(data).__name__}, not an iterable of inputs; {remedy}"
-            )
-        if hasattr(data, "iterrows"):
-            raise DataError(
-                "data is a table, of which going through it gives the names of its columns; give "
-                "its rows, data.to_dict('records')"
-            )
         items = iter(data)
         head = [*itertools.islice(items, 1)]
         if not head:
