@@ -68,7 +68,9 @@ def test_the_same_command_goes_on(tiny, text, out):  # noqa: F811
 def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out):  # noqa: F811
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
     stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
-    assert stderr.startswith(f"error: '{out}' exists; give ")
+    assert stderr == (
+        f"error: '{out}' exists; leave out --no-resume to go on with it, or give another path\n"
+    )
     assert len(Read(out)) == 5
 
 
@@ -166,7 +168,7 @@ def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_p
     model.transformer.h[1].mlp.c_proj.bias.data[0] = float("nan")
     model.save_pretrained(tmp_path / "poisoned")
     options = [RESID, "--data", text, "--out", out, "--tokenizer", tiny]
-    assert "finite=False writes it as it is" in refused(tmp_path / "poisoned", *options)
+    assert "; --no-finite writes it as it is" in refused(tmp_path / "poisoned", *options)
     run(tmp_path / "poisoned", *options, "--no-finite")
     assert Read(out)[RESID][:, 0].isnan().all()
 

@@ -106,7 +106,7 @@ _SWITCH = re.compile(r" is off: call (model\..*) first")
 # The options of Python's calls, which the library's messages name, outside of quotes.
 _OPTION = re.compile(
     r"(?P<quoted>(?<!\w)'[^']*')"
-    r"|give resume=True"
+    r"|give resume=True to go on with it, or (?P<another>another)?"
     r"|\b(?P<flag>pack|add|equal_lengths|finite|resume)=(?P<set>True|False)\b"
     r"|\b(?P<name>max_tokens|batch_size|context|dtype|slice|mask|pool|tokenizer|drop|carry)="
     r"(?:(?:torch\.)?(?P<value>'[^']*'|[\w.-]*\w))?"
@@ -121,7 +121,8 @@ def _as_typed(option: re.Match[str]) -> str:
         negated = "no-" if option["set"] == "False" else ""
         return f"--{negated}{option['flag'].replace('_', '-')}"
     if not option["name"]:
-        return "leave out --no-resume"
+        rest = "give another" if option["another"] else ""
+        return f"leave out --no-resume to go on with it, or {rest}"
     value = (option["value"] or "").strip("'")
     return f"--{option['name'].replace('_', '-')} {value}".rstrip()
 

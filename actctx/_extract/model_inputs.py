@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from torch import nn
@@ -77,8 +77,8 @@ def reading_of(
     limit = _limit_of(model)
     if context is not None and limit is not None and context > limit:
         raise OptionError(
-            f"context={context} is more than the {limit} tokens that the model reads; give {limit} or "
-            "less"
+            f"context={context} is more than the {limit} tokens that the model reads; give {limit} "
+            "or less"
         )
     _check_is_settled(model)
     own = getattr(model, "tokenizer", None)
@@ -257,7 +257,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     """
     found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
     ids = found.get("input_ids") if isinstance(found, Mapping) else None
-    if not hasattr(ids, "__len__"):
+    if not isinstance(ids, Sized) or not isinstance(ids, Iterable):
         raise OptionError(
             f"the tokenizer returned a {type(found).__name__} without 'input_ids'; give one that "
             "returns a dict of them, such as AutoTokenizer.from_pretrained(...)"

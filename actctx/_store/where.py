@@ -29,7 +29,7 @@ def find_site(
         NotCapturedError: It is not there, or there are several of the hook.
 
     """
-    found = meant_sites(sites, str(name))
+    found = meant_sites(sites, name) if isinstance(name, str) else {}
     if len(found) == 1:
         return sites[next(iter(found))]
     if found:
