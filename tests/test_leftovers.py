@@ -16,6 +16,8 @@ from actctx._files import room_beside, written_beside
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
+RESID = "blocks.1.hook_resid_post"
+
 if sys.platform == "win32":
     pytest.skip("a process is forked for each kill", allow_module_level=True)
 
@@ -132,6 +134,7 @@ def test_a_killed_save_leaves_nothing_behind_the_next_one(tmp_path):
     check_kills(tmp_path, "save", least=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["to_safetensors", "to_saelens", "from_saelens"])
 def test_a_killed_conversion_leaves_nothing_behind_the_next_one(tmp_path, kind):
     pytest.importorskip("datasets")
@@ -143,8 +146,46 @@ def test_a_killed_conversion_leaves_nothing_behind_the_next_one(tmp_path, kind):
 
 def test_an_extraction_clears_what_lies_beside_it(gpt2, ids, tmp_path):
     room = leave_a_room(tmp_path / "out")
-    extract(gpt2, ids, "blocks.1.hook_resid_post", tmp_path / "acts.lance", progress=False)
+    extract(gpt2, ids, RESID, tmp_path / "acts.lance", progress=False)
     assert not room.exists()
+
+
+def test_an_extraction_clears_what_an_addition_left_that_was_done(gpt2, ids, tmp_path):
+    out, done = tmp_path / "acts.lance", tmp_path / "acts.lance.adding.done"
+    begun = tmp_path / "acts.lance.adding"
+    extract(gpt2, ids, RESID, out, progress=False)
+    extract(gpt2, ids, RESID, done, progress=False)
+    begun.mkdir()
+    (begun / "writing.lock").touch()
+    extract(gpt2, ids, RESID, out, progress=False)
+    assert [each.name for each in tmp_path.iterdir()] == ["acts.lance"]
+
+
+def test_an_extraction_leaves_alone_what_is_no_addition(gpt2, ids, tmp_path):
+    for name in ("acts.lance.adding", "acts.lance.adding.done"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("mine")
+    for _ in range(2):
+        extract(gpt2, ids, RESID, tmp_path / "acts.lance", progress=False)
+    assert len([*tmp_path.glob("*/file")]) == 2
+
+
+def test_an_extraction_that_has_nothing_to_write_deletes_what_a_killed_one_left(
+    gpt2, ids, tmp_path
+):
+    out = tmp_path / "acts.lance"
+    with pytest.raises(ConnectionError):
+        extract(gpt2, broken(ids), RESID, out, progress=False)
+    orphan = out / "data" / "orphan.lance"
+    shutil.copyfile(next((out / "data").iterdir()), orphan)
+    assert extract(gpt2, [ids], RESID, out, progress=False).new_rows == 0
+    assert not orphan.exists()
+    assert ActivationDataset(out).layout.finished
+
+
+def broken(ids):
+    yield ids
+    raise ConnectionError
 
 
 def leave_a_room(path):

@@ -85,7 +85,7 @@ class Target:
         self.rows = 0
         self.schema: pa.Schema = None
         self.closing: Callable[[], None] | None = None
-        self._is_empty = False
+        self._is_empty = self._is_tidy = False
         if _has_manifest(path):
             self._open()
 
@@ -111,6 +111,7 @@ class Target:
                 delete_unverified=True,
                 error_if_tagged_old_versions=False,
             )
+        self._is_tidy = True
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -141,12 +142,15 @@ class Target:
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.layout, self.schema = layout, schema
-        if self._is_empty:
+        if self._is_empty or self._before - {_LOCK}:
             self.tidy()
+        self._is_tidy = True
 
     def note_finished(self, *, finished: bool) -> None:
         """Note whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
+            if not self._is_tidy:  # as where nothing was left to write
+                self.tidy()
             self.layout = self.layout.as_finished(finished=finished)
             dataset = self._lance.dataset(str(self.path))
             with self._writing():
