@@ -313,4 +313,5 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")
+    said = said.split(", /", maxsplit=1)[0].removeprefix("External error: ")
+    return said.removeprefix("LanceError(IO): ")

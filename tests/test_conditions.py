@@ -155,5 +155,6 @@ def test_an_alias_with_backticks_is_named_with_two_for_each(tmp_path):
     with pytest.raises(OptionError) as caught:
         ActivationDataset(path, where="a`b[1] > 0")
     assert str(caught.value) == (
-        "where='a`b[1] > 0' names 'a`b' without backticks, which names with dots need; write `a``b`"
+        "where='a`b[1] > 0' names 'a`b' without backticks, which names with such characters need; "
+        "write `a``b`"
     )

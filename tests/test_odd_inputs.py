@@ -406,6 +406,21 @@ def test_directories_of_saelens_that_are_odd_are_refused(tmp_path, given, messag
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
+def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out):
+    extract(gpt2, ids, LAYER, out, progress=False)
+    for file in (out / "data").iterdir():
+        file.write_bytes(b"")
+    for read in (
+        lambda: ActivationDataset(out)[:],
+        lambda: next(iter(ActivationDataset(out).loader(4))),
+        lambda: ActivationDataset(out, where="token > 3"),
+        lambda: extract(gpt2, [ids, ids], LAYER, out, progress=False),
+        lambda: extract(gpt2, ids, "blocks.0.hook_resid_post", out, add=True, progress=False),
+    ):
+        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it anew$"):
+            read()
+
+
 # Processes that were forked.
 
 FORKED = f"""

@@ -23,7 +23,16 @@ import torch
 
 from actctx._errors import DataError
 from actctx._files import cannot_write, clear_leftovers, reason_of
-from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._store.layout import (
+    COUNTED,
+    DIGEST,
+    KEY,
+    Layout,
+    import_lance,
+    layout_of,
+    open_lance,
+    unreadable,
+)
 from actctx._store.origins import Stored
 
 if TYPE_CHECKING:
@@ -125,8 +134,11 @@ class Target:
         scanner = self._lance.dataset(str(self.path)).scanner(
             columns=[*COUNTED, DIGEST], scan_in_order=True
         )
-        for batch in scanner.to_batches():
-            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        try:
+            for batch in scanner.to_batches():
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        except (ValueError, OSError) as error:
+            raise unreadable(str(self.path), error) from error
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -184,7 +196,7 @@ class Target:
         try:
             dataset.update_schema_metadata({"actctx": metadata})
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
-        except OSError as error:
+        except (ValueError, OSError) as error:  # the first of Arrow, of what it could not read
             raise DataError(
                 f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
                 f"since what is new lies in '{other.path}': make room, and the same call goes on "

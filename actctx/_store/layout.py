@@ -270,6 +270,14 @@ def _damaged(path: str, found: str) -> DataError:
     )
 
 
+def unreadable(path: str, error: BaseException) -> DataError:
+    """Say why rows of a data set that is there cannot be read."""
+    return DataError(
+        f"rows of {path!r} cannot be read: {reason_of(error)}; open it again, since another "
+        "process may have replaced its files, or write it anew"
+    )
+
+
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
