@@ -421,6 +421,62 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
             read()
 
 
+@pytest.mark.parametrize(
+    ("python", "typed"),
+    [
+        (
+            "'a' exists; give resume=True to go on with it, or another path",
+            "'a' exists; leave out --no-resume to go on with it, or give another path",
+        ),
+        (
+            "'a' exists; give resume=True to go on with it, or delete that directory",
+            "'a' exists; leave out --no-resume to go on with it, or delete that directory",
+        ),
+        ("finite=False writes it as it is", "--no-finite writes it as it is"),
+        (
+            "pack=True joins, context= cuts, slice= selects",
+            "--pack joins, --context cuts, --slice selects",
+        ),
+        (
+            "max_tokens=3 does not go with add=True; leave max_tokens out",
+            "--max-tokens 3 does not go with --add; leave --max-tokens out",
+        ),
+        (
+            "give dtype=torch.float16, such as drop={'position': [0]}",
+            "give --dtype float16, such as --drop position=0",
+        ),
+        ("'/a/dtype=x/pool=mean' is a file", "'/a/dtype=x/pool=mean' is a file"),
+        (
+            "the model's 'max_tokens' and the texts' tokens",
+            "the model's 'max_tokens' and the texts' tokens",
+        ),
+    ],
+)
+def test_the_command_line_names_options_as_they_are_typed(capsys, python, typed):
+    typer = pytest.importorskip("typer")
+    from actctx._cli.options import errors_as_messages
+
+    with pytest.raises(typer.Exit), errors_as_messages("model"):
+        raise OptionError(python)
+    assert capsys.readouterr().err == f"error: {typed}\n"
+
+
+def test_a_batch_may_be_as_large_as_one_likes(gpt2, out):
+    assert extract(gpt2, [[1, 2]], LAYER, out, batch_size=10**30, progress=False).rows == 2
+
+
+def test_a_text_that_a_tokenizer_does_not_take_is_said(gpt2, out):
+    data = ["one", "\ud800"]
+    assert refusal(DataError, gpt2, data, LAYER, out, tokenizer=in_utf8) == (
+        "sequence 1 of the input has characters that UTF-8 cannot write, which the tokenizer does "
+        "not take; replace them, as text.encode(errors='replace').decode() does"
+    )
+
+
+def in_utf8(texts):
+    return {"input_ids": [[len(text.encode())] for text in texts]}
+
+
 # Processes that were forked.
 
 FORKED = f"""

@@ -34,7 +34,7 @@ from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
 from actctx._store.layout import import_lance, layout_of, open_lance
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000
@@ -225,6 +225,8 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
         both = "both were given" if prompts else "neither was given"
         raise OptionError(f"give either --text FILE or --prompt TEXT to capture from; {both}")
     if file is None:
+        if odd := [prompt for prompt in prompts if not is_utf8(prompt)]:
+            raise OptionError(f"--prompt {odd[0]!r} is not UTF-8; give text that is")
         return list(prompts)
     try:
         text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text("utf-8")

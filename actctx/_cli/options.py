@@ -108,8 +108,9 @@ _OPTION = re.compile(
     r"(?P<quoted>(?<!\w)'[^']*')"
     r"|give resume=True to go on with it, or (?P<another>another)?"
     r"|\b(?P<flag>pack|add|equal_lengths|finite|resume)=(?P<set>True|False)\b"
-    r"|\b(?P<name>max_tokens|batch_size|context|dtype|slice|mask|pool|tokenizer|drop|carry)="
-    r"(?:(?:torch\.)?(?P<value>'[^']*'|[\w.-]*\w))?"
+    r"|\bdrop=\{'(?P<dropped>\w+)': \[(?P<what>\d+)\]\}"
+    r"|\b(?P<name>(?:batch_size|context|dtype|slice|mask|pool|tokenizer)(?==)|max_tokens)"
+    r"(?:=(?:torch\.)?(?P<value>'[^']*'|[\w.-]*\w)?)?"
 )
 
 
@@ -120,6 +121,8 @@ def _as_typed(option: re.Match[str]) -> str:
     if option["flag"]:
         negated = "no-" if option["set"] == "False" else ""
         return f"--{negated}{option['flag'].replace('_', '-')}"
+    if option["dropped"]:
+        return f"--drop {option['dropped']}={option['what']}"
     if not option["name"]:
         rest = "give another" if option["another"] else ""
         return f"leave out --no-resume to go on with it, or {rest}"
