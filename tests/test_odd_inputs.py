@@ -357,55 +357,6 @@ def test_names_for_saelens_are_strings(path, tmp_path, rename, message):
     assert str(caught.value) == message
 
 
-def cached(folder, *, ids=None, shape=(4, 5), name="h", **columns):
-    kinds = {name: datasets.Array2D(shape, "float32")}
-    values = {name: [np.ones([size or 4 for size in shape], np.float32)] * 3, **columns}
-    if ids is not None:
-        kinds["token_ids"] = datasets.Sequence(datasets.Value("int32"))
-        values["token_ids"] = ids
-    kinds.update((each, datasets.Array2D((2, 5), "float32")) for each in columns)
-    found = datasets.Dataset.from_dict(values, features=datasets.Features(kinds))
-    found.save_to_disk(folder)
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        (  # as many as there are rows, but each in another place
-            {"ids": [[1, 2, 3, 4, 5], [1, 2, 3], [1, 2, 3, 4]]},
-            "cannot be read whole: 'token_ids' has lists that are not of 4; let SAELens cache it "
-            "anew",
-        ),
-        (
-            {"ids": [[1, 2, None, 4]] * 3},
-            "cannot be read whole: 'token_ids' has values that are missing; let SAELens cache it "
-            "anew",
-        ),
-        (
-            {"g": [np.ones((2, 5), np.float32)] * 3},
-            "has runs of 2 and 4 tokens, which leave other rows; let SAELens cache each with one "
-            "context",
-        ),
-        (
-            {"name": ""},
-            "has activations in a column '', without a name; give it the hook's, by "
-            "rename_column('', ...) of datasets",
-        ),
-        (
-            {"shape": (None, 5)},
-            "'h' has the shape (None, 5) in SAELens' directory, so it has no rows of one width; "
-            "let SAELens cache it anew",
-        ),
-    ],
-)
-def test_directories_of_saelens_that_are_odd_are_refused(tmp_path, given, message):
-    with pytest.raises(DataError) as caught:
-        ActivationDataset.from_saelens(cached(tmp_path / "a", **given), tmp_path / "b.lance")
-    assert str(caught.value).endswith(message)
-    assert [each.name for each in tmp_path.iterdir()] == ["a"]
-
-
 def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out):
     extract(gpt2, ids, LAYER, out, progress=False)
     for file in (out / "data").iterdir():

@@ -10,7 +10,7 @@ any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -178,10 +178,9 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
 
     import_lance()
     datasets = _import_datasets()
-    directory = expanded(path)
     try:
-        cached = datasets.load_from_disk(directory)
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        cached = datasets.load_from_disk(expanded(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
         raise DataError(
             f"'{path}' is not a directory of SAELens' cached activations: {error}; give its "
             "new_cached_activations_path"
@@ -195,7 +194,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
             f"Array2D; its columns are {', '.join(features)}"
         )
-    _check_cached(path, runs=len(cached), arrays=arrays)
+    _check_cached(path, runs=len(cached), names=arrays)
     address = expanded(out)
     is_local = "://" not in address
     if is_local:
@@ -228,30 +227,15 @@ def _without_rows(path: str | PathLike[str]) -> DataError:
     )
 
 
-def _check_cached(path: str | PathLike[str], *, runs: int, arrays: Mapping[str, Any]) -> None:
+def _check_cached(path: str | PathLike[str], *, runs: int, names: Iterable[str]) -> None:
     """Refuse what makes no data set before anything is written."""
     if not runs:
         raise _without_rows(path)
-    for name in arrays:
-        if not name or name in TAKEN:
-            taken = (
-                "which is the name of another column of a data set" if name else "without a name"
-            )
-            raise DataError(
-                f"'{path}' has activations in a column {name!r}, {taken}; give it the hook's, by "
-                f"rename_column({name!r}, ...) of datasets"
-            )
-    for name, kind in arrays.items():
-        if not all(kind.shape):
-            raise DataError(
-                f"{name!r} has the shape {tuple(kind.shape)} in SAELens' directory, so it has no "
-                "rows of one width; let SAELens cache it anew"
-            )
-    contexts = {kind.shape[0] for kind in arrays.values()}
-    if len(contexts) > 1:
+    taken = next((name for name in names if name in TAKEN), None)
+    if taken is not None:
         raise DataError(
-            f"'{path}' has runs of {' and '.join(map(str, sorted(contexts)))} tokens, which leave "
-            "other rows; let SAELens cache each with one context"
+            f"'{path}' has activations in a column {taken!r}, which is the name of another column "
+            f"of a data set; give it the hook's, by rename_column({taken!r}, ...) of datasets"
         )
 
 
@@ -322,32 +306,9 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
             pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no input that is known
         ]
         for site in layout.sites:
-            tokens = _unfolded(site.name, table[site.name].combine_chunks().storage, context)
-            values = _unfolded(site.name, tokens, site.width)
+            values = table[site.name].combine_chunks().storage.flatten().flatten()
             columns.append(pa.FixedSizeListArray.from_arrays(values, site.width))
         yield pa.record_batch(columns, schema=schema)
-
-
-def _unfolded(name: str, lists: Any, length: int) -> Any:
-    """Give what lists of one length hold, one after the other.
-
-    Raises:
-        ValueError: They are of other lengths, or something is missing.
-
-    """
-    import pyarrow as pa
-    from pyarrow import compute
-
-    kinds = pa.types
-    if not (kinds.is_list(lists.type) or kinds.is_fixed_size_list(lists.type)):
-        raise ValueError(f"{name!r} holds {lists.type}, not lists of {length}")
-    lengths = compute.unique(compute.list_value_length(lists)).to_pylist()
-    if lengths not in ([], [length]):
-        raise ValueError(f"{name!r} has lists that are not of {length}")
-    values = lists.flatten()
-    if values.null_count:
-        raise ValueError(f"{name!r} has values that are missing")
-    return values
 
 
 def _tokens(table: "pa.Table", context: int) -> "pa.Array":
@@ -355,4 +316,4 @@ def _tokens(table: "pa.Table", context: int) -> "pa.Array":
 
     if _TOKENS not in table.column_names:
         return pa.array(np.full(table.num_rows * context, -1, dtype=np.int32))
-    return _unfolded(_TOKENS, table[_TOKENS].combine_chunks(), context).cast(pa.int32())
+    return table[_TOKENS].combine_chunks().flatten().cast(pa.int32())
