@@ -1,5 +1,6 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -11,8 +12,9 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from actctx._errors import DataError
+from actctx._errors import DataError, OptionError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
+from actctx._model.axes import Axes
 from actctx._model.fingerprint import describe_model, versions
 from actctx._model.same_model import (
     ANEW,
@@ -274,8 +276,11 @@ class ActivationDataset(Dataset[StoredBatch]):
         Raises:
             DataError: They are of a model with other ones; or it is not known which, as with what
                 `from_saelens` made.
+            OptionError: It is not a model.
 
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"{reprlib.repr(model)} is not a model; give a torch.nn.Module")
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
@@ -394,7 +399,8 @@ class ActivationDataset(Dataset[StoredBatch]):
         refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
-        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        axes: dict[str, Axes] = dict.fromkeys(tensors, (self._first_axis,))
+        axes |= {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
         write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
 
     @property
@@ -404,7 +410,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     def _only(self, name: str) -> StoredRows:
         """Select one column."""
         rows = self._rows
-        if name in rows.others:
+        if isinstance(name, str) and name in rows.others:
             kept = {name: rows.others[name]}
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
         site = find_site(self.sites, name, rows.others)
