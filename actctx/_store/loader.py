@@ -82,7 +82,7 @@ class Loader(IterableDataset[StoredBatch]):
     def memory(self) -> int:
         """The bytes of all rows that an iteration holds at most, the batch in use included.
 
-        Reading needs a few megabytes more for each of the `workers`.
+        Reading needs up to 100 MiB more.
         """
         batches = self._ahead + 2  # one more is being copied
         held = self._room + batches * min(self._order.batch_size, self._order.pool_rows)

@@ -21,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float64, Int64
+from jaxtyping import Int64
 
 from actctx._errors import OptionError
 from actctx._store.indexing import is_int, whole_number
@@ -113,7 +113,7 @@ class Order:
         turns = self._turns(places, alone=end - first == len(self))
         left = turns >= given * self.batch_size
         rows, turns = self._rows_at(places[left]), turns[left]
-        by_row = np.argsort(rows)
+        by_row = np.argsort(rows, kind="stable")  # which is faster where blocks are in order
         order = np.empty_like(by_row)
         order[turns[by_row] - given * self.batch_size] = np.arange(len(order))
         cuts = range(self.batch_size, len(order), self.batch_size)
@@ -127,7 +127,21 @@ class Order:
         if alone:
             return random.permutation(len(places))
         batch = dealt(places, self.batch_size, random)
-        return _ranks(batch + random.random(len(places)))
+        turns = np.empty_like(places)
+        turns[self._grouped(batch, random)] = np.arange(len(places))
+        return turns
+
+    def _grouped(
+        self, batch: Int64[np.ndarray, "row"], random: np.random.Generator
+    ) -> Int64[np.ndarray, "row"]:
+        """Order the rows of a pool by their batch, and those of a batch at random."""
+        small = batch.astype(np.min_scalar_type(batch.max()))  # these are sorted faster
+        order = np.argsort(small, kind="stable")
+        full = order[: len(order) // self.batch_size * self.batch_size]
+        by_batch = full.reshape(-1, self.batch_size)
+        random.permuted(by_batch, axis=1, out=by_batch)
+        random.shuffle(order[len(full) :])
+        return order
 
     @property
     def _share(self) -> tuple[int, int]:
@@ -182,12 +196,6 @@ def dealt(
     found = np.empty_like(places)
     found[np.argsort(run - run[0] + random.random(len(places)))] = turns[taken]
     return found
-
-
-def _ranks(keys: Float64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
-    ranks = np.empty(len(keys), dtype=np.int64)
-    ranks[np.argsort(keys)] = np.arange(len(keys))
-    return ranks
 
 
 def shuffled(rows: int, batch_size: int, *, seed: int) -> Order:
