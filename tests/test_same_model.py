@@ -561,7 +561,7 @@ def test_hooks_that_only_look_are_no_difference(out):
     seen = []
     resumed(mlp(), hooked(looking(seen)), out)
     assert seen
-    extract(mlp(), [tokens(), tokens(seed=1), tokens(seed=2)], SITE, out)
+    resumed(hooked(looking(seen)), mlp(), out.with_name("other.lance"))
 
 
 def test_hooks_of_every_module_are_told_apart(out):
