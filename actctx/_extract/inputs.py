@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor, nn
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.batching import Batch, in_equal_lengths
 from actctx._extract.containers import check_container
@@ -93,6 +93,8 @@ class Reading:
     equal_lengths: bool = False
     limit: int | None = None
     _warned: set[str] = field(default_factory=set, init=False)
+    _made: set[str] = field(default_factory=set, init=False)
+    """How batches are made here of what was read: `cut`, `packed` or `sorted`."""
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -105,6 +107,7 @@ class Reading:
         if _is_one(data):
             starts = range(0, len(data), self.batch_size)
             data = [data[start : start + self.batch_size] for start in starts]
+            self._made.add("cut")
         items = iter(data)
         head = [*itertools.islice(items, 1)]
         if not head:
@@ -119,7 +122,9 @@ class Reading:
             read = self._as_they_are(items)
         elif self.pack:
             read = self._packed(self._sequences(items))
+            self._made.add("packed")
         else:
+            self._made.add("sorted")
             read = self._sorted(self._sequences(items))
         yield from map(self._telling, read)
 
@@ -131,6 +136,13 @@ class Reading:
         unpadded = batch.unpadded
         told = torch.ones_like(batch.tokens) if unpadded is None else unpadded.long()
         return replace(batch, given={**batch.given, name: told})
+
+    def runs_otherwise(self, batch_size: int) -> bool:
+        """Tell whether another batch size makes other forwards of what was read last."""
+        if "sorted" in self._made:  # the batches of an order run in parts, never joined
+            most = self.ordered_as or self.batch_size
+            return min(batch_size, most) != min(self.batch_size, most)
+        return bool(self._made) and batch_size != self.batch_size
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
         """Tell whether an input is a list of batches, or one, which can be gone through twice."""

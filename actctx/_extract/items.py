@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError
 from actctx._extract.containers import as_plain, why_no_values
 from actctx._text import is_utf8, shortened

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import OptionError
 from actctx._extract.inputs import Reading
 from actctx._extract.items import TOKENS

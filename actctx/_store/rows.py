@@ -160,10 +160,10 @@ class StoredRows:
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
             values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
-            batch[name][place] = values if repeated is None else values[repeated]
+            _put(batch[name], place, values if repeated is None else values[repeated])
         for name, site in self.sites.items():
             tensor = as_tensor(table[site.column], site)
-            batch[name][place] = tensor if repeated is None else tensor[repeated]
+            _put(batch[name], place, tensor if repeated is None else tensor[repeated])
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
         lance = self.lance
@@ -182,6 +182,15 @@ class StoredRows:
         if dtype == torch.int64:  # also of what has fewer bits, and no sign
             return torch.from_numpy(values.astype(np.int64))
         return torch.from_numpy(values.copy())
+
+
+def _put(memory: Any, place: slice | Int64[np.ndarray, "row"], values: Any) -> None:
+    """Write rows to their places: to scattered ones by NumPy, which is faster than torch."""
+    if isinstance(place, slice) or not isinstance(memory, Tensor) or memory.dtype != values.dtype:
+        memory[place] = values
+        return
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.itemsize]
+    memory.view(bits).numpy()[place] = values.view(bits).numpy()
 
 
 def _ascending(
