@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from actctx import JoinError, hook_names
+from actctx import load as load_acts
 from actctx._capture.cache_size import count_cache_bytes
 from actctx._cli.app import app
 from actctx._cli.load_model import load
@@ -427,6 +428,10 @@ def test_a_file_is_replaced_only_with_force(tiny, out):
     result = capture(tiny, RESID, "--out", out, "--force", texts=["one"])
     assert result.stdout.endswith(f"\nsaved {out}\n")
     assert beside.read_text() == "mine"
+    acts = load_acts(out)
+    assert torch.equal(acts["blocks.1.hook_out"], load_file(out)[RESID])
+    assert acts.axes(RESID) == ("batch", "pos", "d_model")
+    assert acts.stack("hook_resid_post").shape[0] == 1
     assert RESID in load_file(out)
 
 

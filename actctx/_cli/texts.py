@@ -28,6 +28,7 @@ from actctx._capture.capture import capture
 from actctx._errors import JoinError, OptionError
 from actctx._model.axes import Axes
 from actctx._results.activations import Activations
+from actctx._results.annotations import Sizes
 from actctx._results.column import Named
 from actctx._select.own import Owned
 from actctx._select.slices import Index
@@ -111,6 +112,8 @@ class _Left:
     """What one site left, batch by batch."""
 
     axes: Axes
+    names: tuple[str, ...]
+    sizes: Sizes
     parts: list[tuple[Shaped[Tensor, "..."], list[int]]] = field(default_factory=list)
 
 
@@ -145,7 +148,10 @@ def run(
         with capturing as acts:
             model(batch.tokens)
         for key in acts:
-            left.setdefault(key, _Left(acts.axes(key))).parts.append((acts[key], batch.rows))
+            if key not in left:
+                column = acts.single(key)
+                left[key] = _Left(acts.axes(key), column.names, column.fixed_sizes())
+            left[key].parts.append((acts[key], batch.rows))
         result.missing = acts.missing
     _join_all(result, left, sum(len(batch.rows) for batch in batches))
     return result
@@ -156,7 +162,7 @@ def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
     joined = {}
     for key in list(left):
         site = left.pop(key)
-        result.activations.expect(key, ()).named = Named(site.axes)
+        result.activations.expect(key, site.names).named = Named(site.axes, site.sizes)
         joined[key] = [Owned(_joined(key, site, rows))]
         result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
     result.activations.write(joined)

@@ -401,7 +401,8 @@ class Activations(_Tensors):
             return SavedSite(column.names)
         tensor = self[key]
         rows = torch.cat(list(column.rows)) if column.rows else None
-        return SavedSite(column.names, self.axes(key), column.fixed_sizes(), tensor, rows)
+        axes, sizes = self.axes(key), column.fixed_sizes() or (None,) * tensor.dim()
+        return SavedSite(column.names, axes, sizes, tensor, rows)
 
     @classmethod
     def of_saved(cls, saved: Saved, device: torch.device | None) -> "Activations":
