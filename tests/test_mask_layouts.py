@@ -8,7 +8,7 @@ import transformers
 from models import VOCAB, huggingface, tokens
 from torch import nn
 
-from actctx import OptionError, Site, capture
+from actctx import OptionError, SelectionError, Site, capture
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
@@ -321,3 +321,25 @@ def test_left_padding_is_told_of_where_a_table_of_positions_is_no_module(name, o
     for mask, count in [(LEFT, counts), (RIGHT, 0)]:
         _, said = _captured(model, "layer", ids, mask, mask="attention")
         assert len(said) == count
+
+
+def test_what_fires_once_for_all_sequences_of_generate_is_refused():
+    config = transformers.ProphetNetConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_encoder_layers=1,
+        num_decoder_layers=1,
+        num_encoder_attention_heads=4,
+        num_decoder_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    model = transformers.ProphetNetForConditionalGeneration(config).eval()
+    name, greedy = "prophetnet.decoder.position_embeddings", {"do_sample": False}
+    with (
+        pytest.raises(SelectionError, match="fired once for all 3 sequences"),
+        capture(model, name, mask="attention"),
+    ):
+        model.generate(tokens(3, 7), max_new_tokens=3, min_new_tokens=3, **greedy)

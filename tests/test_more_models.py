@@ -6,7 +6,7 @@ import transformers
 from models import VOCAB, tokens
 from torch import nn
 
-from actctx import OptionError, SelectionError, Site, capture
+from actctx import ActctxError, OptionError, SelectionError, Site, capture
 
 _VISION = {
     "hidden_size": 24,
@@ -122,3 +122,38 @@ def test_a_target_by_another_name_is_not_masked_by_the_mask_of_the_source():
         capture(model, site, mask="attention"),
     ):
         model(tokens(3, 7), tokens(3, 7), _SOURCE)
+
+
+class _Packed(nn.Module):
+    """A custom model that packs its sequences, whose lengths are values."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.rnn = nn.Embedding(VOCAB, 8), nn.LSTM(8, 6, batch_first=True)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, ids, attention_mask):
+        lengths = attention_mask.sum(1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(ids), lengths, batch_first=True, enforce_sorted=False
+        )
+        hidden, _ = nn.utils.rnn.pad_packed_sequence(
+            self.rnn(packed)[0], batch_first=True, total_length=ids.shape[1]
+        )
+        return self.head(hidden)
+
+
+def test_positions_behind_packed_sequences_are_told():
+    model, ids = _Packed().eval(), tokens(3, 7)
+    whole = _hooked(model, "head", ids=ids, attention_mask=_SOURCE)
+    with capture(model, "head", mask="attention", slice={"pos": -1}) as acts:
+        model(ids, _SOURCE)
+    assert torch.equal(acts.tensor, whole[torch.arange(3), _SOURCE.sum(1) - 1])
+
+
+def test_rows_of_packed_sequences_are_not_taken_for_positions():
+    model, ids = _Packed().eval(), tokens(3, 7)
+    for options in ({"slice": {"pos": -1}}, {"mask": "attention"}):
+        with pytest.raises(ActctxError), capture(model, "rnn", **options):
+            model(ids, _SOURCE)

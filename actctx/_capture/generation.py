@@ -112,12 +112,20 @@ class Lines:
 
 def positions_of(inputs: Mapping[str, Any]) -> int | None:
     """Count the positions that a forward was given, on the side that is cached."""
+    ran = ran_of(inputs)
+    return None if ran is None else ran[1]
+
+
+def ran_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Count the sequences and positions that a forward was given, on the side that is cached."""
     for names in (("decoder_input_ids", "decoder_inputs_embeds"), ("input_ids", "inputs_embeds")):
         for name in names:
             if isinstance(inputs.get(name), Tensor) and inputs[name].dim() > 1:
-                return int(inputs[name].shape[1])
+                return int(inputs[name].shape[0]), int(inputs[name].shape[1])
     given = inputs.get("input")  # of TransformerLens
-    return int(given.shape[1]) if isinstance(given, Tensor) and given.dim() > 1 else None
+    if isinstance(given, Tensor) and given.dim() > 1:
+        return int(given.shape[0]), int(given.shape[1])
+    return None
 
 
 def _caches_in(output: Any) -> Iterator[Any]:

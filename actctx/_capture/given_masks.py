@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from actctx._capture.generation import generating, positions_of
+from actctx._capture.generation import generating, ran_of
 from actctx._model.absolute_positions import is_padded_left
 from actctx._model.sides import Side
 from actctx._select.padding import as_mask, real_of
@@ -35,24 +35,25 @@ def mask_of_generate(
     """
     running = generating()
     known = None if running is None else running.f_locals.get("model_kwargs")
-    count = next(filter(None, map(positions_of, given)), None)
+    ran = next(filter(None, map(ran_of, given)), None)
     # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
     appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
-    if not isinstance(known, dict) or count is None or appends or side == "encoder":
+    if not isinstance(known, dict) or ran is None or appends or side == "encoder":
         return None
     name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
     if side != "decoder" and name not in known:
         return None
-    prompt = known.get(name)
+    prompt, (batch, count) = known.get(name), ran
+    sequences = batch if sequences == 1 else sequences  # what fires once for all is refused
     real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
     if prompt is None:
         return real
     if not isinstance(prompt, Tensor) or before is None or prompt.dim() != 2:  # noqa: PLR2004
         return None
-    ran = as_mask(real_of(prompt))[:, : real.shape[1]]
-    if sequences % len(ran):
+    kept = as_mask(real_of(prompt))[:, : real.shape[1]]
+    if sequences % len(kept):
         return None
-    real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
+    real[:, : kept.shape[1]] = kept.repeat_interleave(sequences // len(kept), 0)
     return real
 
 

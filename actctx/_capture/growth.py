@@ -383,4 +383,6 @@ def _filled(value: Any, module: nn.Module) -> Any:
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     """Change what a list, a tuple or a named tuple holds."""
     changed = map(change, value)
-    return type(value)(*changed) if hasattr(value, "_fields") else type(value)(changed)
+    if hasattr(value, "_fields"):  # whose own constructor may look at the tensors
+        return tuple.__new__(type(value), changed)
+    return type(value)(changed)
