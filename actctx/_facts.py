@@ -19,7 +19,7 @@ from actctx._errors import DataError
 from actctx._fingerprint import ANEW
 from actctx._layout import Layout, StoredSite, column_name
 from actctx._select import Positions, Selector
-from actctx._table import dtype_name
+from actctx._table import dtype_name, printable
 from actctx._target import Target
 from actctx._watched import WatchedSite
 
@@ -94,6 +94,11 @@ class Facts:
         """
         layout = target.layout
         assert layout is not None  # noqa: S101  as it has rows
+        if not layout.sites:
+            raise DataError(
+                f"cannot add to '{target.path}': it has no site, so nothing says what was selected "
+                "along its tokens; extract to another path"
+            )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
         facts = [
             *self._of_model(layout),
@@ -227,6 +232,6 @@ def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path
         if was != now:
             hint = f" ({ANEW})" if name == "model's fingerprint" else ""
             raise DataError(
-                f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
+                f"{refusal}: its {printable(name)} is {was!r}, not {now!r}; give the same, or {otherwise}"
                 f"{hint}"
             )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from actctx._axes import Axes
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._table import dtype_name
+from actctx._table import dtype_name, printable
 
 
 def describe(axes: Mapping[str, Axes], model: str) -> dict[str, str]:
@@ -186,4 +186,4 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")
+    return printable(said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): "))

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -15,13 +16,15 @@ from actctx._condition import as_lance_reads, why_refused
 from actctx._errors import DataError, OptionError
 from actctx._file import reason_of
 from actctx._layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
-from actctx._table import dtype_name
+from actctx._table import dtype_name, format_bytes
+from actctx._validation import count_rows, reading
 
 StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
 _SAMPLED = 256  # rows, to tell what strings take
+_OTHERWISE = "open it again, since another process may have replaced its files, or write it anew"
 _OBJECT_BYTES = 64  # of a string beside its characters, and of any other object
 
 
@@ -68,8 +71,10 @@ class StoredRows:
         return {**self.__dict__, "_opened": None}
 
     def __len__(self) -> int:
-        rows: int = self.lance.count_rows() if self.matching is None else len(self.matching)
-        return rows
+        if self.matching is not None:
+            return len(self.matching)
+        with reading(self.path):
+            return count_rows(self.lance)
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +96,7 @@ class StoredRows:
         if self.matching is not None:
             rows = self.matching[rows]
         table = self._take(np.unique(rows), names)
-        held = sum(_held(value) for name in names for value in table[name].to_pylist())
+        held = sum(_held(value) for name in names for value in self._objects(table, name))
         return self.nbytes + held // len(table)
 
     def find(self, where: str, sites: Mapping[str, StoredSite]) -> None:
@@ -106,22 +111,34 @@ class StoredRows:
 
         """
         condition = as_lance_reads(where, sites, self.others)
-        try:
-            scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
-            found = scanned.to_table()["_rowoffset"].to_numpy()
-        except (ValueError, OSError) as error:
-            reason = why_refused(reason_of(error), sites, self.others)
-            raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
+        with reading(self.path):
+            try:
+                scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
+                found = scanned.to_table()["_rowoffset"].to_numpy()
+            except (ValueError, OSError) as error:
+                reason = why_refused(reason_of(error), sites, self.others)
+                raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 
     def empty(self, rows: int) -> StoredBatch:
-        """Make room for rows."""
-        batch: StoredBatch = {
-            name: np.empty(rows, dtype=object) if dtype is None else torch.empty(rows, dtype=dtype)
-            for name, dtype in self.others.items()
-        }
-        for name, site in self.sites.items():
-            batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
+        """Make room for rows.
+
+        Raises:
+            DataError: Memory has none.
+
+        """
+        try:
+            batch: StoredBatch = {
+                name: torch.empty(rows, dtype=dtype) if dtype else np.empty(rows, dtype=object)
+                for name, dtype in self.others.items()
+            }
+            for name, site in self.sites.items():
+                batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
+        except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
+            raise DataError(
+                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, for which "
+                "there is no memory; read fewer at once, or fewer columns with sites="
+            ) from None
         return batch
 
     def read(self, rows: range | Int64[np.ndarray, "row"]) -> StoredBatch:
@@ -157,21 +174,23 @@ class StoredRows:
         table = self._take(once, columns)
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
-            values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
+            values = self._numbers(table, name, dtype) if dtype else self._objects(table, name)
             batch[name][place] = values if repeated is None else values[repeated]
         for name, site in self.sites.items():
-            tensor = as_tensor(table[site.column], site)
+            with self._reading(f"{_OTHERWISE}, or leave that site out with sites="):
+                tensor = as_tensor(table[site.column], site)
             batch[name][place] = tensor if repeated is None else tensor[repeated]
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
         lance = self.lance
-        try:
-            return lance.take(rows, columns=columns)
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
-                "another process may have replaced its files, or write it anew"
-            ) from error
+        with self._reading():
+            table = lance.take(rows, columns=columns)
+            if table.num_rows != len(rows) or table.column_names != columns:
+                raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
+        return table
+
+    def _reading(self, remedy: str = _OTHERWISE) -> AbstractContextManager[None]:
+        return reading(self.path, "rows of", remedy=remedy)
 
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
@@ -179,10 +198,26 @@ class StoredRows:
                 f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
                 "fill them, with -1 for one, or drop the column"
             )
-        values = table[name].to_numpy()
-        if dtype == torch.int64:  # also of what has fewer bits, and no sign
-            return torch.from_numpy(values.astype(np.int64))
-        return torch.from_numpy(values.copy())
+        with self._reading():
+            if _dtype_of(table[name].type) != dtype:
+                raise ValueError(f"its column {name!r} is {table[name].type}, as it was not before")
+            table[name].validate()
+            values = table[name].to_numpy()
+            if dtype == torch.int64:  # also of what has fewer bits, and no sign
+                return torch.from_numpy(values.astype(np.int64))
+            return torch.from_numpy(values.copy())
+
+    def _objects(self, table: Any, name: str) -> np.ndarray:
+        column = table[name]
+        with self._reading():
+            try:
+                column.validate(full=True)
+                values = column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                reason = reason_of(error)
+                raise ValueError(f"its column {name!r} is not {column.type}: {reason}") from None
+        # One by one, since NumPy would make an axis of lists.
+        return np.fromiter(values, dtype=object, count=len(column))
 
 
 def _ascending(
@@ -243,11 +278,6 @@ def _with_nulls(lance: Any, names: set[str]) -> set[str]:
         if any(batch.column(0).null_count for batch in batches):
             found.add(name)
     return found
-
-
-def _objects(column: Any) -> np.ndarray:
-    # One by one, since NumPy would make an axis of lists.
-    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
 
 
 def _held(value: object) -> int:

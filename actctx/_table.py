@@ -44,9 +44,20 @@ def shortened(names: list[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def printable(text: object) -> str:
+    r"""Write a text that a file brought so that a terminal shows it, as in `\x1b[31m`.
+
+    Characters that are not seen, but move, colour or reorder what is, are written as in Python.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in shown)
+
+
 def _cells(row: Row) -> tuple[str, ...]:
     *texts, nbytes, values = astuple(row)
-    return (*texts, format_bytes(nbytes), values)
+    return (*map(printable, texts), format_bytes(nbytes), values)
 
 
 def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:

@@ -25,6 +25,7 @@ from actctx._choosing import Stored
 from actctx._errors import DataError
 from actctx._file import cannot_write, reason_of
 from actctx._layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._validation import check_fragments, count_rows, damaged, elements_of, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -90,8 +91,11 @@ class Target:
 
     def _open(self) -> None:
         try:
-            dataset = open_lance(str(self.path))
-            layout, self.rows = layout_of(dataset.schema, str(self.path)), dataset.count_rows()
+            dataset, where = open_lance(str(self.path)), str(self.path)
+            layout = layout_of(dataset, where)
+            with reading(where):
+                self.rows = count_rows(dataset)
+                check_fragments(dataset, layout.columns(layout.sites), where)
         except BaseException:
             self.release()
             raise
@@ -101,8 +105,9 @@ class Target:
 
     def tidy(self) -> None:
         """Delete what writers left that were killed; see also the note on old versions."""
-        dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
-        ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
+        with reading(str(self.path)):
+            dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
+            ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
         oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
         with self._writing():
             dataset.cleanup_old_versions(
@@ -119,12 +124,23 @@ class Target:
             raise unwritable(self.path, error, self.rows) from error
 
     def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk."""
-        scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=[*COUNTED, DIGEST], scan_in_order=True
-        )
-        for batch in scanner.to_batches():
-            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        """Read where the rows on disk come from, chunk by chunk.
+
+        Raises:
+            DataError: They cannot be read.
+
+        """
+        rows = 0
+        with reading(str(self.path)):
+            scanner = self._lance.dataset(str(self.path)).scanner(
+                columns=[*COUNTED, DIGEST], scan_in_order=True
+            )
+            for batch in scanner.to_batches():
+                batch.validate()
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+                rows += batch.num_rows
+        if rows < self.rows:
+            raise damaged(str(self.path), f"it has {rows} rows, not {self.rows}")
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -172,10 +188,13 @@ class Target:
         scanner = self._lance.dataset(str(other.path)).scanner(
             columns=schema.names, scan_in_order=True
         )
-        batches = (
-            pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-            for batch in scanner.to_batches()
-        )
+
+        def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+            for field, column in zip(schema, batch.columns, strict=True):
+                elements_of(field.name, column, field.type)
+            return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+        batches = map(checked, scanner.to_batches())
         try:
             dataset.update_schema_metadata({"actctx": metadata})
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))

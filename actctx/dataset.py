@@ -19,7 +19,8 @@ from actctx._layout import StoredSite, layout_of
 from actctx._loader import Loader
 from actctx._shuffle import Order, rank_of
 from actctx._stored import StoredBatch, StoredRows, dtypes_of
-from actctx._table import Row, as_html, as_text, counted, format_bytes
+from actctx._table import Row, as_html, as_text, counted, format_bytes, printable
+from actctx._validation import check_fragments, reading
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
 Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
@@ -85,13 +86,15 @@ class ActivationDataset(Dataset[StoredBatch]):
         self.path = expanded(path)
         self.where = where
         lance = StoredRows(self.path).lance
-        self.layout = layout_of(lance.schema, self.path)
+        self.layout = layout_of(lance, self.path)
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
         chosen = find_sites(stored, sites)
         self.sites: Mapping[str, StoredSite] = chosen
-        others = dtypes_of(lance, self.layout)
+        with reading(self.path):
+            check_fragments(lance, self.layout.columns(chosen.values()), self.path)
+            others = dtypes_of(lance, self.layout)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
             self._rows.find(where, stored)
@@ -386,4 +389,4 @@ def _owned(value: Any) -> Any:
 
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
-    return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
+    return printable(f"a {model['class']}{name} with the fingerprint {model['fingerprint']}")

@@ -68,6 +68,7 @@ ROOMS = (
     "__init__",
     "_loading",
     "_sequences",
+    "_validation",
     "_layout",
     "_offloaded",
     "_fingerprint",
