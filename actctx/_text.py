@@ -1,0 +1,36 @@
+"""Words and numbers for messages."""
+
+
+def format_bytes(nbytes: int) -> str:
+    """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
+    if nbytes < 2**10:
+        return f"{nbytes} B"
+    power = min((nbytes.bit_length() - 1) // 10, 4)
+    return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
+
+
+def dtype_name(dtype: object) -> str:
+    """Write a torch dtype without its module, as in `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def counted(count: int, word: str) -> str:
+    """Write a number of things, as in `2 forwards`."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def printable(text: object) -> str:
+    r"""Write a text that a file brought so that a terminal shows it, as in `\x1b[31m`.
+
+    Characters that are not seen, but move, colour or reorder what is, are written as in Python.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in shown)
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    """List names for a message, the first few of them where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
