@@ -25,7 +25,7 @@ from actctx._errors import DataError
 from actctx._files import cannot_write, reason_of
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
 from actctx._store.origins import Stored
-from actctx._store.validation import check_fragments, count_rows, damaged, elements_of, reading
+from actctx._store.validation import check_fragments, count_rows, elements_of, reading, take_all
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -130,17 +130,10 @@ class Target:
             DataError: They cannot be read.
 
         """
-        rows = 0
         with reading(str(self.path)):
-            scanner = self._lance.dataset(str(self.path)).scanner(
-                columns=[*COUNTED, DIGEST], scan_in_order=True
-            )
-            for batch in scanner.to_batches():
-                batch.validate()
-                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
-                rows += batch.num_rows
-        if rows < self.rows:
-            raise damaged(str(self.path), f"it has {rows} rows, not {self.rows}")
+            dataset = self._lance.dataset(str(self.path))
+            for table in take_all(dataset, [*COUNTED, DIGEST]):
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.

@@ -15,7 +15,7 @@ from torch import Tensor
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
 from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
-from actctx._store.validation import count_rows, reading
+from actctx._store.validation import count_rows, reading, take_all
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name, format_bytes
 
@@ -113,6 +113,7 @@ class StoredRows:
         condition = as_lance_reads(where, sites, self.others)
         with reading(self.path):
             try:
+                self.lance.count_rows(filter=condition)  # see the note on takes and scans
                 scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
                 found = scanned.to_table()["_rowoffset"].to_numpy()
             except (ValueError, OSError) as error:
@@ -274,8 +275,7 @@ def _with_nulls(lance: Any, names: set[str]) -> set[str]:
     """Find out which columns have nulls; each is read until the first."""
     found = set()
     for name in names:
-        batches = lance.scanner(columns=[name]).to_batches()
-        if any(batch.column(0).null_count for batch in batches):
+        if any(table[name].null_count for table in take_all(lance, [name])):
             found.add(name)
     return found
 
