@@ -86,7 +86,8 @@ class ActivationDataset(Dataset[StoredBatch]):
     ) -> None:
         self.path = expanded(path)
         self.where = where
-        lance = StoredRows(self.path).lance
+        opened = StoredRows(self.path)
+        lance = opened.lance
         self.layout = layout_of(lance, self.path)
         if model is not None:
             self.check(model)
@@ -95,7 +96,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         self.sites: Mapping[str, StoredSite] = chosen
         with reading(self.path):
             check_fragments(lance, self.layout.columns(chosen.values()), self.path)
-            others = dtypes_of(lance, self.layout)
+            others = dtypes_of(lance, self.layout, opened.files)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
             self._rows.find(where, stored)

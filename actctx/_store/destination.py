@@ -25,7 +25,7 @@ from actctx._errors import DataError
 from actctx._files import cannot_write, reason_of
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
 from actctx._store.origins import Stored
-from actctx._store.validation import check_fragments, count_rows, elements_of, reading, take_all
+from actctx._store.validation import Files, check_fragments, count_rows, elements_of, reading
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -132,7 +132,7 @@ class Target:
         """
         with reading(str(self.path)):
             dataset = self._lance.dataset(str(self.path))
-            for table in take_all(dataset, [*COUNTED, DIGEST]):
+            for table in Files(dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
                 yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
 from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
-from actctx._store.validation import count_rows, reading, take_all
+from actctx._store.validation import Files, count_rows, reading
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name, format_bytes
 
@@ -47,6 +47,7 @@ class StoredRows:
     others: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     matching: Int64[np.ndarray, "row"] | None = None
     _opened: tuple[int, Any] | None = field(default=None, repr=False)
+    _files: Files | None = field(default=None, repr=False)
 
     @property
     def lance(self) -> Any:
@@ -67,8 +68,22 @@ class StoredRows:
             )
         return lance
 
+    @property
+    def files(self) -> Files:
+        """The files of the Lance dataset.
+
+        Raises:
+            DataError: They cannot be listed.
+
+        """
+        lance = self.lance
+        if self._files is None:
+            with reading(self.path):
+                self._files = Files(lance, self.path)
+        return self._files
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_files": None}
 
     def __len__(self) -> int:
         if self.matching is not None:
@@ -113,6 +128,7 @@ class StoredRows:
         condition = as_lance_reads(where, sites, self.others)
         with reading(self.path):
             try:
+                self.files.check()
                 self.lance.count_rows(filter=condition)  # see the note on takes and scans
                 scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
                 found = scanned.to_table()["_rowoffset"].to_numpy()
@@ -183,12 +199,9 @@ class StoredRows:
             batch[name][place] = tensor if repeated is None else tensor[repeated]
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
-        lance = self.lance
+        files = self.files
         with self._reading():
-            table = lance.take(rows, columns=columns)
-            if table.num_rows != len(rows) or table.column_names != columns:
-                raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
-        return table
+            return files.take(rows, columns)
 
     def _reading(self, remedy: str = _OTHERWISE) -> AbstractContextManager[None]:
         return reading(self.path, "rows of", remedy=remedy)
@@ -202,7 +215,6 @@ class StoredRows:
         with self._reading():
             if _dtype_of(table[name].type) != dtype:
                 raise ValueError(f"its column {name!r} is {table[name].type}, as it was not before")
-            table[name].validate()
             values = table[name].to_numpy()
             if dtype == torch.int64:  # also of what has fewer bits, and no sign
                 return torch.from_numpy(values.astype(np.int64))
@@ -241,7 +253,7 @@ def _ascending(
             yield np.arange(start, end)[::-1].copy(), numbers[::-1]
 
 
-def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
+def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype | None]:
     """Tell the dtypes of the columns that are no sites; None for what is read into a list.
 
     Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
@@ -255,7 +267,7 @@ def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
         for name in layout.unlisted(lance.schema)
         if fields[name].nullable and (dtype := found[name]) and not dtype.is_floating_point
     }
-    return {**found, **dict.fromkeys(_with_nulls(lance, exact))}
+    return {**found, **dict.fromkeys(_with_nulls(files, exact))}
 
 
 def _dtype_of(kind: Any) -> torch.dtype | None:
@@ -271,11 +283,11 @@ def _dtype_of(kind: Any) -> torch.dtype | None:
     return torch.from_numpy(np.empty(0, dtype=kind.to_pandas_dtype())).dtype
 
 
-def _with_nulls(lance: Any, names: set[str]) -> set[str]:
+def _with_nulls(files: Files, names: set[str]) -> set[str]:
     """Find out which columns have nulls; each is read until the first."""
     found = set()
     for name in names:
-        if any(table[name].null_count for table in take_all(lance, [name])):
+        if any(table[name].null_count for table in files.take_all([name])):
             found.add(name)
     return found
 

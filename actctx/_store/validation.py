@@ -19,7 +19,11 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+
+import numpy as np
+from jaxtyping import Int64
 
 from actctx._errors import ActctxError, DataError
 from actctx._files import reason_of
@@ -195,13 +199,75 @@ def count_rows(dataset: Any) -> int:
     return rows
 
 
-def take_all(dataset: Any, columns: list[str]) -> Iterator["pa.Table"]:
-    """Read columns of all rows, some at a time; see the note on takes."""
-    rows = count_rows(dataset)
-    for first in range(0, rows, _TAKEN):
-        table = dataset.take(range(first, min(first + _TAKEN, rows)), columns=columns)
+class Files:
+    """The files that hold the rows of a Lance dataset, each looked at before its rows are read.
+
+    Lance makes room for as many bytes as a file says that its pages have, and where memory has no
+    such room, the process ends. Object stores are not looked at.
+
+    Args:
+        dataset: The Lance dataset.
+        path: Where it is.
+
+    """
+
+    def __init__(self, dataset: Any, path: str) -> None:
+        fragments = dataset.get_fragments()
+        self._dataset = dataset
+        self._data = None if "://" in path else Path(path) / "data"
+        self._files = [(each.metadata.files, each.physical_rows) for each in fragments]
+        self._ends = np.cumsum([each.count_rows() for each in fragments], dtype=np.int64)
+        self._is_new = np.full(len(fragments), self._data is not None)
+
+    def take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> "pa.Table":
+        """Read rows by number.
+
+        Raises:
+            ValueError: A file is damaged, or not all of them come.
+
+        """
+        self.check(rows)
+        table = self._dataset.take(rows, columns=columns)
+        if table.num_rows != len(rows) or table.column_names != columns:
+            raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
         table.validate()
-        yield table
+        return table
+
+    def take_all(self, columns: list[str]) -> Iterator["pa.Table"]:
+        """Read columns of all rows, some at a time; see the note on takes."""
+        rows = count_rows(self._dataset)
+        for first in range(0, rows, _TAKEN):
+            yield self.take(np.arange(first, min(first + _TAKEN, rows)), columns)
+
+    def check(self, rows: Int64[np.ndarray, "row"] | None = None) -> None:
+        """Look at the files that hold some rows, by default all, but for those that were looked at.
+
+        Raises:
+            ValueError: One is damaged.
+
+        """
+        numbers = np.arange(len(self._files))
+        if rows is not None:
+            numbers = np.unique(np.searchsorted(self._ends, rows, side="right"))
+            numbers = numbers[numbers < len(self._files)]
+        for number in numbers[self._is_new[numbers]]:
+            files, physical_rows = self._files[number]
+            for file in files:
+                self._check(file, physical_rows)
+            self._is_new[number] = False
+
+    def _check(self, file: Any, rows: int) -> None:
+        from lance.file import LanceFileReader
+
+        assert self._data is not None  # noqa: S101  or no file is new
+        place = self._data / file.path
+        if file.file_major_version < 2 or not place.is_file():  # noqa: PLR2004  what Lance reads
+            return
+        found, length = LanceFileReader(str(place)).metadata(), place.stat().st_size
+        pages = [page for column in found.columns for page in column.pages]
+        ends = [buffer.position + buffer.size for page in pages for buffer in page.buffers]
+        if found.num_rows != rows or max(ends, default=0) > length:
+            raise ValueError(f"its file {file.path!r} is damaged")
 
 
 def check_fragments(dataset: Any, columns: Mapping[str, str], path: str) -> None:
