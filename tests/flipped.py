@@ -29,7 +29,9 @@ TAIL = 1500  # bytes at the end of a file, where Lance says what lies in it
 
 def flip(path, draw):
     """Change some bytes of one file."""
-    files = sorted(p for p in path.rglob("*") if p.suffix in {".lance", ".manifest"} and p.is_file())
+    files = sorted(
+        p for p in path.rglob("*") if p.suffix in {".lance", ".manifest"} and p.is_file()
+    )
     file = draw.choice(files)
     found = bytearray(file.read_bytes())
     first = max(0, len(found) - TAIL) if draw.random() < 0.7 else 0
@@ -67,7 +69,11 @@ def write_on(path):
 
 
 def try_all(path):
-    for start in (lambda: [*read_all(path)], lambda: [lambda: info(str(path))], lambda: [lambda: write_on(path)]):
+    for start in (
+        lambda: [*read_all(path)],
+        lambda: [lambda: info(str(path))],
+        lambda: [lambda: write_on(path)],
+    ):
         with contextlib.suppress(ActctxError):
             for move in start():
                 with contextlib.suppress(ActctxError), contextlib.redirect_stdout(io.StringIO()):
@@ -77,7 +83,8 @@ def try_all(path):
 def main(directory, first, seconds, cases):
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if len(sys.argv) < 7: os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Lance prints its panics
+    if len(sys.argv) < 7:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # Lance prints its panics
     base = write(directory / "base.lance", ROWS, commits=3)
     end = time.monotonic() + seconds
     for seed in range(first, first + cases):
@@ -91,6 +98,7 @@ def main(directory, first, seconds, cases):
             try_all(path)
         except BaseException as error:
             import traceback
+
             print("raw", repr(error)[:300], traceback.format_exc()[-600:], flush=True)
             sys.exit(1) if len(sys.argv) < 6 else None
         for each in directory.glob(f"{seed}.*"):

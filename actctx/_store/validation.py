@@ -14,7 +14,9 @@ what it finds is counted before.
 """
 
 import json
+import os
 import reprlib
+import struct
 import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -50,6 +52,10 @@ _EXPECTED = {
 
 _TAKEN = 2**16
 """The rows that are read fastest at once, of numbers."""
+
+_FOOTER = struct.Struct("<QQQII8x")
+"""The end of a file of Lance's: where the metadata of columns begins, the table of columns, and
+that of what else there is; the lengths of the second and of the first; its version."""
 
 _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
@@ -263,11 +269,25 @@ class Files:
         place = self._data / file.path
         if file.file_major_version < 2 or not place.is_file():  # noqa: PLR2004  what Lance reads
             return
-        found, length = LanceFileReader(str(place)).metadata(), place.stat().st_size
+        length = place.stat().st_size
+        if length >= _FOOTER.size and max(_ends_of_tables(place)) > length:
+            raise ValueError(f"its file {file.path!r} is damaged")
+        found = LanceFileReader(str(place)).metadata()
         pages = [page for column in found.columns for page in column.pages]
         ends = [buffer.position + buffer.size for page in pages for buffer in page.buffers]
         if found.num_rows != rows or max(ends, default=0) > length:
             raise ValueError(f"its file {file.path!r} is damaged")
+
+
+def _ends_of_tables(place: Path) -> tuple[int, int]:
+    """Tell where the two tables at the end of a file of Lance's end, which lists how long they are.
+
+    A table of columns, and one of what else there is, have 16 bytes for each.
+    """
+    with place.open("rb") as file:
+        file.seek(-_FOOTER.size, os.SEEK_END)
+        _, first, second, others, columns = _FOOTER.unpack(file.read())
+    return first + 16 * columns, second + 16 * others
 
 
 def check_fragments(dataset: Any, columns: Mapping[str, str], path: str) -> None:
@@ -329,7 +349,13 @@ def check_type(name: str, found: "pa.DataType", wanted: "pa.DataType") -> None:
     else:
         alike = found == wanted
     if not alike:
-        raise ValueError(f"its column {name!r} is {found}, where {wanted} belongs")
+        raise ValueError(
+            f"its column {name!r} is {_type_name(found)}, where {_type_name(wanted)} belongs"
+        )
+
+
+def _type_name(kind: "pa.DataType") -> str:
+    return str(kind).replace("extension<lance.bfloat16<BFloat16Type>>", "bfloat16")
 
 
 def elements_of(
