@@ -305,17 +305,18 @@ def test_a_window_on_a_column_with_nulls_elsewhere_is_read_in_its_place():
     )
     site = StoredSite(Z, COLUMN, Z, ("head", "d_head"), (2, 3), "float16")
     assert as_tensor(values.slice(2, 2), site).flatten(1)[:, 0].tolist() == [2, 3]
-    with pytest.raises(ValueError, match="^1 of 2 rows have nothing in its column"):
+    with pytest.raises(ValueError, match=r"^1 of 2 rows have nothing in its column"):
         as_tensor(values.slice(1, 2), site)
 
 
-def test_a_file_that_says_it_has_more_than_it_has_is_not_read(whole, tmp_path):
+def test_a_file_that_says_it_has_more_than_it_has_is_not_read(whole):
     dataset = lance.dataset(whole)
     files = Files(dataset, str(whole))
     assert files.take(torch.arange(3).numpy(), ["token"]).num_rows == 3
     assert files._is_new.tolist() == [False, True]
-    files._files[1] = (files._files[1][0], 51)  # one row more than the file says
-    with pytest.raises(ValueError, match="^its file '.*' is damaged$"):
+    files._fragments[1] = files._fragments[0]
+    files._fragments[0].physical_rows += 1
+    with pytest.raises(ValueError, match=r"^its file '.*' is damaged$"):
         files.check()
 
 
@@ -341,7 +342,7 @@ def test_names_from_a_file_are_shown_without_control_characters(tmp_path):
 
 
 def test_a_text_is_printable():
-    assert printable("blocks.0 – é 层") == "blocks.0 – é 层"
+    assert printable("blocks.0 é 层") == "blocks.0 é 层"
     assert printable("\x1b[31m\n\u202e\ud800") == r"\x1b[31m\n\u202e\ud800"
 
 
@@ -352,8 +353,8 @@ def test_more_rows_than_memory_holds_are_said(tmp_path):
         data._rows.empty(2**46)
     size = 2**46 * data._rows.nbytes / 2**40
     assert str(caught.value) == (
-        f"{2**46} rows of '{path}' take {size:.1f} TiB, for which there is no memory; read fewer at "
-        "once, or fewer columns with sites="
+        f"{2**46} rows of '{path}' take {size:.1f} TiB, for which there is no memory; read "
+        "fewer at once, or fewer columns with sites="
     )
 
 

@@ -218,12 +218,11 @@ class Files:
     """
 
     def __init__(self, dataset: Any, path: str) -> None:
-        fragments = dataset.get_fragments()
         self._dataset = dataset
-        self._data = None if "://" in path else Path(path) / "data"
-        self._files = [(each.metadata.files, each.physical_rows) for each in fragments]
-        self._ends = np.cumsum([each.count_rows() for each in fragments], dtype=np.int64)
-        self._is_new = np.full(len(fragments), self._data is not None)
+        self._path = path
+        self._fragments = [each.metadata for each in dataset.get_fragments()]
+        self._ends = np.cumsum([_count(each) for each in self._fragments], dtype=np.int64)
+        self._is_new = np.full(len(self._fragments), "://" not in path)
 
     def take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> "pa.Table":
         """Read rows by number.
@@ -252,31 +251,48 @@ class Files:
             ValueError: One is damaged.
 
         """
-        numbers = np.arange(len(self._files))
+        numbers = np.arange(len(self._fragments))
         if rows is not None:
             numbers = np.unique(np.searchsorted(self._ends, rows, side="right"))
-            numbers = numbers[numbers < len(self._files)]
+            numbers = numbers[numbers < len(self._fragments)]
         for number in numbers[self._is_new[numbers]]:
-            files, physical_rows = self._files[number]
-            for file in files:
-                self._check(file, physical_rows)
+            fragment = self._fragments[number]
+            for file in fragment.files:
+                place = Path(self._path, "data", file.path)
+                if file.file_major_version > 1 and place.is_file():
+                    _check_file(place, fragment.physical_rows)
+            deleted = fragment.deletion_file
+            if deleted is not None and deleted.file_type == "array":
+                _check_deleted(Path(self._path, deleted.path(fragment.id)), deleted)
             self._is_new[number] = False
 
-    def _check(self, file: Any, rows: int) -> None:
-        from lance.file import LanceFileReader
 
-        assert self._data is not None  # noqa: S101  or no file is new
-        place = self._data / file.path
-        if file.file_major_version < 2 or not place.is_file():  # noqa: PLR2004  what Lance reads
-            return
-        length = place.stat().st_size
-        if length >= _FOOTER.size and max(_ends_of_tables(place)) > length:
-            raise ValueError(f"its file {file.path!r} is damaged")
-        found = LanceFileReader(str(place)).metadata()
-        pages = [page for column in found.columns for page in column.pages]
-        ends = [buffer.position + buffer.size for page in pages for buffer in page.buffers]
-        if found.num_rows != rows or max(ends, default=0) > length:
-            raise ValueError(f"its file {file.path!r} is damaged")
+def _count(fragment: Any) -> int:
+    deleted = fragment.deletion_file
+    rows: int = fragment.physical_rows
+    return rows if deleted is None else rows - deleted.num_deleted_rows
+
+
+def _check_file(place: Path, rows: int) -> None:
+    from lance.file import LanceFileReader
+
+    length = place.stat().st_size
+    if length >= _FOOTER.size and max(_ends_of_tables(place)) > length:
+        raise ValueError(f"its file {place.name!r} is damaged")
+    found = LanceFileReader(str(place)).metadata()
+    pages = [page for column in found.columns for page in column.pages]
+    ends = [buffer.position + buffer.size for page in pages for buffer in page.buffers]
+    if found.num_rows != rows or max(ends, default=0) > length:
+        raise ValueError(f"its file {place.name!r} is damaged")
+
+
+def _check_deleted(place: Path, deleted: Any) -> None:
+    """Read the numbers of the rows that somebody deleted."""
+    import pyarrow as pa
+
+    table = pa.ipc.open_file(place.read_bytes()).read_all() if place.is_file() else None
+    if table is not None and table.num_rows != deleted.num_deleted_rows:
+        raise ValueError(f"its file {place.name!r} is damaged")
 
 
 def _ends_of_tables(place: Path) -> tuple[int, int]:
