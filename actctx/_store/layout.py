@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,9 +129,7 @@ class StoredSite:
     @property
     def arrow(self) -> "pa.FixedSizeListType":
         """The Arrow type of its column."""
-        import pyarrow as pa
-
-        return pa.list_(value_type(self.torch_dtype), self.width)
+        return _list_type(self.torch_dtype, self.width)
 
     def check(self) -> None:
         """Make sure that there can be such rows.
@@ -359,6 +358,13 @@ def _later(path: object, what: LaterError, found: dict[str, Any]) -> DataError:
 def column_name(name: str) -> str:
     """Write a name without dots, so that no two names are written alike."""
     return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+
+
+@lru_cache
+def _list_type(dtype: torch.dtype, width: int) -> "pa.FixedSizeListType":
+    import pyarrow as pa
+
+    return pa.list_(value_type(dtype), width)
 
 
 def value_type(dtype: torch.dtype) -> Any:

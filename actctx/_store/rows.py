@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -270,6 +270,7 @@ def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype
     return {**found, **dict.fromkeys(_with_nulls(files, exact))}
 
 
+@lru_cache
 def _dtype_of(kind: Any) -> torch.dtype | None:
     import pyarrow as pa
 

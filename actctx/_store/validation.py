@@ -361,7 +361,8 @@ def check_type(name: str, found: "pa.DataType", wanted: "pa.DataType") -> None:
 
     is_list = pa.types.is_fixed_size_list
     if is_list(found) and is_list(wanted):  # Arrow takes two widths of bfloat16 for one type
-        alike = (found.list_size, found.value_type) == (wanted.list_size, wanted.value_type)
+        alike = found.list_size == wanted.list_size
+        alike = alike and (found == wanted or found.value_type == wanted.value_type)
     else:
         alike = found == wanted
     if not alike:
@@ -402,7 +403,7 @@ def elements_of(
     if elements.null_count:
         raise ValueError(f"its column {name!r} has nulls among its elements")
     count = rows * wanted.list_size
-    nbytes = (elements.offset + count) * elements.type.bit_width // 8
+    nbytes = -(-(elements.offset + count) * elements.type.bit_width // 8)
     buffer = elements.buffers()[1]
     if len(elements) != count or (count and (buffer is None or buffer.size < nbytes)):
         raise ValueError(
