@@ -377,3 +377,74 @@ def test_what_is_whole_is_read_as_it_was(whole):
     assert torch.equal(data[:][Z], heads(rows))
     assert data[17]["position"] == 17 % LENGTH
     assert data.nbytes == ROWS * (math.prod((2, 3)) * 2 + 4 * 2 + 4 + 8 + 4 + 8)
+
+
+def test_nulls_are_not_added_to_another_data_set(tmp_path):
+    whole = Target(write(tmp_path / "a.lance", ROWS))
+    path = write(tmp_path / "b.lance", ROWS // 2, names=("more", "most"))
+    table = lance.dataset(path).to_table()
+    at = table.schema.get_field_index("more")
+    nulls = pa.nulls(ROWS // 2, table.schema.field(at).type)
+    lance.write_dataset(table.set_column(at, table.schema.field(at), nulls), path, mode="append")
+    other = Target(path)
+    try:
+        with pytest.raises(DataError) as caught:
+            whole.take_columns(other)
+    finally:
+        whole.release()
+        other.release()
+    assert str(caught.value).startswith(f"cannot add the sites to '{whole.path}': ")
+    assert "rows have nothing in its column 'more'" in str(caught.value)
+    assert [*ActivationDataset(whole.path).sites] == [RESID, Z]
+
+
+def cached(tmp_path, runs, **changed):
+    """Cache runs as SAELens does, and change what the directory says of itself."""
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features({"hook": datasets.Array2D(shape=(4, 2), dtype="float32")})
+    datasets.Dataset.from_dict({"hook": runs}, features=features).save_to_disk(tmp_path / "cached")
+    for name, change in changed.items():
+        file = tmp_path / "cached" / f"{name}.json"
+        found = json.loads(file.read_text())
+        change(found)
+        file.write_text(json.dumps(found))
+    return tmp_path / "cached"
+
+
+RUN = [[0.0, 1.0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("runs", "changed", "found"),
+    [
+        ([RUN, RUN[:3]], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
+        ([RUN, [[0.0]] * 4], {}, "cannot be read whole: its column 'hook' has runs that are not of 2"),
+        ([RUN, None], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
+        (
+            [RUN, [[0.0, None]] * 4],
+            {},
+            "cannot be read whole: its column 'hook' has nulls among its elements",
+        ),
+        (
+            [RUN],
+            {"dataset_info": lambda found: found["features"]["hook"].update(shape=[-4, 2])},
+            "has activations of the shape (-4, 2) in its column 'hook', where runs of one context",
+        ),
+        (
+            [RUN],
+            {"dataset_info": lambda found: found["features"].update(hook=3)},
+            "is not a directory of SAELens' cached activations: ",
+        ),
+        (
+            [RUN],
+            {"state": lambda found: found.clear()},
+            "is not a directory of SAELens' cached activations: ",
+        ),
+    ],
+)
+def test_what_saelens_cached_is_checked(tmp_path, runs, changed, found):
+    path = cached(tmp_path, runs, **changed)
+    with pytest.raises(DataError) as caught:
+        ActivationDataset.from_saelens(path, tmp_path / "a.lance")
+    assert str(caught.value).startswith(f"'{path}' {found}")
+    assert [each.name for each in tmp_path.iterdir()] == ["cached"]

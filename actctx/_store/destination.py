@@ -178,9 +178,10 @@ class Target:
         dataset, metadata = self._lance.dataset(str(self.path)), self.layout.as_metadata()
         added = [other.schema.field(site.column) for site in other.layout.sites]
         schema = pa.schema(added, metadata={KEY: metadata})
-        scanner = self._lance.dataset(str(other.path)).scanner(
-            columns=schema.names, scan_in_order=True
-        )
+        with reading(str(other.path)):
+            source = self._lance.dataset(str(other.path))
+            Files(source, str(other.path)).check()
+            scanner = source.scanner(columns=schema.names, scan_in_order=True)
 
         def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
             for field, column in zip(schema, batch.columns, strict=True):
