@@ -10,7 +10,7 @@ import pytest
 import torch
 from stored import LENGTH, RESID, Z, heads, lance, pa, resid, write
 
-from actctx import DataError
+from actctx import DataError, OptionError
 from actctx._cli.commands import info
 from actctx._store.destination import Target
 from actctx._store.layout import StoredSite, as_array, as_tensor, column_name
@@ -335,7 +335,10 @@ def test_names_from_a_file_are_shown_without_control_characters(tmp_path):
         info(str(path))
     with pytest.raises(DataError) as caught:
         data.check(torch.nn.Linear(2, 2))
-    for text in (shown.getvalue(), repr(data), data._repr_html_(), str(caught.value)):
+    with pytest.raises(OptionError) as unknown:
+        ActivationDataset(path, where="nothing = 1")
+    said = (str(caught.value), str(unknown.value))
+    for text in (shown.getvalue(), repr(data), data._repr_html_(), *said):
         assert "owned" in text
         assert text.replace("\n", "").isprintable()
     assert torch.equal(data[:3][evil], heads(torch.arange(3)))
@@ -418,7 +421,11 @@ RUN = [[0.0, 1.0]] * 4
     ("runs", "changed", "found"),
     [
         ([RUN, RUN[:3]], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
-        ([RUN, [[0.0]] * 4], {}, "cannot be read whole: its column 'hook' has runs that are not of 2"),
+        (
+            [RUN, [[0.0]] * 4],
+            {},
+            "cannot be read whole: its column 'hook' has runs that are not of 2",
+        ),
         ([RUN, None], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
         (
             [RUN, [[0.0, None]] * 4],

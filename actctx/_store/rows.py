@@ -17,7 +17,7 @@ from actctx._files import reason_of
 from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
 from actctx._store.validation import Files, count_rows, reading
 from actctx._store.where import as_lance_reads, why_refused
-from actctx._text import dtype_name, format_bytes
+from actctx._text import dtype_name, format_bytes, printable
 
 StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
@@ -133,7 +133,7 @@ class StoredRows:
                 scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
                 found = scanned.to_table()["_rowoffset"].to_numpy()
             except (ValueError, OSError) as error:
-                reason = why_refused(reason_of(error), sites, self.others)
+                reason = printable(why_refused(reason_of(error), sites, self.others))
                 raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
 

@@ -185,7 +185,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     if not arrays:
         raise DataError(
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
-            f"Array2D; its columns are {', '.join(features)}"
+            f"Array2D; its columns are {printable(', '.join(features))}"
         )
     _check_cached(path, runs=len(cached), arrays=arrays)
     address = expanded(out)
@@ -271,7 +271,7 @@ def _write(
         if not failed:
             raise
         raise DataError(
-            f"'{source}' cannot be read whole: {failed[0]}; let SAELens cache it anew"
+            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it anew"
         ) from failed[0]
 
 
