@@ -455,3 +455,49 @@ def test_what_saelens_cached_is_checked(tmp_path, runs, changed, found):
         ActivationDataset.from_saelens(path, tmp_path / "a.lance")
     assert str(caught.value).startswith(f"'{path}' {found}")
     assert [each.name for each in tmp_path.iterdir()] == ["cached"]
+
+
+def edited(path, change):
+    """Change the bytes of each file of rows."""
+    for file in (path / "data").iterdir():
+        file.write_bytes(change(file.read_bytes()))
+    return path
+
+
+def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    kind = b"/lance.encodings.ColumnEncoding"
+    edited(path, lambda found: found.replace(kind, kind[:-4] + b"\0" + kind[-3:]))
+    with pytest.raises(DataError) as caught:
+        ActivationDataset(path, where="position > 3")
+    assert str(caught.value).startswith(f"the data set at '{path}' cannot be read: ")
+    assert ActivationDataset(path)[:0]["token"].tolist() == []
+    target = Target(path)
+    with pytest.raises(DataError, match="cannot be read: "):
+        next(target.stored())
+    target.release()
+
+
+def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    edited(path, lambda found: found[:-13] + b"\x7f" + found[-12:])  # 2**31 of what else there is
+    data = ActivationDataset(path)
+    (file,) = (path / "data").iterdir()
+    with pytest.raises(DataError) as caught:
+        data[0]
+    assert str(caught.value) == (
+        f"rows of '{path}' cannot be read: its file {file.name!r} is damaged; open it again, since "
+        "another process may have replaced its files, or write it anew"
+    )
+
+
+def test_a_file_of_deleted_rows_that_is_another_is_not_read(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    lance.dataset(path).delete("position = 5")
+    assert len(ActivationDataset(path)[:]["token"]) == 94
+    (file,) = (path / "_deletions").iterdir()
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    with pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table[:2])
+    with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
+        ActivationDataset(path)[:]

@@ -126,15 +126,25 @@ class StoredRows:
 
         """
         condition = as_lance_reads(where, sites, self.others)
+
+        def refused(error: Exception) -> OptionError:
+            reason = printable(why_refused(reason_of(error), sites, self.others))
+            return OptionError(f"where={where!r} is not a condition on rows: {reason}")
+
         with reading(self.path):
+            self.files.check()
             try:
-                self.files.check()
-                self.lance.count_rows(filter=condition)  # see the note on takes and scans
                 scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
-                found = scanned.to_table()["_rowoffset"].to_numpy()
+                scanned.explain_plan()
             except (ValueError, OSError) as error:
-                reason = printable(why_refused(reason_of(error), sites, self.others))
-                raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
+                raise refused(error) from None
+            try:
+                self.lance.count_rows(filter=condition)  # see the note on takes and scans
+                found = scanned.to_table()["_rowoffset"].to_numpy()
+            except OSError as error:
+                if "Execution error" not in str(error):  # but one of reading
+                    raise
+                raise refused(error) from None
         self.matching = np.sort(found.astype(np.int64))
 
     def empty(self, rows: int) -> StoredBatch:
