@@ -471,7 +471,6 @@ def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
     with pytest.raises(DataError) as caught:
         ActivationDataset(path, where="position > 3")
     assert str(caught.value).startswith(f"the data set at '{path}' cannot be read: ")
-    assert ActivationDataset(path)[:0]["token"].tolist() == []
     target = Target(path)
     with pytest.raises(DataError, match="cannot be read: "):
         next(target.stored())
