@@ -14,7 +14,7 @@ from actctx import DataError, OptionError
 from actctx._cli.commands import info
 from actctx._store.destination import Target
 from actctx._store.layout import StoredSite, as_array, as_tensor, column_name
-from actctx._store.validation import Files
+from actctx._store.validation import Files, check_columns
 from actctx._text import printable
 from actctx.dataset import ActivationDataset
 
@@ -500,3 +500,20 @@ def test_a_file_of_deleted_rows_that_is_another_is_not_read(tmp_path):
         writer.write_table(table[:2])
     with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
         ActivationDataset(path)[:]
+
+
+def test_columns_of_one_name_are_said():
+    twice = pa.schema([("token", pa.int32()), ("label", pa.int64()), ("label", pa.string())])
+    with pytest.raises(ValueError, match=r"^it has several columns 'label'$"):
+        check_columns(twice, {"token": pa.int32()})
+
+
+def test_a_carried_column_that_became_another_is_said(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    data = ActivationDataset(path)
+    lance.dataset(path).alter_columns({"path": "label", "data_type": pa.int32()})
+    assert data[3]["label"].dtype == torch.int64  # of the version that was opened
+    data._rows.version = None
+    data._rows._opened = data._rows._files = None
+    with pytest.raises(DataError, match="its column 'label' is int32, as it was not before; "):
+        data[3]
