@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from stored import LENGTH, RESID, Z, heads, lance, pa, resid, write
+from stored import LENGTH, RESID, Z, heads, lance, pa, resid, tokens, write
 
 from actctx import DataError, OptionError
 from actctx._cli.commands import info
@@ -525,3 +525,16 @@ def test_a_condition_that_fails_at_a_text_with_a_nul_ends_nothing(tmp_path):
     assert ActivationDataset(path, where="position = 3")[0]["text"] == "a\0"
     with pytest.raises(OptionError, match=r"is not a condition on rows: .*Cannot cast string"):
         ActivationDataset(path, where="position = 3 AND CAST(text AS INT) > 3")
+
+
+def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    lance.dataset(path).alter_columns({"path": "token", "nullable": True})
+    assert ActivationDataset(path).tokens.tolist() == tokens(torch.arange(ROWS)).tolist()
+    lance.dataset(path).update({"token": "null"}, where="position = 3")
+    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32 is"):
+        ActivationDataset(path)[:]
+    target = Target(path)
+    with pytest.raises(DataError, match="cannot be read: rows have nothing in its column 'token'"):
+        next(target.stored())
+    target.release()

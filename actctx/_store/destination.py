@@ -133,6 +133,8 @@ class Target:
         with reading(str(self.path)):
             dataset = self._lance.dataset(str(self.path))
             for table in Files(dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
+                if empty := [name for name in table.column_names if table[name].null_count]:
+                    raise ValueError(f"rows have nothing in its column {empty[0]!r}")
                 yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
