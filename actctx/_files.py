@@ -29,7 +29,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._text import dtype_name, is_utf8
+from actctx._text import dtype_name, is_utf8, printable
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -314,4 +314,4 @@ def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
     said = said.split(", /", maxsplit=1)[0].removeprefix("External error: ")
-    return said.removeprefix("LanceError(IO): ")
+    return printable(said.removeprefix("LanceError(IO): "))

@@ -22,7 +22,7 @@ from actctx._model.same_model import ANEW, Fact, differences, is_of_weights, sum
 from actctx._select.slices import Positions, Selector
 from actctx._store.destination import Target
 from actctx._store.layout import Layout, StoredSite, column_name
-from actctx._text import dtype_name
+from actctx._text import dtype_name, printable
 
 _NOTED = {"name", "tokenizer", "batch_size"}
 
@@ -92,6 +92,11 @@ class Facts:
         """
         layout = target.layout
         assert layout is not None  # noqa: S101  as it has rows
+        if not layout.sites:
+            raise DataError(
+                f"cannot add to '{target.path}': it has no site, so nothing says what was selected "
+                "along its tokens; extract to another path"
+            )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
         spared = flags_of(site.place for site in self.sites)  # which sites may need that are added
         facts = [
@@ -266,6 +271,6 @@ def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path
         if was != now:
             hint = f" ({ANEW})" if is_of_weights(fact) else ""
             raise DataError(
-                f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
-                f"{hint}"
+                f"{refusal}: its {printable(name)} is {was!r}, not {now!r}; give the same, or "
+                f"{otherwise}{hint}"
             )

@@ -31,9 +31,16 @@ from actctx._store.layout import (
     import_lance,
     layout_of,
     open_lance,
-    unreadable,
 )
 from actctx._store.origins import Stored
+from actctx._store.validation import (
+    REOPEN,
+    Files,
+    check_fragments,
+    count_rows,
+    elements_of,
+    reading,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,8 +107,11 @@ class Target:
 
     def _open(self) -> None:
         try:
-            dataset = open_lance(str(self.path))
-            layout, self.rows = layout_of(dataset.schema, str(self.path)), dataset.count_rows()
+            dataset, where = open_lance(str(self.path)), str(self.path)
+            layout = layout_of(dataset, where)
+            with reading(where):
+                self.rows = count_rows(dataset)
+                check_fragments(dataset, layout.columns(layout.sites), where)
         except BaseException:
             self.release()
             raise
@@ -111,8 +121,9 @@ class Target:
 
     def tidy(self) -> None:
         """Delete what writers left that were killed; see also the note on old versions."""
-        dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
-        ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
+        with reading(str(self.path)):
+            dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
+            ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
         oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
         with self._writing():
             dataset.cleanup_old_versions(
@@ -130,15 +141,18 @@ class Target:
             raise unwritable(self.path, error, self.rows) from error
 
     def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk."""
-        scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=[*COUNTED, DIGEST], scan_in_order=True
-        )
-        try:
-            for batch in scanner.to_batches():
-                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
-        except (ValueError, OSError) as error:
-            raise unreadable(str(self.path), error) from error
+        """Read where the rows on disk come from, chunk by chunk.
+
+        Raises:
+            DataError: They cannot be read.
+
+        """
+        with reading(str(self.path), "rows of", remedy=REOPEN):
+            dataset = self._lance.dataset(str(self.path))
+            for table in Files(dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
+                if empty := [name for name in table.column_names if table[name].null_count]:
+                    raise ValueError(f"rows have nothing in its column {empty[0]!r}")
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -186,13 +200,17 @@ class Target:
         dataset, metadata = self._lance.dataset(str(self.path)), self.layout.as_metadata()
         added = [other.schema.field(site.column) for site in other.layout.sites]
         schema = pa.schema(added, metadata={KEY: metadata})
-        scanner = self._lance.dataset(str(other.path)).scanner(
-            columns=schema.names, scan_in_order=True
-        )
-        batches = (
-            pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-            for batch in scanner.to_batches()
-        )
+        with reading(str(other.path)):
+            source = self._lance.dataset(str(other.path))
+            Files(source, str(other.path)).check()
+            scanner = source.scanner(columns=schema.names, scan_in_order=True)
+
+        def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+            for field, column in zip(schema, batch.columns, strict=True):
+                elements_of(field.name, column, field.type)
+            return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+        batches = map(checked, scanner.to_batches())
         try:
             dataset.update_schema_metadata({"actctx": metadata})
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
