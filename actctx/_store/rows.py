@@ -77,7 +77,7 @@ class StoredRows:
         """
         lance = self.lance
         if self._files is None:
-            with reading(self.path):
+            with self._reading():
                 self._files = Files(lance, self.path)
         return self._files
 
@@ -87,7 +87,7 @@ class StoredRows:
     def __len__(self) -> int:
         if self.matching is not None:
             return len(self.matching)
-        with reading(self.path):
+        with self._reading():
             return count_rows(self.lance)
 
     @property
@@ -130,7 +130,7 @@ class StoredRows:
             reason = printable(why_refused(reason_of(error), sites, self.others))
             return OptionError(f"where={where!r} is not a condition on rows: {reason}")
 
-        with reading(self.path):
+        with self._reading():
             self.files.check()
             try:
                 scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
