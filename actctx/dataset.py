@@ -1,5 +1,6 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
+import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
@@ -11,9 +12,17 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset, get_worker_info
 
-from actctx._errors import DataError
+from actctx._errors import DataError, OptionError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
-from actctx._model.fingerprint import ANEW, describe_model
+from actctx._model.axes import Axes
+from actctx._model.fingerprint import describe_model, versions
+from actctx._model.same_model import (
+    ANEW,
+    FINGERPRINT,
+    differences,
+    is_of_weights,
+    summed_up,
+)
 from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
 from actctx._store.layout import StoredSite, layout_of
@@ -262,13 +271,16 @@ class ActivationDataset(Dataset[StoredBatch]):
         """Make sure that the activations are of this model.
 
         Args:
-            model: What they were extracted from, as far as its weights tell.
+            model: What they were extracted from, as far as its weights, buffers and settings tell.
 
         Raises:
-            DataError: They are of a model with other weights, or weights of other names; or it is
-                not known which, as with what `from_saelens` made.
+            DataError: They are of a model with other ones; or it is not known which, as with what
+                `from_saelens` made.
+            OptionError: It is not a model.
 
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"{reprlib.repr(model)} is not a model; give a torch.nn.Module")
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
@@ -276,11 +288,19 @@ class ActivationDataset(Dataset[StoredBatch]):
                 f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
                 "out model= and check()"
             )
-        if here["fingerprint"] != there["fingerprint"]:
+        found = differences(
+            there, here, versions_differ=self.layout.versions != versions(), is_run=False
+        )
+        for fact in summed_up(found):
+            name, was, now = fact
+            which = (
+                "" if name == FINGERPRINT else f": its {name} is {was!r} there, but {now!r} here"
+            )
+            hint = f" ({ANEW})" if is_of_weights(fact) else ""
             raise DataError(
                 f"{self.path!r} holds activations of {_described(there)}, but this model is "
-                f"{_described(here)}; give the model that they were extracted from, or extract "
-                f"them from this one ({ANEW})"
+                f"{_described(here)}{which}; give the model that they were extracted from, or "
+                f"extract them from this one{hint}"
             )
 
     def to_saelens(
@@ -379,7 +399,8 @@ class ActivationDataset(Dataset[StoredBatch]):
         refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
-        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        axes: dict[str, Axes] = dict.fromkeys(tensors, (self._first_axis,))
+        axes |= {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
         write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
 
     @property
@@ -389,7 +410,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     def _only(self, name: str) -> StoredRows:
         """Select one column."""
         rows = self._rows
-        if name in rows.others:
+        if isinstance(name, str) and name in rows.others:
             kept = {name: rows.others[name]}
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
         site = find_site(self.sites, name, rows.others)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
+from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance, unreadable
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name
 
@@ -109,7 +109,9 @@ class StoredRows:
         try:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last where Lance panics
+            if "LanceError(IO)" in str(error):
+                raise unreadable(self.path, error) from error
             reason = why_refused(reason_of(error), sites, self.others)
             raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
@@ -168,10 +170,7 @@ class StoredRows:
         try:
             return lance.take(rows, columns=columns)
         except (ValueError, OSError) as error:
-            raise DataError(
-                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
-                "another process may have replaced its files, or write it anew"
-            ) from error
+            raise unreadable(self.path, error) from error
 
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:

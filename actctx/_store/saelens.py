@@ -31,7 +31,7 @@ from actctx._store.loader import Loader
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import shuffled
 from actctx._store.where import meant_sites
-from actctx._text import counted, dtype_name, shortened
+from actctx._text import counted, dtype_name, is_utf8, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -118,8 +118,17 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
         OptionError: A name is of no site, or two columns would have one name.
 
     """
+    if not isinstance(rename, Mapping):
+        raise OptionError(
+            f"rename={rename!r} is not a dict; give SAELens' hook_name for sites, as in "
+            "rename={'resid': 'blocks.3.hook_resid_post'}"
+        )
     names = {name: name for name in sites}
     for name, new in rename.items():
+        if not (isinstance(name, str) and isinstance(new, str) and new and is_utf8(new)):
+            raise OptionError(
+                f"rename has {new!r} for {name!r}, which are not both names; give strings"
+            )
         found = meant_sites(sites, name)
         if len(found) != 1:
             what = "several sites that are read" if found else "no site that is read"
