@@ -54,8 +54,8 @@ class Order:
     Attributes:
         rows: The rows of the data set.
         batch_size: The rows of a batch.
-        pool: The most batches of a pool. All pools have as many, but for one, and so more than half
-            of it, if there are as many.
+        pool: The most batches of a pool. An epoch is divided evenly into as few pools as that
+            allows, so each has at least half of it, unless all batches are fewer.
         shuffle: Whether the order is random; otherwise it is that of the file.
         drop_last: Whether to leave out a last batch that is not full, and what only some ranks
             have, so that all have as many batches.
@@ -215,7 +215,7 @@ def shuffled(rows: int, batch_size: int, *, seed: int) -> Order:
 
 def batches_of(pool: int | None, batch_size: int, *, rows: int) -> int:
     """Tell the most batches of a pool of so many rows; of all rows, where it has as many."""
-    if pool is None:  # all pools have more than half of it, so they have the least at least
+    if pool is None:  # each has at least half of it
         return 2 * max(LEAST_BATCHES, -(-LEAST_ROWS // batch_size))
     return max(1, pool // batch_size if pool < rows else -(-rows // batch_size))
 
