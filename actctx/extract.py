@@ -14,7 +14,7 @@ from torch import nn
 from actctx._capture.capture import Capture
 from actctx._capture.watched import Options
 from actctx._errors import OptionError
-from actctx._extract.add_sites import add_sites
+from actctx._extract.add_sites import add_sites, clear_additions
 from actctx._extract.model_inputs import reading_of
 from actctx._extract.row_choice import dropping
 from actctx._extract.run import Extraction
@@ -162,10 +162,10 @@ def extract(
         tokenizer=tokenizer,
         batch_size=batch_size,
         context=context,
-        pack=pack,
+        pack=bool(pack),
         carry=_names_of(carry),
         mask=mask,
-        equal_lengths=equal_lengths,
+        equal_lengths=bool(equal_lengths),
     )
     extraction = Extraction(
         model,
@@ -184,6 +184,7 @@ def extract(
                 extraction, data, whole=target, most=max_tokens, resume=resume, progress=progress
             )
         else:
+            clear_additions(target)
             extraction.facts.check(target, resume=resume)
             rows = extraction.run(data, target, most=max_tokens, progress=progress)
         seconds = time.monotonic() - begun

@@ -55,7 +55,7 @@ from actctx._store.layout import (
     column_name,
     not_floating_point,
 )
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 
 _LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4
@@ -148,7 +148,7 @@ class Extraction:
     def _check_names(self) -> None:
         names = [*self._reading.carry, *(site.key for site in self._sites)]
         for name in names:
-            if not name:
+            if not name or not is_utf8(name):
                 raise OptionError(
                     f"a column needs a name, which {name!r} is not; give the site an alias, as in "
                     "{'resid': ...}"
