@@ -316,7 +316,8 @@ def test_a_string_is_not_carried_letter_by_letter(mlp, out):
 )
 def test_what_cannot_be_gone_through_is_no_input(mlp, out, data, kind):
     assert refusal(DataError, mlp, data, BLOCK, out) == (
-        f"data is one {kind}, not an iterable of inputs; give a list, such as [data]"
+        f"data is one {kind}, not an iterable of inputs; give a list of texts, or of sequences of "
+        "token ids"
     )
 
 
