@@ -7,10 +7,11 @@ names that users know are in the metadata, and they never see the others.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Shaped
@@ -19,7 +20,9 @@ from torch import Tensor
 from actctx._axes import Axes
 from actctx._errors import DataError, OptionError
 from actctx._file import reason_of
+from actctx._known_faults import warn
 from actctx._table import dtype_name
+from actctx._versions import Version, find_version
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -204,6 +207,9 @@ def open_lance(path: str, version: int | None = None) -> Any:
     Raises:
         DataError: There is none, or its manifest is damaged.
 
+    Warns:
+        UserWarning: The newest version is damaged, and an older one is read.
+
     """
     lance = import_lance()
     local = Path(path)
@@ -214,16 +220,87 @@ def open_lance(path: str, version: int | None = None) -> Any:
         raise DataError(
             f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
         )
+    with _read_of(path):
+        if version is not None or "://" in path:
+            opened = lance.dataset(path, version=version)
+            _ = opened.schema  # which is read from the manifest as well
+            return opened
+        found = newest_whole(path)
+    if found.lost:
+        warn(f"{found.lost}; {found.remedy}")
+    return found.opened
+
+
+class Newest(NamedTuple):
+    """The newest version of a data set that is whole.
+
+    Attributes:
+        opened: The Lance dataset.
+        lost: What is damaged, and read in its place; empty where nothing is.
+        remedy: What to do then.
+        has_gaps: Whether it is not whole itself, but has more rows than one that is.
+        torn: The manifests of the versions that are damaged.
+
+    """
+
+    opened: Any
+    lost: str = ""
+    remedy: str = ""
+    has_gaps: bool = False
+    torn: tuple[Path, ...] = ()
+
+
+def newest_whole(path: str) -> Newest:
+    """Open the newest version of a data set on a local disk that is whole.
+
+    Raises:
+        DataError: No version can be read.
+
+    """
+    with _read_of(path):
+        found, damaged = find_version(Path(path), import_lance())
+        if found is None and damaged:
+            raise _damaged(path, damaged[0].damage)
+        if found is None:  # of which Lance says why
+            found = Version(0, Path(path), "", import_lance().dataset(path))
+    if not damaged:
+        return Newest(found.opened)
+    torn = tuple(each.file for each in damaged if each is not found)
+    if found.damage:
+        lost = f"version {found.number} of {path!r} is not whole: {found.damage}"
+        lost += f"; from row {found.rows} on it cannot all be read"
+        remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
+        return Newest(found.opened, lost, remedy, has_gaps=True, torn=torn)
+    numbers = " and ".join(str(each.number) for each in reversed(damaged[-2:]))
+    if len(damaged) > 2:  # noqa: PLR2004  the first and the last
+        numbers = f"{damaged[-1].number} to {damaged[0].number}"
+    versions = f"version {numbers}" if len(damaged) == 1 else f"versions {numbers}"
+    lost = (
+        f"{versions} of {path!r} {'is' if len(damaged) == 1 else 'are'} not whole, as after a cut "
+        f"of power: {damaged[0].damage}; version {found.number}, of {found.rows} rows, is read, "
+        "and what was written after it is lost"
+    )
+    return Newest(found.opened, lost, "the same extract() writes it again", torn=torn)
+
+
+@contextmanager
+def _read_of(path: str) -> Iterator[None]:
+    """Say of errors what could not be read.
+
+    Raises:
+        DataError: There was one.
+
+    """
     try:
-        opened = lance.dataset(path, version=version)
-        _ = opened.schema  # which is read from the manifest as well
+        yield
+    except DataError:
+        raise
     except BaseException as error:
         if isinstance(error, Exception):
             raise _damaged(path, reason_of(error)) from None
         if type(error).__name__ != "PanicException":  # Lance's, of some damage
             raise
         raise _damaged(path, f"its manifest is damaged ({error})") from None
-    return opened
 
 
 def layout_of(schema: "pa.Schema", path: str) -> Layout:
