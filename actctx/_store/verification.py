@@ -1,0 +1,199 @@
+"""What is on disk compared with what was written, and what is damaged dropped.
+
+# NOTE [Repair]
+How far an extraction has come is told by the number of rows, so what is kept is a whole beginning:
+all rows before the first that is damaged. Rows are dropped by whole fragments, of which no file is
+rewritten.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from actctx._errors import DataError
+from actctx._files import reason_of
+from actctx._store.digests import Commit, Digest, Noted, digest_file, digest_of, read_digests
+from actctx._store.layout import KEY, Layout, layout_of
+from actctx._text import counted, shortened
+
+_READ_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Rows that are not as they were written.
+
+    Attributes:
+        start: The first of them.
+        stop: The row behind the last.
+        name: The column, by the name that users know; or the file.
+        found: What is wrong.
+
+    """
+
+    start: int
+    stop: int
+    name: str
+    found: str
+
+    def __str__(self) -> str:
+        rows = f"row {self.start}" if self.stop == self.start + 1 else ""
+        rows = rows or f"rows {self.start} to {self.stop - 1}"
+        return f"{self.name} {self.found} in {rows}"
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What `ActivationDataset.verify` compared.
+
+    Attributes:
+        rows: The rows of the data set.
+        columns: The columns of which all rows are as they were written, by the names that they
+            are read under, and on disk for those that are not read.
+        unchecked: What could not be compared, and why, a sentence each.
+
+    """
+
+    rows: int
+    columns: tuple[str, ...]
+    unchecked: tuple[str, ...] = ()
+
+
+@dataclass
+class Findings:
+    """What was found of a data set, as it is gone through."""
+
+    damages: list[Damage] = field(default_factory=list)
+    compared: dict[str, int] = field(default_factory=dict)
+    unchecked: list[str] = field(default_factory=list)
+    metadata: str = ""
+
+
+def check_whole(dataset: Any, path: str) -> Verified:
+    """Compare all rows with their digests.
+
+    Args:
+        dataset: The Lance dataset.
+        path: Its path or address.
+
+    Raises:
+        DataError: Some are not as they were written.
+
+    """
+    layout = layout_of(dataset.schema, path)
+    found = compare(dataset, path, layout)
+    rows = dataset.count_rows()
+    said = [str(damage) for damage in found.damages]
+    if found.metadata:
+        said.insert(0, found.metadata)
+    if said:
+        raise DataError(
+            f"the data set at {path!r} is damaged: {shortened(said)}; what is whole is kept by: "
+            f"actctx repair {path}"
+        )
+    columns = tuple(
+        _known_as(name, layout) for name, count in found.compared.items() if count == rows
+    )
+    return Verified(rows, columns, tuple(found.unchecked))
+
+
+def compare(dataset: Any, path: str, layout: Layout) -> Findings:
+    """Compare all rows with their digests, and go on where some differ."""
+    noted, found = read_digests(path), Findings()
+    rows = dataset.count_rows()
+    metadata = dataset.schema.metadata[KEY].decode()
+    if noted.metadata and digest_of(metadata) not in noted.metadata:
+        found.metadata = "what it says about itself is not what was written"
+    if noted.damaged:
+        found.unchecked.append(f"{counted(noted.damaged, 'line')} of its digests cannot be read")
+    fragments = dataset.get_fragments()
+    if any(fragment.metadata.num_deletions for fragment in fragments):
+        found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
+        return found
+    for commit in noted.commits:
+        if commit.stop <= rows:
+            _compare_commit(dataset, commit, layout, found)
+    if "://" not in path:
+        _compare_files(Path(path), fragments, noted, found)
+    _say_unchecked(dataset, rows, layout, found)
+    return found
+
+
+def _compare_commit(dataset: Any, commit: Commit, layout: Layout, found: Findings) -> None:
+    for column, digest in commit.columns.items():
+        if column not in dataset.schema.names:  # of a site that was dropped
+            continue
+        wrong = _differs(dataset, column, digest, commit)
+        if wrong:
+            name = repr(_known_as(column, layout))
+            found.damages.append(Damage(commit.start, commit.stop, name, wrong))
+        found.compared[column] = found.compared.get(column, 0) + commit.stop - commit.start
+
+
+def _differs(dataset: Any, column: str, digest: str, commit: Commit) -> str:
+    """Say how a column differs from its digest; nothing where it is as it was written."""
+    made, rows = Digest(), commit.stop - commit.start
+    try:
+        scanned = dataset.scanner(
+            columns=[column],
+            offset=commit.start,
+            limit=rows,
+            scan_in_order=True,
+            batch_size=_READ_ROWS,
+        )
+        for batch in scanned.to_batches():
+            made.add(batch.column(0))
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            return f"cannot be read ({reason_of(error)})"
+        raise
+    return "" if made.hex() == digest else "has other values than were written"
+
+
+def _compare_files(path: Path, fragments: list[Any], noted: Noted, found: Findings) -> None:
+    """Find files that have other bytes, where no value told of it."""
+    known = {name: each for commit in noted.commits for name, each in commit.files.items()}
+    for start, stop, fragment in numbered(fragments):
+        if any(damage.start < stop and start < damage.stop for damage in found.damages):
+            continue
+        for file in fragment.metadata.files:
+            if file.path not in known:
+                continue
+            try:
+                wrong = digest_file(path / "data" / file.path) != known[file.path]
+            except OSError:
+                wrong = True
+            if wrong:
+                name, wrong_bytes = f"the file 'data/{file.path}'", "has other bytes than written"
+                found.damages.append(Damage(start, stop, name, wrong_bytes))
+
+
+def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> None:
+    if not rows:
+        return
+    others = layout.unlisted(dataset.schema)
+    for name in others:
+        found.unchecked.append(f"{name!r} is a column that actctx did not write")
+    names = [name for name in dataset.schema.names if name not in others]
+    if not found.compared:
+        found.unchecked.append("it has no digests, as with what older versions of actctx wrote")
+        return
+    for name in names:
+        left = rows - found.compared.get(name, 0)
+        if left:
+            shown = repr(_known_as(name, layout))
+            found.unchecked.append(f"{counted(left, 'row')} of {shown} have no digest")
+
+
+def numbered(fragments: list[Any]) -> Iterator[tuple[int, int, Any]]:
+    """Give each fragment with its first row, and the row behind its last."""
+    start = 0
+    for fragment in fragments:
+        stop = start + fragment.metadata.num_rows
+        yield start, stop, fragment
+        start = stop
+
+
+def _known_as(column: str, layout: Layout) -> str:
+    return next((site.name for site in layout.sites if site.column == column), column)
