@@ -25,7 +25,7 @@ def repair(path: Path, *, dry_run: bool) -> tuple[int, list[str]]:
     try:
         if target.dataset is None:
             return 0, []
-        rows, said = target.rows, list(target.damage)
+        rows, said = target.rows, [target.lost] if target.lost else []
         layout = layout_of(target.dataset.schema, str(path))
         found = compare(target.dataset, str(path), layout)
         said += [str(damage) for damage in found.damages]
