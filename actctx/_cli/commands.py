@@ -28,12 +28,15 @@ from actctx._cli.texts import (
     tokenize,
 )
 from actctx._errors import OptionError
+from actctx._files import local_path
 from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
-from actctx._store.layout import import_lance, layout_of, open_lance
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._store.layout import Newest, import_lance, layout_of, newest_whole, open_lance
+from actctx._store.repair import repair as mend
+from actctx._store.verification import check_whole
+from actctx._text import counted, dtype_name, format_bytes, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000
@@ -102,6 +105,7 @@ def extract(
     finite: bool,
     resume: bool,
     add: bool,
+    sync: bool,
     tokenizer: str | None,
     device: str,
 ) -> None:
@@ -127,6 +131,7 @@ def extract(
         finite=finite,
         resume=resume,
         add=add,
+        sync=sync,
     )
     if done.cut:
         _note(
@@ -160,6 +165,32 @@ def info(path: str) -> None:
         "versions": written,
     }.items():
         typer.echo(f"  {key}: {value}")
+
+
+def verify(path: str) -> None:
+    """Compare a data set with what was written."""
+    import_lance()
+    is_local = "://" not in path
+    found = newest_whole(path) if is_local and Path(path).is_dir() else Newest(open_lance(path))
+    verified = check_whole(found.opened, path, lost=found.lost)
+    for unchecked in verified.unchecked:
+        _note(f"not compared: {unchecked}")
+    names = f"{counted(len(verified.columns), 'column')} of {counted(verified.rows, 'row')}"
+    typer.echo(f"{names} are as they were written")
+
+
+def repair(path: str, *, dry_run: bool) -> None:
+    """Drop from a data set what is not whole."""
+    import_lance()
+    rows, dropped, said = mend(local_path(path), dry_run=dry_run)
+    for damage in said:
+        _note(damage)
+    done = "would be dropped" if dry_run else "dropped"
+    if not said:
+        done = "nothing to drop"
+        typer.echo(f"{done}: {counted(rows, 'row')} are whole")
+        return
+    typer.echo(f"{counted(dropped, 'row')} {done}, {counted(rows, 'row')} kept")
 
 
 # What was asked.

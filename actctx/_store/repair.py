@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from actctx._store.destination import Target
-from actctx._store.layout import layout_of
+from actctx._store.layout import layout_of, open_lance
 from actctx._store.verification import compare, numbered
+from actctx._store.versions import manifests
 
 
-def repair(path: Path, *, dry_run: bool) -> tuple[int, list[str]]:
+def repair(path: Path, *, dry_run: bool) -> tuple[int, int, list[str]]:
     """Keep the rows before the first that is damaged; see the note on repair.
 
     Args:
@@ -15,16 +16,18 @@ def repair(path: Path, *, dry_run: bool) -> tuple[int, list[str]]:
         dry_run: Whether only to say what would be dropped.
 
     Returns:
-        The rows that are kept, and what is wrong, a sentence each; nothing where all is whole.
+        The rows that are kept, those that are dropped, and what is wrong, a sentence each.
 
     Raises:
         DataError: There is no data set, nothing of it can be read, or somebody is writing to it.
 
     """
+    if not manifests(path):
+        open_lance(str(path))  # which says that there is nothing to repair
     target = Target(path, repairs=True)
     try:
         if target.dataset is None:
-            return 0, []
+            return 0, 0, []
         rows, said = target.rows, [target.lost] if target.lost else []
         layout = layout_of(target.dataset.schema, str(path))
         found = compare(target.dataset, str(path), layout)
@@ -35,6 +38,6 @@ def repair(path: Path, *, dry_run: bool) -> tuple[int, list[str]]:
         kept = max((stop for _, stop, _ in fragments if stop <= first), default=0)
         if not dry_run and said:
             target.drop(dropped)
-        return kept, said
+        return kept, rows - kept, said
     finally:
         target.release()

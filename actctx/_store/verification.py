@@ -70,12 +70,13 @@ class Findings:
     metadata: str = ""
 
 
-def check_whole(dataset: Any, path: str) -> Verified:
+def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
     """Compare all rows with their digests.
 
     Args:
         dataset: The Lance dataset.
         path: Its path or address.
+        lost: What is known to be damaged before.
 
     Raises:
         DataError: Some are not as they were written.
@@ -84,14 +85,12 @@ def check_whole(dataset: Any, path: str) -> Verified:
     layout = layout_of(dataset.schema, path)
     found = compare(dataset, path, layout)
     rows = dataset.count_rows()
-    said = [str(damage) for damage in found.damages]
-    if found.metadata:
-        said.insert(0, found.metadata)
+    said = [*filter(None, (lost, found.metadata)), *map(str, found.damages)]
     if said:
-        raise DataError(
-            f"the data set at {path!r} is damaged: {shortened(said)}; what is whole is kept by: "
-            f"actctx repair {path}"
-        )
+        remedy = f"'actctx repair {path}' keeps the rows before, and extract() writes the others"
+        if "://" in path or found.metadata:
+            remedy = "put a copy in its place"
+        raise DataError(f"{path!r} is damaged: {shortened(said)}; {remedy}")
     columns = tuple(
         _known_as(name, layout) for name, count in found.compared.items() if count == rows
     )
