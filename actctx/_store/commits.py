@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from actctx._errors import DataError
 from actctx._files import sync
 from actctx._store.digests import (
+    DIGESTS,
     Commit,
     Digest,
     add_lines,
@@ -208,6 +209,8 @@ class Commits:
 
     def _note(self, lines: list[str]) -> None:
         """Write lines of digests, which are on the disk before what they are of."""
+        if not (self._path / DIGESTS).exists():
+            self._sync(self._path)  # or it could be there without the lock, as of somebody else
         self._sync(add_lines(self._path, lines))
         self._sync(self._path)
 

@@ -186,7 +186,7 @@ class Noted:
     Attributes:
         commits: The commits, as they came; of one that another replaced, no part.
         metadata: The digests of all that the data set ever said about itself.
-        damaged: The number of lines that cannot be read.
+        damaged: The number of lines that cannot be read, such as one that a cut of power tore.
 
     """
 

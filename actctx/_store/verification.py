@@ -101,11 +101,11 @@ def compare(dataset: Any, path: str, layout: Layout) -> Findings:
     """Compare all rows with their digests, and go on where some differ."""
     noted, found = read_digests(path), Findings()
     rows = dataset.count_rows()
-    metadata = dataset.schema.metadata[KEY].decode()
-    if noted.metadata and digest_of(metadata) not in noted.metadata:
-        found.metadata = "what it says about itself is not what was written"
-    if noted.damaged:
-        found.unchecked.append(f"{counted(noted.damaged, 'line')} of its digests cannot be read")
+    if digest_of(dataset.schema.metadata[KEY].decode()) not in noted.metadata:
+        if noted.damaged or not noted.metadata:
+            found.unchecked.append("what it says about itself has no digest")
+        else:
+            found.metadata = "what it says about itself is not what was written"
     fragments = dataset.get_fragments()
     if any(fragment.metadata.num_deletions for fragment in fragments):
         found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
@@ -176,7 +176,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
         found.unchecked.append(f"{name!r} is a column that actctx did not write")
     names = [name for name in dataset.schema.names if name not in others]
     if not found.compared:
-        found.unchecked.append("it has no digests, as with what older versions of actctx wrote")
+        found.unchecked = ["it has no digests, as with what older versions of actctx wrote"]
         return
     for name in names:
         left = rows - found.compared.get(name, 0)
