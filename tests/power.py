@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
 from pathlib import Path
@@ -120,10 +121,10 @@ def _run(*command):
 
 def has_images():
     """Whether file systems can be mounted here."""
-    if os.name == "nt" or os.geteuid():
+    if os.name == "nt" or os.geteuid() or shutil.which("unshare") is None:
         return False
     probe = "mount -t tmpfs none /mnt && test -e /dev/loop-control && command -v mkfs.ext4"
     ran = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", probe], check=False, capture_output=True
+        [shutil.which("unshare"), "--mount", "sh", "-c", probe], check=False, capture_output=True
     )
     return not ran.returncode

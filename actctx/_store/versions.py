@@ -21,7 +21,9 @@ _FOOTER = struct.Struct("<Q2H4s")
 """How a manifest ends: the place of its message, a format, and what all of Lance's files end in."""
 _MAGIC = b"LANC"
 _OF_TEARING = ("rotobuf", "orrupt", "nvalid format", "file size is too small", "nvalid range")
-"""What Lance says of a manifest that is torn, and not of one that it is too old for."""
+"""What Lance says of a manifest that is torn."""
+_OF_LATER = ("nsupported", "not supported", "pgrade")
+"""What it says of one that it is too old for."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,12 @@ def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
 
 
 def _is_torn(error: BaseException) -> bool:
+    said = str(error)
+    if any(word in said for word in _OF_LATER):
+        return False
     if type(error).__name__ == "PanicException":  # Lance's, of some damage
         return True
-    return isinstance(error, Exception) and any(word in str(error) for word in _OF_TEARING)
+    return isinstance(error, Exception) and any(word in said for word in _OF_TEARING)
 
 
 def _lost_file(path: Path, fragment: Any) -> str:
