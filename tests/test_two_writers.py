@@ -49,7 +49,8 @@ def broken_into(out, meanwhile):
     def interrupted():
         yield from batches()[:2]
         while not rows or rows[-1] < 70:
-            rows.append(lance.dataset(str(out)).count_rows() if out.exists() else 0)
+            is_there = any(out.glob("_versions/*.manifest"))
+            rows.append(lance.dataset(str(out)).count_rows() if is_there else 0)
         meanwhile()
         yield from batches()[2:]
 

@@ -34,11 +34,12 @@ def write(out, names=(RESID, Z), *, count=BATCHES, **options):
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """Three commits of 35 rows each two, of two sites, and one that was added."""
+    """Three commits of 70 rows, of two sites, and one that was added."""
     out = tmp_path_factory.mktemp("written") / "acts.lance"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "_COMMIT_BYTES", 10_000)
+        patch.setattr(writer, "_COMMIT_BYTES", 20_000)
         write(out)
+        patch.setattr(writer, "_COMMIT_BYTES", 10_000)
         write(out, [MLP], add=True)
     return out
 
@@ -196,7 +197,7 @@ def parts(column, sizes):
         pa.array(["a", "bc", "", None, "a", "é", "d", "e", "f", "g"]),
         pa.array(["a", "bc", "", None, "a", "é", "d", "e", "f", "g"]).dictionary_encode(),
         pa.FixedSizeListArray.from_arrays(pa.array(range(30), pa.uint8()), 3),
-        pa.FixedSizeListArray.from_arrays(pa.array([True, False, True] * 10), 3),
+        pa.FixedSizeListArray.from_arrays(pa.array([True, False] + [True] * 28), 3),
         pa.array([[1], [], [2, 3], None, [4], [5], [6], [7], [8], [9]]),
     ],
     ids=lambda column: str(column.type),

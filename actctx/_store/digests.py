@@ -4,15 +4,15 @@
 They lie beside the data, in `digests.txt`, a line for each commit: the rows, a digest of each
 column's values, and one of each file's bytes. That of values does not depend on how they are
 encoded or divided into batches, so it holds where somebody compacts the files. A line is on the
-disk before its commit is. One whose commit never came is replaced by the next that begins at its
-first row or before. Each begins with a digest of itself: what is damaged is the data, or the line.
-They are made to find damage, not forgery.
+disk before its commit is, so there are lines whose commit never came: rows are as they were written
+where one of the lines that tell of them says so. Each line begins with a digest of itself: what is
+damaged is the data, or the line. They are made to find damage, not forgery.
 """
 
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,7 +184,7 @@ class Noted:
     """What the lines say.
 
     Attributes:
-        commits: The commits, as they came; of one that another replaced, no part.
+        commits: The commits, as they came, and those that never did.
         metadata: The digests of all that the data set ever said about itself.
         damaged: The number of lines that cannot be read, such as one that a cut of power tore.
 
@@ -211,19 +211,8 @@ def read_digests(path: str) -> Noted:
             found.metadata.add(said["metadata"])
         else:
             start, stop = said["rows"]
-            commit = Commit(start, stop, said["columns"], said["files"])
-            _replace(found.commits, commit)
-            found.commits.append(commit)
+            found.commits.append(Commit(start, stop, said["columns"], said["files"]))
     return Noted(found.commits, found.metadata, damaged)
-
-
-def _replace(commits: list[Commit], new: Commit) -> None:
-    """Take from commits what a later one wrote in their place."""
-    others = [number for number, old in enumerate(commits) if old.stop > new.start]
-    for number in reversed(others):
-        old = commits[number]
-        left = {name: each for name, each in old.columns.items() if name not in new.columns}
-        commits[number : number + 1] = [replace(old, columns=left)] if left else []
 
 
 def _read_lines(path: str) -> Iterator[dict[str, Any] | None]:

@@ -9,7 +9,7 @@ rewritten.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from actctx._errors import DataError
 from actctx._files import reason_of
@@ -18,6 +18,8 @@ from actctx._store.layout import KEY, Layout, layout_of
 from actctx._text import counted, shortened
 
 _READ_ROWS = 4096
+_Rows: TypeAlias = tuple[int, int, str]
+"""The first of some rows, the row behind the last, and what was found of them."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,15 @@ class Verified:
 
 @dataclass
 class Findings:
-    """What was found of a data set, as it is gone through."""
+    """What was found of a data set, as it is gone through.
+
+    Attributes:
+        damages: The rows that are not as they were written.
+        compared: The rows of each column that were compared.
+        unchecked: What could not be compared, and why.
+        metadata: What is wrong with what the data set says about itself.
+
+    """
 
     damages: list[Damage] = field(default_factory=list)
     compared: dict[str, int] = field(default_factory=dict)
@@ -110,24 +120,43 @@ def compare(dataset: Any, path: str, layout: Layout) -> Findings:
     if any(fragment.metadata.num_deletions for fragment in fragments):
         found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
         return found
-    for commit in noted.commits:
-        if commit.stop <= rows:
-            _compare_commit(dataset, commit, layout, found)
+    commits = [commit for commit in noted.commits if commit.stop <= rows]
+    for column in dataset.schema.names:
+        _compare_column(dataset, column, commits, layout, found)
     if "://" not in path:
         _compare_files(Path(path), fragments, noted, found)
     _say_unchecked(dataset, rows, layout, found)
     return found
 
 
-def _compare_commit(dataset: Any, commit: Commit, layout: Layout, found: Findings) -> None:
-    for column, digest in commit.columns.items():
-        if column not in dataset.schema.names:  # of a site that was dropped
-            continue
-        wrong = _differs(dataset, column, digest, commit)
-        if wrong:
-            name = repr(_known_as(column, layout))
-            found.damages.append(Damage(commit.start, commit.stop, name, wrong))
-        found.compared[column] = found.compared.get(column, 0) + commit.stop - commit.start
+def _compare_column(
+    dataset: Any, column: str, commits: list[Commit], layout: Layout, found: Findings
+) -> None:
+    """Compare a column; rows are whole where one of the digests that tell of them says so."""
+    whole: list[_Rows] = []
+    wrong: list[_Rows] = []
+    for commit in commits:
+        if digest := commit.columns.get(column):
+            differs = _differs(dataset, column, digest, commit)
+            kept = wrong if differs else whole
+            kept.append((commit.start, commit.stop, differs))
+    name = repr(_known_as(column, layout))
+    compared = _without([(0, dataset.count_rows(), "")], [*whole, *wrong])
+    found.compared[column] = dataset.count_rows() - sum(stop - start for start, stop, _ in compared)
+    found.damages += [
+        Damage(start, stop, name, said) for start, stop, said in _without(wrong, whole)
+    ]
+
+
+def _without(rows: list[_Rows], others: list[_Rows]) -> list[_Rows]:
+    """Take rows out of others."""
+    for start, stop, _ in others:
+        left = []
+        for first, last, said in rows:
+            parts = ((first, min(last, start)), (max(first, stop), last))
+            left += [(*part, said) for part in parts if part[0] < part[1]]
+        rows = left
+    return rows
 
 
 def _differs(dataset: Any, column: str, digest: str, commit: Commit) -> str:
@@ -175,7 +204,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
     for name in others:
         found.unchecked.append(f"{name!r} is a column that actctx did not write")
     names = [name for name in dataset.schema.names if name not in others]
-    if not found.compared:
+    if not any(found.compared.values()):
         found.unchecked = ["it has no digests, as with what older versions of actctx wrote"]
         return
     for name in names:
