@@ -294,7 +294,7 @@ def test_a_folder_says_what_it_is_for_and_imports_nothing(folder):
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*FILES, *PACKAGE.parent.glob("benchmarks/*.py")]),
+    sorted([*FILES, *(PACKAGE.parent / "benchmarks").rglob("*.py")]),
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_files_and_functions_stay_short(path):
