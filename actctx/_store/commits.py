@@ -24,6 +24,7 @@ from actctx._store.digests import (
     Digest,
     add_lines,
     digest_file,
+    digested,
     line_of_metadata,
 )
 from actctx._store.layout import import_lance
@@ -122,7 +123,7 @@ class Commits:
         from lance.fragment import write_fragments
 
         digests = {name: Digest() for name in schema.names}
-        reader = pa.RecordBatchReader.from_batches(schema, _digested(batches, digests))
+        reader = pa.RecordBatchReader.from_batches(schema, digested(batches, digests))
         written = write_fragments(reader, self.dataset, mode="append", return_transaction=True)
         fragments = written.operation.fragments
         rows = self.rows + sum(fragment.physical_rows for fragment in fragments)
@@ -237,12 +238,3 @@ def _digest_of_manifest(path: Path, version: int) -> str:
         return "" if file is None else digest_file(file)
     except FileNotFoundError:
         return ""
-
-
-def _digested(
-    batches: Iterable["pa.RecordBatch"], digests: dict[str, Digest]
-) -> Iterator["pa.RecordBatch"]:
-    for batch in batches:
-        for digest, column in zip(digests.values(), batch.columns, strict=True):
-            digest.add(column)
-        yield batch

@@ -30,13 +30,18 @@ _READ_BYTES = 2**23
 
 
 class Digest:
-    """A digest of bytes, and of columns, that come part by part."""
+    """A digest of bytes, and of columns, that come part by part.
+
+    Attributes:
+        rows: The rows that came.
+
+    """
 
     def __init__(self) -> None:
         from xxhash import xxh3_128
 
         self._values, self._nulls = xxh3_128(), xxh3_128()
-        self._rows = 0
+        self.rows = 0
 
     def update(self, values: Any) -> None:
         """Add bytes."""
@@ -47,9 +52,9 @@ class Digest:
         valid = column
         if column.null_count:
             rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
-            self._nulls.update((rows + self._rows).tobytes())
+            self._nulls.update((rows + self.rows).tobytes())
             valid = column.drop_null()
-        self._rows += len(column)
+        self.rows += len(column)
         self._add_valid(valid)
 
     def _add_valid(self, column: "pa.Array") -> None:
@@ -144,6 +149,24 @@ def digest_file(path: Path) -> str:
         while part := file.read(_READ_BYTES):
             made.update(part)
     return made.hex()
+
+
+def digested(
+    batches: Iterable["pa.RecordBatch"], digests: dict[str, Digest]
+) -> Iterator["pa.RecordBatch"]:
+    """Pass on rows, and make the digests of their columns."""
+    for batch in batches:
+        for digest, column in zip(digests.values(), batch.columns, strict=True):
+            digest.add(column)
+        yield batch
+
+
+def note_all(path: Path, digests: dict[str, Digest], metadata: str) -> None:
+    """Write the digests of a data set that was written at once, behind it."""
+    rows = next(iter(digests.values())).rows
+    columns = {name: digest.hex() for name, digest in digests.items()}
+    files = {file.name: digest_file(file) for file in (path / "data").iterdir()}
+    add_lines(path, [line_of_metadata(metadata), Commit(0, rows, columns, files).line()])
 
 
 @dataclass(frozen=True)
