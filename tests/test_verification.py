@@ -9,6 +9,7 @@ import pytest
 import stored
 import torch
 from models import bridge, tokens
+from test_cli import actctx
 from test_extract import RESID, Read, Z
 
 from actctx import DataError
@@ -229,3 +230,53 @@ def test_bfloat16_is_compared_to_the_bit(tmp_path):
     assert ActivationDataset(out).verify().columns[-1] == RESID
     (out / "digests.txt").write_text(json.dumps({}))
     assert ActivationDataset(out).verify().unchecked
+
+
+def test_what_saelens_cached_is_compared(tmp_path):
+    pytest.importorskip("datasets")
+    path = stored.write(tmp_path / "a.lance", 40)
+    ActivationDataset(path, sites=stored.Z).to_saelens(tmp_path / "cached", context=10)
+    back = ActivationDataset.from_saelens(tmp_path / "cached", tmp_path / "back.lance")
+    assert back.verify().unchecked == ()
+    assert back.verify().columns[-1] == stored.Z
+
+
+def test_the_command_line_verifies_and_repairs(out):
+    whole = actctx("verify", out)
+    assert (whole.stdout, whole.exit_code) == (
+        "8 columns of 210 rows are as they were written\n",
+        0,
+    )
+    damage(file_of(out, 1), ActivationDataset(out)[90][RESID])
+    said = f"{RESID!r} has other values than were written in rows 70 to 139"
+    result = actctx("verify", out)
+    assert result.exit_code == 2
+    assert f"is damaged: {said}; 'actctx repair" in result.stderr
+    result = actctx("repair", out, "--dry-run")
+    assert (result.stdout, result.exit_code) == ("140 rows would be dropped, 70 rows kept\n", 0)
+    assert result.stderr == f"note: {said}\n"
+    assert actctx("repair", out).stdout == "140 rows dropped, 70 rows kept\n"
+    assert actctx("repair", out).stdout == "nothing to drop: 70 rows are whole\n"
+
+
+def test_the_command_line_says_what_it_cannot_compare(tmp_path):
+    path = stored.write(tmp_path / "a.lance", 40)
+    result = actctx("verify", path)
+    assert result.stderr == (
+        "note: not compared: it has no digests, as with what older versions of actctx wrote\n"
+    )
+    assert result.stdout == "0 columns of 40 rows are as they were written\n"
+
+
+def test_the_command_line_tells_of_versions_that_are_not_whole(out):
+    newest = min((out / "_versions").glob("*.manifest"))
+    newest.write_bytes(b"")
+    result = actctx("info", out)
+    assert "210 rows, one a token" in result.stdout
+    assert "is not whole, as after a cut of power: its manifest is empty" in result.stderr
+    result = actctx("verify", out)
+    assert result.exit_code == 2
+    assert "is not whole, as after a cut of power: its manifest is empty" in result.stderr
+    assert actctx("repair", out).stderr.startswith("note: version ")
+    assert not newest.exists()
+    assert actctx("verify", out).exit_code == 0

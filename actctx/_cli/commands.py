@@ -144,7 +144,10 @@ def extract(
 
 def info(path: str) -> None:
     """Show what a data set holds, and what it came from."""
-    lance = open_lance(path)
+    found = _open(path)
+    if found.lost:
+        _note(f"{found.lost}; {found.remedy}")
+    lance = found.opened
     rows, layout = lance.count_rows(), layout_of(lance.schema, path)
     table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
     table.columns[-1].justify = "right"
@@ -169,9 +172,7 @@ def info(path: str) -> None:
 
 def verify(path: str) -> None:
     """Compare a data set with what was written."""
-    import_lance()
-    is_local = "://" not in path
-    found = newest_whole(path) if is_local and Path(path).is_dir() else Newest(open_lance(path))
+    found = _open(path)
     verified = check_whole(found.opened, path, lost=found.lost)
     for unchecked in verified.unchecked:
         _note(f"not compared: {unchecked}")
@@ -191,6 +192,13 @@ def repair(path: str, *, dry_run: bool) -> None:
         typer.echo(f"{done}: {counted(rows, 'row')} are whole")
         return
     typer.echo(f"{counted(dropped, 'row')} {done}, {counted(rows, 'row')} kept")
+
+
+def _open(path: str) -> Newest:
+    """Open a data set, of which the newest versions may be damaged."""
+    import_lance()
+    is_there = "://" not in path and (Path(path) / "_versions").is_dir()
+    return newest_whole(path) if is_there else Newest(open_lance(path))
 
 
 # What was asked.
