@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actctx._errors import OptionError
 from actctx._files import expanded
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ class Digest:
     """
 
     def __init__(self) -> None:
-        from xxhash import xxh3_128
-
-        self._values, self._nulls = xxh3_128(), xxh3_128()
+        self._values, self._nulls = _new(), _new()
         self.rows = 0
 
     def update(self, values: Any) -> None:
@@ -99,13 +98,24 @@ class Digest:
         """Write it in 32 digits, or in 64 where there were nulls."""
         values = self._values.hexdigest()
         nulls = self._nulls.hexdigest()
-        return values if nulls == _none() else values + nulls
+        return values if nulls == _new().hexdigest() else values + nulls
 
 
-def _none() -> str:
-    from xxhash import xxh3_128
+def _new(value: bytes = b"") -> Any:
+    """Make the hash of bytes.
 
-    return xxh3_128().hexdigest()
+    Raises:
+        OptionError: The library for it is not installed.
+
+    """
+    try:
+        from xxhash import xxh3_128
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"data sets need {error.name}, which is not installed; install it with: "
+            "pip install 'actctx[data]'"
+        ) from None
+    return xxh3_128(value)
 
 
 def _is_fixed(kind: Any) -> bool:
@@ -118,9 +128,7 @@ def _is_fixed(kind: Any) -> bool:
 
 
 def _digests_of(values: list[Any]) -> np.ndarray:
-    from xxhash import xxh3_128
-
-    made = [xxh3_128(_as_bytes(value)).digest() for value in values]
+    made = [_new(_as_bytes(value)).digest() for value in values]
     return np.array(made, dtype="V16") if made else np.empty(0, dtype="V16")
 
 
