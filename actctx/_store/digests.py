@@ -96,8 +96,8 @@ class Digest:
 
     def hex(self) -> str:
         """Write it in 32 digits, or in 64 where there were nulls."""
-        values = self._values.hexdigest()
-        nulls = self._nulls.hexdigest()
+        values: str = self._values.hexdigest()
+        nulls: str = self._nulls.hexdigest()
         return values if nulls == _new().hexdigest() else values + nulls
 
 
