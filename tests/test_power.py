@@ -95,7 +95,7 @@ def check_cuts(tmp_path, monkeypatch, seed, cuts):
 
 
 def test_a_cut_of_power_loses_nothing_that_was_committed(tmp_path, monkeypatch):
-    check_cuts(tmp_path, monkeypatch, seed=0, cuts=8)
+    check_cuts(tmp_path, monkeypatch, seed=0, cuts=5)
 
 
 def test_the_newest_whole_version_is_read_and_the_others_are_said_to_be_lost(tmp_path):
