@@ -17,7 +17,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._text import dtype_name
+from actctx._text import dtype_name, printable
 
 
 def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
@@ -221,4 +221,4 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")
+    return printable(said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): "))

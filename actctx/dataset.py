@@ -19,9 +19,10 @@ from actctx._store.loader import Loader
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
 from actctx._store.shuffle import Order, rank_of
+from actctx._store.validation import check_fragments, reading
 from actctx._store.verification import Verified, check_whole
 from actctx._store.where import find_site, find_sites
-from actctx._text import counted, format_bytes
+from actctx._text import counted, format_bytes, printable
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite", "Verified"]
 Loader.__module__ = StoredSite.__module__ = Verified.__module__ = __name__  # where users find them
@@ -87,14 +88,17 @@ class ActivationDataset(Dataset[StoredBatch]):
     ) -> None:
         self.path = expanded(path)
         self.where = where
-        lance = StoredRows(self.path).lance
-        self.layout = layout_of(lance.schema, self.path)
+        opened = StoredRows(self.path)
+        lance = opened.lance
+        self.layout = layout_of(lance, self.path)
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
         chosen = find_sites(stored, sites)
         self.sites: Mapping[str, StoredSite] = chosen
-        others = dtypes_of(lance, self.layout)
+        with reading(self.path):
+            check_fragments(lance, self.layout.columns(chosen.values()), self.path)
+            others = dtypes_of(lance, self.layout, opened.files)
         self._rows = StoredRows(self.path, lance.version, chosen, others)
         if where is not None:
             self._rows.find(where, stored)
@@ -410,4 +414,4 @@ def _owned(value: Any) -> Any:
 
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
-    return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
+    return printable(f"a {model['class']}{name} with the fingerprint {model['fingerprint']}")

@@ -33,10 +33,12 @@ from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
-from actctx._store.layout import Newest, import_lance, layout_of, newest_whole, open_lance
+from actctx._store.layout import import_lance, layout_of
 from actctx._store.repair import repair as mend
+from actctx._store.validation import count_rows, reading
 from actctx._store.verification import check_whole
-from actctx._text import counted, dtype_name, format_bytes, shortened
+from actctx._store.versions import Newest, newest_whole, open_lance
+from actctx._text import counted, dtype_name, format_bytes, printable, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000
@@ -148,16 +150,19 @@ def info(path: str) -> None:
     if found.lost:
         _note(f"{found.lost}; {found.remedy}")
     lance = found.opened
-    rows, layout = lance.count_rows(), layout_of(lance.schema, path)
+    layout = layout_of(lance, path)
+    with reading(path):
+        rows = count_rows(lance)
     table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
     table.columns[-1].justify = "right"
     for site in layout.sites:
         size = format_bytes(rows * site.nbytes)
         axes = " ".join(site.axes)
-        table.add_row(site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
+        cells = (site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
+        table.add_row(*map(printable, cells))
     _print(table)
     state = "finished" if layout.finished else "not finished"
-    name = layout.model["name"] or layout.model["class"]
+    name = printable(layout.model["name"] or layout.model["class"])
     typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
     carried = [f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried]
     written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
@@ -167,7 +172,7 @@ def info(path: str) -> None:
         "carried": ", ".join(carried) or None,
         "versions": written,
     }.items():
-        typer.echo(f"  {key}: {value}")
+        typer.echo(printable(f"  {key}: {value}"))
 
 
 def verify(path: str) -> None:

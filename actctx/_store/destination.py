@@ -30,16 +30,10 @@ from actctx._files import cannot_write, reason_of
 from actctx._model.known_faults import warn
 from actctx._store.commits import Commits
 from actctx._store.digests import DIGESTS, Commit, read_digests
-from actctx._store.layout import (
-    COUNTED,
-    DIGEST,
-    KEY,
-    Layout,
-    layout_of,
-    newest_whole,
-)
+from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, layout_of
 from actctx._store.origins import Stored
-from actctx._store.versions import manifests, torn_frame
+from actctx._store.validation import Files, check_fragments, elements_of, reading
+from actctx._store.versions import manifests, newest_whole, torn_frame
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -133,11 +127,13 @@ class Target:
         found = newest_whole(str(self.path))
         if found.has_gaps and not self._repairs:
             raise DataError(f"{found.lost}; {found.remedy}")
-        layout = layout_of(found.opened.schema, str(self.path))
+        layout = layout_of(found.opened, str(self.path))
         if found.lost and not self._repairs:
             warn(f"{found.lost}; {found.remedy}")
         self.lost, self._commits.torn = found.lost, found.torn
-        self._commits.start_from(found.opened)
+        with reading(str(self.path)):
+            self._commits.start_from(found.opened)
+            check_fragments(found.opened, layout.columns(layout.sites), str(self.path))
         self._is_empty = not self.rows
         if self.rows:
             self.layout, self.schema = layout, found.opened.schema
@@ -147,9 +143,11 @@ class Target:
         with self._writing():
             self._commits.clear()
             self._commits.check()
+        with reading(str(self.path)):
             now = datetime.now().astimezone()
             ages = [now - each["timestamp"].astimezone() for each in self.dataset.versions()]
-            oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
+        oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
+        with self._writing():
             self.dataset.cleanup_old_versions(
                 older_than=oldest + timedelta(seconds=1),  # the age is told by now, a little later
                 delete_unverified=self._lock is not None,  # else another may be writing them
@@ -164,10 +162,15 @@ class Target:
             raise unwritable(self.path, error, self.rows) from error
 
     def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk."""
-        scanner = self.dataset.scanner(columns=[*COUNTED, DIGEST], scan_in_order=True)
-        for batch in scanner.to_batches():
-            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        """Read where the rows on disk come from, chunk by chunk.
+
+        Raises:
+            DataError: They cannot be read.
+
+        """
+        with reading(str(self.path)):
+            for table in Files(self.dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -213,11 +216,16 @@ class Target:
         metadata = self.layout.as_metadata()
         added = [other.schema.field(site.column) for site in other.layout.sites]
         schema = pa.schema(added, metadata={KEY: metadata})
-        scanner = other.dataset.scanner(columns=schema.names, scan_in_order=True)
-        batches = (
-            pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-            for batch in scanner.to_batches()
-        )
+        with reading(str(other.path)):
+            Files(other.dataset, str(other.path)).check()
+            scanner = other.dataset.scanner(columns=schema.names, scan_in_order=True)
+
+        def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+            for field, column in zip(schema, batch.columns, strict=True):
+                elements_of(field.name, column, field.type)
+            return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+        batches = map(checked, scanner.to_batches())
         digests = _digests_of(other, schema.names)
         try:
             self._commits.describe(metadata)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from actctx._store.destination import Target
-from actctx._store.layout import layout_of, open_lance
+from actctx._store.layout import layout_of
 from actctx._store.verification import compare, numbered
-from actctx._store.versions import manifests
+from actctx._store.versions import manifests, open_lance
 
 
 def repair(path: Path, *, dry_run: bool) -> tuple[int, int, list[str]]:
@@ -29,7 +29,7 @@ def repair(path: Path, *, dry_run: bool) -> tuple[int, int, list[str]]:
         if target.dataset is None:
             return 0, 0, []
         rows, said = target.rows, [target.lost] if target.lost else []
-        layout = layout_of(target.dataset.schema, str(path))
+        layout = layout_of(target.dataset, str(path))
         found = compare(target.dataset, str(path), layout)
         said += [str(damage) for damage in found.damages]
         first = min((damage.start for damage in found.damages), default=rows)

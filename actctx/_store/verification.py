@@ -11,10 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from actctx._errors import DataError
 from actctx._files import reason_of
 from actctx._store.digests import Commit, Digest, Noted, digest_file, digest_of, read_digests
 from actctx._store.layout import KEY, Layout, layout_of
+from actctx._store.validation import Files, count_rows
 from actctx._text import counted, shortened
 
 _READ_ROWS = 2**16
@@ -93,9 +96,9 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
         DataError: Some are not as they were written.
 
     """
-    layout = layout_of(dataset.schema, path)
+    layout = layout_of(dataset, path)
     found = compare(dataset, path, layout)
-    rows = dataset.count_rows()
+    rows = count_rows(dataset)
     said = [*filter(None, (lost, found.metadata)), *map(str, found.damages)]
     if said:
         remedy = f"'actctx repair {path}' keeps the rows before, and extract() writes the others"
@@ -111,7 +114,7 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
 def compare(dataset: Any, path: str, layout: Layout) -> Findings:
     """Compare all rows with their digests, and go on where some differ."""
     noted, found = read_digests(path), Findings()
-    rows = dataset.count_rows()
+    rows = count_rows(dataset)
     if digest_of(dataset.schema.metadata[KEY].decode()) not in noted.metadata:
         if noted.damaged or not noted.metadata:
             found.unchecked.append("what it says about itself has no digest")
@@ -122,8 +125,9 @@ def compare(dataset: Any, path: str, layout: Layout) -> Findings:
         found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
         return found
     commits = [commit for commit in noted.commits if commit.stop <= rows]
+    files = Files(dataset, path)
     for column in dataset.schema.names:
-        _compare_column(dataset, column, commits, layout, found)
+        _compare_column(dataset, column, commits, files=files, layout=layout, found=found)
     if "://" not in path:
         _compare_files(Path(path), fragments, noted, found)
     _say_unchecked(dataset, rows, layout, found)
@@ -131,19 +135,26 @@ def compare(dataset: Any, path: str, layout: Layout) -> Findings:
 
 
 def _compare_column(
-    dataset: Any, column: str, commits: list[Commit], layout: Layout, found: Findings
+    dataset: Any,
+    column: str,
+    commits: list[Commit],
+    *,
+    files: Files,
+    layout: Layout,
+    found: Findings,
 ) -> None:
     """Compare a column; rows are whole where one of the digests that tell of them says so."""
+    kind, rows = dataset.schema.field(column).type, count_rows(dataset)
     whole: list[_Rows] = []
     wrong: list[_Rows] = []
     for commit in commits:
         if digest := commit.columns.get(column):
-            differs = _differs(dataset, column, digest, commit)
+            differs = _differs(files, kind, column, digest, commit)
             kept = wrong if differs else whole
             kept.append((commit.start, commit.stop, differs))
     name = repr(_known_as(column, layout))
-    compared = _without([(0, dataset.count_rows(), "")], [*whole, *wrong])
-    found.compared[column] = dataset.count_rows() - sum(stop - start for start, stop, _ in compared)
+    left = _without([(0, rows, "")], [*whole, *wrong])
+    found.compared[column] = rows - sum(stop - start for start, stop, _ in left)
     found.damages += [
         Damage(start, stop, name, said) for start, stop, said in _without(wrong, whole)
     ]
@@ -160,14 +171,15 @@ def _without(rows: list[_Rows], others: list[_Rows]) -> list[_Rows]:
     return rows
 
 
-def _differs(dataset: Any, column: str, digest: str, commit: Commit) -> str:
+def _differs(files: Files, kind: Any, column: str, digest: str, commit: Commit) -> str:
     """Say how a column differs from its digest; nothing where it is as it was written."""
     made = Digest()
-    some = _rows_at_once(dataset.schema.field(column).type)
+    some = _rows_at_once(kind)
     try:
         for start in range(commit.start, commit.stop, some):
-            rows = range(start, min(start + some, commit.stop))
-            for part in dataset.take(rows, columns=[column]).column(0).chunks:
+            for part in files.take(np.arange(start, min(start + some, commit.stop)), [column])[
+                column
+            ].chunks:
                 made.add(part)
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":

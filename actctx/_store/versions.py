@@ -10,11 +10,17 @@ still has more whole rows, as where somebody deleted a file in the middle.
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from actctx._errors import DataError
 from actctx._files import reason_of
+from actctx._model.known_faults import warn
+from actctx._store.layout import import_lance
+from actctx._store.validation import damaged
 
 _LARGEST = 2**64 - 1
 _FOOTER = struct.Struct("<Q2H4s")
@@ -71,18 +77,18 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
         OSError: A file cannot be read, for another reason than that it is not there.
 
     """
-    damaged: list[Version] = []
+    torn: list[Version] = []
     most: Version | None = None
     for number, file in manifests(path).items():
         version = _inspect(path, number, file, lance)
         if not version.damage:
             if most is not None and most.rows > version.rows:
-                return most, damaged
-            return version, damaged
-        damaged.append(version)
+                return most, torn
+            return version, torn
+        torn.append(version)
         if version.opened is not None and (most is None or version.rows > most.rows):
             most = version
-    return most, damaged
+    return most, torn
 
 
 def torn_frame(file: Path) -> str:
@@ -150,3 +156,105 @@ def _lost_file(path: Path, fragment: Any) -> str:
         if end != _MAGIC or each.file_size_bytes not in {None, size}:
             return f"its file 'data/{each.path}' is not whole"
     return ""
+
+
+def open_lance(path: str, version: int | None = None) -> Any:
+    """Open a Lance dataset.
+
+    Raises:
+        DataError: There is none, or its manifest is damaged.
+
+    Warns:
+        UserWarning: The newest version is damaged, and an older one is read.
+
+    """
+    lance = import_lance()
+    local = Path(path)
+    if "://" not in path and not (local / "_versions").is_dir():
+        found = "there is nothing"
+        if local.exists():
+            found = "the directory holds none" if local.is_dir() else "it is a file"
+        raise DataError(
+            f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
+        )
+    with _read_of(path):
+        if version is not None or "://" in path:
+            opened = lance.dataset(path, version=version)
+            _ = opened.schema  # which is read from the manifest as well
+            return opened
+        newest = newest_whole(path)
+    if newest.lost:
+        warn(f"{newest.lost}; {newest.remedy}")
+    return newest.opened
+
+
+class Newest(NamedTuple):
+    """The newest version of a data set that is whole.
+
+    Attributes:
+        opened: The Lance dataset.
+        lost: What is damaged, and read in its place; empty where nothing is.
+        remedy: What to do then.
+        has_gaps: Whether it is not whole itself, but has more rows than one that is.
+        torn: The manifests of the versions that are damaged.
+
+    """
+
+    opened: Any
+    lost: str = ""
+    remedy: str = ""
+    has_gaps: bool = False
+    torn: tuple[Path, ...] = ()
+
+
+def newest_whole(path: str) -> Newest:
+    """Open the newest version of a data set on a local disk that is whole.
+
+    Raises:
+        DataError: No version can be read.
+
+    """
+    with _read_of(path):
+        found, torn = find_version(Path(path), import_lance())
+        if found is None and torn:
+            raise damaged(path, torn[0].damage)
+        if found is None:  # of which Lance says why
+            found = Version(0, Path(path), "", import_lance().dataset(path))
+    if not torn:
+        return Newest(found.opened)
+    files = tuple(each.file for each in torn if each is not found)
+    if found.damage:
+        lost = f"version {found.number} of {path!r} is not whole: {found.damage}"
+        lost += f"; from row {found.rows} on it cannot all be read"
+        remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
+        return Newest(found.opened, lost, remedy, has_gaps=True, torn=files)
+    numbers = " and ".join(str(each.number) for each in reversed(torn[-2:]))
+    if len(torn) > 2:  # noqa: PLR2004  the first and the last
+        numbers = f"{torn[-1].number} to {torn[0].number}"
+    versions = f"version {numbers}" if len(torn) == 1 else f"versions {numbers}"
+    lost = (
+        f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} not whole, as after a cut "
+        f"of power: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
+        "and what was written after it is lost"
+    )
+    return Newest(found.opened, lost, "the same extract() writes it again", torn=files)
+
+
+@contextmanager
+def _read_of(path: str) -> Iterator[None]:
+    """Say of errors what could not be read.
+
+    Raises:
+        DataError: There was one.
+
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception):
+            raise damaged(path, reason_of(error)) from None
+        if type(error).__name__ != "PanicException":  # Lance's, of some damage
+            raise
+        raise damaged(path, f"its manifest is damaged ({error})") from None
