@@ -517,3 +517,11 @@ def test_a_carried_column_that_became_another_is_said(tmp_path):
     data._rows._opened = data._rows._files = None
     with pytest.raises(DataError, match="its column 'label' is int32, as it was not before; "):
         data[3]
+
+
+def test_a_condition_that_fails_at_a_text_with_a_nul_ends_nothing(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    lance.dataset(path).update({"text": "concat('a', chr(0))"}, where="position = 3")
+    assert ActivationDataset(path, where="position = 3")[0]["text"] == "a\0"
+    with pytest.raises(OptionError, match=r"is not a condition on rows: .*Cannot cast string"):
+        ActivationDataset(path, where="position = 3 AND CAST(text AS INT) > 3")
