@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from actctx._errors import DataError
-from actctx._files import cannot_write, reason_of
+from actctx._files import cannot_write, clear_leftovers, reason_of
 from actctx._model.known_faults import warn
 from actctx._store.commits import Commits
 from actctx._store.digests import DIGESTS, Commit, read_digests
@@ -77,6 +77,7 @@ class Target:
 
     def __init__(self, path: Path, *, sync: bool = True, repairs: bool = False) -> None:
         self.path = path
+        clear_leftovers(path.parent)
         found = found_at(path)
         if found:
             raise DataError(
@@ -88,7 +89,7 @@ class Target:
         self.closing: Callable[[], None] | None = None
         self._commits = Commits(path, syncs=sync)
         self._repairs = repairs
-        self._is_empty = False
+        self._is_empty = self._is_tidy = False
         try:
             self._is_new = not path.exists()
             path.mkdir(exist_ok=True)
@@ -153,6 +154,7 @@ class Target:
                 delete_unverified=self._lock is not None,  # else another may be writing them
                 error_if_tagged_old_versions=False,
             )
+        self._is_tidy = True
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -185,12 +187,15 @@ class Target:
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.layout, self.schema = layout, schema
-        if self._is_empty:
+        if self._is_empty or self._before - {_LOCK}:
             self.tidy()
+        self._is_tidy = True
 
     def note_finished(self, *, finished: bool) -> None:
         """Note whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
+            if not self._is_tidy:  # as where nothing was left to write
+                self.tidy()
             self.layout = self.layout.as_finished(finished=finished)
             with self._writing():
                 self._commits.describe(self.layout.as_metadata())
@@ -230,7 +235,9 @@ class Target:
         try:
             self._commits.describe(metadata)
             self._commits.add_columns(batches, schema, digests)
-        except OSError as error:
+        except DataError:
+            raise
+        except (ValueError, OSError) as error:  # the first of Arrow, of what it could not read
             raise DataError(
                 f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
                 f"since what is new lies in '{other.path}': make room, and the same call goes on "

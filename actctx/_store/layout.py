@@ -8,9 +8,10 @@ names that users know are in the metadata, and they never see the others.
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -65,7 +66,7 @@ def import_lance() -> Any:
     """Import Lance, which only data sets need.
 
     Raises:
-        OptionError: It is not installed.
+        OptionError: It is not installed, or the process was forked from one that had used it.
 
     """
     try:
@@ -76,7 +77,19 @@ def import_lance() -> Any:
             f"data sets need {error.name}, which is not installed; install it with: "
             "pip install 'actctx[data]'"
         ) from None
+    if _used_in() != os.getpid():
+        raise OptionError(
+            "data sets cannot be used in a process that was forked from one that had used them, "
+            "since Lance's threads do not survive a fork; start it another way, such as "
+            "multiprocessing.get_context('spawn')"
+        )
     return lance
+
+
+@cache
+def _used_in() -> int:
+    """Tell in which process Lance was used first; one that is forked from it knows as well."""
+    return os.getpid()
 
 
 @dataclass(frozen=True)
@@ -326,8 +339,9 @@ def _later(path: object, what: LaterError, found: dict[str, Any]) -> DataError:
 
 
 def column_name(name: str) -> str:
-    """Write a name without dots, so that no two names are written alike."""
-    return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+    """Write a name without dots and backticks, so that no two names are written alike."""
+    escaped = name.replace("%", "%25").replace("/", "%2F").replace("`", "%60")
+    return escaped.replace(".", "/")
 
 
 @lru_cache

@@ -203,11 +203,11 @@ class StoredRows:
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
             values = self._numbers(table, name, dtype) if dtype else self._objects(table, name)
-            batch[name][place] = values if repeated is None else values[repeated]
+            _put(batch[name], place, values if repeated is None else values[repeated])
         for name, site in self.sites.items():
             with self._reading(f"{_OTHERWISE}, or leave that site out with sites="):
                 tensor = as_tensor(table[site.column], site)
-            batch[name][place] = tensor if repeated is None else tensor[repeated]
+            _put(batch[name], place, tensor if repeated is None else tensor[repeated])
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
         files = self.files
@@ -242,6 +242,15 @@ class StoredRows:
                 raise ValueError(f"its column {name!r} is not {column.type}: {reason}") from None
         # One by one, since NumPy would make an axis of lists.
         return np.fromiter(values, dtype=object, count=len(column))
+
+
+def _put(memory: Any, place: slice | Int64[np.ndarray, "row"], values: Any) -> None:
+    """Write rows to their places: to scattered ones by NumPy, which is faster than torch."""
+    if isinstance(place, slice) or not isinstance(memory, Tensor) or memory.dtype != values.dtype:
+        memory[place] = values
+        return
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.itemsize]
+    memory.view(bits).numpy()[place] = values.view(bits).numpy()
 
 
 def _ascending(

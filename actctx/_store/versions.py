@@ -169,11 +169,7 @@ def open_lance(path: str, version: int | None = None) -> Any:
 
     """
     lance = import_lance()
-    local = Path(path)
-    if "://" not in path and not (local / "_versions").is_dir():
-        found = "there is nothing"
-        if local.exists():
-            found = "the directory holds none" if local.is_dir() else "it is a file"
+    if "://" not in path and (found := _why_none(Path(path))):
         raise DataError(
             f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
         )
@@ -186,6 +182,18 @@ def open_lance(path: str, version: int | None = None) -> Any:
     if newest.lost:
         warn(f"{newest.lost}; {newest.remedy}")
     return newest.opened
+
+
+def _why_none(path: Path) -> str:
+    """Say why there is no data set at a path; nothing where there may be one."""
+    try:
+        if (path / "_versions").is_dir():
+            return ""
+        if not path.exists():
+            return "there is nothing"
+        return "the directory holds none" if path.is_dir() else "it is a file"
+    except OSError as error:
+        return reason_of(error)
 
 
 class Newest(NamedTuple):
