@@ -10,10 +10,12 @@ lock is held or cannot be told.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -164,6 +166,38 @@ def check_place(path: str | PathLike[str]) -> Path:
     return place
 
 
+def sync(path: Path) -> None:
+    """Wait until what a file holds, or the names in a directory, are on the disk itself.
+
+    Raises:
+        OSError: They could not be written there, or the file is missing.
+
+    """
+    is_directory = path.is_dir()
+    if is_directory and os.name == "nt":  # which opens no directories
+        return
+    opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":  # whose fsync leaves it in the cache of the disk
+            import fcntl
+
+            fcntl.fcntl(opened, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(opened)
+    except OSError as error:
+        if not (is_directory and error.errno in {errno.EINVAL, errno.ENOTSUP}):
+            raise
+    finally:
+        os.close(opened)
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until a file, or all that a directory holds, is on the disk itself."""
+    for each in sorted(path.rglob("*"), reverse=True):
+        sync(each)
+    sync(path)
+
+
 def refuse_existing(path: Path) -> None:
     """Make sure that there is nothing at a path.
 
@@ -204,11 +238,13 @@ def written_beside(
                 mode = (path if path.exists() else partial).stat().st_mode
         with _said_of(path, errors, "make room there, or give another path"):
             yield partial
+            sync_tree(partial)
         with _said_of(path):
             if not directory:
                 with suppress(OSError):  # not every file system has modes
                     partial.chmod(mode)  # safetensors makes a file of its own, for its owner alone
             partial.replace(path)
+            sync(path.parent)
 
 
 @contextmanager

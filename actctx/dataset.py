@@ -32,11 +32,14 @@ from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
 from actctx._store.shuffle import Order, batches_of, rank_of
 from actctx._store.validation import check_fragments, reading
+from actctx._store.verification import Verified, check_whole
 from actctx._store.where import find_site, find_sites
 from actctx._text import counted, format_bytes, printable
 
-__all__ = ["ActivationDataset", "Loader", "Mixing", "StoredSite"]
-Loader.__module__ = Mixing.__module__ = StoredSite.__module__ = __name__  # where users find them
+__all__ = ["ActivationDataset", "Loader", "Mixing", "StoredSite", "Verified"]
+for _public in (Loader, Mixing, StoredSite, Verified):
+    _public.__module__ = __name__  # where users find them
+del _public
 
 _FEW = 4  # rows, too few to tell whether they are shuffled
 
@@ -76,7 +79,8 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     Raises:
         DataError: There is no data set at the path, or it is damaged, of a later version, or of
-            another model.
+            another model. Where only its newest versions are, as after a cut of power, the newest
+            that is whole is read, with a warning.
         NotCapturedError: It has no such site, or several of the hook.
         HookNameError: A glob has a bracket that means nothing.
         OptionError: Lance does not understand the condition, or is not installed.
@@ -306,6 +310,27 @@ class ActivationDataset(Dataset[StoredBatch]):
                 f"{_described(here)}{which}; give the model that they were extracted from, or "
                 f"extract them from this one{hint}"
             )
+
+    def verify(self) -> Verified:
+        """Compare all that is on disk with what was written, byte for byte.
+
+        All rows and columns are read, whatever `sites` and `where` choose, and compared with the
+        digests that each commit left beside the data. They find damage, such as a flipped bit;
+        they do not withstand forgery.
+
+        Returns:
+            What was compared, and what could not be, such as columns that somebody else added, and
+            rows that versions of actctx without digests wrote.
+
+        Raises:
+            DataError: Something differs; it names the columns and rows.
+
+        Example:
+            >>> data.verify().unchecked
+            ()
+
+        """
+        return check_whole(self._rows.lance, self.path)
 
     def to_saelens(
         self,

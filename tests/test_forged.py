@@ -470,7 +470,7 @@ def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
     edited(path, lambda found: found.replace(kind, kind[:-4] + b"\0" + kind[-3:]))
     with pytest.raises(DataError) as caught:
         ActivationDataset(path, where="position > 3")
-    assert str(caught.value).startswith(f"the data set at '{path}' cannot be read: ")
+    assert str(caught.value).startswith(f"rows of '{path}' cannot be read: ")
     target = Target(path)
     with pytest.raises(DataError, match="cannot be read: "):
         next(target.stored())

@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +19,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
-from actctx._files import reason_of
 from actctx._model.axes import Axes
 from actctx._store.validation import (
     MOST_ELEMENTS,
@@ -290,42 +288,6 @@ class Layout:
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""
         return replace(self, finished=finished)
-
-
-def open_lance(path: str, version: int | None = None) -> Any:
-    """Open a Lance dataset.
-
-    Raises:
-        DataError: There is none, or its manifest is damaged.
-
-    """
-    lance = import_lance()
-    if "://" not in path and (found := _why_none(Path(path))):
-        raise DataError(
-            f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
-        )
-    try:
-        opened = lance.dataset(path, version=version)
-        _ = opened.schema  # which is read from the manifest as well
-    except BaseException as error:
-        if isinstance(error, Exception):
-            raise damaged(path, reason_of(error)) from None
-        if type(error).__name__ != "PanicException":  # Lance's, of some damage
-            raise
-        raise damaged(path, f"its manifest is damaged ({error})") from None
-    return opened
-
-
-def _why_none(path: Path) -> str:
-    """Say why there is no data set at a path; nothing where there may be one."""
-    try:
-        if (path / "_versions").is_dir():
-            return ""
-        if not path.exists():
-            return "there is nothing"
-        return "the directory holds none" if path.is_dir() else "it is a file"
-    except OSError as error:
-        return reason_of(error)
 
 
 def layout_of(dataset: Any, path: str) -> Layout:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
+from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor
 from actctx._store.validation import REOPEN, Files, count_rows, reading
+from actctx._store.versions import open_lance
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name, format_bytes, printable
 
