@@ -359,8 +359,9 @@ def test_names_for_saelens_are_strings(path, tmp_path, rename, message):
 
 def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out):
     extract(gpt2, ids, LAYER, out, progress=False)
+    kind = b"/lance.encodings.ColumnEncoding"
     for file in (out / "data").iterdir():
-        file.write_bytes(b"")
+        file.write_bytes(file.read_bytes().replace(kind, kind[:-4] + b"\0" + kind[-3:]))
     for read in (
         lambda: ActivationDataset(out)[:],
         lambda: next(iter(ActivationDataset(out).loader(4))),
