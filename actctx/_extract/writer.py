@@ -8,6 +8,7 @@ a crash costs a hundredth of the work at most, and slow rows make no file a minu
 What a crash leaves is a file that no manifest knows, which the next writer deletes.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ from actctx._extract.row_choice import Work
 from actctx._results.column import wait_for
 from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
-from actctx._store.layout import COUNTED, StoredSite, as_array
+from actctx._store.layout import COUNTED, FLOAT8, StoredSite, as_array
 from actctx._text import dtype_name
 
 if TYPE_CHECKING:
@@ -210,15 +211,40 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
 
 
 def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, before: int) -> None:
-    if not values.numel() or all(map(torch.isfinite, torch.aminmax(values))):
+    """Refuse values that are no numbers, or infinite, or were beyond the end of eight bits.
+
+    Raises:
+        DataError: There are some.
+
+    """
+    if not values.numel() or not values.dtype.is_floating_point:
+        return
+    dtype = values.dtype
+    if dtype in FLOAT8:  # of which torch does not tell
+        values = values.float()
+        values = values.where(values.abs() < torch.finfo(dtype).max, values * math.inf)
+    if all(map(torch.isfinite, torch.aminmax(values))):
         return
     values = values.reshape(len(values), -1)  # a row may be one number, without an axis
     at = int((~torch.isfinite(values)).any(1).nonzero()[0])
     found = values[at][~torch.isfinite(values[at])][0]
-    remedy = "finite=False writes it as it is"
-    if values.dtype == torch.float16 and bool(found.isinf()):
-        remedy = f"float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; {remedy}"
     raise DataError(
-        f"{name!r} is {float(found)} in row {before + at}: token {int(work.token[at])} of sequence "
-        f"{int(work.sequence[at])}, position {int(work.position[at])}; {remedy}"
+        f"{name!r} is {_shown(found, dtype)} in row {before + at}: token {int(work.token[at])} of "
+        f"sequence {int(work.sequence[at])}, position {int(work.position[at])}; "
+        f"{_remedy(found, dtype)}finite=False writes it as it is"
     )
+
+
+def _shown(found: Tensor, dtype: torch.dtype) -> str:
+    if dtype in FLOAT8 and bool(found.isinf()):
+        return f"{math.copysign(torch.finfo(dtype).max, float(found)):g} or beyond"
+    return f"{float(found)}"
+
+
+def _remedy(found: Tensor, dtype: torch.dtype) -> str:
+    if dtype in FLOAT8:  # some of which take nan for what is beyond their end
+        end = torch.finfo(dtype).max
+        return f"{dtype_name(dtype)} ends at {end:g}, beyond which dtype=torch.bfloat16 goes; "
+    if dtype == torch.float16 and bool(found.isinf()):
+        return "float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; "
+    return ""

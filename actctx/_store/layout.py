@@ -27,8 +27,12 @@ if TYPE_CHECKING:
 KEY = b"actctx"
 """The one key of the schema's metadata that is ours."""
 
-FORMAT = 1
-"""The version of the layout; a later one is not read."""
+FORMAT = 2
+"""The version of the layout; a later one is not read.
+
+The first had floating-point sites only. What needs no more is written as such, so that older
+versions of actctx read it.
+"""
 
 COUNTED = ("token", "sequence", "position")
 """The columns that say where a row comes from; see `extract`."""
@@ -48,7 +52,28 @@ _OF_LANCE = {
 TAKEN = {*COUNTED, DIGEST, *_OF_LANCE}
 """What neither a site nor what is carried can be called."""
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = frozenset(
+    {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+)
+"""The dtypes of eight bits, for which Arrow has none; their bits are written as uint8."""
+
+_ARROW = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool_",
+    **dict.fromkeys(FLOAT8, "uint8"),
+}
+"""The dtypes that a data set holds, and the Arrow types of their elements."""
+
+_ADVISED = (torch.float32, torch.float16, torch.bfloat16)
+_FIRST_DTYPES = {"float32", "float16", "bfloat16"}
+"""Those of the first layout."""
 
 
 def import_lance() -> Any:
@@ -154,7 +179,7 @@ class Layout:
                 "'actctx'; give the path that extract() wrote to"
             )
         found = json.loads(written)
-        if found.pop("format") != FORMAT:
+        if found.pop("format") not in range(1, FORMAT + 1):
             version = found["versions"]["actctx"]
             raise DataError(
                 f"'{path}' was written by actctx {version}, whose layout this version does not "
@@ -169,7 +194,8 @@ class Layout:
 
     def as_metadata(self) -> str:
         """Write it as the value of the metadata's one key."""
-        return json.dumps({"format": FORMAT, **asdict(self)})
+        is_first = {site.dtype for site in self.sites} <= _FIRST_DTYPES
+        return json.dumps({"format": 1 if is_first else FORMAT, **asdict(self)})
 
     def schema(self, carried: "pa.Schema") -> "pa.Schema":
         """Make the schema of the data set, with the columns that came with the input."""
@@ -265,7 +291,12 @@ def value_type(dtype: torch.dtype) -> Any:
         from lance.arrow import BFloat16Type
 
         return BFloat16Type()
-    return pa.float16() if dtype == torch.float16 else pa.float32()
+    return getattr(pa, _ARROW[dtype])()
+
+
+def is_known_to_others(dtype: torch.dtype) -> bool:
+    """Tell whether Lance and NumPy know the values of a dtype, and not only their bits."""
+    return dtype != torch.bfloat16 and dtype not in FLOAT8
 
 
 def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
@@ -280,26 +311,28 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
             f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
             "nothing; give a slice that selects something"
         )
+    if values.dtype in _ARROW:
+        return
     if not values.dtype.is_floating_point:
-        raise OptionError(not_floating_point(name, values.dtype))
-    if values.dtype not in _DTYPES:
-        raise OptionError(
-            f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
-            f"dtype= {', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
-        )
+        raise OptionError(not_held(name, values.dtype))
+    raise OptionError(
+        f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
+        f"dtype= {', '.join(map(str, _ADVISED[:-1]))} or {_ADVISED[-1]}"
+    )
 
 
-def not_floating_point(name: str, dtype: torch.dtype) -> str:
-    """Say why a site that yields integers, bools or complex numbers leaves no rows."""
+def not_held(name: str, dtype: torch.dtype) -> str:
+    """Say why a site that yields complex numbers, or the like, leaves no rows."""
     # dtype= would not help, since it casts floating-point activations only.
     return (
-        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point activations; "
-        "leave the site out, or keep it in memory with capture()"
+        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point numbers, bools, "
+        "and integers of up to 64 bits with a sign, or 8 without; leave the site out, or keep it "
+        "in memory with capture()"
     )
 
 
 def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
-    """Show Arrow a tensor as a column, a row for each of its own; nothing is copied.
+    """Show Arrow a tensor as a column, a row for each of its own; only bools are copied.
 
     Args:
         values: A contiguous tensor on the CPU, of a dtype that a data set holds. Whoever has the
@@ -309,11 +342,13 @@ def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
     import pyarrow as pa
 
     flat = values.reshape(-1)
-    same_bits = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
-    buffer = pa.py_buffer(same_bits.numpy())
     kind = value_type(flat.dtype)
-    storage = pa.binary(2) if flat.dtype == torch.bfloat16 else kind
-    elements = pa.Array.from_buffers(storage, flat.numel(), [None, buffer])
+    if flat.dtype == torch.bool:  # of which Arrow packs eight into a byte
+        elements = pa.array(flat.numpy())
+    else:
+        storage = pa.binary(2) if flat.dtype == torch.bfloat16 else kind
+        buffer = pa.py_buffer(_bits(flat).numpy())
+        elements = pa.Array.from_buffers(storage, flat.numel(), [None, buffer])
     if flat.dtype == torch.bfloat16:
         elements = pa.ExtensionArray.from_storage(kind, elements)
     return pa.FixedSizeListArray.from_arrays(elements, values.shape[1:].numel())
@@ -322,7 +357,7 @@ def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
 def as_tensor(
     column: "pa.FixedSizeListArray | pa.ChunkedArray", site: StoredSite
 ) -> Shaped[Tensor, "row ..."]:
-    """Show torch a column of a site in its shape; only what lies in several chunks is copied.
+    """Show torch a column of a site in its shape; what lies in several chunks is copied, and bools.
 
     The tensor shares the column's memory, which must not be written to.
     """
@@ -335,10 +370,20 @@ def as_tensor(
     if not rows:
         return torch.empty((0, *site.shape), dtype=dtype)
     elements = column.flatten()  # of a window on a larger column, only what is in it
+    if dtype == torch.bool:
+        unpacked = elements.to_numpy(zero_copy_only=False)
+        return torch.from_numpy(unpacked).view(rows, *site.shape)
     if isinstance(elements, pa.ExtensionArray):
         elements = elements.storage
     bits = _Bytes(elements.buffers()[1], elements.offset * dtype.itemsize, rows * site.nbytes)
     return torch.from_numpy(np.asarray(bits)).view(dtype).view(rows, *site.shape)
+
+
+def _bits(flat: Shaped[Tensor, " _"]) -> Shaped[Tensor, " _"]:
+    """Show the bits of what NumPy has no dtype for as integers."""
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16)
+    return flat.view(torch.uint8) if flat.dtype in FLOAT8 else flat
 
 
 class _Bytes:

@@ -24,7 +24,15 @@ from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
-from actctx._store.layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
+from actctx._store.layout import (
+    TAKEN,
+    Layout,
+    StoredSite,
+    as_array,
+    column_name,
+    import_lance,
+    is_known_to_others,
+)
 from actctx._store.rows import StoredRows
 from actctx._store.where import meant_sites
 from actctx._text import counted, dtype_name, shortened
@@ -118,11 +126,24 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
 
 
 def _writable(site: StoredSite) -> torch.dtype:
-    if site.torch_dtype != torch.bfloat16:
-        return site.torch_dtype
+    """Choose the dtype that a site is written in.
+
+    Raises:
+        OptionError: It has integers or bools, which SAELens does not train from.
+
+    """
+    dtype = site.torch_dtype
+    if not dtype.is_floating_point:
+        raise OptionError(
+            f"SAELens trains from floating-point activations, but {site.name!r} is {site.dtype}; "
+            "leave it out, with ActivationDataset(..., sites=)"
+        )
+    if is_known_to_others(dtype):
+        return dtype
+    times = {1: "four times", 2: "twice"}[dtype.itemsize]
     warnings.warn(
-        f"SAELens' files have no bfloat16: {site.name!r} is written as float32, which holds the "
-        "same values and takes twice the space",
+        f"SAELens' files have no {site.dtype}: {site.name!r} is written as float32, which holds "
+        f"the same values and takes {times} the space",
         stacklevel=4,
     )
     return torch.float32

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from actctx._errors import NotCapturedError, OptionError
 from actctx._model.globs import meant
-from actctx._store.layout import StoredSite
+from actctx._store.layout import FLOAT8, StoredSite, is_known_to_others
 from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
@@ -108,7 +108,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
             site = find_site(sites, part[1], others)
         except NotCapturedError as error:
             raise OptionError(f"where={where!r} is not a condition on rows: {error}") from None
-        _refuse_bfloat16(where, site)
+        _refuse_bits(where, site)
         return f"`{site.column}`"
 
     bare = _QUOTED.sub(" ", where)
@@ -120,16 +120,20 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
                 f"where={where!r} names {name!r} without backticks, which names with dots need; "
                 f"write `{name}`"
             )
-        _refuse_bfloat16(where, sites[name])
+        _refuse_bits(where, sites[name])
     return _QUOTED.sub(column, where)
 
 
-def _refuse_bfloat16(where: str, site: StoredSite) -> None:
-    if site.dtype == "bfloat16":
+def _refuse_bits(where: str, site: StoredSite) -> None:
+    if not is_known_to_others(site.torch_dtype):
         raise OptionError(
-            f"where={where!r} compares {site.name!r}, which is bfloat16, as Lance cannot; read the "
-            f"rows and compare them, as in data[:][{site.name!r}] > 0"
+            f"where={where!r} compares {site.name!r}, which is {site.dtype}, as Lance cannot; read "
+            f"the rows and compare them, as in data[:][{site.name!r}]{_cast(site)} > 0"
         )
+
+
+def _cast(site: StoredSite) -> str:
+    return ".float()" if site.torch_dtype in FLOAT8 else ""  # which torch cannot compare either
 
 
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
