@@ -144,17 +144,17 @@ class Halved(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.half = nn.Identity()
+        self.alternate = nn.Identity()
 
     def forward(self, input_ids):
-        return self.half(input_ids.flatten()[::2, None].float())
+        return self.alternate(input_ids.flatten()[::2, None].float())
 
 
 def test_a_site_without_a_row_for_each_token_is_refused(out):
-    site = Site("half", axes="batch pos d")
+    site = Site("alternate", axes="batch pos d")
     assert refusal(AxisError, Halved(), torch.ones(2, 6, dtype=torch.long), [site], out) == (
-        "a data set has rows of tokens, but 'half' fired with the shape (6, 1) for 2 x 6 tokens, "
-        "so it has not one row for each; leave it out"
+        "a data set has rows of tokens, but 'alternate' fired with the shape (6, 1) for 2 x 6 "
+        "tokens, so it has not one row for each; leave it out"
     )
 
 

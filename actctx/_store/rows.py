@@ -14,6 +14,7 @@ from torch import Tensor
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
 from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
+from actctx._store.matching import Matching
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name
 
@@ -21,6 +22,8 @@ StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
+_MOST_AT_ONCE = 65536  # rows
+_SCANNED_BYTES = 2**25  # that are read ahead while rows are looked for
 _SAMPLED = 256  # rows, to tell what strings take
 _OBJECT_BYTES = 64  # of a string beside its characters, and of any other object
 
@@ -42,7 +45,7 @@ class StoredRows:
     version: int | None = None
     sites: Mapping[str, StoredSite] = field(default_factory=dict)
     others: Mapping[str, torch.dtype | None] = field(default_factory=dict)
-    matching: Int64[np.ndarray, "row"] | None = None
+    matching: Matching | None = None
     _opened: tuple[int, Any] | None = field(default=None, repr=False)
 
     @property
@@ -106,13 +109,22 @@ class StoredRows:
 
         """
         condition = as_lance_reads(where, sites, self.others)
+        named = sum(site.nbytes for site in sites.values() if site.column in condition)
+        matching = Matching(self.lance.count_rows())
         try:
-            scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
-            found = scanned.to_table()["_rowoffset"].to_numpy()
+            scanner = self.lance.scanner(
+                columns=["_rowoffset"],
+                filter=condition,
+                batch_size=max(64, min(_READ_BYTES // max(named, 1), _MOST_AT_ONCE)),
+                io_buffer_size=_SCANNED_BYTES,
+            )
+            for found in scanner.to_batches():
+                matching.add(found["_rowoffset"].to_numpy())
         except (ValueError, OSError) as error:
             reason = why_refused(reason_of(error), sites, self.others)
             raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
-        self.matching = np.sort(found.astype(np.int64))
+        matching.settle()
+        self.matching = matching
 
     def empty(self, rows: int) -> StoredBatch:
         """Make room for rows."""
@@ -140,7 +152,7 @@ class StoredRows:
     @property
     def at_once(self) -> int:
         """The number of rows that are read fastest."""
-        return max(64, min(_READ_BYTES // max(self.memory, 1), 65536))
+        return max(64, min(_READ_BYTES // max(self.memory, 1), _MOST_AT_ONCE))
 
     def read_into(
         self,
