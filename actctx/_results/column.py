@@ -1,8 +1,6 @@
-"""What one site left, and how it becomes one tensor."""
+"""What one site left over the forwards, and how it becomes one tensor."""
 
-import ctypes
 import itertools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +13,16 @@ from torch import Tensor
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
+from actctx._results.joining import (
+    check_alike,
+    check_joinable,
+    check_not_quantized,
+    concatenate,
+    give_back_to_system,
+)
 from actctx._results.sketch import sketch
 from actctx._results.table import Row
-from actctx._select.own import Owned, Rows, cast_dtype, plain_mode
+from actctx._select.own import Owned, TokenRows, cast_dtype, plain_mode
 from actctx._text import dtype_name
 
 
@@ -104,7 +109,7 @@ class Column:
         return sum(chunk.value.nbytes for chunks in self.firings for chunk in chunks)
 
     def clear(self) -> None:
-        """Forget what was captured; what was read stays with its reader."""
+        """Drop what was captured. Tensors that were read stay valid."""
         self.stack = None
         self.firings.clear()
         self.rooms.clear()
@@ -133,7 +138,7 @@ class Column:
                 self.firings[number] = deque([chunk._replace(value=whole)])
 
     def mapped(self, change: Callable[[Owned], Owned]) -> "Column":
-        """Copy it, with each tensor changed, and without the room for more."""
+        """Copy it with each tensor changed, and without room for more."""
         firings = [deque(map(change, chunks)) for chunks in self.firings]
         rows, lines = self.rows.copy(), self.lines.copy()
         self.settle_axes()
@@ -142,12 +147,12 @@ class Column:
         )
 
     def settle_axes(self) -> None:
-        """Have the model tell where the axes lie, unless it is known."""
+        """Find the axes by running the model, unless they are known."""
         tell, self.tell = self.tell, None
         if tell is not None:
             self.named = tell() or self.named
 
-    def _note_rows(self, rows: Rows) -> None:
+    def _note_rows(self, rows: TokenRows) -> None:
         """Count sequences over the forwards; those of one line have the same sequences."""
         first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
         if count != rows.sequences:
@@ -167,19 +172,19 @@ class Column:
         """Return the place for the next tensor of a firing, where there is a capacity.
 
         Raises:
-            CapacityError: There is no room for it.
+            CapacityError: The room that was made is full.
             JoinError: It does not fit what is there.
 
         """
         if self.capacity is None:
             return None
         dim = self.join_dim()
-        _check_not_quantized(self.key, selected)
+        check_not_quantized(self.key, selected)
         if number == len(self.rooms):
             self.rooms.append(_empty(selected, dim, self.capacity, dtype, device))
         room, used = self.rooms[number], self._used(number)
         count = selected.shape[dim]
-        _check_joinable(self.key, [room, selected], dim, self.join or "")
+        check_joinable(self.key, [room, selected], dim, self.join or "")
         if used + count > self.capacity:
             raise CapacityError(
                 f"{self.key!r} has room for capacity={self.capacity} along {self.join!r}, of "
@@ -203,14 +208,14 @@ class Column:
             return [chunk.value for chunk in chunks]
         if len(chunks) > 1:
             dim = self.join_dim()
-            _check_not_quantized(self.key, chunks[0].value)
-            _check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
-            _check_alike(self.key, chunks)
-            _concatenate(chunks, dim)
+            check_not_quantized(self.key, chunks[0].value)
+            check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
+            check_alike(self.key, chunks)
+            concatenate(chunks, dim)
         return chunks[0].value.contiguous()
 
     def settle(self) -> None:
-        """Wait until every tensor has arrived, and forget how it was waited for."""
+        """Wait until every tensor has arrived."""
         for chunks in self.firings:
             for _ in range(len(chunks)):
                 chunks.append(Owned(wait_for(chunks.popleft())))
@@ -227,12 +232,12 @@ class Column:
         shape = list(tensors[0].shape)
         if len(tensors) > 1 or self.join is None:
             dim = self.join_dim()
-            _check_joinable(self.key, tensors, dim, self.join or "")
+            check_joinable(self.key, tensors, dim, self.join or "")
             shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
         return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
 
     def shape(self) -> str:
-        """Tell the joined shape without joining, since showing it must not cost memory."""
+        """Return the joined shape without joining, which would take memory."""
         try:
             return str(tuple(self.outline().shape))
         except (AxisError, JoinError):
@@ -241,7 +246,7 @@ class Column:
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
 
     def fixed_sizes(self) -> Sizes:
-        """Tell the sizes that do not change, however many forwards there are."""
+        """Return the sizes that do not change, however many forwards there are."""
         try:
             free = None if self.join is None else self.join_dim()
         except AxisError:
@@ -278,7 +283,7 @@ class Column:
         """Find the axis along which forwards are joined; rows of tokens are joined as they come.
 
         Raises:
-            AxisError: There is none.
+            AxisError: The tensors do not have it.
 
         """
         self.settle_axes()
@@ -336,7 +341,7 @@ def _empty(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> Tensor:
-    """Make room for what will be selected; on Linux it takes memory only as it is filled."""
+    """Reserve memory for what will be selected. On Linux it is used only as it is filled."""
     shape = list(selected.shape)
     shape[dim] = capacity
     target = selected.device if device is None else device
@@ -345,105 +350,29 @@ def _empty(
     return torch.empty(shape, dtype=kind, device=target, pin_memory=pinned)
 
 
-def _check_not_quantized(key: str, tensor: Tensor) -> None:
-    if tensor.is_quantized:
-        raise JoinError(
-            f"{key!r} is quantized ({dtype_name(tensor.dtype)}), and torch does not join such "
-            "tensors; capture with join=None, without capacity=, and dequantize them"
-        )
-
-
-def _check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) -> None:
-    first = tensors[0]
-    for other in tensors:
-        if _others(first, dim) != _others(other, dim):
-            raise JoinError(
-                f"{key!r} was captured with the shapes {tuple(first.shape)} and "
-                f"{tuple(other.shape)}, which do not join along {join!r}; give the forwards one "
-                "length (by padding, or with a slice), join the steps of a generation along "
-                "'pos', or capture with join=None for a list"
-            )
-
-
-def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
-    first = chunks[0].value
-    for chunk in chunks:
-        other = chunk.value
-        if (first.dtype, first.device) != (other.dtype, other.device):
-            raise JoinError(
-                f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
-                f"on {other.device}; give capture a dtype= and a device="
-            )
-
-
 def _is_equal(first: Any, second: Any) -> bool:
-    """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    """Return whether two tensors, or two lists of them, have the same values; NaN is itself."""
     if isinstance(first, list):
         return len(first) == len(second) and all(map(_is_equal, first, second))
     alike = first.shape == second.shape and first.dtype == second.dtype
     return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
 
 
-def _others(tensor: Tensor, dim: int) -> list[int]:
-    return [size for axis, size in enumerate(tensor.shape) if axis != dim]
-
-
-def _concatenate(chunks: deque[Owned], dim: int) -> None:
-    """Replace chunks by their concatenation, releasing each as soon as it is copied."""
-    if any(chunk.value.requires_grad for chunk in chunks):
-        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
-            joined = torch.cat([chunk.value for chunk in chunks], dim)
-        chunks.clear()
-        chunks.append(Owned(joined))
-        return
-    first = chunks[0].value
-    shape = list(first.shape)
-    shape[dim] = sum(chunk.value.shape[dim] for chunk in chunks)
-    with plain_mode():
-        joined = torch.empty(shape, dtype=first.dtype, device=first.device)
-    del first
-    done, freed = 0, 0
-    try:
-        while chunks:
-            size = chunks[0].value.shape[dim]
-            joined.narrow(dim, done, size).copy_(chunks[0].value)
-            done += size
-            freed += chunks.popleft().value.nbytes
-            if freed > joined.nbytes // 32:
-                freed = 0
-                if joined.device.type == "cpu":
-                    give_back_to_system()
-    finally:  # an interrupt between two chunks loses neither those behind nor those before it
-        chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
-
-
 @dataclass
 class Kept:
-    """What a buffer keeps on the host, in bytes; it gives back what lies unused in between."""
+    """Counts the bytes that a buffer keeps on the host, and returns unused memory between them."""
 
     nbytes: int = 0
     trimmed: int = 0
 
     def add(self, firings: Iterable[Owned]) -> None:
-        """Note what a site left in one forward."""
+        """Record what a site left in one forward."""
         for chunk in firings:
             if chunk.value.is_cpu:
                 self.nbytes += chunk.value.nbytes
 
     def trim(self) -> None:
-        """Give back the holes of what was freed between what is kept, which come to as much."""
+        """Return freed memory to the system once as much has been kept since the last time."""
         if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
             self.trimmed = self.nbytes
             give_back_to_system()
-
-
-def give_back_to_system() -> None:
-    """Return freed memory of the host, which glibc keeps for later where it was of a few MiB.
-
-    Without it the process would hold the chunks and what they are joined to at once. Where the
-    C library is another one, there is nothing to be done, and nothing is lost.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
