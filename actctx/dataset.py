@@ -93,7 +93,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         chosen = find_sites(stored, sites)
         self.sites: Mapping[str, StoredSite] = chosen
         others = dtypes_of(lance, self.layout)
-        self._rows = StoredRows(self.path, lance.version, chosen, others)
+        self._rows = StoredRows(self.path, lance.version, chosen, others, self.layout.texts)
         if where is not None:
             self._rows.find(where, stored)
         self._length = len(self._rows)
@@ -349,9 +349,10 @@ class ActivationDataset(Dataset[StoredBatch]):
         rows = self._rows
         if name in rows.others:
             kept = {name: rows.others[name]}
-            return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
+            texts = (name,) if name in rows.texts else ()
+            return StoredRows(rows.path, rows.version, {}, kept, texts, rows.matching)
         site = find_site(self.sites, name, rows.others)
-        return StoredRows(rows.path, rows.version, {name: site}, {}, rows.matching)
+        return StoredRows(rows.path, rows.version, {name: site}, {}, (), rows.matching)
 
     def __repr__(self) -> str:
         return as_text(*self._summary())

@@ -357,7 +357,8 @@ class Extraction:
 
             names = self._reading.carry
             kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
-            target.create(replace(self._layout, sites=sites), pa.schema(kinds))
+            texts = tuple(each.name for each in kinds if pa.types.is_string(each.type))
+            target.create(replace(self._layout, sites=sites, texts=texts), pa.schema(kinds))
         else:
             target.tidy()
             target.note_finished(finished=False)

@@ -25,7 +25,8 @@ from actctx._results.column import wait_for
 from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
 from actctx._store.layout import COUNTED, FLOAT8, StoredSite, as_array
-from actctx._text import dtype_name
+from actctx._store.texts import once_a_sequence, rows_back
+from actctx._text import counted, dtype_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -143,15 +144,43 @@ class Writer:
         assert layout is not None  # noqa: S101  a writer begins behind it
         columns: list[Any] = [pa.array(getattr(work, name).numpy()) for name in COUNTED]
         columns.append(pa.array(work.digest.numpy()))
-        rows = pa.array(work.within.numpy())
-        kinds = {name: schema.field(name).type for name in layout.carried}
-        columns += [carried_array(name, work, kind=kind).take(rows) for name, kind in kinds.items()]
+        within = work.within.numpy()
+        back = rows_back(within)
+        if layout.texts:
+            columns.append(back)
+        for name in layout.carried:
+            values = carried_array(name, work, kind=schema.field(name).type)
+            is_text = name in layout.texts
+            columns.append(
+                once_a_sequence(values, within, back)
+                if is_text
+                else _each_row(name, values, within)
+            )
         for site in layout.sites:
             values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _each_row(name: str, values: Any, within: Any) -> Any:
+    """Give each row what its sequence carries.
+
+    Raises:
+        DataError: It is more than a column holds.
+
+    """
+    import pyarrow as pa
+
+    try:
+        return values.take(pa.array(within))
+    except pa.ArrowInvalid:  # of texts, which older versions wrote to each row
+        raise DataError(
+            f"carry names {name!r}, whose values take more than 2 GiB in the rows of one forward, "
+            "since an older version of actctx began this data set; give another path, where texts "
+            "are stored once a sequence"
+        ) from None
 
 
 def commit_seconds(elapsed: float) -> float:
@@ -201,6 +230,11 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
             f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
             "bools or strings, of one type throughout"
         ) from None
+    if isinstance(found, pa.ChunkedArray):
+        raise DataError(
+            f"carry names {name!r}, whose values take more than 2 GiB in a batch of "
+            f"{counted(len(values), 'sequence')}; give a smaller batch_size="
+        )
     if kind is not None and found.type != kind:
         raise DataError(
             f"carry names {name!r}, whose values were {kind} so far, but are {found.type} in "

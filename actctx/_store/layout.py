@@ -30,8 +30,8 @@ KEY = b"actctx"
 FORMAT = 2
 """The version of the layout; a later one is not read.
 
-The first had floating-point sites only. What needs no more is written as such, so that older
-versions of actctx read it.
+The first had floating-point sites only, and texts in each row. What needs no more is written as
+such, so that older versions of actctx read it.
 """
 
 COUNTED = ("token", "sequence", "position")
@@ -39,6 +39,9 @@ COUNTED = ("token", "sequence", "position")
 
 DIGEST = "_input"
 """The column that tells of what input a row is, which is not read; see `_inputs.Batch.digests`."""
+
+BACK = "_back"
+"""The column that says where the texts of a row are; see `actctx/_store/texts.py`."""
 
 _OF_LANCE = {
     "_rowid",
@@ -49,7 +52,7 @@ _OF_LANCE = {
 }
 """The columns that Lance has of its own."""
 
-TAKEN = {*COUNTED, DIGEST, *_OF_LANCE}
+TAKEN = {*COUNTED, DIGEST, BACK, *_OF_LANCE}
 """What neither a site nor what is carried can be called."""
 
 FLOAT8 = frozenset(
@@ -150,6 +153,7 @@ class Layout:
         input: What decides which rows come: masks, what is dropped, the context.
         versions: The versions that wrote it.
         carried: The names of the columns that came with the input, such as labels.
+        texts: Those of them that are stored once a sequence.
         finished: Whether the input came to its end, or to the number of tokens that was asked for.
 
     """
@@ -161,6 +165,7 @@ class Layout:
     versions: Mapping[str, str]
     carried: tuple[str, ...] = ()
     finished: bool = False
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, schema: "pa.Schema", path: object) -> "Layout":
@@ -190,12 +195,16 @@ class Layout:
             for site in found.pop("sites")
             if site["column"] in schema.names
         )
-        return cls(**{**found, "sites": sites, "carried": tuple(found["carried"])})
+        names = {name: tuple(found.get(name, ())) for name in ("carried", "texts")}
+        return cls(**{**found, **names, "sites": sites})
 
     def as_metadata(self) -> str:
         """Write it as the value of the metadata's one key."""
-        is_first = {site.dtype for site in self.sites} <= _FIRST_DTYPES
-        return json.dumps({"format": 1 if is_first else FORMAT, **asdict(self)})
+        said = asdict(self)
+        is_first = {site.dtype for site in self.sites} <= _FIRST_DTYPES and not self.texts
+        if not self.texts:
+            del said["texts"]  # which older versions do not know
+        return json.dumps({"format": 1 if is_first else FORMAT, **said})
 
     def schema(self, carried: "pa.Schema") -> "pa.Schema":
         """Make the schema of the data set, with the columns that came with the input."""
@@ -206,6 +215,7 @@ class Layout:
         )
         fields = [
             *(pa.field(name, kind, nullable=False) for name, kind in counted),
+            *([pa.field(BACK, pa.int32(), nullable=False)] if self.texts else []),
             *carried,
             *(
                 pa.field(site.column, pa.list_(value_type(site.torch_dtype), site.width))
@@ -216,8 +226,13 @@ class Layout:
 
     def unlisted(self, schema: "pa.Schema") -> list[str]:
         """Name the columns that somebody else added."""
-        known = {*COUNTED, DIGEST, *self.carried, *(site.column for site in self.sites)}
+        known = {*COUNTED, *self.hidden, *self.carried, *(site.column for site in self.sites)}
         return [name for name in schema.names if name not in known]
+
+    @property
+    def hidden(self) -> set[str]:
+        """The columns that users do not see."""
+        return {DIGEST, BACK} if self.texts else {DIGEST}
 
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""

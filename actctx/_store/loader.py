@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from actctx._select.own import device_of
 from actctx._store.indexing import is_int
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import Order, Pool
+from actctx._store.texts import Known
 
 _AHEAD = 2  # batches that are ready before they are asked for
 
@@ -33,10 +34,12 @@ class _Filling:
 
     pool: Pool
     memory: StoredBatch
+    texts: Known = field(default_factory=dict)
 
     def fill(self, source: StoredRows, start: int) -> None:
         rows = self.pool.rows[start : start + source.at_once]
-        source.read_into(self.memory, rows, place=slice(start, start + len(rows)))
+        place = slice(start, start + len(rows))
+        source.read_into(self.memory, rows, place=place, known=self.texts)
 
     def gather(self, which: Int64[np.ndarray, "row"], *, pin: bool) -> StoredBatch:
         """Copy the rows of a batch."""

@@ -47,6 +47,17 @@ class Matching:
     def __len__(self) -> int:
         return int(self._before[-1])
 
+    def count(self, rows: Int64[np.ndarray, " _"]) -> Int64[np.ndarray, " _"]:
+        """Count how many there are before each of some rows."""
+        block, within = np.divmod(rows, _BLOCK)
+        found = self._before[block]
+        for start in range(0, len(rows), _AT_ONCE):
+            some = slice(start, start + _AT_ONCE)
+            bits = np.unpackbits(self._bits[np.minimum(block[some], len(self._bits) - 1)], axis=1)
+            is_before = np.arange(_BLOCK) < within[some, None]
+            found[some] += (bits & is_before).sum(1)
+        return found
+
     @property
     def nbytes(self) -> int:
         """The bytes that it takes in memory."""
