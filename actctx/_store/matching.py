@@ -7,7 +7,7 @@ Together they take 0.14 bytes for each row of the data set, however many of them
 """
 
 import numpy as np
-from jaxtyping import Int, Int64, UInt8
+from jaxtyping import Int64, UInt8
 
 _BLOCK = 512
 _ONES = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(1, dtype=np.int64)
@@ -27,11 +27,11 @@ class Matching:
         self._bits: UInt8[np.ndarray, "block byte"] = np.zeros((blocks, _BLOCK // 8), np.uint8)
         self._before: Int64[np.ndarray, " _"] = np.zeros(blocks + 1, np.int64)
 
-    def add(self, rows: Int[np.ndarray, " row"]) -> None:
+    def add(self, rows: Int64[np.ndarray, " row"]) -> None:
         """Add rows, each of which is added once; `settle` is called behind the last of them."""
         if not len(rows):
             return
-        rows = np.sort(rows.astype(np.int64))
+        rows = np.sort(rows)
         byte = rows >> 3
         first = np.concatenate([[0], np.flatnonzero(np.diff(byte)) + 1])
         bit = np.left_shift(1, 7 - (rows & 7)).astype(np.uint8)
@@ -55,7 +55,7 @@ class Matching:
             some = slice(start, start + _AT_ONCE)
             bits = np.unpackbits(self._bits[np.minimum(block[some], len(self._bits) - 1)], axis=1)
             is_before = np.arange(_BLOCK) < within[some, None]
-            found[some] += (bits & is_before).sum(1)
+            found[some] += (bits & is_before).sum(1, dtype=np.int64)
         return found
 
     @property

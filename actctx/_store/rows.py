@@ -103,7 +103,7 @@ class StoredRows:
         """
         names = [name for name, dtype in self.others.items() if dtype is None]
         if not names or not len(self):
-            return 0, 0, 0
+            return 0.0, 0.0, 0.0
         rows = np.unique(np.random.default_rng(0).integers(len(self), size=_SAMPLED))
         alone = texts = ends = 0
         for start in range(0, len(rows), _SAMPLED_AT_ONCE):
@@ -201,7 +201,7 @@ class StoredRows:
             io_buffer_size=SCANNED_BYTES,
         )
         for found in scanner.to_batches():
-            yield found["_rowoffset"].to_numpy()
+            yield found["_rowoffset"].to_numpy().astype(np.int64)
 
     def empty(self, rows: int) -> StoredBatch:
         """Make room for rows."""

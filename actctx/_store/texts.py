@@ -68,11 +68,11 @@ class TextRows:
             self._first = Matching(lance.count_rows())
             scanned = lance.scanner(columns=["_rowoffset"], filter=f"{BACK} = 0")
             for found in scanned.to_batches():
-                self._first.add(found["_rowoffset"].to_numpy())
+                self._first.add(found["_rowoffset"].to_numpy().astype(np.int64))
             self._first.settle()
 
     def of(
-        self, rows: Int64[np.ndarray, " row"], back: Int64[np.ndarray, " row"]
+        self, rows: Int64[np.ndarray, " row"], back: Int32[np.ndarray, " row"]
     ) -> Int64[np.ndarray, " row"]:
         """Tell for each row which has its texts."""
         if self._first is None:
@@ -140,7 +140,7 @@ def offsets_of_matching(
     texts: list[str],
     batch_size: int,
     path: str,
-) -> Iterator[Int64[np.ndarray, " row"]]:
+) -> Iterator[Int64[np.ndarray, " match"]]:
     """Find the rows that a condition holds of that names texts.
 
     Lance compares what is in a row, so the rows are read in their order, given the texts of their
@@ -201,7 +201,7 @@ def _matching(
     number: Int32[np.ndarray, " row"],
     texts: dict[str, "pa.Array"],
     condition: str,
-) -> Int64[np.ndarray, " row"]:
+) -> Int64[np.ndarray, " match"]:
     """Find the rows that a condition holds of.
 
     Args:
@@ -226,7 +226,7 @@ def _asked(
     number: Int32[np.ndarray, " row"],
     texts: dict[str, "pa.Array"],
     condition: str,
-) -> Int64[np.ndarray, " row"]:
+) -> Int64[np.ndarray, " match"]:
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -244,5 +244,7 @@ def _asked(
             batch_size=max(1, min(_SPREAD_BYTES // (longest + 1), 8192)),
         )
     )
-    found: Int64[np.ndarray, " row"] = scanner.to_table()["_rowoffset"].to_numpy().astype(np.int64)
+    found: Int64[np.ndarray, " match"] = (
+        scanner.to_table()["_rowoffset"].to_numpy().astype(np.int64)
+    )
     return found
