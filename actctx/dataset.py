@@ -53,7 +53,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             is read under the name that it is asked for by, or that an ending or a glob matches.
         where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. It may name any
             site, in backticks where the name has dots, and its elements, counted from 1. What
-            matches is found once, and takes 8 bytes of memory a row that does.
+            matches is found once, and takes 0.15 bytes of memory for each row of the data set.
         model: A model that the activations must be of; see `check`.
 
     Attributes:
@@ -263,8 +263,8 @@ class ActivationDataset(Dataset[StoredBatch]):
 
         The rows are cut into runs of `context`, in their order; rows at the end that fill no run
         are left out. Each site is a column under its name, its heads flattened as SAELens flattens
-        them. bfloat16, which these files do not have, becomes float32, with a warning. A few
-        megabytes of rows are in memory at a time.
+        them. bfloat16 and float8, which these files do not have, become float32, with a warning. A
+        few megabytes of rows are in memory at a time.
 
         Args:
             path: The directory to write, SAELens' `cached_activations_path`; there whole or not
@@ -278,7 +278,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         Raises:
             DataError: There is something at the path already, or it cannot be written to.
             OptionError: `context` is no number of rows, or there are fewer; `rename` names no site
-                that is read, or two columns would have one name.
+                that is read, or two columns would have one name; a site has integers or bools.
 
         Example:
             >>> data.to_saelens("cached", context=7)

@@ -112,7 +112,11 @@ def test_rows_of_one_sequence_share_their_text_in_memory(model, out):
     extract(model, rows(documents, [300] * 3), BLOCK, out, carry=["document", "label"])
     data = ActivationDataset(out)
     assert len({id(text) for text in data[:]["document"]}) == 3
-    assert data.loader(8)._order.pool > 1  # a pool of one batch, were each row to have its own
+    assert data.loader(8)._order.pool > 100  # and not 32, as were each row to have its own
+    few = ActivationDataset(out, where="length(document) > 9 AND position < 3")
+    assert len(few) == 9
+    few = ActivationDataset(out, where="starts_with(document, '1') AND position < 3")
+    assert few.read("document") == [documents[1]] * 3
 
 
 def test_long_texts_of_long_sequences_are_stored(model, out):
@@ -152,6 +156,13 @@ def test_sites_are_added_beside_them(model, written):
     assert torch.equal(batch["again"], batch["block"])
 
 
+def test_what_is_no_text_is_refused(model, out):
+    data = [{"input_ids": [1, 2], "document": "half a pair: \ud83d"}]
+    assert refusal(DataError, model, data, BLOCK, out, carry="document").startswith(
+        "carry names 'document', whose values do not make a column: 'utf-8' codec can't encode "
+    )
+
+
 def test_the_column_that_finds_them_is_taken(model, out):
     data = [{"input_ids": [1, 2], "_back": "a"}]
     message = refusal(OptionError, model, data, BLOCK, out, carry="_back")
@@ -179,6 +190,14 @@ CONDITIONS = {
         row["source"] == "source 1" and row["document"] == "no"
     ),
     "document = 'no' AND block[2] > 0": lambda row: row["document"] == "no" and row["block"][1] > 0,
+    "document < source": lambda row: row["document"] < row["source"],
+    "document || source = 'nosource 1' AND position > 0": lambda row: (
+        row["document"] + row["source"] == "nosource 1" and row["position"] > 0
+    ),
+    "CASE WHEN token > 2 THEN document ELSE source END = 'no'": lambda row: (
+        row["token"] > 2 and row["document"] == "no"
+    ),
+    "regexp_match(document, '^n') IS NOT NULL": lambda row: row["document"].startswith("n"),
     "label = 1": lambda row: row["label"] == 1,
     "document IS NULL": lambda _row: False,
     "document = 'nowhere'": lambda _row: False,

@@ -98,6 +98,18 @@ def test_they_are_resumed_and_added(out, dtype):
     assert rows["floats"].dtype == torch.float32
 
 
+def test_integers_are_resumed_and_added_whatever_dtype_floats_are_cast_to(out):
+    sites = [VALUES, Site("floats", axes="batch pos d")]
+    extract(Numbers(torch.int64), IDS, sites, out, max_tokens=16, dtype=torch.float16)
+    extract(Numbers(torch.int64), IDS, sites, out, dtype=torch.float16)
+    other = {"other": VALUES}
+    extract(Numbers(torch.int64), IDS, other, out, dtype=torch.float16, add=True)
+    extract(Numbers(torch.int64), IDS, other, out, dtype=torch.float16, add=True)
+    rows = ActivationDataset(out)[:]
+    assert same(rows["values"], values(torch.int64))
+    assert same(rows["other"], values(torch.int64))
+
+
 def test_numbers_without_axes_of_their_own_are_rows(gpt2, out):
     extract(gpt2, IDS, ["embed.hook_in", "blocks.0.hook_resid_pre"], out, dtype=torch.float16)
     rows = ActivationDataset(out)[:]

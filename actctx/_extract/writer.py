@@ -225,7 +225,7 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
         found = pa.array(values)
         if kind is not None and pa.types.is_integer(found.type) and pa.types.is_floating(kind):
             found = found.cast(kind)  # of ints that a float holds exactly
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, UnicodeEncodeError) as error:  # of half a surrogate pair
         raise DataError(
             f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
             "bools or strings, of one type throughout"

@@ -289,8 +289,8 @@ def _write(
 def _site_of(name: str, kind: Any) -> StoredSite:
     if kind.dtype not in {"float16", "float32"}:
         raise DataError(
-            f"{name!r} is {kind.dtype} in SAELens' directory, which a data set does not hold; "
-            "cache it as float32 or float16"
+            f"{name!r} is {kind.dtype} in SAELens' directory, whose activations are float32 "
+            "or float16; cache it as one of them"
         )
     axes = (hook_axes(name, ()) or ())[2:]
     return StoredSite(

@@ -234,7 +234,9 @@ def _asked(
         name: pa.DictionaryArray.from_arrays(number, values) for name, values in texts.items()
     }
     longest = max(pc.max(pc.binary_length(each)).as_py() or 0 for each in texts.values())
-    # Functions of texts are given them row by row.
+    if longest * len(number) < _SPREAD_BYTES:
+        spread = {name: values.dictionary_decode() for name, values in spread.items()}
+    # Functions are given the texts of a dictionary row by row.
     scanner = (
         import_lance()
         .write_dataset(pa.table({**named, **spread}), "memory://")
