@@ -194,9 +194,6 @@ CONDITIONS = {
     "document || source = 'nosource 1' AND position > 0": lambda row: (
         row["document"] + row["source"] == "nosource 1" and row["position"] > 0
     ),
-    "CASE WHEN token > 2 THEN document ELSE source END = 'no'": lambda row: (
-        row["token"] > 2 and row["document"] == "no"
-    ),
     "regexp_match(document, '^n') IS NOT NULL": lambda row: row["document"].startswith("n"),
     "label = 1": lambda row: row["label"] == 1,
     "document IS NULL": lambda _row: False,
