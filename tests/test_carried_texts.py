@@ -262,8 +262,8 @@ def test_rows_whose_texts_were_deleted_are_refused(written, deleted):
     lance.dataset(written).delete(deleted)
     data = ActivationDataset(written)
     message = (
-        f"texts of '{written}' are lost: they were in the first row of their sequence, which was "
-        "deleted; read the sites alone with data.read(), or write the data set anew"
+        f"texts of '{written}' are lost: the first row of their sequence, which had them, was "
+        "deleted or changed; read the sites alone with data.read(), or write the data set anew"
     )
     for read in (
         lambda: data[:],
@@ -273,6 +273,19 @@ def test_rows_whose_texts_were_deleted_are_refused(written, deleted):
             read()
         assert str(refused.value) == message
     assert len(data.read("block")) == len(data)
+
+
+CHANGED = [{"_back": "99"}, {"_back": "-1"}, {"_back": "_back + 1"}, {"document": "NULL"}]
+
+
+@pytest.mark.parametrize("changed", CHANGED, ids=str)
+def test_rows_that_point_elsewhere_are_refused(written, changed):
+    lance.dataset(written).update(changed, where="position < 2")
+    data = ActivationDataset(written)
+    with pytest.raises(DataError, match=r"^texts of .* are lost"):
+        data[:]
+    with pytest.raises(DataError, match=r"^texts of .* are lost"):
+        data.read("document")
 
 
 # Data sets of before, which have texts in each row.

@@ -77,6 +77,8 @@ class TextRows:
         """Tell for each row which has its texts."""
         if self._first is None:
             first: Int64[np.ndarray, " row"] = rows - back
+            if ((first < 0) | (first > rows)).any():
+                raise lost(self._path)
             return first
         number = self._first.count(rows + 1) - 1
         if (number < 0).any():
@@ -114,7 +116,8 @@ def read_texts(
         columns = [column.to_pylist() for column in table.columns]
         known.update(zip(new.tolist(), zip(*columns, strict=True), strict=True))
     found = [known[row] for row in once.tolist()]
-    if (np.array([each[0] for each in found])[back] != sequence).any():
+    is_theirs = np.array([each[0] for each in found])[back] == sequence
+    if not is_theirs.all() or any(None in each for each in found):
         raise lost(path)
     texts = {}
     for number, name in enumerate(names, 1):
@@ -127,8 +130,8 @@ def read_texts(
 def lost(path: str) -> DataError:
     """Say that rows have no texts any more."""
     return DataError(
-        f"texts of {path!r} are lost: they were in the first row of their sequence, which was "
-        "deleted; read the sites alone with data.read(), or write the data set anew"
+        f"texts of {path!r} are lost: the first row of their sequence, which had them, was deleted "
+        "or changed; read the sites alone with data.read(), or write the data set anew"
     )
 
 
@@ -177,7 +180,8 @@ def offsets_of_matching(
         held = {
             name: _behind(last.get(name), batch[name], is_first) for name in ["sequence", *texts]
         }
-        if (held["sequence"].to_numpy()[number] != batch["sequence"].to_numpy()).any():
+        is_theirs = held["sequence"].to_numpy()[number] == batch["sequence"].to_numpy()
+        if not is_theirs.all() or any(held[name].null_count for name in texts):
             raise lost(path)
         named = {name: batch[name] for name in columns}
         matching = _matching(named, number, {name: held[name] for name in texts}, condition)
