@@ -1,8 +1,10 @@
 """What is written to disk whole or not at all: beside its place, and renamed at the end."""
 
+import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
@@ -15,7 +17,7 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._text import dtype_name
+from actctx._text import dtype_name, printable
 
 
 def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
@@ -117,6 +119,38 @@ def check_place(path: str | PathLike[str]) -> Path:
     return place
 
 
+def sync(path: Path) -> None:
+    """Wait until what a file holds, or the names in a directory, are on the disk itself.
+
+    Raises:
+        OSError: They could not be written there, or the file is missing.
+
+    """
+    is_directory = path.is_dir()
+    if is_directory and os.name == "nt":  # which opens no directories
+        return
+    opened = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":  # whose fsync leaves it in the cache of the disk
+            import fcntl
+
+            fcntl.fcntl(opened, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(opened)
+    except OSError as error:
+        if not (is_directory and error.errno in {errno.EINVAL, errno.ENOTSUP}):
+            raise
+    finally:
+        os.close(opened)
+
+
+def sync_tree(path: Path) -> None:
+    """Wait until a file, or all that a directory holds, is on the disk itself."""
+    for each in sorted(path.rglob("*"), reverse=True):
+        sync(each)
+    sync(path)
+
+
 def refuse_existing(path: Path) -> None:
     """Make sure that there is nothing at a path.
 
@@ -152,8 +186,10 @@ def written_beside(
                 partial.touch(exist_ok=False)
         with _said_of(path, errors, "make room there, or give another path"):
             yield partial
+            sync_tree(partial)
         with _said_of(path):
             partial.replace(path)
+            sync(path.parent)
     finally:
         if directory:
             shutil.rmtree(partial, ignore_errors=True)
@@ -185,4 +221,4 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")
+    return printable(said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): "))

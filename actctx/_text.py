@@ -19,6 +19,17 @@ def counted(count: int, word: str) -> str:
     return f"{count} {word}{'s' * (count != 1)}"
 
 
+def printable(text: object) -> str:
+    r"""Write a text that a file brought so that a terminal shows it, as in `\x1b[31m`.
+
+    Characters that are not seen, but move, colour or reorder what is, are written as in Python.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else repr(each)[1:-1] for each in shown)
+
+
 def shortened(names: list[str], most: int = 8) -> str:
     """List names for a message, the first few of them where there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""

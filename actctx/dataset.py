@@ -19,11 +19,13 @@ from actctx._store.loader import Loader
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
 from actctx._store.shuffle import Order, rank_of
+from actctx._store.validation import check_fragments, reading
+from actctx._store.verification import Verified, check_whole
 from actctx._store.where import find_site, find_sites
-from actctx._text import counted, format_bytes
+from actctx._text import counted, format_bytes, printable
 
-__all__ = ["ActivationDataset", "Loader", "StoredSite"]
-Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
+__all__ = ["ActivationDataset", "Loader", "StoredSite", "Verified"]
+Loader.__module__ = StoredSite.__module__ = Verified.__module__ = __name__  # where users find them
 
 _POOL_BYTES = 2**27
 
@@ -63,7 +65,8 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     Raises:
         DataError: There is no data set at the path, or it is damaged, of a later version, or of
-            another model.
+            another model. Where only its newest versions are, as after a cut of power, the newest
+            that is whole is read, with a warning.
         NotCapturedError: It has no such site, or several of the hook.
         HookNameError: A glob has a bracket that means nothing.
         OptionError: Lance does not understand the condition, or is not installed.
@@ -85,14 +88,17 @@ class ActivationDataset(Dataset[StoredBatch]):
     ) -> None:
         self.path = expanded(path)
         self.where = where
-        lance = StoredRows(self.path).lance
-        self.layout = layout_of(lance.schema, self.path)
+        opened = StoredRows(self.path)
+        lance = opened.lance
+        self.layout = layout_of(lance, self.path)
         if model is not None:
             self.check(model)
         stored = {site.name: site for site in self.layout.sites}
         chosen = find_sites(stored, sites)
         self.sites: Mapping[str, StoredSite] = chosen
-        others = dtypes_of(lance, self.layout)
+        with reading(self.path):
+            check_fragments(lance, self.layout.columns(chosen.values()), self.path)
+            others = dtypes_of(lance, self.layout, opened.files)
         self._rows = StoredRows(self.path, lance.version, chosen, others, self.layout.texts)
         if where is not None:
             self._rows.find(where, stored)
@@ -256,6 +262,27 @@ class ActivationDataset(Dataset[StoredBatch]):
                 f"them from this one ({ANEW})"
             )
 
+    def verify(self) -> Verified:
+        """Compare all that is on disk with what was written, byte for byte.
+
+        All rows and columns are read, whatever `sites` and `where` choose, and compared with the
+        digests that each commit left beside the data. They find damage, such as a flipped bit;
+        they do not withstand forgery.
+
+        Returns:
+            What was compared, and what could not be, such as columns that somebody else added, and
+            rows that versions of actctx without digests wrote.
+
+        Raises:
+            DataError: Something differs; it names the columns and rows.
+
+        Example:
+            >>> data.verify().unchecked
+            ()
+
+        """
+        return check_whole(self._rows.lance, self.path)
+
     def to_saelens(
         self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
     ) -> int:
@@ -388,4 +415,4 @@ def _owned(value: Any) -> Any:
 
 def _described(model: Mapping[str, Any]) -> str:
     name = f" {model['name']!r}" if model["name"] else ""
-    return f"a {model['class']}{name} with the fingerprint {model['fingerprint']}"
+    return printable(f"a {model['class']}{name} with the fingerprint {model['fingerprint']}")

@@ -70,6 +70,7 @@ def extract(
     finite: bool = True,
     resume: bool = True,
     add: bool = False,
+    sync: bool = True,
     stop: bool = True,
     progress: bool = True,
 ) -> Extracted:
@@ -126,6 +127,9 @@ def extract(
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
             new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
+        sync: Whether what is committed is on the disk itself, not only in the system's memory,
+            before more is written. Without it a cut of power may cost the last commits; the next
+            call goes on after the newest that is whole.
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
         progress: Whether a progress bar is shown, on a terminal or in a notebook.
@@ -176,7 +180,7 @@ def extract(
         pool=pool,
         finite=finite,
     )
-    target = Target(local_path(out))
+    target = Target(local_path(out), sync=sync)
     try:
         before = target.rows
         if add:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from actctx import DataError, OptionError, Site
 from actctx._store.layout import KEY, layout_of
 from actctx._store.texts import offsets_of_matching
+from actctx._store.where import rows_where
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
@@ -216,9 +218,11 @@ def test_conditions_are_asked_of_each_row(written, condition):
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_texts_go_on_from_one_batch_to_the_next(written, batch_size):
     whole = ActivationDataset(written)[:]
+    condition = "document = 'yes' AND position < 4"
     found = offsets_of_matching(
-        lance.dataset(written),
-        "document = 'yes' AND position < 4",
+        lance.dataset(written).take,
+        partial(rows_where, condition=condition, refused=OptionError),
+        rows=len(whole["document"]),
         columns=["position"],
         texts=["document"],
         batch_size=batch_size,
@@ -315,7 +319,7 @@ def test_older_data_sets_are_read_and_resumed_as_they_are(model, out):
     table = lance.dataset(out).to_table()
     assert table["document"].null_count == 0
     assert "_back" not in table.column_names
-    assert layout_of(table.schema, str(out)).texts == ()
+    assert layout_of(lance.dataset(out), str(out)).texts == ()
     assert json.loads(table.schema.metadata[KEY])["format"] == 1
 
 

@@ -30,7 +30,8 @@ def stored(dtype=torch.float16, shape=(4, 8), name="blocks.0.attn.hook_z"):
 
 
 def layout(*sites):
-    return Layout({"name": "tiny"}, sites, "token", {"context": 8}, {"actctx": "1"}, ("label",))
+    model = {"name": "tiny", "class": "Tiny", "fingerprint": "0"}
+    return Layout(model, sites, "token", {"context": 8}, {"actctx": "1"}, ("label",))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

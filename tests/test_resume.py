@@ -20,6 +20,7 @@ from actctx._extract.inputs import Batch
 from actctx._extract.writer import commit_seconds
 from actctx._model.fingerprint import describe_model
 from actctx._store.destination import Target
+from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -117,6 +118,7 @@ def check_kills(tmp_path, seed, kills):
     unbroken(out)
     assert same(Read(out), wanted)
     assert not any(name.suffix != ".lance" for name in (out / "data").iterdir())
+    assert ActivationDataset(out).verify().unchecked == ()
     return counts
 
 
@@ -126,7 +128,7 @@ def test_what_was_killed_is_whole_and_goes_on_where_it_ended(tmp_path, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100, 130))
+@pytest.mark.parametrize("seed", range(100, 184))
 def test_what_was_killed_again_and_again_is_whole(tmp_path, seed):
     check_kills(tmp_path, seed, kills=6)
 

@@ -1,4 +1,4 @@
-"""The command line: `actctx names`, `capture`, `extract` and `info`, also as `python -m actctx`.
+"""The command line, `actctx`, also as `python -m actctx`.
 
 What the commands do is imported when one of them runs, so that help and completion need no torch.
 """
@@ -17,6 +17,7 @@ from actctx._cli.options import (
     DataSet,
     Device,
     Drop,
+    DryRun,
     EqualLengths,
     Finite,
     Force,
@@ -32,6 +33,7 @@ from actctx._cli.options import (
     Prompt,
     Resume,
     Slice,
+    Sync,
     Text,
     Tokenizer,
     errors_as_messages,
@@ -148,6 +150,7 @@ def _extract(
     finite: Finite = True,
     resume: Resume = True,
     add: Add = False,
+    sync: Sync = True,
     tokenizer: Tokenizer = None,
     device: Device = "cpu",
 ) -> None:
@@ -178,6 +181,7 @@ def _extract(
             finite=finite,
             resume=resume,
             add=add,
+            sync=sync,
             tokenizer=tokenizer,
             device=device,
         )
@@ -190,6 +194,27 @@ def _info(path: DataSet) -> None:
         from actctx._cli import commands
 
         commands.info(path)
+
+
+@app.command("verify")
+def _verify(path: DataSet) -> None:
+    """Compare all that a data set holds with what was written, and name what is damaged."""
+    with errors_as_messages(""):
+        from actctx._cli import commands
+
+        commands.verify(path)
+
+
+@app.command("repair")
+def _repair(path: DataSet, *, dry_run: DryRun = False) -> None:
+    """Drop from a data set the first row that is damaged and all after it.
+
+    `actctx extract`, called as before, writes them again.
+    """
+    with errors_as_messages(""):
+        from actctx._cli import commands
+
+        commands.repair(path, dry_run=dry_run)
 
 
 def main() -> None:

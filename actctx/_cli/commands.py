@@ -28,12 +28,17 @@ from actctx._cli.texts import (
     tokenize,
 )
 from actctx._errors import OptionError
+from actctx._files import local_path
 from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
-from actctx._store.layout import import_lance, layout_of, open_lance
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._store.layout import import_lance, layout_of
+from actctx._store.repair import repair as mend
+from actctx._store.validation import count_rows, reading
+from actctx._store.verification import check_whole
+from actctx._store.versions import Newest, newest_whole, open_lance
+from actctx._text import counted, dtype_name, format_bytes, printable, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000
@@ -102,6 +107,7 @@ def extract(
     finite: bool,
     resume: bool,
     add: bool,
+    sync: bool,
     tokenizer: str | None,
     device: str,
 ) -> None:
@@ -127,6 +133,7 @@ def extract(
         finite=finite,
         resume=resume,
         add=add,
+        sync=sync,
     )
     if done.cut:
         _note(
@@ -139,17 +146,23 @@ def extract(
 
 def info(path: str) -> None:
     """Show what a data set holds, and what it came from."""
-    lance = open_lance(path)
-    rows, layout = lance.count_rows(), layout_of(lance.schema, path)
+    found = _open(path)
+    if found.lost:
+        _note(f"{found.lost}; {found.remedy}")
+    lance = found.opened
+    layout = layout_of(lance, path)
+    with reading(path):
+        rows = count_rows(lance)
     table = _table("site", "hook", "axes", "shape", "dtype", "bytes")
     table.columns[-1].justify = "right"
     for site in layout.sites:
         size = format_bytes(rows * site.nbytes)
         axes = " ".join(site.axes)
-        table.add_row(site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
+        cells = (site.name, site.hook, axes, str((rows, *site.shape)), site.dtype, size)
+        table.add_row(*map(printable, cells))
     _print(table)
     state = "finished" if layout.finished else "not finished"
-    name = layout.model["name"] or layout.model["class"]
+    name = printable(layout.model["name"] or layout.model["class"])
     typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
     carried = [f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried]
     written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
@@ -159,7 +172,38 @@ def info(path: str) -> None:
         "carried": ", ".join(carried) or None,
         "versions": written,
     }.items():
-        typer.echo(f"  {key}: {value}")
+        typer.echo(printable(f"  {key}: {value}"))
+
+
+def verify(path: str) -> None:
+    """Compare a data set with what was written."""
+    found = _open(path)
+    verified = check_whole(found.opened, path, lost=found.lost)
+    for unchecked in verified.unchecked:
+        _note(f"not compared: {unchecked}")
+    names = f"{counted(len(verified.columns), 'column')} of {counted(verified.rows, 'row')}"
+    typer.echo(f"{names} are as they were written")
+
+
+def repair(path: str, *, dry_run: bool) -> None:
+    """Drop from a data set what is not whole."""
+    import_lance()
+    rows, dropped, said = mend(local_path(path), dry_run=dry_run)
+    for damage in said:
+        _note(damage)
+    done = "would be dropped" if dry_run else "dropped"
+    if not said:
+        done = "nothing to drop"
+        typer.echo(f"{done}: {counted(rows, 'row')} are whole")
+        return
+    typer.echo(f"{counted(dropped, 'row')} {done}, {counted(rows, 'row')} kept")
+
+
+def _open(path: str) -> Newest:
+    """Open a data set, of which the newest versions may be damaged."""
+    import_lance()
+    is_there = "://" not in path and (Path(path) / "_versions").is_dir()
+    return newest_whole(path) if is_there else Newest(open_lance(path))
 
 
 # What was asked.

@@ -185,6 +185,15 @@ Add = Annotated[
         "the options that they came from.",
     ),
 ]
+Sync = Annotated[
+    bool,
+    typer.Option(
+        "--sync/--no-sync",
+        help="Wait at each commit until it is on the disk itself, so that a cut of power costs "
+        "nothing that was committed.",
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be dropped.")]
 Tokenizer = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,7 @@ from typing import Any
 from actctx._errors import DataError, OptionError
 from actctx._extract.compatibility import Facts
 from actctx._extract.run import Extraction
+from actctx._files import sync
 from actctx._store.destination import Target, delete, found_at
 
 
@@ -60,7 +61,7 @@ def add_sites(
     facts = extraction.facts
     facts.check_rows(whole)
     _clear(whole)
-    staged = Target(_beside(whole, "adding"))
+    staged = Target(_beside(whole, "adding"), sync=whole.syncs)
     try:
         _check_half(facts, staged, whole)
         if _has_them(facts, whole):
@@ -109,6 +110,8 @@ def _clear(whole: Target) -> None:
     assert whole.layout is not None  # noqa: S101  as it has rows
     if staged.layout.finished and {*staged.layout.sites} <= {*whole.layout.sites}:
         adding.rename(done)
+        if whole.syncs:  # or the deletion could reach the disk before the name does
+            sync(done.parent)
         delete(done)
 
 

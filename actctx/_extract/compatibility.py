@@ -21,7 +21,7 @@ from actctx._model.fingerprint import ANEW
 from actctx._select.slices import Positions, Selector
 from actctx._store.destination import Target
 from actctx._store.layout import Layout, StoredSite, column_name
-from actctx._text import dtype_name
+from actctx._text import dtype_name, printable
 
 _NOTED = {"name", "tokenizer", "batch_size"}
 
@@ -94,6 +94,11 @@ class Facts:
         """
         layout = target.layout
         assert layout is not None  # noqa: S101  as it has rows
+        if not layout.sites:
+            raise DataError(
+                f"cannot add to '{target.path}': it has no site, so nothing says what was selected "
+                "along its tokens; extract to another path"
+            )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
         facts = [
             *self._of_model(layout),
@@ -227,6 +232,6 @@ def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path
         if was != now:
             hint = f" ({ANEW})" if name == "model's fingerprint" else ""
             raise DataError(
-                f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
-                f"{hint}"
+                f"{refusal}: its {printable(name)} is {was!r}, not {now!r}; give the same, or "
+                f"{otherwise}{hint}"
             )

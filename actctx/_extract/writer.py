@@ -97,7 +97,6 @@ class Writer:
         try:
             while (first := self._next()) is not None:
                 self._target.append(self._commit(first))
-                self._target.rows += self._pending
         except OSError as error:
             self.error = self.error or unwritable(self._target.path, error, self._target.rows)
             self.error.__cause__ = error
@@ -124,7 +123,6 @@ class Writer:
         return batch
 
     def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
-        self._pending = first.num_rows
         now = time.monotonic()
         nbytes, end = first.nbytes, now + commit_seconds(now - self._begun)
         yield first
@@ -133,7 +131,6 @@ class Writer:
             batch = self._next(left)
             if batch is None:
                 return
-            self._pending += batch.num_rows
             nbytes += batch.nbytes
             yield batch
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import astuple, dataclass, fields
 from html import escape
 
-from actctx._text import format_bytes
+from actctx._text import format_bytes, printable
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ _HEADER = tuple(column.name.replace("nbytes", "bytes") for column in fields(Row)
 
 def _cells(row: Row) -> tuple[str, ...]:
     *texts, nbytes, values = astuple(row)
-    return (*texts, format_bytes(nbytes), values)
+    return (*map(printable, texts), format_bytes(nbytes), values)
 
 
 def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:

@@ -5,6 +5,8 @@ It is one of the system's, on a file that stays in the data set's directory: the
 it however a process ends. It is made before all else: a directory without one, and without a
 manifest, was not begun here, and nothing in it is touched.
 
+A file system may have none, and somebody may delete the file; see the note on two writers.
+
 # NOTE [Old versions]
 Whoever opened the data set reads the version of then, whose manifest a later one replaces. So the
 manifests that were the newest at any time in the last `_KEPT` stay; older ones are deleted before
@@ -12,19 +14,26 @@ more is written, but for those that somebody tagged.
 """
 
 import contextlib
+import errno
+import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from actctx._errors import DataError
 from actctx._files import cannot_write, reason_of
-from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._model.known_faults import warn
+from actctx._store.commits import Commits
+from actctx._store.digests import DIGESTS, Commit, read_digests
+from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, layout_of
 from actctx._store.origins import Stored
+from actctx._store.validation import Files, check_fragments, elements_of, reading
+from actctx._store.versions import manifests, newest_whole, torn_frame
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -33,8 +42,11 @@ _KEPT = timedelta(hours=1)
 """How long a version can be read after it was replaced, at least."""
 
 _LOCK = "writing.lock"
-_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK}
+_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK, DIGESTS}
 """What a directory holds in which a data set was begun: no `data` before there is a manifest."""
+
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+"""What the system says of locks on a file system that has none."""
 
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave in directories, beside files whose names begin with `._`."""
@@ -45,69 +57,100 @@ class Target:
 
     Args:
         path: Where the data set is, or is to be.
+        sync: Whether what is committed is on the disk itself before more is written.
+        repairs: Whether a data set with gaps, which no older version is without, is opened, too.
 
     Attributes:
         layout: What the data set says about itself; None where there is none yet, or one without
             rows, as where the first commit failed: that fixes nothing, and is made anew.
-        rows: The number of rows that it has; whoever writes counts on.
+        lost: What is damaged of the newest versions; empty where nothing is.
         closing: What waits until all is written that was handed over.
 
     Raises:
         DataError: There is something else, or somebody else is writing, or nobody can.
 
+    Warns:
+        UserWarning: The newest version is damaged, and an older one is resumed; or the file system
+            has no locks.
+
     """
 
-    def __init__(self, path: Path) -> None:
-        from filelock import FileLock, Timeout
-
+    def __init__(self, path: Path, *, sync: bool = True, repairs: bool = False) -> None:
         self.path = path
-        self._lance = import_lance()
         found = found_at(path)
         if found:
             raise DataError(
                 f"'{path}' {found}, and no data set of actctx; give another path, or remove it"
             )
+        self.layout: Layout | None = None
+        self.schema: pa.Schema = None
+        self.lost = ""
+        self.closing: Callable[[], None] | None = None
+        self._commits = Commits(path, syncs=sync)
+        self._repairs = repairs
+        self._is_empty = False
         try:
             self._is_new = not path.exists()
             path.mkdir(exist_ok=True)
             self._before = _names(path)
-            self._lock = FileLock(path / _LOCK, timeout=0)
-            self._lock.acquire()
-        except Timeout:
-            raise DataError(
-                f"'{path}' is being written to by another extraction; wait until it has ended, or "
-                "give another path"
-            ) from None
+            self._lock = _locked(path)
         except OSError as error:
             raise unwritable(path, error) from None
-        self.layout: Layout | None = None
-        self.rows = 0
-        self.schema: pa.Schema = None
-        self.closing: Callable[[], None] | None = None
-        self._is_empty = False
         if _has_manifest(path):
             self._open()
 
+    @property
+    def rows(self) -> int:
+        """The number of rows that it has."""
+        return self._commits.rows
+
+    @property
+    def syncs(self) -> bool:
+        """Whether what is committed is on the disk itself before more is written."""
+        return self._commits.syncs
+
+    @property
+    def dataset(self) -> Any:
+        """The Lance dataset, of the version that was opened, or made last."""
+        return self._commits.dataset
+
     def _open(self) -> None:
         try:
-            dataset = open_lance(str(self.path))
-            layout, self.rows = layout_of(dataset.schema, str(self.path)), dataset.count_rows()
+            if _LOCK not in self._before or not _was_cut_at_birth(self.path):
+                self._find()
         except BaseException:
             self.release()
             raise
+
+    def _find(self) -> None:
+        """Open the newest version that is whole."""
+        found = newest_whole(str(self.path))
+        if found.has_gaps and not self._repairs:
+            raise DataError(f"{found.lost}; {found.remedy}")
+        layout = layout_of(found.opened, str(self.path))
+        if found.lost and not self._repairs:
+            warn(f"{found.lost}; {found.remedy}")
+        self.lost, self._commits.torn = found.lost, found.torn
+        with reading(str(self.path)):
+            self._commits.start_from(found.opened)
+            check_fragments(found.opened, layout.columns(layout.sites), str(self.path))
         self._is_empty = not self.rows
         if self.rows:
-            self.layout, self.schema = layout, dataset.schema
+            self.layout, self.schema = layout, found.opened.schema
 
     def tidy(self) -> None:
         """Delete what writers left that were killed; see also the note on old versions."""
-        dataset, now = self._lance.dataset(str(self.path)), datetime.now().astimezone()
-        ages = [now - version["timestamp"].astimezone() for version in dataset.versions()]
+        with self._writing():
+            self._commits.clear()
+            self._commits.check()
+        with reading(str(self.path)):
+            now = datetime.now().astimezone()
+            ages = [now - each["timestamp"].astimezone() for each in self.dataset.versions()]
         oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
         with self._writing():
-            dataset.cleanup_old_versions(
+            self.dataset.cleanup_old_versions(
                 older_than=oldest + timedelta(seconds=1),  # the age is told by now, a little later
-                delete_unverified=True,
+                delete_unverified=self._lock is not None,  # else another may be writing them
                 error_if_tagged_old_versions=False,
             )
 
@@ -119,12 +162,15 @@ class Target:
             raise unwritable(self.path, error, self.rows) from error
 
     def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk."""
-        scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=[*COUNTED, DIGEST], scan_in_order=True
-        )
-        for batch in scanner.to_batches():
-            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        """Read where the rows on disk come from, chunk by chunk.
+
+        Raises:
+            DataError: They cannot be read.
+
+        """
+        with reading(str(self.path)):
+            for table in Files(self.dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -135,8 +181,7 @@ class Target:
         """
         schema = layout.schema(carried)
         try:
-            mode = "overwrite" if self._is_empty else "create"
-            self._lance.write_dataset([], str(self.path), schema=schema, mode=mode)
+            self._commits.create(schema, layout.as_metadata(), anew=self._is_empty)
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.layout, self.schema = layout, schema
@@ -147,16 +192,18 @@ class Target:
         """Note whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
             self.layout = self.layout.as_finished(finished=finished)
-            dataset = self._lance.dataset(str(self.path))
             with self._writing():
-                dataset.update_schema_metadata({"actctx": self.layout.as_metadata()})
+                self._commits.describe(self.layout.as_metadata())
 
     def append(self, batches: Iterator["pa.RecordBatch"]) -> None:
-        """Add rows in one commit."""
-        import pyarrow as pa
+        """Add rows in one commit, and count them.
 
-        reader = pa.RecordBatchReader.from_batches(self.schema, batches)
-        self._lance.write_dataset(reader, str(self.path), mode="append")
+        Raises:
+            DataError: Somebody else wrote to the data set, too.
+            OSError: The system does not let it.
+
+        """
+        self._commits.append(batches, self.schema)
 
     def take_columns(self, other: "Target") -> None:
         """Add the sites of another data set, which has the same rows; see the note on adding."""
@@ -166,25 +213,41 @@ class Target:
         assert other.layout is not None  # noqa: S101
         self.tidy()
         self.layout = replace(self.layout, sites=(*self.layout.sites, *other.layout.sites))
-        dataset, metadata = self._lance.dataset(str(self.path)), self.layout.as_metadata()
+        metadata = self.layout.as_metadata()
         added = [other.schema.field(site.column) for site in other.layout.sites]
         schema = pa.schema(added, metadata={KEY: metadata})
-        scanner = self._lance.dataset(str(other.path)).scanner(
-            columns=schema.names, scan_in_order=True
-        )
-        batches = (
-            pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-            for batch in scanner.to_batches()
-        )
+        with reading(str(other.path)):
+            Files(other.dataset, str(other.path)).check()
+            scanner = other.dataset.scanner(columns=schema.names, scan_in_order=True)
+
+        def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+            for field, column in zip(schema, batch.columns, strict=True):
+                elements_of(field.name, column, field.type)
+            return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
+
+        batches = map(checked, scanner.to_batches())
+        digests = _digests_of(other, schema.names)
         try:
-            dataset.update_schema_metadata({"actctx": metadata})
-            dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
+            self._commits.describe(metadata)
+            self._commits.add_columns(batches, schema, digests)
         except OSError as error:
             raise DataError(
                 f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
                 f"since what is new lies in '{other.path}': make room, and the same call goes on "
                 "with it"
             ) from error
+
+    def drop(self, fragments: list[int]) -> None:
+        """Drop what is not whole: torn manifests, and the rows of some fragments.
+
+        The files of the rows are deleted once more is written.
+        """
+        with self._writing():
+            self._commits.clear()
+        if fragments:
+            self.note_finished(finished=False)
+            with self._writing():
+                self._commits.drop(fragments)
 
     def release(self) -> None:
         """Let others write, once the writer has ended, however that goes.
@@ -196,12 +259,63 @@ class Target:
                 self.closing()
         finally:
             with contextlib.suppress(OSError):  # somebody else may have come, or put something in
-                if self.layout is None and _names(self.path) - self._before == {_LOCK}:
-                    (self.path / _LOCK).unlink()
-            self._lock.release()
+                made = _names(self.path) - self._before
+                if self.layout is None and made <= {_LOCK, DIGESTS}:
+                    for name in made:
+                        (self.path / name).unlink()
+            if self._lock is not None:
+                self._lock.release()
             with contextlib.suppress(OSError):
                 if self.layout is None and self._is_new:
                     self.path.rmdir()
+
+
+def _locked(path: Path) -> Any:
+    """Lock a data set's directory; None, with a warning, where the file system has no locks.
+
+    Raises:
+        DataError: Somebody else holds the lock.
+        OSError: The file of the lock cannot be written.
+
+    """
+    from filelock import FileLock, Timeout
+
+    options: dict[str, Any] = {"timeout": 0}
+    if "fallback_to_soft" in inspect.signature(FileLock).parameters:
+        options["fallback_to_soft"] = False  # which a killed process would leave behind
+    lock = FileLock(path / _LOCK, **options)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DataError(
+            f"'{path}' is being written to by another extraction; wait until it has ended, or "
+            "give another path"
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
+            raise
+        warn(
+            f"'{path}' lies on a file system without locks, so a second writer is noticed only "
+            "when one of the two commits, and its work is lost: start one at a time"
+        )
+        return None
+    return lock
+
+
+def _digests_of(other: Target, columns: list[str]) -> list[str]:
+    """Write the digests of some columns of another data set, as far as there are any."""
+    known = []
+    for commit in read_digests(str(other.path)).commits:
+        some = {name: each for name, each in commit.columns.items() if name in columns}
+        if commit.stop <= other.rows:
+            known.append(Commit(commit.start, commit.stop, some).line())
+    return known
+
+
+def _was_cut_at_birth(path: Path) -> bool:
+    """Tell whether all there is are manifests that are torn, and no rows."""
+    has_data = (path / "data").is_dir() and any((path / "data").iterdir())
+    return not has_data and all(map(torn_frame, manifests(path).values()))
 
 
 def found_at(path: Path) -> str:

@@ -7,9 +7,10 @@ names that users know are in the metadata, and they never see the others.
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,9 +18,18 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
-from actctx._files import reason_of
 from actctx._model.axes import Axes
-from actctx._text import dtype_name
+from actctx._store.validation import (
+    MOST_ELEMENTS,
+    LaterError,
+    check_columns,
+    damaged,
+    elements_of,
+    from_json,
+    read_json,
+    reading,
+)
+from actctx._text import dtype_name, printable
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -88,6 +98,7 @@ def import_lance() -> Any:
     """
     try:
         import lance
+        import lance.arrow  # by which Arrow knows the type of bfloat16
     except ModuleNotFoundError as error:
         raise OptionError(
             f"data sets need {error.name}, which is not installed; install it with: "
@@ -128,7 +139,7 @@ class StoredSite:
     @property
     def width(self) -> int:
         """The number of elements of a row."""
-        return torch.Size(self.shape).numel()
+        return math.prod(self.shape)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -140,6 +151,30 @@ class StoredSite:
     def nbytes(self) -> int:
         """The bytes of a row."""
         return self.width * self.torch_dtype.itemsize
+
+    @property
+    def arrow(self) -> "pa.FixedSizeListType":
+        """The Arrow type of its column."""
+        return _list_type(self.torch_dtype, self.width)
+
+    def check(self) -> None:
+        """Make sure that there can be such rows.
+
+        Raises:
+            ValueError: There cannot.
+            LaterError: They are of a dtype that this version does not know.
+
+        """
+        if not self.name or not self.column:
+            raise ValueError(f"the site {self.name!r} has no name, or no column")
+        if self.dtype not in map(dtype_name, _ARROW):
+            raise LaterError(f"dtype {self.dtype!r} of {self.name!r}")
+        if any(size <= 0 for size in self.shape) or self.width >= MOST_ELEMENTS:
+            raise ValueError(f"{self.name!r} has the shape {self.shape}, which no row has")
+        if len(self.axes) != len(self.shape):
+            raise ValueError(
+                f"{self.name!r} has the axes {' '.join(self.axes)!r}, but the shape {self.shape}"
+            )
 
 
 @dataclass(frozen=True)
@@ -183,20 +218,58 @@ class Layout:
                 f"'{path}' is a Lance dataset, but none of actctx: its schema has no metadata "
                 "'actctx'; give the path that extract() wrote to"
             )
-        found = json.loads(written)
-        if found.pop("format") not in range(1, FORMAT + 1):
-            version = found["versions"]["actctx"]
-            raise DataError(
-                f"'{path}' was written by actctx {version}, whose layout this version does not "
-                "know; upgrade actctx to read it"
-            )
-        sites = tuple(
-            StoredSite(**{name: _hashable(value) for name, value in site.items()})
-            for site in found.pop("sites")
-            if site["column"] in schema.names
+        found = read_json(written)
+        try:
+            layout = from_json(cls, _of_format(found))
+            layout.check()
+        except LaterError as error:
+            raise _later(path, error, found) from None
+        there = {*schema.names}
+        return replace(
+            layout,
+            sites=tuple(site for site in layout.sites if site.column in there),
+            carried=tuple(name for name in layout.carried if name in there),
+            texts=tuple(name for name in layout.texts if name in there),
         )
-        names = {name: tuple(found.get(name, ())) for name in ("carried", "texts")}
-        return cls(**{**found, **names, "sites": sites})
+
+    def check(self) -> None:
+        """Make sure that it makes sense by itself.
+
+        Raises:
+            ValueError: It does not.
+            LaterError: A site is of a dtype that this version does not know.
+
+        """
+        for site in self.sites:
+            site.check()
+        for name in ("name", "class", "fingerprint"):
+            if type(found := self.model.get(name)) is not str:
+                raise ValueError(f"'model.{name}' is {found!r}, which is not text")
+        if self.rows not in {"token", "sequence"}:
+            raise ValueError(f"'rows' is {self.rows!r}, neither 'token' nor 'sequence'")
+        if more := [name for name in self.texts if name not in self.carried]:
+            raise ValueError(f"'texts' has {more[0]!r}, which 'carried' has not")
+        order = self.input.get("batch_size")
+        if order is not None and (type(order) is not int or order < 1):
+            raise ValueError(f"'input.batch_size' is {order!r}, which is not a number of sequences")
+
+    def check_columns(self, schema: "pa.Schema") -> None:
+        """Compare it with the columns: their types and widths, and that no two are called alike.
+
+        Raises:
+            ValueError: A column is missing, or is another, or two have one name.
+
+        """
+        kinds, there = self.kinds(), {*schema.names, *COUNTED, *([BACK] if self.texts else [])}
+        check_columns(schema, {name: kinds[name] for name in kinds if name in there})
+        others = [*COUNTED, *self.hidden, *self.carried, *self.unlisted(schema)]
+        for names in (
+            [*others, *(site.column for site in self.sites)],
+            [*others, *(site.name for site in self.sites)],
+        ):
+            if len({*names}) != len(names):
+                twice = next(name for name in names if names.count(name) > 1)
+                raise ValueError(f"two of its columns are called {twice!r}")
 
     def as_metadata(self) -> str:
         """Write it as the value of the metadata's one key."""
@@ -210,19 +283,31 @@ class Layout:
         """Make the schema of the data set, with the columns that came with the input."""
         import pyarrow as pa
 
+        kinds = self.kinds()
+        fields = [
+            *(pa.field(name, kinds[name], nullable=False) for name in (*COUNTED, DIGEST)),
+            *([pa.field(BACK, kinds[BACK], nullable=False)] if self.texts else []),
+            *carried,
+            *(pa.field(site.column, kinds[site.column]) for site in self.sites),
+        ]
+        return pa.schema(fields, metadata={KEY: self.as_metadata()})
+
+    def kinds(self) -> "dict[str, pa.DataType]":
+        """Tell the types of the columns, but for those that came with the input."""
+        import pyarrow as pa
+
         counted = zip(
             (*COUNTED, DIGEST), (pa.int32(), pa.int64(), pa.int32(), pa.int64()), strict=True
         )
-        fields = [
-            *(pa.field(name, kind, nullable=False) for name, kind in counted),
-            *([pa.field(BACK, pa.int32(), nullable=False)] if self.texts else []),
-            *carried,
-            *(
-                pa.field(site.column, pa.list_(value_type(site.torch_dtype), site.width))
-                for site in self.sites
-            ),
-        ]
-        return pa.schema(fields, metadata={KEY: self.as_metadata()})
+        own: dict[str, pa.DataType] = {}
+        if self.texts:
+            own = {BACK: pa.int32(), **dict.fromkeys(self.texts, pa.string())}
+        return {**dict(counted), **own, **{site.column: site.arrow for site in self.sites}}
+
+    def columns(self, sites: Iterable[StoredSite]) -> dict[str, str]:
+        """Name the columns that all rows must have, by their names on disk, if some sites are."""
+        own = [*COUNTED, BACK] if self.texts else COUNTED
+        return {**{name: name for name in own}, **{site.column: site.name for site in sites}}
 
     def unlisted(self, schema: "pa.Schema") -> list[str]:
         """Name the columns that somebody else added."""
@@ -239,63 +324,64 @@ class Layout:
         return replace(self, finished=finished)
 
 
-def open_lance(path: str, version: int | None = None) -> Any:
-    """Open a Lance dataset.
-
-    Raises:
-        DataError: There is none, or its manifest is damaged.
-
-    """
-    lance = import_lance()
-    local = Path(path)
-    if "://" not in path and not (local / "_versions").is_dir():
-        found = "there is nothing"
-        if local.exists():
-            found = "the directory holds none" if local.is_dir() else "it is a file"
-        raise DataError(
-            f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
-        )
-    try:
-        opened = lance.dataset(path, version=version)
-        _ = opened.schema  # which is read from the manifest as well
-    except BaseException as error:
-        if isinstance(error, Exception):
-            raise _damaged(path, reason_of(error)) from None
-        if type(error).__name__ != "PanicException":  # Lance's, of some damage
-            raise
-        raise _damaged(path, f"its manifest is damaged ({error})") from None
-    return opened
-
-
-def layout_of(schema: "pa.Schema", path: str) -> Layout:
-    """Read what the schema of a data set says.
+def layout_of(dataset: Any, path: str) -> Layout:
+    """Read what a Lance dataset says of itself.
 
     Raises:
         DataError: It was not written by `extract`, or by a later version of it, or is damaged.
 
     """
     try:
-        return Layout.of(schema, path)
+        with reading(path):
+            schema = dataset.schema
+        layout = Layout.of(schema, path)
     except DataError:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
-        raise _damaged(path, f"its metadata 'actctx' is damaged ({error})") from error
+    except ValueError as error:
+        raise damaged(path, f"its metadata 'actctx' is damaged ({error})") from error
+    try:
+        layout.check_columns(schema)
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
+    return layout
 
 
-def _damaged(path: str, found: str) -> DataError:
+def _of_format(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what a layout says, once it is known to be of a format that is read.
+
+    Raises:
+        ValueError: It is of none.
+        LaterError: It is of a later one.
+
+    """
+    number = found.get("format")
+    if type(number) is not int or number < 1:
+        raise ValueError(f"'format' is {number!r}")
+    if number > FORMAT:
+        raise LaterError("layout")
+    return {name: each for name, each in found.items() if name != "format"}
+
+
+def _later(path: object, what: LaterError, found: dict[str, Any]) -> DataError:
+    versions = found.get("versions")
+    version = versions.get("actctx") if isinstance(versions, dict) else None
+    by = f"actctx {printable(version)}" if isinstance(version, str) else "a later actctx"
     return DataError(
-        f"the data set at {path!r} cannot be read: {found}; put a copy of it in its place, or give "
-        "another path"
+        f"'{path}' was written by {by}, whose {what} this version does not know; upgrade actctx to "
+        "read it"
     )
-
-
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def column_name(name: str) -> str:
     """Write a name without dots, so that no two names are written alike."""
     return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+
+
+@lru_cache
+def _list_type(dtype: torch.dtype, width: int) -> "pa.FixedSizeListType":
+    import pyarrow as pa
+
+    return pa.list_(value_type(dtype), width)
 
 
 def value_type(dtype: torch.dtype) -> Any:
@@ -375,21 +461,20 @@ def as_tensor(
     """Show torch a column of a site in its shape; what lies in several chunks is copied, and bools.
 
     The tensor shares the column's memory, which must not be written to.
+
+    Raises:
+        ValueError: The column is not of the site's type, or has nulls; see `elements_of`.
+
     """
     import numpy as np
-    import pyarrow as pa
 
-    if isinstance(column, pa.ChunkedArray):
-        column = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
     rows, dtype = len(column), site.torch_dtype
+    elements = elements_of(site.column, column, site.arrow)
     if not rows:
         return torch.empty((0, *site.shape), dtype=dtype)
-    elements = column.flatten()  # of a window on a larger column, only what is in it
     if dtype == torch.bool:
         unpacked = elements.to_numpy(zero_copy_only=False)
         return torch.from_numpy(unpacked).view(rows, *site.shape)
-    if isinstance(elements, pa.ExtensionArray):
-        elements = elements.storage
     bits = _Bytes(elements.buffers()[1], elements.offset * dtype.itemsize, rows * site.nbytes)
     return torch.from_numpy(np.asarray(bits)).view(dtype).view(rows, *site.shape)
 

@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import BACK, Layout, StoredSite, as_tensor, open_lance
+from actctx._store.layout import BACK, Layout, StoredSite, as_tensor
 from actctx._store.matching import Matching
-from actctx._store.texts import SCANNED_BYTES, Known, TextRows, offsets_of_matching, read_texts
-from actctx._store.where import as_lance_reads, why_refused
-from actctx._text import dtype_name
+from actctx._store.texts import Known, TextRows, lost, offsets_of_matching, read_texts
+from actctx._store.validation import Files, count_rows, reading
+from actctx._store.versions import open_lance
+from actctx._store.where import as_lance_reads, rows_where, why_refused
+from actctx._text import dtype_name, format_bytes, printable
 
 StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
@@ -27,6 +30,7 @@ _MOST_AT_ONCE = 65536  # rows
 _SAMPLED = 256  # rows, to tell what strings take
 _SAMPLED_AT_ONCE = 32
 _NEIGHBOURS = 32  # rows that a loader reads together, which mostly have the same texts
+_OTHERWISE = "open it again, since another process may have replaced its files, or write it anew"
 _OBJECT_BYTES = 64  # of a string beside its characters, and of any other object
 
 
@@ -52,6 +56,7 @@ class StoredRows:
     matching: Matching | None = None
     _opened: tuple[int, Any] | None = field(default=None, repr=False)
     _text_rows: TextRows | None = field(default=None, repr=False)
+    _files: Files | None = field(default=None, repr=False)
 
     @property
     def lance(self) -> Any:
@@ -72,12 +77,28 @@ class StoredRows:
             )
         return lance
 
+    @property
+    def files(self) -> Files:
+        """The files of the Lance dataset.
+
+        Raises:
+            DataError: They cannot be listed.
+
+        """
+        lance = self.lance
+        if self._files is None:
+            with reading(self.path):
+                self._files = Files(lance, self.path)
+        return self._files
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_opened": None, "_files": None}
 
     def __len__(self) -> int:
-        rows: int = self.lance.count_rows() if self.matching is None else len(self.matching)
-        return rows
+        if self.matching is not None:
+            return len(self.matching)
+        with reading(self.path):
+            return count_rows(self.lance)
 
     @property
     def nbytes(self) -> int:
@@ -110,7 +131,7 @@ class StoredRows:
             some = rows[start : start + _SAMPLED_AT_ONCE]
             own = [name for name in names if name not in self.texts]
             table = self._table(some, [*own, *self._beside])
-            alone += sum(_held(each) for name in own for each in table[name].to_pylist())
+            alone += sum(_held(each) for name in own for each in self._objects(table, name))
             if self.texts:
                 after = self._table(np.minimum(some + 1, len(self) - 1), ["sequence"])
                 ends += int((table["sequence"].to_numpy() != after["sequence"].to_numpy()).sum())
@@ -133,10 +154,13 @@ class StoredRows:
         self, rows: Int64[np.ndarray, "row"], table: Any, known: Known
     ) -> dict[str, np.ndarray]:
         """Read the texts of rows, of which a table tells where they are."""
+        if table[BACK].null_count or table["sequence"].null_count:
+            raise lost(self.path)
         if self._text_rows is None:
-            self._text_rows = TextRows(self.lance, self.path)
+            self._text_rows = TextRows(self.files, self.lance, self.path)
         return read_texts(
             self._take,
+            self._objects,
             self._text_rows.of(rows, table[BACK].to_numpy()),
             table["sequence"].to_numpy(),
             names=self.texts,
@@ -155,24 +179,25 @@ class StoredRows:
             OptionError: It is not a condition that Lance understands.
 
         """
-        condition = as_lance_reads(where, sites, self.others)
-        matching = Matching(self.lance.count_rows())
-        try:
-            for offsets in self._offsets(condition, sites):
+        with reading(self.path):
+            self.files.check()
+            matching = Matching(count_rows(self.lance))
+            for offsets in self._offsets(where, sites):
                 matching.add(offsets)
-        except (ValueError, OSError) as error:
-            if isinstance(error, DataError):
-                raise
-            reason = why_refused(reason_of(error), sites, self.others)
-            raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         matching.settle()
         self.matching = matching
         vars(self).pop("_sampled", None)  # which was of all rows
 
     def _offsets(
-        self, condition: str, sites: Mapping[str, StoredSite]
-    ) -> Iterator[Int64[np.ndarray, "row"]]:
+        self, where: str, sites: Mapping[str, StoredSite]
+    ) -> Iterator[Int64[np.ndarray, " match"]]:
         """Find the rows that a condition holds of, some at a time, in any order."""
+
+        def refused(error: Exception) -> OptionError:
+            reason = printable(why_refused(reason_of(error), sites, self.others))
+            return OptionError(f"where={where!r} is not a condition on rows: {reason}")
+
+        condition = as_lance_reads(where, sites, self.others)
         folded = condition.casefold()  # as Lance reads names
         sites_named = [site for site in sites.values() if site.column.casefold() in folded]
         named = [name for name in self.others if name.casefold() in folded]
@@ -182,35 +207,39 @@ class StoredRows:
             _, text, ends = self._sampled
             row += int(text * max(ends, 1 / _SAMPLED))
         batch_size = max(64, min(_READ_BYTES // max(row, 1), _MOST_AT_ONCE))
-        if texts:
-            columns = [name for name in named if name not in texts]
-            columns += [site.column for site in sites_named]
-            yield from offsets_of_matching(
-                self.lance,
-                condition,
-                columns=columns,
-                texts=texts,
-                batch_size=batch_size,
-                path=self.path,
-            )
+        if not texts:
+            yield from rows_where(self.lance, condition, batch_size=batch_size, refused=refused)
             return
-        scanner = self.lance.scanner(
-            columns=["_rowoffset"],
-            filter=condition,
+        others = [name for name in named if name not in texts]
+        yield from offsets_of_matching(
+            self.files.take,
+            partial(rows_where, condition=condition, refused=refused),
+            rows=count_rows(self.lance),
+            columns=[*others, *(site.column for site in sites_named)],
+            texts=texts,
             batch_size=batch_size,
-            io_buffer_size=SCANNED_BYTES,
+            path=self.path,
         )
-        for found in scanner.to_batches():
-            yield found["_rowoffset"].to_numpy().astype(np.int64)
 
     def empty(self, rows: int) -> StoredBatch:
-        """Make room for rows."""
-        batch: StoredBatch = {
-            name: np.empty(rows, dtype=object) if dtype is None else torch.empty(rows, dtype=dtype)
-            for name, dtype in self.others.items()
-        }
-        for name, site in self.sites.items():
-            batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
+        """Make room for rows.
+
+        Raises:
+            DataError: Memory has none.
+
+        """
+        try:
+            batch: StoredBatch = {
+                name: torch.empty(rows, dtype=dtype) if dtype else np.empty(rows, dtype=object)
+                for name, dtype in self.others.items()
+            }
+            for name, site in self.sites.items():
+                batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
+        except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
+            raise DataError(
+                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, for which "
+                "there is no memory; read fewer at once, or fewer columns with sites="
+            ) from None
         return batch
 
     def read(self, rows: range | Int64[np.ndarray, "row"]) -> StoredBatch:
@@ -258,21 +287,20 @@ class StoredRows:
         for name, dtype in self.others.items():
             values: Any = texts.get(name)
             if values is None:
-                values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
+                values = self._numbers(table, name, dtype) if dtype else self._objects(table, name)
             batch[name][place] = values if repeated is None else values[repeated]
         for name, site in self.sites.items():
-            tensor = as_tensor(table[site.column], site)
+            with self._reading(f"{_OTHERWISE}, or leave that site out with sites="):
+                tensor = as_tensor(table[site.column], site)
             batch[name][place] = tensor if repeated is None else tensor[repeated]
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
-        lance = self.lance
-        try:
-            return lance.take(rows, columns=columns)
-        except (ValueError, OSError) as error:
-            raise DataError(
-                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
-                "another process may have replaced its files, or write it anew"
-            ) from error
+        files = self.files
+        with self._reading():
+            return files.take(rows, columns)
+
+    def _reading(self, remedy: str = _OTHERWISE) -> AbstractContextManager[None]:
+        return reading(self.path, "rows of", remedy=remedy)
 
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
@@ -280,10 +308,25 @@ class StoredRows:
                 f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
                 "fill them, with -1 for one, or drop the column"
             )
-        values = table[name].to_numpy()
-        if dtype == torch.int64:  # also of what has fewer bits, and no sign
-            return torch.from_numpy(values.astype(np.int64))
-        return torch.from_numpy(values.copy())
+        with self._reading():
+            if _dtype_of(table[name].type) != dtype:
+                raise ValueError(f"its column {name!r} is {table[name].type}, as it was not before")
+            values = table[name].to_numpy()
+            if dtype == torch.int64:  # also of what has fewer bits, and no sign
+                return torch.from_numpy(values.astype(np.int64))
+            return torch.from_numpy(values.copy())
+
+    def _objects(self, table: Any, name: str) -> np.ndarray:
+        column = table[name]
+        with self._reading():
+            try:
+                column.validate(full=True)
+                values = column.to_pylist()
+            except (ValueError, OverflowError) as error:
+                reason = reason_of(error)
+                raise ValueError(f"its column {name!r} is not {column.type}: {reason}") from None
+        # One by one, since NumPy would make an axis of lists.
+        return np.fromiter(values, dtype=object, count=len(column))
 
 
 def _ascending(
@@ -306,7 +349,7 @@ def _ascending(
             yield np.arange(start, end)[::-1].copy(), numbers[::-1]
 
 
-def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
+def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype | None]:
     """Tell the dtypes of the columns that are no sites; None for what is read into a list.
 
     Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
@@ -321,9 +364,10 @@ def dtypes_of(lance: Any, layout: Layout) -> dict[str, torch.dtype | None]:
         for name in layout.unlisted(lance.schema)
         if fields[name].nullable and (dtype := found[name]) and not dtype.is_floating_point
     }
-    return {**found, **dict.fromkeys(_with_nulls(lance, exact))}
+    return {**found, **dict.fromkeys(_with_nulls(files, exact))}
 
 
+@lru_cache
 def _dtype_of(kind: Any) -> torch.dtype | None:
     import pyarrow as pa
 
@@ -337,19 +381,13 @@ def _dtype_of(kind: Any) -> torch.dtype | None:
     return torch.from_numpy(np.empty(0, dtype=kind.to_pandas_dtype())).dtype
 
 
-def _with_nulls(lance: Any, names: set[str]) -> set[str]:
+def _with_nulls(files: Files, names: set[str]) -> set[str]:
     """Find out which columns have nulls; each is read until the first."""
     found = set()
     for name in names:
-        batches = lance.scanner(columns=[name]).to_batches()
-        if any(batch.column(0).null_count for batch in batches):
+        if any(table[name].null_count for table in files.take_all([name])):
             found.add(name)
     return found
-
-
-def _objects(column: Any) -> np.ndarray:
-    # One by one, since NumPy would make an axis of lists.
-    return np.fromiter(column.to_pylist(), dtype=object, count=len(column))
 
 
 def _held(value: object) -> int:

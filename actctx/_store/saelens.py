@@ -10,7 +10,7 @@ any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +24,7 @@ from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
+from actctx._store.digests import Digest, digested, note_all
 from actctx._store.layout import (
     TAKEN,
     Layout,
@@ -34,8 +35,9 @@ from actctx._store.layout import (
     is_known_to_others,
 )
 from actctx._store.rows import StoredRows
+from actctx._store.validation import MOST_ELEMENTS, elements_of
 from actctx._store.where import meant_sites
-from actctx._text import counted, dtype_name, shortened
+from actctx._text import counted, dtype_name, printable, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -192,21 +194,22 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     datasets = _import_datasets()
     try:
         cached = datasets.load_from_disk(expanded(path))
-    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
-        raise DataError(
-            f"'{path}' is not a directory of SAELens' cached activations: {error}; give its "
-            "new_cached_activations_path"
-        ) from None
     except IndexError:  # of datasets, where there is no file of rows
         raise _without_rows(path) from None
+    except Exception as error:  # noqa: BLE001  it reads whatever JSON there is as its own
+        found = str(error) if isinstance(error, OSError | ValueError) else repr(error)
+        raise DataError(
+            f"'{path}' is not a directory of SAELens' cached activations: {printable(found)}; give "
+            "its new_cached_activations_path"
+        ) from None
     features = cached.features if isinstance(cached, datasets.Dataset) else {}
     arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
     if not arrays:
         raise DataError(
             f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
-            f"Array2D; its columns are {', '.join(features)}"
+            f"Array2D; its columns are {printable(', '.join(features))}"
         )
-    _check_cached(path, runs=len(cached), names=arrays)
+    _check_cached(path, runs=len(cached), arrays=arrays)
     address = expanded(out)
     is_local = "://" not in address
     if is_local:
@@ -223,7 +226,10 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     batches = _batches(cached.with_format("arrow"), layout, schema)
     if is_local:
         with written_beside(Path(address), directory=True) as partial:
-            _write(batches, schema, address=str(partial), source=path)
+            digests = {name: Digest() for name in schema.names}
+            noted = digested(batches, digests)
+            _write(noted, schema, address=str(partial), source=path)
+            note_all(partial, digests, layout.as_metadata())
         return
     try:  # an object store, where what has no manifest is no data set
         _write(batches, schema, address=address, source=path)
@@ -239,11 +245,19 @@ def _without_rows(path: str | PathLike[str]) -> DataError:
     )
 
 
-def _check_cached(path: str | PathLike[str], *, runs: int, names: Iterable[str]) -> None:
+def _check_cached(path: str | PathLike[str], *, runs: int, arrays: Mapping[str, Any]) -> None:
     """Refuse what makes no data set before anything is written."""
     if not runs:
         raise _without_rows(path)
-    taken = next((name for name in names if name in TAKEN), None)
+    context = next(iter(arrays.values())).shape[0]
+    for name, kind in arrays.items():
+        sizes = [size for size in kind.shape if type(size) is int and 0 < size < MOST_ELEMENTS]
+        if len(sizes) != 2 or sizes[0] != context:  # noqa: PLR2004  context and width
+            raise DataError(
+                f"'{path}' has activations of the shape {printable(kind.shape)} in its column "
+                f"{name!r}, where runs of one context belong; let SAELens cache it anew"
+            )
+    taken = next((name for name in arrays if name in TAKEN), None)
     if taken is not None:
         raise DataError(
             f"'{path}' has activations in a column {taken!r}, which is the name of another column "
@@ -282,7 +296,7 @@ def _write(
         if not failed:
             raise
         raise DataError(
-            f"'{source}' cannot be read whole: {failed[0]}; let SAELens cache it anew"
+            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it anew"
         ) from failed[0]
 
 
@@ -310,6 +324,7 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
     some = max(1, 4096 // context)
     for first in range(0, len(cached), some):
         table = cached[first : first + some].combine_chunks()
+        table.validate(full=True)
         runs = table.num_rows
         columns = [
             _tokens(table, context),
@@ -318,8 +333,10 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
             pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no input that is known
         ]
         for site in layout.sites:
-            values = table[site.name].combine_chunks().storage.flatten().flatten()
+            rows = _lists(site.name, table[site.name].combine_chunks().storage, context)
+            values = _lists(site.name, rows, site.width)
             columns.append(pa.FixedSizeListArray.from_arrays(values, site.width))
+            elements_of(site.name, columns[-1], site.arrow)  # which checks them
         yield pa.record_batch(columns, schema=schema)
 
 
@@ -328,4 +345,19 @@ def _tokens(table: "pa.Table", context: int) -> "pa.Array":
 
     if _TOKENS not in table.column_names:
         return pa.array(np.full(table.num_rows * context, -1, dtype=np.int32))
-    return table[_TOKENS].combine_chunks().flatten().cast(pa.int32())
+    return _lists(_TOKENS, table[_TOKENS].combine_chunks(), context).cast(pa.int32())
+
+
+def _lists(name: str, column: "pa.Array", length: int) -> "pa.Array":
+    """Join the lists of a column.
+
+    Raises:
+        ValueError: Some are of another length, or null.
+
+    """
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(column)
+    if column.null_count or not pc.all(pc.equal(lengths, length)).as_py():
+        raise ValueError(f"its column {name!r} has runs that are not of {length}")
+    return column.flatten()

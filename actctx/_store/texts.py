@@ -19,18 +19,22 @@ from jaxtyping import Bool, Int32, Int64
 from actctx._errors import DataError
 from actctx._store.layout import BACK, import_lance
 from actctx._store.matching import Matching
+from actctx._store.validation import Files, count_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-SCANNED_BYTES = 2**25
-"""What is read ahead while rows are looked for."""
 
 _SPREAD_BYTES = 2**26
 """What texts may take where a condition needs them row by row."""
 
 Known: TypeAlias = dict[int, tuple[Any, ...]]
 """The texts that were read, by the rows that have them."""
+
+Take: TypeAlias = Callable[[Int64[np.ndarray, " row"], list[str]], "pa.Table"]
+"""What reads columns of rows by number."""
+
+Ask: TypeAlias = Callable[..., Iterator[Int64[np.ndarray, " match"]]]
+"""What finds rows that a condition holds of; see `rows_where`."""
 
 
 def rows_back(within: Int64[np.ndarray, " row"]) -> "pa.Array":
@@ -56,19 +60,20 @@ class TextRows:
     """Finds the row that has the texts of a row.
 
     Args:
+        files: The files of the data set.
         lance: The Lance dataset.
         path: Its path, for messages.
 
     """
 
-    def __init__(self, lance: Any, path: str) -> None:
+    def __init__(self, files: Files, lance: Any, path: str) -> None:
         self._path = path
         self._first: Matching | None = None
         if any(fragment.metadata.num_deletions for fragment in lance.get_fragments()):
-            self._first = Matching(lance.count_rows())
-            scanned = lance.scanner(columns=["_rowoffset"], filter=f"{BACK} = 0")
-            for found in scanned.to_batches():
-                self._first.add(found["_rowoffset"].to_numpy().astype(np.int64))
+            self._first, start = Matching(count_rows(lance)), 0
+            for table in files.take_all([BACK]):
+                self._first.add(start + np.flatnonzero(table[BACK].to_numpy() == 0))
+                start += table.num_rows
             self._first.settle()
 
     def of(
@@ -87,7 +92,8 @@ class TextRows:
 
 
 def read_texts(
-    take: Callable[[Int64[np.ndarray, " row"], list[str]], "pa.Table"],
+    take: Take,
+    objects: Callable[["pa.Table", str], np.ndarray],
     first: Int64[np.ndarray, " row"],
     sequence: Int64[np.ndarray, " row"],
     *,
@@ -99,6 +105,7 @@ def read_texts(
 
     Args:
         take: Reads rows of the data set.
+        objects: Makes objects of a column.
         first: For each row that which has its texts.
         sequence: The sequence of each row.
         names: The columns to read.
@@ -113,7 +120,7 @@ def read_texts(
     new = np.array([row for row in once.tolist() if row not in known], dtype=np.int64)
     if len(new):
         table = take(new, ["sequence", *names])
-        columns = [column.to_pylist() for column in table.columns]
+        columns = [table["sequence"].to_pylist(), *(objects(table, name) for name in names)]
         known.update(zip(new.tolist(), zip(*columns, strict=True), strict=True))
     found = [known[row] for row in once.tolist()]
     is_theirs = np.array([each[0] for each in found])[back] == sequence
@@ -136,9 +143,10 @@ def lost(path: str) -> DataError:
 
 
 def offsets_of_matching(
-    lance: Any,
-    condition: str,
+    take: Take,
+    ask: Ask,
     *,
+    rows: int,
     columns: list[str],
     texts: list[str],
     batch_size: int,
@@ -150,8 +158,9 @@ def offsets_of_matching(
     sequence, and compared some at a time.
 
     Args:
-        lance: The Lance dataset.
-        condition: The condition, as Lance reads it.
+        take: Reads rows of the data set.
+        ask: Finds the rows of a Lance dataset that the condition holds of.
+        rows: How many rows the data set has.
         columns: The other columns that it may name.
         texts: The columns of texts that it may name.
         batch_size: The rows to read at a time.
@@ -159,20 +168,15 @@ def offsets_of_matching(
 
     Raises:
         DataError: Rows have no texts any more.
-        ValueError: Lance does not understand the condition.
 
     """
     import pyarrow as pa
 
-    scanner = lance.scanner(
-        columns=[*{BACK: None, "sequence": None, **dict.fromkeys([*columns, *texts])}],
-        scan_in_order=True,
-        batch_size=batch_size,
-        io_buffer_size=SCANNED_BYTES,
-    )
+    needed = [*dict.fromkeys([BACK, "sequence", *columns, *texts])]
     last: dict[str, pa.Array] = {}
-    start = 0
-    for batch in filter(len, scanner.to_batches()):
+    for start in range(0, rows, batch_size):
+        table = take(np.arange(start, min(start + batch_size, rows)), needed)
+        batch = {name: table[name].combine_chunks() for name in needed}
         is_first = batch[BACK].to_numpy() == 0
         if not last and not is_first[0]:
             raise lost(path)
@@ -184,9 +188,7 @@ def offsets_of_matching(
         if not is_theirs.all() or any(held[name].null_count for name in texts):
             raise lost(path)
         named = {name: batch[name] for name in columns}
-        matching = _matching(named, number, {name: held[name] for name in texts}, condition)
-        yield start + matching
-        start += batch.num_rows
+        yield start + _matching(ask, named, number, {name: held[name] for name in texts})
         last = {name: values[-1:] for name, values in held.items()}
 
 
@@ -201,18 +203,18 @@ def _behind(
 
 
 def _matching(
+    ask: Ask,
     named: dict[str, "pa.Array"],
     number: Int32[np.ndarray, " row"],
     texts: dict[str, "pa.Array"],
-    condition: str,
 ) -> Int64[np.ndarray, " match"]:
     """Find the rows that a condition holds of.
 
     Args:
+        ask: Asks the condition.
         named: The columns that it names, but for texts.
         number: For each row which of the texts are its own.
         texts: The texts.
-        condition: The condition.
 
     """
     once, first, again = np.unique(number, return_index=True, return_inverse=True)
@@ -220,16 +222,16 @@ def _matching(
         # What it names is the same throughout a sequence, so it is asked once for each.
         holds = np.zeros(len(once), dtype=bool)
         named = {name: column.take(first) for name, column in named.items()}
-        holds[_asked(named, once.astype(np.int32), texts, condition)] = True
+        holds[_asked(ask, named, once.astype(np.int32), texts)] = True
         return np.flatnonzero(holds[again])
-    return _asked(named, number, texts, condition)
+    return _asked(ask, named, number, texts)
 
 
 def _asked(
+    ask: Ask,
     named: dict[str, "pa.Array"],
     number: Int32[np.ndarray, " row"],
     texts: dict[str, "pa.Array"],
-    condition: str,
 ) -> Int64[np.ndarray, " match"]:
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -241,16 +243,6 @@ def _asked(
     if longest * len(number) < _SPREAD_BYTES:
         spread = {name: values.dictionary_decode() for name, values in spread.items()}
     # Functions are given the texts of a dictionary row by row.
-    scanner = (
-        import_lance()
-        .write_dataset(pa.table({**named, **spread}), "memory://")
-        .scanner(
-            columns=["_rowoffset"],
-            filter=condition,
-            batch_size=max(1, min(_SPREAD_BYTES // (longest + 1), 8192)),
-        )
-    )
-    found: Int64[np.ndarray, " match"] = (
-        scanner.to_table()["_rowoffset"].to_numpy().astype(np.int64)
-    )
-    return found
+    batch_size = max(1, min(_SPREAD_BYTES // (longest + 1), 8192))
+    held = import_lance().write_dataset(pa.table({**named, **spread}), "memory://")
+    return np.concatenate([np.empty(0, np.int64), *ask(held, batch_size=batch_size)])

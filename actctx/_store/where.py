@@ -2,7 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
 
 from actctx._errors import NotCapturedError, OptionError
 from actctx._model.globs import meant
@@ -10,6 +14,7 @@ from actctx._store.layout import FLOAT8, StoredSite, is_known_to_others
 from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
+_READ_AHEAD_BYTES = 2**25
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
 
 
@@ -134,6 +139,38 @@ def _refuse_bits(where: str, site: StoredSite) -> None:
 
 def _cast(site: StoredSite) -> str:
     return ".float()" if site.torch_dtype in FLOAT8 else ""  # which torch cannot compare either
+
+
+def rows_where(
+    lance: Any, condition: str, *, batch_size: int, refused: Callable[[Exception], OptionError]
+) -> Iterator[Int64[np.ndarray, " match"]]:
+    """Find the rows that a condition holds of, some at a time, in any order.
+
+    Args:
+        lance: The Lance dataset.
+        condition: The condition, as Lance reads it.
+        batch_size: The rows to compare at a time.
+        refused: Says what is wrong with the condition, in place of an error of Lance's.
+
+    """
+    scanner = lance.scanner(
+        columns=["_rowoffset"],
+        filter=condition,
+        batch_size=batch_size,
+        io_buffer_size=_READ_AHEAD_BYTES,
+    )
+    try:
+        scanner.explain_plan()
+    except (ValueError, OSError) as error:
+        raise refused(error) from None
+    try:
+        scanner.count_rows()  # see the note on takes and scans
+        for found in scanner.to_batches():
+            yield found["_rowoffset"].to_numpy().astype(np.int64)
+    except OSError as error:
+        if "Execution error" not in str(error):  # but one of reading
+            raise
+        raise refused(error) from None
 
 
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
