@@ -96,7 +96,8 @@ def extract(
         out: Where to write, a directory such as `acts.lance`. It is made, or resumed.
         slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
             the tokens that are no padding and that `drop` leaves, and is one for all sites.
-        dtype: The dtype to keep, as in `capture`: float32, float16 or bfloat16.
+        dtype: The dtype to keep of floating-point sites, as in `capture`: float32, float16,
+            bfloat16, or one of float8. Integers and bools keep theirs.
         mask: Which tokens leave rows: with `"attention"` all that are no padding; with the name
             of an entry that each dict of `data` has, such as `"loss_mask"`, those of them where it
             is not 0; with None all, padding too, of batches that come as such.
@@ -121,7 +122,7 @@ def extract(
         drop: The tokens that leave no rows: `{"position": [0]}`, by their place in the sequence,
             or `{"token": [50256]}`, by their ids.
         carry: The names of what comes along with the sequences in dicts, such as labels and ids:
-            a column each, of numbers or strings.
+            a column each, of numbers or strings. Strings are stored once a sequence.
         finite: Whether NaN and infinite values are refused.
         resume: Whether to resume a data set that is there; otherwise it is refused.
         add: Whether the sites are added to the rows of the data set that is there, which are not

@@ -166,7 +166,7 @@ def test_metadata_that_is_no_object_is_said(tmp_path, metadata, found):
 @pytest.mark.parametrize(
     ("changed", "what"),
     [
-        ({"format": 2}, "layout"),
+        ({"format": 3}, "layout"),
         ({"zipped": True}, "field 'zipped'"),
         ({"site": {"scale": 2.0}}, "field 'sites[1].scale'"),
         ({"site": {"dtype": "load"}}, f"dtype 'load' of {Z!r}"),

@@ -637,8 +637,9 @@ def test_means_of_bools_are_numbers(out):
 def test_complex_numbers_are_refused_and_not_halved(out, dtype):
     message = refusal(OptionError, OtherNumbers(), [[2, 3]], "waves", out, pool="max", dtype=dtype)
     assert message == (
-        "'waves' yields complex64, but a data set holds floating-point activations; leave the site "
-        "out, or keep it in memory with capture()"
+        "'waves' yields complex64, but a data set holds floating-point numbers, bools, and "
+        "integers of up to 64 bits with a sign, or 8 without; leave the site out, or keep it in "
+        "memory with capture()"
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from actctx._errors import AxisError, OptionError, SelectionError
-from actctx._model.axes import POSITIONS, Axes, position_dims
+from actctx._model.axes import POSITIONS, ROUTER_AXES, Axes, position_dims
 from actctx._model.flags import why_it_never_fired
 from actctx._model.places import Place
 from actctx._model.sites import Request, Site
@@ -111,6 +111,14 @@ class WatchedSite:
 
         """
         if self.named_axes is not None and len(self.named_axes) != len(shape):
+            chosen = self.options.mask
+            if isinstance(chosen, Chosen) and len(shape) == len(self.named_axes) - 1:
+                sequences, positions = chosen.shape
+                raise AxisError(
+                    f"a data set has rows of tokens, but {self.shown} fired with the shape "
+                    f"{tuple(shape)} for {sequences} x {positions} tokens, so it has not one row "
+                    "for each; leave it out"
+                )
             raise AxisError(
                 f"{self.shown} fired with the shape {tuple(shape)}, but "
                 f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
@@ -313,6 +321,12 @@ def watch_site(
 
 
 def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
+    by_name = site.named_axes is None and site.told_axes is None
+    if by_name and axes in ROUTER_AXES and isinstance(site.options.mask, Chosen):
+        # A router sees the tokens in their order, so they are divided into sequences. What is
+        # inside an expert may be in another order.
+        axes = ("batch", "pos", *axes[1:])
+        site = replace(site, named_axes=axes)
     selector, rows = _selecting(site.key, site.asked, axes, sizes, site.options)
     site = replace(site, selector=selector, rows=rows)
     _check_join(site, site.options.join)

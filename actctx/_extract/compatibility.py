@@ -197,7 +197,7 @@ class Facts:
             yield f"hook of {was.name!r}", was.hook, now.place.name
             yield f"tensor of {was.name!r} (io, output, firing)", was.taken, taken_of(now)
             yield f"slice of {was.name!r}", was.slice, self.slices[was.name]
-            if now.dtype is not None:
+            if now.dtype is not None and was.torch_dtype.is_floating_point:
                 yield f"dtype of {was.name!r}", was.dtype, dtype_name(now.dtype)
 
     def _of_rows(self, layout: Layout) -> Iterator[Fact]:

@@ -133,13 +133,18 @@ def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, *, how: str)
     """Join the rows of each sequence: their `"mean"`, or along each axis their `"max"`.
 
     Returns:
-        Rows in float32, `row ...`.
+        Rows `row ...`, in float32, but for the maximum of integers or bools, which stays one.
 
     """
     assert work.pooled is not None  # noqa: S101  as rows are pooled
-    parts = torch.split(activations.float(), work.pooled.bincount().tolist())
-    joined = [part.amax(0) if how == "max" else part.mean(0) for part in parts]
-    return torch.stack(joined)
+    if activations.is_floating_point():
+        activations = activations.float()
+    elif how == "mean":
+        activations = activations.double()  # in which sums of integers are exact
+    parts = torch.split(activations, work.pooled.bincount().tolist())
+    if how == "max":
+        return torch.stack([part.amax(0) for part in parts])
+    return torch.stack([part.mean(0) for part in parts]).float()
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:

@@ -53,7 +53,7 @@ from actctx._store.layout import (
     StoredSite,
     check_rows,
     column_name,
-    not_floating_point,
+    not_held,
 )
 from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 
@@ -363,7 +363,9 @@ class Extraction:
 
             names = self._reading.carry
             kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
-            layout = replace(self._layout, model=self._run_model.described, sites=sites)
+            texts = tuple(each.name for each in kinds if pa.types.is_string(each.type))
+            described = self._run_model.described
+            layout = replace(self._layout, model=described, sites=sites, texts=texts)
             target.create(layout, pa.schema(kinds))
         else:
             target.tidy()
@@ -393,7 +395,7 @@ class Extraction:
         for site in self._sites:
             axes = site.known_axes or ("_", "_")
             sizes = site.selected(axes, tuple(map(known.get, axes)))[1][1:]
-            if not site.exact or None in sizes:
+            if not sizes or not site.exact or None in sizes:  # one number may be an integer
                 return None
             total += math.prod(size or 1 for size in sizes) * (site.dtype or self._dtype).itemsize
         return total
@@ -438,10 +440,12 @@ class Extraction:
 
 def _pool(name: str, owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
     whole = wait_for(owned)
-    if whole.is_complex() or whole.is_quantized:  # of which float() would keep a part, or fail
-        raise OptionError(not_floating_point(name, whole.dtype))
-    kept = whole.dtype if whole.is_floating_point() else torch.float32
-    return Owned(pool_rows(whole, work, how=how).to(dtype or kept))
+    if whole.is_complex() or whole.is_quantized:
+        raise OptionError(not_held(name, whole.dtype))
+    pooled = pool_rows(whole, work, how=how)
+    if pooled.is_floating_point():
+        pooled = pooled.to(dtype or (whole.dtype if whole.is_floating_point() else torch.float32))
+    return Owned(pooled)
 
 
 def _show(bar: Any, rows: int) -> None:

@@ -8,6 +8,7 @@ a crash costs a hundredth of the work at most, and slow rows make no file a minu
 What a crash leaves is a file that no manifest knows, which the next writer deletes.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +24,9 @@ from actctx._extract.row_choice import Work
 from actctx._results.column import wait_for
 from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
-from actctx._store.layout import COUNTED, StoredSite, as_array
-from actctx._text import dtype_name
+from actctx._store.layout import COUNTED, FLOAT8, StoredSite, as_array
+from actctx._store.texts import once_a_sequence, rows_back
+from actctx._text import counted, dtype_name
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -139,15 +141,43 @@ class Writer:
         assert layout is not None  # noqa: S101  a writer begins behind it
         columns: list[Any] = [pa.array(getattr(work, name).numpy()) for name in COUNTED]
         columns.append(pa.array(work.digest.numpy()))
-        rows = pa.array(work.within.numpy())
-        kinds = {name: schema.field(name).type for name in layout.carried}
-        columns += [carried_array(name, work, kind=kind).take(rows) for name, kind in kinds.items()]
+        within = work.within.numpy()
+        back = rows_back(within)
+        if layout.texts:
+            columns.append(back)
+        for name in layout.carried:
+            values = carried_array(name, work, kind=schema.field(name).type)
+            is_text = name in layout.texts
+            columns.append(
+                once_a_sequence(values, within, back)
+                if is_text
+                else _each_row(name, values, within)
+            )
         for site in layout.sites:
             values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _each_row(name: str, values: Any, within: Any) -> Any:
+    """Give each row what its sequence carries.
+
+    Raises:
+        DataError: It is more than a column holds.
+
+    """
+    import pyarrow as pa
+
+    try:
+        return values.take(pa.array(within))
+    except pa.ArrowInvalid:  # of texts, which older versions wrote to each row
+        raise DataError(
+            f"carry names {name!r}, whose values take more than 2 GiB in the rows of one forward, "
+            "since an older version of actctx began this data set; give another path, where texts "
+            "are stored once a sequence"
+        ) from None
 
 
 def commit_seconds(elapsed: float) -> float:
@@ -192,11 +222,16 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
         found = pa.array(values)
         if kind is not None and pa.types.is_integer(found.type) and pa.types.is_floating(kind):
             found = found.cast(kind)  # of ints that a float holds exactly
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+    except (pa.ArrowException, UnicodeEncodeError) as error:  # of half a surrogate pair
         raise DataError(
             f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
             "bools or strings, of one type throughout"
         ) from None
+    if isinstance(found, pa.ChunkedArray):
+        raise DataError(
+            f"carry names {name!r}, whose values take more than 2 GiB in a batch of "
+            f"{counted(len(values), 'sequence')}; give a smaller batch_size="
+        )
     if kind is not None and found.type != kind:
         raise DataError(
             f"carry names {name!r}, whose values were {kind} so far, but are {found.type} in "
@@ -207,15 +242,40 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
 
 
 def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, before: int) -> None:
-    if not values.numel() or all(map(torch.isfinite, torch.aminmax(values))):
+    """Refuse values that are no numbers, or infinite, or were beyond the end of eight bits.
+
+    Raises:
+        DataError: There are some.
+
+    """
+    if not values.numel() or not values.dtype.is_floating_point:
+        return
+    dtype = values.dtype
+    if dtype in FLOAT8:  # of which torch does not tell
+        values = values.float()
+        values = values.where(values.abs() < torch.finfo(dtype).max, values * math.inf)
+    if all(map(torch.isfinite, torch.aminmax(values))):
         return
     values = values.reshape(len(values), -1)  # a row may be one number, without an axis
     at = int((~torch.isfinite(values)).any(1).nonzero()[0])
     found = values[at][~torch.isfinite(values[at])][0]
-    remedy = "finite=False writes it as it is"
-    if values.dtype == torch.float16 and bool(found.isinf()):
-        remedy = f"float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; {remedy}"
     raise DataError(
-        f"{name!r} is {float(found)} in row {before + at}: token {int(work.token[at])} of sequence "
-        f"{int(work.sequence[at])}, position {int(work.position[at])}; {remedy}"
+        f"{name!r} is {_shown(found, dtype)} in row {before + at}: token {int(work.token[at])} of "
+        f"sequence {int(work.sequence[at])}, position {int(work.position[at])}; "
+        f"{_remedy(found, dtype)}finite=False writes it as it is"
     )
+
+
+def _shown(found: Tensor, dtype: torch.dtype) -> str:
+    if dtype in FLOAT8 and bool(found.isinf()):
+        return f"{math.copysign(torch.finfo(dtype).max, float(found)):g} or beyond"
+    return f"{float(found)}"
+
+
+def _remedy(found: Tensor, dtype: torch.dtype) -> str:
+    if dtype in FLOAT8:  # some of which take nan for what is beyond their end
+        end = torch.finfo(dtype).max
+        return f"{dtype_name(dtype)} ends at {end:g}, beyond which dtype=torch.bfloat16 goes; "
+    if dtype == torch.float16 and bool(found.isinf()):
+        return "float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; "
+    return ""

@@ -82,6 +82,9 @@ _ROUTER = {
     "hook_expert_weights": ("token", "expert"),
     "hook_expert_indices": ("token", "choice"),
 }
+ROUTER_AXES = frozenset(_ROUTER.values())
+"""The axes of what has one row for each token, in their order."""
+
 # T5's relative position bias.
 _BIAS = {"hook_in": ("query", "key"), "hook_out": ("query", "key", "head")}
 

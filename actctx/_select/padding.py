@@ -115,6 +115,12 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
     if axes is None or pos is None or "batch" not in axes:
         keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
+        if chosen and axes and axes[0] == "token":
+            named = " ".join(("batch", "pos", *axes[1:]))
+            otherwise = (
+                f"where it has one row for each token, in their order, give Site(axes={named!r}), "
+                "else leave it out"
+            )
         if axes is None:
             raise AxisError(
                 f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: its axes "

@@ -38,14 +38,21 @@ if TYPE_CHECKING:
 KEY = b"actctx"
 """The one key of the schema's metadata that is ours."""
 
-FORMAT = 1
-"""The version of the layout; a later one is not read."""
+FORMAT = 2
+"""The version of the layout; a later one is not read.
+
+The first had floating-point sites only, and texts in each row. What needs no more is written as
+such, so that older versions of actctx read it.
+"""
 
 COUNTED = ("token", "sequence", "position")
 """The columns that say where a row comes from; see `extract`."""
 
 DIGEST = "_input"
 """The column that tells of what input a row is, which is not read; see `_inputs.Batch.digests`."""
+
+BACK = "_back"
+"""The column that says where the texts of a row are; see `actctx/_store/texts.py`."""
 
 _OF_LANCE = {
     "_rowid",
@@ -56,10 +63,31 @@ _OF_LANCE = {
 }
 """The columns that Lance has of its own."""
 
-TAKEN = {*COUNTED, DIGEST, *_OF_LANCE}
+TAKEN = {*COUNTED, DIGEST, BACK, *_OF_LANCE}
 """What neither a site nor what is carried can be called."""
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+FLOAT8 = frozenset(
+    {torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz}
+)
+"""The dtypes of eight bits, for which Arrow has none; their bits are written as uint8."""
+
+_ARROW = {
+    torch.float32: "float32",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool_",
+    **dict.fromkeys(FLOAT8, "uint8"),
+}
+"""The dtypes that a data set holds, and the Arrow types of their elements."""
+
+_ADVISED = (torch.float32, torch.float16, torch.bfloat16)
+_FIRST_DTYPES = {"float32", "float16", "bfloat16"}
+"""Those of the first layout."""
 
 
 def import_lance() -> Any:
@@ -152,7 +180,7 @@ class StoredSite:
         """
         if not self.name or not self.column:
             raise ValueError(f"the site {self.name!r} has no name, or no column")
-        if self.dtype not in map(dtype_name, _DTYPES):
+        if self.dtype not in map(dtype_name, _ARROW):
             raise LaterError(f"dtype {self.dtype!r} of {self.name!r}")
         if any(size <= 0 for size in self.shape) or self.width >= MOST_ELEMENTS:
             raise ValueError(f"{self.name!r} has the shape {self.shape}, which no row has")
@@ -173,6 +201,7 @@ class Layout:
         input: What decides which rows come: masks, what is dropped, the context.
         versions: The versions that wrote it.
         carried: The names of the columns that came with the input, such as labels.
+        texts: Those of them that are stored once a sequence.
         finished: Whether the input came to its end, or to the number of tokens that was asked for.
 
     """
@@ -184,6 +213,7 @@ class Layout:
     versions: Mapping[str, str]
     carried: tuple[str, ...] = ()
     finished: bool = False
+    texts: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, schema: "pa.Schema", path: object) -> "Layout":
@@ -212,6 +242,7 @@ class Layout:
             layout,
             sites=tuple(site for site in layout.sites if site.column in there),
             carried=tuple(name for name in layout.carried if name in there),
+            texts=tuple(name for name in layout.texts if name in there),
         )
 
     def check(self) -> None:
@@ -229,6 +260,8 @@ class Layout:
                 raise ValueError(f"'model.{name}' is {found!r}, which is not text")
         if self.rows not in {"token", "sequence"}:
             raise ValueError(f"'rows' is {self.rows!r}, neither 'token' nor 'sequence'")
+        if more := [name for name in self.texts if name not in self.carried]:
+            raise ValueError(f"'texts' has {more[0]!r}, which 'carried' has not")
         order = self.input.get("batch_size")
         if order is not None and (type(order) is not int or order < 1):
             raise ValueError(f"'input.batch_size' is {order!r}, which is not a number of sequences")
@@ -240,9 +273,9 @@ class Layout:
             ValueError: A column is missing, or is another, or two have one name.
 
         """
-        kinds, there = self.kinds(), {*schema.names, *COUNTED}
+        kinds, there = self.kinds(), {*schema.names, *COUNTED, *([BACK] if self.texts else [])}
         check_columns(schema, {name: kinds[name] for name in kinds if name in there})
-        others = [*COUNTED, DIGEST, *self.carried, *self.unlisted(schema)]
+        others = [*COUNTED, *self.hidden, *self.carried, *self.unlisted(schema)]
         for names in (
             [*others, *(site.column for site in self.sites)],
             [*others, *(site.name for site in self.sites)],
@@ -253,7 +286,11 @@ class Layout:
 
     def as_metadata(self) -> str:
         """Write it as the value of the metadata's one key."""
-        return json.dumps({"format": FORMAT, **asdict(self)})
+        said = asdict(self)
+        is_first = {site.dtype for site in self.sites} <= _FIRST_DTYPES and not self.texts
+        if not self.texts:
+            del said["texts"]  # which older versions do not know
+        return json.dumps({"format": 1 if is_first else FORMAT, **said})
 
     def schema(self, carried: "pa.Schema") -> "pa.Schema":
         """Make the schema of the data set, with the columns that came with the input."""
@@ -262,6 +299,7 @@ class Layout:
         kinds = self.kinds()
         fields = [
             *(pa.field(name, kinds[name], nullable=False) for name in (*COUNTED, DIGEST)),
+            *([pa.field(BACK, kinds[BACK], nullable=False)] if self.texts else []),
             *carried,
             *(pa.field(site.column, kinds[site.column]) for site in self.sites),
         ]
@@ -274,16 +312,25 @@ class Layout:
         counted = zip(
             (*COUNTED, DIGEST), (pa.int32(), pa.int64(), pa.int32(), pa.int64()), strict=True
         )
-        return {**dict(counted), **{site.column: site.arrow for site in self.sites}}
+        own: dict[str, pa.DataType] = {}
+        if self.texts:
+            own = {BACK: pa.int32(), **dict.fromkeys(self.texts, pa.string())}
+        return {**dict(counted), **own, **{site.column: site.arrow for site in self.sites}}
 
     def columns(self, sites: Iterable[StoredSite]) -> dict[str, str]:
         """Name the columns that all rows must have, by their names on disk, if some sites are."""
-        return {**{name: name for name in COUNTED}, **{site.column: site.name for site in sites}}
+        own = [*COUNTED, BACK] if self.texts else COUNTED
+        return {**{name: name for name in own}, **{site.column: site.name for site in sites}}
 
     def unlisted(self, schema: "pa.Schema") -> list[str]:
         """Name the columns that somebody else added."""
-        known = {*COUNTED, DIGEST, *self.carried, *(site.column for site in self.sites)}
+        known = {*COUNTED, *self.hidden, *self.carried, *(site.column for site in self.sites)}
         return [name for name in schema.names if name not in known]
+
+    @property
+    def hidden(self) -> set[str]:
+        """The columns that users do not see."""
+        return {DIGEST, BACK} if self.texts else {DIGEST}
 
     def as_finished(self, *, finished: bool = True) -> "Layout":
         """Return it with the note that no more rows are to come."""
@@ -359,7 +406,12 @@ def value_type(dtype: torch.dtype) -> Any:
         from lance.arrow import BFloat16Type
 
         return BFloat16Type()
-    return pa.float16() if dtype == torch.float16 else pa.float32()
+    return getattr(pa, _ARROW[dtype])()
+
+
+def is_known_to_others(dtype: torch.dtype) -> bool:
+    """Tell whether Lance and NumPy know the values of a dtype, and not only their bits."""
+    return dtype != torch.bfloat16 and dtype not in FLOAT8
 
 
 def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
@@ -374,26 +426,28 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
             f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
             "nothing; give a slice that selects something"
         )
+    if values.dtype in _ARROW:
+        return
     if not values.dtype.is_floating_point:
-        raise OptionError(not_floating_point(name, values.dtype))
-    if values.dtype not in _DTYPES:
-        raise OptionError(
-            f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
-            f"dtype= {', '.join(map(str, _DTYPES[:-1]))} or {_DTYPES[-1]}"
-        )
+        raise OptionError(not_held(name, values.dtype))
+    raise OptionError(
+        f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
+        f"dtype= {', '.join(map(str, _ADVISED[:-1]))} or {_ADVISED[-1]}"
+    )
 
 
-def not_floating_point(name: str, dtype: torch.dtype) -> str:
-    """Say why a site that yields integers, bools or complex numbers leaves no rows."""
+def not_held(name: str, dtype: torch.dtype) -> str:
+    """Say why a site that yields complex numbers, or the like, leaves no rows."""
     # dtype= would not help, since it casts floating-point activations only.
     return (
-        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point activations; "
-        "leave the site out, or keep it in memory with capture()"
+        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point numbers, bools, "
+        "and integers of up to 64 bits with a sign, or 8 without; leave the site out, or keep it "
+        "in memory with capture()"
     )
 
 
 def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
-    """Show Arrow a tensor as a column, a row for each of its own; nothing is copied.
+    """Show Arrow a tensor as a column, a row for each of its own; only bools are copied.
 
     Args:
         values: A contiguous tensor on the CPU, of a dtype that a data set holds. Whoever has the
@@ -403,11 +457,13 @@ def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
     import pyarrow as pa
 
     flat = values.reshape(-1)
-    same_bits = flat.view(torch.int16) if flat.dtype == torch.bfloat16 else flat
-    buffer = pa.py_buffer(same_bits.numpy())
     kind = value_type(flat.dtype)
-    storage = pa.binary(2) if flat.dtype == torch.bfloat16 else kind
-    elements = pa.Array.from_buffers(storage, flat.numel(), [None, buffer])
+    if flat.dtype == torch.bool:  # of which Arrow packs eight into a byte
+        elements = pa.array(flat.numpy())
+    else:
+        storage = pa.binary(2) if flat.dtype == torch.bfloat16 else kind
+        buffer = pa.py_buffer(_bits(flat).numpy())
+        elements = pa.Array.from_buffers(storage, flat.numel(), [None, buffer])
     if flat.dtype == torch.bfloat16:
         elements = pa.ExtensionArray.from_storage(kind, elements)
     return pa.FixedSizeListArray.from_arrays(elements, values.shape[1:].numel())
@@ -416,7 +472,7 @@ def as_array(values: Shaped[Tensor, "row ..."]) -> "pa.FixedSizeListArray":
 def as_tensor(
     column: "pa.FixedSizeListArray | pa.ChunkedArray", site: StoredSite
 ) -> Shaped[Tensor, "row ..."]:
-    """Show torch a column of a site in its shape; only what lies in several chunks is copied.
+    """Show torch a column of a site in its shape; what lies in several chunks is copied, and bools.
 
     The tensor shares the column's memory, which must not be written to.
 
@@ -430,8 +486,18 @@ def as_tensor(
     elements = elements_of(site.column, column, site.arrow)
     if not rows:
         return torch.empty((0, *site.shape), dtype=dtype)
+    if dtype == torch.bool:
+        unpacked = elements.to_numpy(zero_copy_only=False)
+        return torch.from_numpy(unpacked).view(rows, *site.shape)
     bits = _Bytes(elements.buffers()[1], elements.offset * dtype.itemsize, rows * site.nbytes)
     return torch.from_numpy(np.asarray(bits)).view(dtype).view(rows, *site.shape)
+
+
+def _bits(flat: Shaped[Tensor, " _"]) -> Shaped[Tensor, " _"]:
+    """Show the bits of what NumPy has no dtype for as integers."""
+    if flat.dtype == torch.bfloat16:
+        return flat.view(torch.int16)
+    return flat.view(torch.uint8) if flat.dtype in FLOAT8 else flat
 
 
 class _Bytes:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -14,17 +14,22 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor
+from actctx._store.layout import BACK, Layout, StoredSite, as_tensor
+from actctx._store.matching import Matching
+from actctx._store.texts import Known, TextRows, lost, offsets_of_matching, read_texts
 from actctx._store.validation import REOPEN, Files, count_rows, reading
 from actctx._store.versions import open_lance
-from actctx._store.where import as_lance_reads, why_refused
+from actctx._store.where import as_lance_reads, rows_where, why_refused
 from actctx._text import dtype_name, format_bytes, printable
 
 StoredBatch: TypeAlias = dict[str, Any]
 """A tensor for each column, or a list where it holds no numbers, or nulls among integers."""
 
 _READ_BYTES = 2**23  # at once; more is slower, since its memory is new each time
+_MOST_AT_ONCE = 65536  # rows
 _SAMPLED = 256  # rows, to tell what strings take
+_SAMPLED_AT_ONCE = 32
+_NEIGHBOURS = 32  # rows that a loader reads together, which mostly have the same texts
 _OBJECT_BYTES = 64  # of a string beside its characters, and of any other object
 
 
@@ -37,6 +42,7 @@ class StoredRows:
         version: Which of its versions is read, whatever is appended later.
         sites: The sites to read, by name.
         others: The other columns to read, and their dtypes; None for what is read into a list.
+        texts: Those of the others that are stored once a sequence.
         matching: The rows that are there, where they are not all.
 
     """
@@ -45,8 +51,10 @@ class StoredRows:
     version: int | None = None
     sites: Mapping[str, StoredSite] = field(default_factory=dict)
     others: Mapping[str, torch.dtype | None] = field(default_factory=dict)
-    matching: Int64[np.ndarray, "row"] | None = None
+    texts: tuple[str, ...] = ()
+    matching: Matching | None = None
     _opened: tuple[int, Any] | None = field(default=None, repr=False)
+    _text_rows: TextRows | None = field(default=None, repr=False)
     _files: Files | None = field(default=None, repr=False)
 
     @property
@@ -104,15 +112,60 @@ class StoredRows:
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
         """
+        alone, texts, ends = self._sampled
+        return self.nbytes + int(alone + texts * (1 + (_NEIGHBOURS - 1) * ends) / _NEIGHBOURS)
+
+    @cached_property
+    def _sampled(self) -> tuple[float, float, float]:
+        """Estimate the bytes of a row's own objects, and of its texts, and how many rows end one.
+
+        Texts are those of a sequence; the share is of rows that the next one has other texts than.
+        """
         names = [name for name, dtype in self.others.items() if dtype is None]
         if not names or not len(self):
-            return self.nbytes
-        rows = np.random.default_rng(0).integers(len(self), size=_SAMPLED)
-        if self.matching is not None:
-            rows = self.matching[rows]
-        table = self._take(np.unique(rows), names)
-        held = sum(_held(value) for name in names for value in self._objects(table, name))
-        return self.nbytes + held // len(table)
+            return 0.0, 0.0, 0.0
+        rows = np.unique(np.random.default_rng(0).integers(len(self), size=_SAMPLED))
+        alone = texts = ends = 0
+        for start in range(0, len(rows), _SAMPLED_AT_ONCE):
+            some = rows[start : start + _SAMPLED_AT_ONCE]
+            own = [name for name in names if name not in self.texts]
+            table = self._table(some, [*own, *self._beside])
+            alone += sum(_held(each) for name in own for each in self._objects(table, name))
+            if self.texts:
+                after = self._table(np.minimum(some + 1, len(self) - 1), ["sequence"])
+                ends += int((table["sequence"].to_numpy() != after["sequence"].to_numpy()).sum())
+                found = self._texts_of(self._on_disk(some), table, {})
+                texts += sum(_held(each) for values in found.values() for each in values)
+        return alone / len(rows), texts / len(rows), ends / len(rows)
+
+    def _table(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
+        return self._take(self._on_disk(rows), columns)
+
+    def _on_disk(self, rows: Int64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
+        return rows if self.matching is None else self.matching[rows]
+
+    @property
+    def _beside(self) -> list[str]:
+        """The columns that tell where the texts of a row are."""
+        return ["sequence", BACK] if self.texts else []
+
+    def _texts_of(
+        self, rows: Int64[np.ndarray, "row"], table: Any, known: Known
+    ) -> dict[str, np.ndarray]:
+        """Read the texts of rows, of which a table tells where they are."""
+        if table[BACK].null_count or table["sequence"].null_count:
+            raise lost(self.path)
+        if self._text_rows is None:
+            self._text_rows = TextRows(self.files, self.lance, self.path)
+        return read_texts(
+            self._take,
+            self._objects,
+            self._text_rows.of(rows, table[BACK].to_numpy()),
+            table["sequence"].to_numpy(),
+            names=self.texts,
+            known=known,
+            path=self.path,
+        )
 
     def find(self, where: str, sites: Mapping[str, StoredSite]) -> None:
         """Keep the rows that a condition holds of.
@@ -125,27 +178,47 @@ class StoredRows:
             OptionError: It is not a condition that Lance understands.
 
         """
-        condition = as_lance_reads(where, sites, self.others)
+        with reading(self.path):
+            self.files.check()
+            matching = Matching(count_rows(self.lance))
+            for offsets in self._offsets(where, sites):
+                matching.add(offsets)
+        matching.settle()
+        self.matching = matching
+        vars(self).pop("_sampled", None)  # which was of all rows
+
+    def _offsets(
+        self, where: str, sites: Mapping[str, StoredSite]
+    ) -> Iterator[Int64[np.ndarray, " match"]]:
+        """Find the rows that a condition holds of, some at a time, in any order."""
 
         def refused(error: Exception) -> OptionError:
             reason = printable(why_refused(reason_of(error), sites, self.others))
             return OptionError(f"where={where!r} is not a condition on rows: {reason}")
 
-        with self._reading():
-            self.files.check()
-            try:
-                scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
-                scanned.explain_plan()
-            except (ValueError, OSError) as error:
-                raise refused(error) from None
-            try:
-                self.lance.count_rows(filter=condition)  # see the note on takes and scans
-                found = scanned.to_table()["_rowoffset"].to_numpy()
-            except OSError as error:
-                if "Execution error" not in str(error):  # but one of reading
-                    raise
-                raise refused(error) from None
-        self.matching = np.sort(found.astype(np.int64))
+        condition = as_lance_reads(where, sites, self.others)
+        folded = condition.casefold()  # as Lance reads names
+        sites_named = [site for site in sites.values() if site.column.casefold() in folded]
+        named = [name for name in self.others if name.casefold() in folded]
+        texts = [name for name in named if name in self.texts]
+        row = sum(site.nbytes for site in sites_named)
+        if texts:
+            _, text, ends = self._sampled
+            row += int(text * max(ends, 1 / _SAMPLED))
+        batch_size = max(64, min(_READ_BYTES // max(row, 1), _MOST_AT_ONCE))
+        if not texts:
+            yield from rows_where(self.lance, condition, batch_size=batch_size, refused=refused)
+            return
+        others = [name for name in named if name not in texts]
+        yield from offsets_of_matching(
+            self.files.take,
+            partial(rows_where, condition=condition, refused=refused),
+            rows=count_rows(self.lance),
+            columns=[*others, *(site.column for site in sites_named)],
+            texts=texts,
+            batch_size=batch_size,
+            path=self.path,
+        )
 
     def empty(self, rows: int) -> StoredBatch:
         """Make room for rows.
@@ -174,8 +247,9 @@ class StoredRows:
         That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
         """
         batch = self.empty(len(rows))
+        known: Known = {}
         for place, some in _ascending(rows, self.at_once):
-            self.read_into(batch, some, place=place)
+            self.read_into(batch, some, place=place, known=known)
         return {
             name: values if isinstance(values, Tensor) else values.tolist()
             for name, values in batch.items()
@@ -184,7 +258,7 @@ class StoredRows:
     @property
     def at_once(self) -> int:
         """The number of rows that are read fastest."""
-        return max(64, min(_READ_BYTES // max(self.memory, 1), 65536))
+        return max(64, min(_READ_BYTES // max(self.memory, 1), _MOST_AT_ONCE))
 
     def read_into(
         self,
@@ -192,16 +266,27 @@ class StoredRows:
         rows: Int64[np.ndarray, "row"],
         *,
         place: slice | Int64[np.ndarray, "row"],
+        known: Known,
     ) -> None:
-        """Read rows, in ascending order, to a place in a batch."""
-        if self.matching is not None:
-            rows = self.matching[rows]
-        once, back = np.unique(rows, return_inverse=True)
-        columns = [*self.others, *{site.column: None for site in self.sites.values()}]
-        table = self._take(once, columns)
+        """Read rows, in ascending order, to a place in a batch.
+
+        Args:
+            batch: The batch, which `empty` made.
+            rows: The rows.
+            place: Their places in it.
+            known: The texts that were read to the batch before, which are read once.
+
+        """
+        once, back = np.unique(self._on_disk(rows), return_inverse=True)
+        others = [name for name in self.others if name not in self.texts]
+        columns = [*others, *self._beside, *(site.column for site in self.sites.values())]
+        table = self._take(once, [*dict.fromkeys(columns)])
         repeated = None if len(once) == len(rows) else back
+        texts = self._texts_of(once, table, known) if self.texts else {}
         for name, dtype in self.others.items():
-            values = self._numbers(table, name, dtype) if dtype else self._objects(table, name)
+            values: Any = texts.get(name)
+            if values is None:
+                values = self._numbers(table, name, dtype) if dtype else self._objects(table, name)
             _put(batch[name], place, values if repeated is None else values[repeated])
         for name, site in self.sites.items():
             with self._reading(f"{REOPEN}, or leave that site out with sites="):
@@ -279,7 +364,8 @@ def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype
     integers and booleans with nulls, which only somebody else's columns have: these are looked at.
     """
     sites = {site.column for site in layout.sites}
-    fields = {each.name: each for each in lance.schema if each.name not in {*sites, DIGEST}}
+    hidden = {*sites, *layout.hidden}
+    fields = {each.name: each for each in lance.schema if each.name not in hidden}
     found = {name: _dtype_of(each.type) for name, each in fields.items()}
     exact = {
         name

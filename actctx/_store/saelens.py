@@ -27,7 +27,15 @@ from actctx._files import cannot_write, expanded, local_path, refuse_existing, w
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
 from actctx._store.digests import Digest, digested, note_all
-from actctx._store.layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
+from actctx._store.layout import (
+    TAKEN,
+    Layout,
+    StoredSite,
+    as_array,
+    column_name,
+    import_lance,
+    is_known_to_others,
+)
 from actctx._store.loader import Loader
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import shuffled
@@ -148,11 +156,24 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
 
 
 def _writable(site: StoredSite) -> torch.dtype:
-    if site.torch_dtype != torch.bfloat16:
-        return site.torch_dtype
+    """Choose the dtype that a site is written in.
+
+    Raises:
+        OptionError: It has integers or bools, which SAELens does not train from.
+
+    """
+    dtype = site.torch_dtype
+    if not dtype.is_floating_point:
+        raise OptionError(
+            f"SAELens trains from floating-point activations, but {site.name!r} is {site.dtype}; "
+            "leave it out, with ActivationDataset(..., sites=)"
+        )
+    if is_known_to_others(dtype):
+        return dtype
+    times = {1: "four times", 2: "twice"}[dtype.itemsize]
     warnings.warn(
-        f"SAELens' files have no bfloat16: {site.name!r} is written as float32, which holds the "
-        "same values and takes twice the space",
+        f"SAELens' files have no {site.dtype}: {site.name!r} is written as float32, which holds "
+        f"the same values and takes {times} the space",
         stacklevel=4,
     )
     return torch.float32
@@ -320,8 +341,8 @@ def _write(
 def _site_of(name: str, kind: Any) -> StoredSite:
     if kind.dtype not in {"float16", "float32"}:
         raise DataError(
-            f"{name!r} is {kind.dtype} in SAELens' directory, which a data set does not hold; "
-            "cache it as float32 or float16"
+            f"{name!r} is {kind.dtype} in SAELens' directory, whose activations are float32 "
+            "or float16; cache it as one of them"
         )
     axes = (hook_axes(name, ()) or ())[2:]
     return StoredSite(

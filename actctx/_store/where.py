@@ -2,14 +2,19 @@
 
 import difflib
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
 
 from actctx._errors import NotCapturedError, OptionError
 from actctx._model.globs import meant
-from actctx._store.layout import StoredSite
+from actctx._store.layout import FLOAT8, StoredSite, is_known_to_others
 from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
+_READ_AHEAD_BYTES = 2**25
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`((?:[^`]|``)*)`")
 # What stands for a value that is given elsewhere.
 _PLACEHOLDER = re.compile(r"\?|\$\w|(?<!:):[A-Za-z_]")
@@ -110,7 +115,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
             site = find_site(sites, part[1].replace("``", "`"), others)
         except NotCapturedError as error:
             raise OptionError(f"where={where!r} is not a condition on rows: {error}") from None
-        _refuse_bfloat16(where, site)
+        _refuse_bits(where, site)
         return f"`{site.column}`"
 
     bare = _QUOTED.sub(" ", where)
@@ -123,7 +128,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
                 f"where={where!r} names {name!r} without backticks, which names with {what} need; "
                 f"write {_in_backticks(name)}"
             )
-        _refuse_bfloat16(where, sites[name])
+        _refuse_bits(where, sites[name])
     _check_whole(where, bare)
     end = "\n" if "--" in bare else ""  # where a comment ends
     return f"({_QUOTED.sub(column, where)}{end})"  # without parentheses, Lance may read a part
@@ -155,12 +160,48 @@ def _check_whole(where: str, bare: str) -> None:
         )
 
 
-def _refuse_bfloat16(where: str, site: StoredSite) -> None:
-    if site.dtype == "bfloat16":
+def _refuse_bits(where: str, site: StoredSite) -> None:
+    if not is_known_to_others(site.torch_dtype):
         raise OptionError(
-            f"where={where!r} compares {site.name!r}, which is bfloat16, as Lance cannot; read the "
-            f"rows and compare them, as in data[:][{site.name!r}] > 0"
+            f"where={where!r} compares {site.name!r}, which is {site.dtype}, as Lance cannot; read "
+            f"the rows and compare them, as in data[:][{site.name!r}]{_cast(site)} > 0"
         )
+
+
+def _cast(site: StoredSite) -> str:
+    return ".float()" if site.torch_dtype in FLOAT8 else ""  # which torch cannot compare either
+
+
+def rows_where(
+    lance: Any, condition: str, *, batch_size: int, refused: Callable[[Exception], OptionError]
+) -> Iterator[Int64[np.ndarray, " match"]]:
+    """Find the rows that a condition holds of, some at a time, in any order.
+
+    Args:
+        lance: The Lance dataset.
+        condition: The condition, as Lance reads it.
+        batch_size: The rows to compare at a time.
+        refused: Says what is wrong with the condition, in place of an error of Lance's.
+
+    """
+    scanner = lance.scanner(
+        columns=["_rowoffset"],
+        filter=condition,
+        batch_size=batch_size,
+        io_buffer_size=_READ_AHEAD_BYTES,
+    )
+    try:
+        scanner.explain_plan()
+    except (ValueError, OSError) as error:
+        raise refused(error) from None
+    try:
+        scanner.count_rows()  # see the note on takes and scans
+        for found in scanner.to_batches():
+            yield found["_rowoffset"].to_numpy().astype(np.int64)
+    except OSError as error:
+        if "Execution error" not in str(error):  # but one of reading
+            raise
+        raise refused(error) from None
 
 
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
