@@ -158,13 +158,6 @@ def test_sites_are_added_beside_them(model, written):
     assert torch.equal(batch["again"], batch["block"])
 
 
-def test_what_is_no_text_is_refused(model, out):
-    data = [{"input_ids": [1, 2], "document": "half a pair: \ud83d"}]
-    assert refusal(DataError, model, data, BLOCK, out, carry="document").startswith(
-        "carry names 'document', whose values do not make a column: 'utf-8' codec can't encode "
-    )
-
-
 def test_the_column_that_finds_them_is_taken(model, out):
     data = [{"input_ids": [1, 2], "_back": "a"}]
     message = refusal(OptionError, model, data, BLOCK, out, carry="_back")

@@ -145,9 +145,9 @@ def test_what_may_be_in_another_order_than_the_tokens_is_refused(out):
     model = huggingface("MixtralForCausalLM")
     site = Site("model.layers.1.mlp.gate", axes="token choice", output=2)
     assert refusal(AxisError, model, [[3, 4, 5]], [site], out) == (
-        "a data set has rows of tokens, but the axes of 'model.layers.1.mlp.gate' are 'token "
-        "choice', and not 'batch' first and then 'pos'; where it has one row for each token, in "
-        "their order, give Site(axes='batch pos choice'), else leave it out"
+        "a data set has rows of tokens, but 'model.layers.1.mlp.gate' has no axis 'batch': its "
+        "axes are 'token choice'; where it has one row for each token, in their order, give "
+        "Site(axes='batch pos choice'), else leave it out"
     )
 
 

@@ -20,6 +20,7 @@ from actctx._errors import OptionError
 from actctx._extract.batching import Batch
 from actctx._select.padding import RowSelector, find_rows
 from actctx._select.slices import Selector
+from actctx._store.layout import not_held
 
 _MOST = 2**63
 
@@ -129,22 +130,44 @@ def _by_sequence(work: Work) -> Work:
     )
 
 
-def pool_rows(activations: Shaped[Tensor, "token ..."], work: Work, *, how: str) -> Tensor:
+def pool_rows(
+    name: str,
+    activations: Shaped[Tensor, "token ..."],
+    work: Work,
+    *,
+    how: str,
+    dtype: torch.dtype | None,
+) -> Shaped[Tensor, "row ..."]:
     """Join the rows of each sequence: their `"mean"`, or along each axis their `"max"`.
 
-    Returns:
-        Rows `row ...`, in float32, but for the maximum of integers or bools, which stays one.
+    The maximum of integers or bools stays one, and their mean is float32.
+
+    Args:
+        name: The name of the site, for messages.
+        activations: What its tokens left.
+        work: The forward, whose rows are pooled.
+        how: How.
+        dtype: The dtype of floating-point rows; by default that of the activations.
+
+    Raises:
+        OptionError: They are complex or quantized.
 
     """
     assert work.pooled is not None  # noqa: S101  as rows are pooled
-    if activations.is_floating_point():
-        activations = activations.float()
-    elif how == "mean":
-        activations = activations.double()  # in which sums of integers are exact
-    parts = torch.split(activations, work.pooled.bincount().tolist())
+    if activations.is_complex() or activations.is_quantized:
+        raise OptionError(not_held(name, activations.dtype))
+    is_floating = activations.is_floating_point()
+    numbers = activations.float() if is_floating else activations
+    if how == "mean" and not is_floating:
+        numbers = activations.double()  # in which sums of integers are exact
+    parts = torch.split(numbers, work.pooled.bincount().tolist())
     if how == "max":
-        return torch.stack([part.amax(0) for part in parts])
-    return torch.stack([part.mean(0) for part in parts]).float()
+        pooled = torch.stack([part.amax(0) for part in parts])
+    else:
+        pooled = torch.stack([part.mean(0) for part in parts]).float()
+    if not pooled.is_floating_point():
+        return pooled
+    return pooled.to(dtype or (activations.dtype if is_floating else torch.float32))
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:

@@ -53,7 +53,6 @@ from actctx._store.layout import (
     StoredSite,
     check_rows,
     column_name,
-    not_held,
 )
 from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 
@@ -299,7 +298,11 @@ class Extraction:
             alone.compare({name: wait_for(own) for name, own in left.items()}, apart, self._dtype)
         if self._pool is not None:
             left = {
-                site.key: _pool(site.key, left[site.key], work, how=self._pool, dtype=site.dtype)
+                site.key: Owned(
+                    pool_rows(
+                        site.key, wait_for(left[site.key]), work, how=self._pool, dtype=site.dtype
+                    )
+                )
                 for site in self._sites
                 if site.key in left
             }
@@ -436,16 +439,6 @@ class Extraction:
             slice=self.facts.slices[site.key],
             taken=taken_of(site),
         )
-
-
-def _pool(name: str, owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
-    whole = wait_for(owned)
-    if whole.is_complex() or whole.is_quantized:
-        raise OptionError(not_held(name, whole.dtype))
-    pooled = pool_rows(whole, work, how=how)
-    if pooled.is_floating_point():
-        pooled = pooled.to(dtype or (whole.dtype if whole.is_floating_point() else torch.float32))
-    return Owned(pooled)
 
 
 def _show(bar: Any, rows: int) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import Pool
+from actctx._store.texts import Known
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ class _Reading:
         slots: Where in the memory each of its rows lies, as far as they are being read.
         rows: How many are.
         reads: What is to be waited for.
+        texts: The texts that were read for it, which its rows share.
 
     """
 
@@ -43,6 +45,7 @@ class _Reading:
     slots: Int64[np.ndarray, "row"]
     rows: int = 0
     reads: list[Future[None]] = field(default_factory=list)
+    texts: Known = field(default_factory=dict)
 
 
 class PoolMemory:
@@ -136,7 +139,13 @@ class PoolMemory:
         slots = np.sort(self._free[self._free_count : self._free_count + size])
         reading.slots[some] = slots
         reading.rows += size
-        read = partial(self._source.read_into, self._memory, reading.pool.rows[some], place=slots)
+        read = partial(
+            self._source.read_into,
+            self._memory,
+            reading.pool.rows[some],
+            place=slots,
+            known=reading.texts,
+        )
         reading.reads.append(begun(self._threads, read))
 
 

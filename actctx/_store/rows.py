@@ -178,7 +178,7 @@ class StoredRows:
             OptionError: It is not a condition that Lance understands.
 
         """
-        with reading(self.path):
+        with self._reading():
             self.files.check()
             matching = Matching(count_rows(self.lance))
             for offsets in self._offsets(where, sites):
