@@ -28,7 +28,7 @@ from actctx._capture import Capture
 from actctx._choosing import Choosing, Work, held_against, pool_rows, remaining
 from actctx._column import wait_for
 from actctx._decoders import check_sides
-from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
+from actctx._errors import ActctxError, DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._facts import Facts, check_padding, picks_of, slice_of, taken_of
 from actctx._fingerprint import describe_model, versions
 from actctx._inputs import Reading
@@ -48,7 +48,7 @@ from actctx._positions import Positions
 from actctx._progress import progress_bar
 from actctx._rows import Chosen
 from actctx._select import Owned, Selector
-from actctx._table import dtype_name, format_bytes, shortened
+from actctx._table import counted, dtype_name, format_bytes, shortened
 from actctx._target import Target
 from actctx._watched import WatchedSite, why_silent
 from actctx._writer import Left, Writer, carried_array
@@ -217,16 +217,21 @@ class Extraction:
         )
         reader.start()
         try:
-            unit = f" {self._layout.rows}s"
-            counts: dict[str, Any] = {"total": self._expected, "initial": target.rows}
-            with (
-                self._capturing as acts,
-                progress_bar(shown=progress, unit=unit, **counts) as bar,
-            ):
+            bar_of = progress_bar(
+                shown=progress,
+                name=target.path.name,
+                total=self._expected,
+                initial=target.rows,
+                unit=f" {self._layout.rows}s",
+            )
+            with self._capturing as acts, bar_of as bar:
                 row = self._row_bytes()
                 if row is not None:
                     self._check_room(row, target, bar)
                 rows = self._forwards(pipe, acts, target, bar)
+        except BaseException as error:
+            _tell_what_is_kept(error, target)
+            raise
         finally:
             pipe.abandon()
             reader.join(timeout=1)  # it may be waiting for an input that never comes
@@ -433,6 +438,20 @@ def _pool(name: str, owned: Owned, work: Work, *, how: str, dtype: torch.dtype |
         raise OptionError(not_floating_point(name, whole.dtype))
     kept = whole.dtype if whole.is_floating_point() else torch.float32
     return Owned(pool_rows(whole, work, how=how).to(dtype or kept))
+
+
+def _tell_what_is_kept(error: BaseException, target: Target) -> None:
+    """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
+    if isinstance(error, ActctxError):
+        return
+    note = (
+        f"'{target.path}' keeps {counted(target.rows, 'row')}; the same call resumes after them"
+        if target.rows
+        else f"no rows are in '{target.path}' yet; the same call begins anew"
+    )
+    error.add_note(note)
+    if isinstance(error, SystemExit):  # whose notes nobody shows
+        _LOG.warning(note)
 
 
 def _show(bar: Any, rows: int) -> None:

@@ -112,6 +112,10 @@ def errors_as_messages(model: str) -> Iterator[None]:
         message = _SWITCH.sub(r" is off, which only Python can change, with \1", message)
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", ()):
+            typer.echo(note, err=True)
+        raise
 
 
 Data = Annotated[

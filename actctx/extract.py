@@ -24,6 +24,7 @@ from actctx._names import Names
 from actctx._reading import reading_of
 from actctx._rows import Chosen
 from actctx._select import Slice
+from actctx._signals import signals_raised
 from actctx._target import Target
 from actctx._watched import Options
 
@@ -175,20 +176,26 @@ def extract(
         pool=pool,
         finite=finite,
     )
-    target = Target(local_path(out))
-    try:
-        before = target.rows
-        if add:
-            rows = add_sites(
-                extraction, data, whole=target, most=max_tokens, resume=resume, progress=progress
-            )
-        else:
-            extraction.facts.check(target, resume=resume)
-            rows = extraction.run(data, target, most=max_tokens, progress=progress)
-        seconds = time.monotonic() - begun
-        return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
-    finally:
-        target.release()
+    with signals_raised():
+        target = Target(local_path(out))
+        try:
+            before = target.rows
+            if add:
+                rows = add_sites(
+                    extraction,
+                    data,
+                    whole=target,
+                    most=max_tokens,
+                    resume=resume,
+                    progress=progress,
+                )
+            else:
+                extraction.facts.check(target, resume=resume)
+                rows = extraction.run(data, target, most=max_tokens, progress=progress)
+        finally:
+            target.release()
+    seconds = time.monotonic() - begun
+    return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
 
 
 def _names_of(carry: str | Iterable[str]) -> tuple[str, ...]:

@@ -83,6 +83,7 @@ ROOMS = (
     "_target",
     "_writer",
     "_progress",
+    "_signals",
     "_facts",
     "_extraction",
     "_adding",
