@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from actctx._activations import Activations
-    from actctx._capture import Capture, capture
-    from actctx._decorator import captures
+    from actctx._capture.capture import Capture, capture
+    from actctx._capture.decorator import captures
+    from actctx._capture.forward import Stopped
     from actctx._errors import (
         ActctxError,
         AxisError,
@@ -56,23 +56,23 @@ if TYPE_CHECKING:
         StoppedError,
         TypedError,
     )
-    from actctx._forward import Stopped
-    from actctx._names import Site
-    from actctx._places import hook_names
-    from actctx._schema import Schema, site
+    from actctx._model.places import hook_names
+    from actctx._model.sites import Site
+    from actctx._results.activations import Activations
+    from actctx._results.schema import Schema, site
 else:
     # The modules of the names that are not errors. They import torch, so each is imported when
     # one of its names is first used.
     _MODULES = {
-        "Activations": "_activations",
-        "Capture": "_capture",
-        "Schema": "_schema",
-        "Site": "_names",
-        "Stopped": "_forward",
-        "capture": "_capture",
-        "captures": "_decorator",
-        "hook_names": "_places",
-        "site": "_schema",
+        "Activations": "_results.activations",
+        "Capture": "_capture.capture",
+        "Schema": "_results.schema",
+        "Site": "_model.sites",
+        "Stopped": "_capture.forward",
+        "capture": "_capture.capture",
+        "captures": "_capture.decorator",
+        "hook_names": "_model.places",
+        "site": "_results.schema",
     }
 
     def __getattr__(name: str) -> Any:

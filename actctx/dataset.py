@@ -9,17 +9,18 @@ from jaxtyping import Int32
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from actctx._condition import find_site, find_sites
 from actctx._errors import DataError
-from actctx._file import check_place, describe, expanded, refuse_existing, write_safetensors
-from actctx._fingerprint import ANEW, describe_model
-from actctx._index import Index, is_int, rows_of, whole_number
-from actctx._interchange import read_saelens, write_saelens
-from actctx._layout import StoredSite, layout_of
-from actctx._loader import Loader
-from actctx._shuffle import Order, rank_of
-from actctx._stored import StoredBatch, StoredRows, dtypes_of
-from actctx._table import Row, as_html, as_text, counted, format_bytes
+from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
+from actctx._model.fingerprint import ANEW, describe_model
+from actctx._results.table import Row, as_html, as_text
+from actctx._store.indexing import Index, is_int, rows_of, whole_number
+from actctx._store.layout import StoredSite, layout_of
+from actctx._store.loader import Loader
+from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
+from actctx._store.saelens import read_saelens, write_saelens
+from actctx._store.shuffle import Order, rank_of
+from actctx._store.where import find_site, find_sites
+from actctx._text import counted, format_bytes
 
 __all__ = ["ActivationDataset", "Loader", "StoredSite"]
 Loader.__module__ = StoredSite.__module__ = __name__  # where users find them

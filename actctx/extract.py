@@ -11,22 +11,22 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from actctx._activations import Activations
-from actctx._adding import add_sites
-from actctx._capture import Capture
-from actctx._choosing import dropping
+from actctx._capture.capture import Capture
+from actctx._capture.watched import Options
 from actctx._errors import OptionError
-from actctx._extraction import Extraction
-from actctx._file import local_path
-from actctx._index import whole_number
-from actctx._layout import import_lance
-from actctx._names import Names
-from actctx._reading import reading_of
-from actctx._rows import Chosen
-from actctx._select import Slice
-from actctx._signals import signals_raised
-from actctx._target import Target
-from actctx._watched import Options
+from actctx._extract.add_sites import add_sites
+from actctx._extract.model_inputs import reading_of
+from actctx._extract.row_choice import dropping
+from actctx._extract.run import Extraction
+from actctx._extract.signals import signals_raised
+from actctx._files import local_path
+from actctx._model.sites import Names
+from actctx._results.activations import Activations
+from actctx._select.padding import Chosen
+from actctx._select.slices import Slice
+from actctx._store.destination import Target
+from actctx._store.indexing import whole_number
+from actctx._store.layout import import_lance
 
 
 @dataclass(frozen=True)

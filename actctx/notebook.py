@@ -11,9 +11,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from IPython.core.magic import output_can_be_silenced
 from IPython.core.magic_arguments import argument, magic_arguments, parse_argstring
 
-from actctx._capture import capture
+from actctx._capture.capture import capture
 from actctx._errors import OptionError
-from actctx._words import parse_words
+from actctx._select.slices import parse_words
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 

@@ -13,10 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from actctx._activations import Activations
-from actctx._coloured import ColouredTokens
 from actctx._errors import OptionError
-from actctx._layers import (
+from actctx._plot.coloured import ColouredTokens
+from actctx._plot.sources import (
     check_count,
     layer_numbers,
     layers_in,
@@ -27,7 +26,8 @@ from actctx._layers import (
     read_pattern,
     read_tokens,
 )
-from actctx._values import check_readable
+from actctx._results.activations import Activations
+from actctx._select.values import check_readable
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actctx import Schema, capture, site
-from actctx._told import Numbers, plainly_told
+from actctx._capture.axis_layout import Numbers, plainly_told
 from benchmarks._models import Setup, build, make_tokens
 
 MICROSECONDS = 1e6

@@ -9,12 +9,12 @@ from typing import Any
 from sphinx.application import Sphinx
 
 import actctx
-from actctx._calls import ModelOf
-from actctx._decorator import _Decorator
-from actctx._index import Index
-from actctx._names import Names
-from actctx._opening import B
-from actctx._select import Slice
+from actctx._capture.decorated import ModelOf
+from actctx._capture.decorator import _Decorator
+from actctx._capture.opening import B
+from actctx._model.sites import Names
+from actctx._select.slices import Slice
+from actctx._store.indexing import Index
 
 project = "actctx"
 copyright = "actctx contributors"  # noqa: A001  Sphinx' own word

@@ -23,8 +23,8 @@ from actctx import (
     Site,
     capture,
 )
-from actctx._caches import estimate_cache_bytes
-from actctx._table import format_bytes
+from actctx._capture.cache_size import estimate_cache_bytes
+from actctx._text import format_bytes
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -314,7 +314,7 @@ def test_names_complete_in_an_editor(acts):
     ],
 )
 def test_bytes_are_shown_in_the_unit_that_fits(size, text):
-    from actctx._table import format_bytes
+    from actctx._text import format_bytes
 
     assert format_bytes(size) == text
 

@@ -66,7 +66,7 @@ def test_adding_that_broke_goes_on(out, tmp_path):
         "lance.LanceDataset.add_columns",
         "lance.LanceDataset.update_schema_metadata",
         "pathlib.Path.rename",
-        "actctx._target.shutil.rmtree",
+        "actctx._store.destination.shutil.rmtree",
     ],
 )
 def test_adding_that_ended_between_its_steps_goes_on(out, tmp_path, monkeypatch, where):
@@ -114,8 +114,8 @@ names = {[Z, MLP]!r}
 extract(bridge(), batches, names, sys.argv[1], drop={DROP!r}, add=True)
 """
 STEPS = [
-    ("actctx._target:Target:create", "behind", 1),
-    ("actctx._target:Target:take_columns", "before", 1),
+    ("actctx._store.destination:Target:create", "behind", 1),
+    ("actctx._store.destination:Target:take_columns", "before", 1),
     ("lance:LanceDataset:update_schema_metadata", "before", 2),
     ("lance:LanceDataset:add_columns", "before", 1),
     ("lance:LanceDataset:add_columns", "behind", 1),
@@ -156,9 +156,9 @@ sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
 from models import bridge, tokens
-from actctx import _writer
+from actctx._extract import writer
 from actctx.extract import extract
-_writer._COMMIT_BYTES = 20_000
+writer._COMMIT_BYTES = 20_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))
 
 batches = [tokens(5, 7, seed) for seed in range(60)]

@@ -5,8 +5,8 @@ import torch
 from models import ARCHITECTURES, BATCH, POS, VOCAB, bridge, hooks_of, plainly_hooked, tokens
 
 from actctx import Site, Stopped, capture, hook_names
-from actctx._axes import axis_sizes
-from actctx._caches import count_cache_bytes, estimate_cache_bytes
+from actctx._capture.cache_size import count_cache_bytes, estimate_cache_bytes
+from actctx._model.axes import axis_sizes
 
 # Where the activations have no batch axis of their own, or one row a token.
 BROADCAST = ("hook_cos", "hook_sin", "pos_embed.hook_in")

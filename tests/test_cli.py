@@ -16,11 +16,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from typer.testing import CliRunner
 
 from actctx import JoinError, hook_names
-from actctx.__main__ import app
-from actctx._caches import count_cache_bytes
-from actctx._loading import load
-from actctx._sequences import count_caches, in_batches, run
-from actctx._table import format_bytes
+from actctx._capture.cache_size import count_cache_bytes
+from actctx._cli.app import app
+from actctx._cli.load_model import load
+from actctx._cli.texts import count_caches, in_batches, run
+from actctx._text import format_bytes
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 TEXTS = ["one two", "three four five six", "seven eight", "nine"]
@@ -569,9 +569,9 @@ def test_the_module_is_the_command(tiny, out):
 
 def test_without_typer_the_command_names_the_extra_that_installs_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "typer", None)
-    monkeypatch.delitem(sys.modules, "actctx.__main__")
+    monkeypatch.delitem(sys.modules, "actctx._cli.app")
     with pytest.raises(SystemExit) as left:
-        importlib.import_module("actctx.__main__")
+        importlib.import_module("actctx._cli.app")
     assert left.value.code == (
         "error: the command line needs typer, which is not installed; "
         "install it with: pip install 'actctx[cli]'"
@@ -581,7 +581,7 @@ def test_without_typer_the_command_names_the_extra_that_installs_it(monkeypatch)
 @pytest.mark.parametrize("asked", [["--help"], ["--version"], ["names", "--help"]])
 def test_help_imports_no_torch(asked):
     code = (
-        f"import sys; from actctx.__main__ import app; app({asked}, standalone_mode=False); "
+        f"import sys; from actctx._cli.app import app; app({asked}, standalone_mode=False); "
         "print({'torch', 'numpy', 'beartype', 'jaxtyping', 'transformers'} & set(sys.modules))"
     )
     assert command("-c", code).stdout.endswith("set()\n")

@@ -13,8 +13,8 @@ from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
 from test_extract import Read
 
 from actctx import OptionError
-from actctx._corpus import read_corpus
-from actctx._fingerprint import fingerprint, versions
+from actctx._cli.corpus import read_corpus
+from actctx._model.fingerprint import fingerprint, versions
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 

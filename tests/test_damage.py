@@ -4,7 +4,7 @@ import pytest
 from stored import write
 
 from actctx import DataError
-from actctx._target import Target
+from actctx._store.destination import Target
 from actctx.dataset import ActivationDataset
 
 

@@ -15,7 +15,7 @@ from stored import HOOKS, LENGTH, RESID, Z, heads, lance, numbers, pa, resid, to
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
 from actctx import DataError, NotCapturedError, OptionError, SelectionError, capture
-from actctx._fingerprint import describe_model
+from actctx._model.fingerprint import describe_model
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
@@ -288,7 +288,7 @@ def test_reading_a_site_takes_little_more_memory_than_it_has(tmp_path):
 
 
 def test_ranges_of_rows_are_not_written_out_to_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr("actctx._stored._READ_BYTES", 2**14)
+    monkeypatch.setattr("actctx._store.rows._READ_BYTES", 2**14)
     rows = 2**17
     data = ActivationDataset(write(tmp_path / "a.lance", rows), sites=[])
     expected = tokens(torch.arange(rows))

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import DataError, HookNameError, NeverFiredError, OptionError, SelectionError, Site
-from actctx._layout import Layout, as_tensor
+from actctx._store.layout import Layout, as_tensor
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")

@@ -9,7 +9,7 @@ import torch
 from models import OLD_CACHE, hooks_of, plainly_hooked, tiny_transformer, tokens
 
 from actctx import Activations, NeverFiredError, Site, Stopped, capture, captures, hook_names
-from actctx._axes import axis_sizes
+from actctx._model.axes import axis_sizes
 
 NAMES = [
     "hook_embed",

@@ -18,7 +18,7 @@ from actctx import (
     hook_names,
     site,
 )
-from actctx._globs import matcher, matches
+from actctx._model.globs import matcher, matches
 
 RESID = "blocks.*.hook_resid_post"
 TWICE = {"all": Site(RESID), "last": Site(RESID, slice=-1)}

@@ -13,10 +13,10 @@ from models import GENERATION, HAS_T5, Mlp, bridge, hooks_of, huggingface, token
 from torch import nn
 
 from actctx import AxisError, SelectionError, Site, capture
-from actctx._axes import grown_axes
-from actctx._growth import grown, growth_at
-from actctx._stand_in import undisturbed
-from actctx._told import numbers_of
+from actctx._capture.axis_layout import numbers_of
+from actctx._capture.growth import grown, growth_at
+from actctx._model.axes import grown_axes
+from actctx._model.stand_in import undisturbed
 
 BATCH, POS, BOTH, ROWS = (
     frozenset(each) for each in (["batch"], ["pos"], ["rows", "pos"], ["rows"])

@@ -11,7 +11,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from actctx import HookNameError, capture, hook_names
-from actctx._heads import Heads, joint_heads_of, labelled
+from actctx._model.heads import Heads, joint_heads_of, labelled
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no adapters")
 Q, K, V, Z = (f"blocks.0.attn.hook_{key}" for key in "qkvz")

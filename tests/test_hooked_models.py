@@ -16,8 +16,8 @@ from models import (
 from torch import nn
 
 from actctx import HooksRemovedError, NeverFiredError, SeveralFiringsError, Site, Stopped, capture
-from actctx._axes import axis_sizes
-from actctx._caches import count_cache_bytes, estimate_cache_bytes
+from actctx._capture.cache_size import count_cache_bytes, estimate_cache_bytes
+from actctx._model.axes import axis_sizes
 
 hooked = pytest.mark.skipif(GENERATION >= 4, reason="TransformerLens 4.0 removed these models")
 LLAMA = {

@@ -11,7 +11,7 @@ from models import tokens as tokens_of
 from stored import RESID, Z, heads, resid, tokens, write
 
 from actctx import DataError, OptionError
-from actctx._fingerprint import fingerprint
+from actctx._model.fingerprint import fingerprint
 from actctx.dataset import ActivationDataset
 
 ROWS = 100

@@ -9,11 +9,10 @@ from interrupts import interrupted
 from models import Mlp, bridge, hooks_of, huggingface, tiny_transformer
 
 from actctx import capture, captures
-from actctx._eager import _STANCE
-from actctx._forward import _FRAME
-from actctx._grad import _STACK
-from actctx._opening import _OPEN
-from actctx._undo import _LOCK
+from actctx._capture.forward import _FRAME
+from actctx._capture.modes import _STACK, _STANCE
+from actctx._capture.opening import _OPEN
+from actctx._capture.undo import _LOCK
 
 MODELS = {
     "plain": (Mlp, ["block", "head"], {}),

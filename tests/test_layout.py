@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from actctx import DataError, OptionError
-from actctx._layout import (
+from actctx._store.layout import (
     Layout,
     StoredSite,
     as_array,
@@ -15,7 +15,7 @@ from actctx._layout import (
     column_name,
     import_lance,
 )
-from actctx._table import dtype_name
+from actctx._text import dtype_name
 
 lance = pytest.importorskip("lance")
 pa = pytest.importorskip("pyarrow")

@@ -11,8 +11,8 @@ from test_extract import Read, lance, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site
-from actctx._batches import Batch, in_equal_lengths, with_padding_behind
-from actctx._leaks import one_alone
+from actctx._extract.batching import Batch, in_equal_lengths, with_padding_behind
+from actctx._extract.leaks import one_alone
 from actctx.extract import extract
 
 LENGTHS = (5, 2, 7)

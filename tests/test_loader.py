@@ -13,8 +13,8 @@ import torch
 from stored import RESID, numbers, resid, write
 
 from actctx import OptionError
-from actctx._shuffle import Order
-from actctx._stored import StoredRows
+from actctx._store.rows import StoredRows
+from actctx._store.shuffle import Order
 from actctx.dataset import ActivationDataset
 
 ROWS = 1000

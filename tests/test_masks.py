@@ -860,8 +860,8 @@ def test_a_slice_of_texts_that_a_bridge_pads_is_told_of():
 
 
 def test_bridges_tell_the_sides_of_models_without_sides():
-    from actctx._places import Places
-    from actctx._sides import side_of
+    from actctx._model.places import Places
+    from actctx._model.sides import side_of
 
     model = bridge("LlamaForCausalLM")
     places = Places(model)

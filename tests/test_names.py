@@ -6,7 +6,7 @@ from models import Mlp, bridge, huggingface
 from torch import nn
 
 from actctx import AxisError, HookNameError, OptionError, Site, capture, hook_names
-from actctx._globs import matches
+from actctx._model.globs import matches
 
 RESID = "blocks.1.hook_resid_post"
 

@@ -249,7 +249,10 @@ def test_an_extraction_shows_how_far_it_has_come(kernel, tmp_path):
 
 def test_without_widgets_it_shows_so_in_characters(kernel, tmp_path):
     pytest.importorskip("lance")
-    run(kernel, "import actctx._progress\nactctx._progress.find_spec = lambda name: None")
+    run(
+        kernel,
+        "import actctx._extract.progress\nactctx._extract.progress.find_spec = lambda name: None",
+    )
     shown = run(kernel, EXTRACTION.format(out=tmp_path / "acts"))
     assert "30/30 [00:0" in shown
     assert "IProgress" not in shown

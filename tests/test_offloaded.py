@@ -6,8 +6,8 @@ from models import huggingface, tokens
 from test_extract import Read, refusal
 
 from actctx import OptionError, capture, hook_names
-from actctx._fingerprint import fingerprint
-from actctx._offloaded import input_device
+from actctx._model.fingerprint import fingerprint
+from actctx._model.offloaded import input_device
 from actctx.extract import extract
 
 accelerate = pytest.importorskip("accelerate")

@@ -11,99 +11,26 @@ import pytest
 import actctx
 
 PACKAGE = Path(actctx.__file__).parent
-# Imports go down this list only.
+# Imports go down this list only: a file uses those above it, and those of its own folder.
 ROOMS = (
-    "_errors",
-    "_table",
-    "_values",
-    "_sketch",
-    "_parallel",
-    "_known_faults",
-    "_axes",
-    "_cast",
-    "_outputs",
-    "_heads",
-    "_patterns",
-    "_stand_in",
-    "_dry_run",
-    "_translation",
-    "_walk",
-    "_translated",
-    "_globs",
-    "_places",
-    "_flags",
-    "_names",
-    "_select",
-    "_words",
-    "_index",
-    "_sides",
-    "_rows",
-    "_typed",
-    "_expected",
-    "_column",
-    "_file",
-    "_stack",
-    "_lookup",
-    "_spared",
-    "_activations",
-    "_schema",
-    "_grad",
-    "_eager",
-    "_undo",
-    "_forward",
-    "_hooks",
-    "_lines",
-    "_absolute",
-    "_caches",
-    "_samples",
-    "_growth",
-    "_watched",
-    "_told",
-    "_masks",
-    "_opening",
-    "_capture",
-    "_calls",
-    "_decorator",
-    "notebook",
-    "__init__",
-    "_loading",
-    "_sequences",
-    "_layout",
-    "_offloaded",
-    "_fingerprint",
-    "_items",
-    "_batches",
-    "_positions",
-    "_leaks",
-    "_inputs",
-    "_reading",
-    "_decoders",
-    "_choosing",
-    "_pipe",
-    "_target",
-    "_writer",
-    "_progress",
-    "_signals",
-    "_facts",
-    "_extraction",
-    "_adding",
-    "extract",
-    "_shuffle",
-    "_condition",
-    "_stored",
-    "_loader",
-    "_interchange",
-    "dataset",
-    "_layers",
-    "_coloured",
-    "plot",
-    "_corpus",
-    "_options",
-    "_commands",
-    "__main__",
+    ("_errors", "_text", "_files"),
+    ("_model",),
+    ("_select",),
+    ("_results",),
+    ("_capture",),
+    ("notebook", "__init__"),
+    ("_store",),
+    ("dataset",),
+    ("_extract",),
+    ("extract",),
+    ("_plot",),
+    ("plot",),
+    ("_cli",),
+    ("__main__",),
 )
 # Files that hold one idea, though it takes more than 400 lines without docstrings.
-OF_ONE_IDEA = ("_masks",)
+OF_ONE_IDEA = ("masks",)
+FILES = sorted(PACKAGE.rglob("*.py"))
 LAZY = (
     "torch",
     "numpy",
@@ -236,12 +163,15 @@ def test_type_checkers_see_the_names_that_are_imported_when_used():
         assert getattr(sys.modules[module], name) is getattr(actctx, name)
 
 
-@pytest.mark.parametrize("module", ["_errors", "_schema", "_decorator", "extract", "plot"])
+@pytest.mark.parametrize(
+    "module", ["_errors", "_results.schema", "_capture.decorator", "extract", "plot"]
+)
 def test_names_that_came_by_another_way_say_the_same(module):
     code = (
         f"import sys, actctx.{module}; names = {actctx.__all__}; "
+        "modules = [*sys.modules.values()]; "
         "found = [vars(m)[n].__module__ for k, m in sys.modules.items() for n in names "
-        "if k.startswith('actctx.') and n in vars(m)]; print(*found)"
+        "if k.startswith('actctx.') and n in vars(m) and vars(m)[n] not in modules]; print(*found)"
     )
     assert set(_run(code).stdout.split()) == {"actctx"}
 
@@ -295,21 +225,66 @@ def test_nnsight_may_be_imported_first_or_last(order):
     )
 
 
-def test_imports_go_down_the_list_of_rooms():
-    assert {path.stem for path in PACKAGE.glob("*.py")} == set(ROOMS)
-    for position, room in enumerate(ROOMS):
-        tree = ast.parse((PACKAGE / f"{room}.py").read_text())
-        used = {
-            node.module.removeprefix("actctx.")
-            for node in ast.walk(tree)
-            if isinstance(node, ast.ImportFrom) and node.module.startswith("actctx.")
-        }
-        assert used <= set(ROOMS[:position]), room
+def _room(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _rooms_used(path):
+    """The rooms from which a file imports, also where it does so in a function."""
+    named = [node for node in ast.walk(ast.parse(path.read_text())) if _is_import(node)]
+    return {
+        part.split(".")[1]
+        for node in named
+        for part in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module]
+            if node.module != "actctx"
+            else [f"actctx.{alias.name}" for alias in node.names]
+        )
+        if part.startswith("actctx.")
+    }
+
+
+def _is_import(node):
+    return isinstance(node, ast.Import) or (isinstance(node, ast.ImportFrom) and node.module)
+
+
+def test_every_file_is_in_a_room():
+    assert {_room(path) for path in FILES} == {room for floor in ROOMS for room in floor}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_down_the_list_of_rooms(path):
+    room = _room(path)
+    floor = next(number for number, floor in enumerate(ROOMS) if room in floor)
+    public = {"hook_names", "Site", "capture", "captures"}
+    above = {each for floor in ROOMS[: floor + 1] for each in floor} | public
+    used = _rooms_used(path)
+    if room == "__init__":  # it hands on the public names, and the magic
+        used -= {"notebook"}
+    assert used <= above
+
+
+def test_data_sets_and_captures_do_not_know_each_other():
+    used = {room: set() for room in ("_store", "_capture")}
+    for path in FILES:
+        if _room(path) in used:
+            used[_room(path)] |= _rooms_used(path)
+    assert "_capture" not in used["_store"]
+    assert not used["_capture"] & {"_store", "dataset", "_extract", "extract"}
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {PACKAGE}))
+def test_a_folder_says_what_it_is_for_and_imports_nothing(folder):
+    body = ast.parse((folder / "__init__.py").read_text()).body
+    assert len(body) == 1
+    assert 1 <= len(body[0].value.value.splitlines()) <= 3
 
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*PACKAGE.glob("*.py"), *PACKAGE.parent.glob("benchmarks/*.py")]),
+    sorted([*FILES, *PACKAGE.parent.glob("benchmarks/*.py")]),
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_files_and_functions_stay_short(path):
@@ -319,7 +294,7 @@ def test_files_and_functions_stay_short(path):
     nodes = [node for node in ast.walk(tree) if isinstance(node, defined)]
     told = [node.body[0] for node in nodes if ast.get_docstring(node)]
     of_docstrings = sum(each.end_lineno - each.lineno + 1 for each in told)
-    assert text.count("\n") - of_docstrings <= (520 if path.stem in OF_ONE_IDEA else 400)
+    assert text.count("\n") - of_docstrings <= (530 if path.stem in OF_ONE_IDEA else 400)
     for node in nodes:
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body

@@ -386,7 +386,7 @@ def test_rows_that_are_all_the_same_are_not_compared(rows):
 
 def test_similarity_is_the_same_in_parts(acts, monkeypatch):
     whole = layer_similarity(acts)
-    monkeypatch.setattr("actctx._layers._ROWS", 4)
+    monkeypatch.setattr("actctx._plot.sources._ROWS", 4)
     torch.testing.assert_close(layer_similarity(acts), whole)
 
 
@@ -394,7 +394,7 @@ def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
     pytest.importorskip("lance")
     extract(bridge(), [tokens()], RESID, tmp_path / "data", progress=False)
     data = ActivationDataset(tmp_path / "data")
-    monkeypatch.setattr("actctx._layers._ROWS", 8)
+    monkeypatch.setattr("actctx._plot.sources._ROWS", 8)
     torch.testing.assert_close(shown_in(plot_norms(data)), shown_in(plot_norms(acts)))
     torch.testing.assert_close(layer_similarity(data), layer_similarity(acts))
     torch.testing.assert_close(shown_in(plot_similarity(data)), layer_similarity(acts))

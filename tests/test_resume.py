@@ -16,10 +16,10 @@ from models import Mlp, bridge, huggingface, tokens
 from test_extract import RESID, Read, Z, refusal, sequences
 
 from actctx import DataError, Site
-from actctx._fingerprint import describe_model
-from actctx._inputs import Batch
-from actctx._target import Target
-from actctx._writer import commit_seconds
+from actctx._extract.inputs import Batch
+from actctx._extract.writer import commit_seconds
+from actctx._model.fingerprint import describe_model
+from actctx._store.destination import Target
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -33,9 +33,9 @@ sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
 from models import bridge, tokens
-from actctx import _writer
+from actctx._extract import writer
 from actctx.extract import extract
-_writer._COMMIT_BYTES = 10_000
+writer._COMMIT_BYTES = 10_000
 append = _writer.Target.append
 
 def told(self, batches):
@@ -63,7 +63,7 @@ def out(tmp_path):
 @pytest.fixture
 def commits(monkeypatch):
     """Commit every few rows."""
-    monkeypatch.setattr("actctx._writer._COMMIT_BYTES", 5000)
+    monkeypatch.setattr("actctx._extract.writer._COMMIT_BYTES", 5000)
 
 
 def batches(count=BATCHES):
@@ -198,7 +198,7 @@ sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
 from models import bridge, tokens
-from actctx import _writer
+from actctx._extract import writer
 from actctx.extract import extract
 
 append, model = _writer.Target.append, bridge()
@@ -292,7 +292,7 @@ def killed_before_the_note(out, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._target.Target.note_finished", dies)
+        patch.setattr("actctx._store.destination.Target.note_finished", dies)
         with pytest.raises(KeyboardInterrupt):
             unbroken(out, 3, max_tokens=70)
     assert (len(Read(out)), Read(out).layout.finished) == (70, False)
@@ -585,7 +585,7 @@ def whole_and_in_parts(path, data, **options):
     ],
 )
 def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, data, options, size):
-    monkeypatch.setattr("actctx._inputs._WINDOW", 2)
+    monkeypatch.setattr("actctx._extract.inputs._WINDOW", 2)
     wanted, out = whole_and_in_parts(tmp_path, data, **options)
     model, ran = bridge(), []
     hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
@@ -618,7 +618,7 @@ def test_what_has_no_rows_fixes_nothing(out, tmp_path, monkeypatch, names):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._target.Target.append", fails)
+        patch.setattr("actctx._store.destination.Target.append", fails)
         refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
     assert len(Read(out)) == 0
     options = {"drop": {"token": [0]}, "dtype": torch.bfloat16}
@@ -755,7 +755,7 @@ def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, m
     unbroken(out, 3)
     second = lance.dataset(str(out)).version
     time.sleep(1.1)
-    monkeypatch.setattr("actctx._target._KEPT", timedelta(seconds=1))
+    monkeypatch.setattr("actctx._store.destination._KEPT", timedelta(seconds=1))
     unbroken(out, 4)
     kept = [version["version"] for version in lance.dataset(str(out)).versions()]
     assert first not in kept
@@ -764,7 +764,7 @@ def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, m
 
 
 def test_rows_are_committed_while_the_input_stalls(out, monkeypatch):
-    monkeypatch.setattr("actctx._writer._COMMIT_SECONDS", 0.2)
+    monkeypatch.setattr("actctx._extract.writer._COMMIT_SECONDS", 0.2)
     found = []
 
     def stalls():
@@ -845,15 +845,15 @@ sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
 from models import bridge, tokens
-from actctx import _writer
+from actctx._extract import writer
 from actctx.extract import extract
-_writer._COMMIT_BYTES = 20_000
+writer._COMMIT_BYTES = 20_000
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, -1))
 
 def batches():
     for seed in range(20):
         yield tokens(5, 7, seed)
-    _writer._COMMIT_BYTES = 10_000_000
+    writer._COMMIT_BYTES = 10_000_000
     for seed in range(20, {BATCHES}):
         yield tokens(5, 7, seed)
 

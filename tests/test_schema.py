@@ -27,7 +27,7 @@ from actctx import (
     captures,
     site,
 )
-from actctx._typed import Claim, hold
+from actctx._results.annotations import Claim, hold
 
 
 class Resid(Schema):

@@ -6,7 +6,8 @@ import torch
 from models import plainly_hooked, tokens
 
 from actctx import AxisError, OptionError, SelectionError, Site, capture
-from actctx._select import own, parse_slice
+from actctx._select.own import own
+from actctx._select.slices import parse_slice
 
 AXES = ("batch", "pos", "head", "d_head")
 RESID = "blocks.1.hook_resid_post"

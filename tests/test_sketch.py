@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from actctx._sketch import sketch
+from actctx._results.sketch import sketch
 
 NORMAL = torch.randn(100_000, generator=torch.Generator().manual_seed(0))
 

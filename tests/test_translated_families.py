@@ -13,8 +13,8 @@ from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from actctx import HookNameError, OutputError, Site, capture, hook_names
-from actctx._heads import Heads
-from actctx._places import Places
+from actctx._model.heads import Heads
+from actctx._model.places import Places
 
 pytestmark = pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4")
 

@@ -1,0 +1,597 @@
+"""The masks of forwards: which rows of a site are tokens, and which are padding.
+
+# NOTE [Where a mask lies on a site]
+A forward's mask counts what its cache holds and then what it runs; a site has only the latter. What
+the cache holds is asked of it before the forward; see `generation`. Nothing else is subtracted: a
+site that is shorter than the mask for another reason counts other things than the mask does, such
+as frames instead of samples. Where the model itself says how many frames so many samples make, that
+is used. Where a forward kept the logits of the last positions only, those are taken. All else is
+refused.
+
+# NOTE [Forwards that are given no mask]
+`generate()` of Hugging Face leaves out a mask that has no zeros. Whether it did is read where it
+keeps it, since some models are not handed on a mask that has some.
+"""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from actctx._capture.axis_layout import side_of_run
+from actctx._capture.forward import Frame, running_frame
+from actctx._capture.generation import Lines, Start, generating, positions_of
+from actctx._capture.hooks import Hook
+from actctx._capture.watched import Options, WatchedSite
+from actctx._errors import OptionError, SelectionError
+from actctx._model.absolute_positions import (
+    counts_padding,
+    has_bare_table,
+    is_padded_left,
+    tables_of,
+    widths_of,
+)
+from actctx._model.axes import position_dims
+from actctx._model.known_faults import mask_fault, warn
+from actctx._model.sides import Side, Sides, core_of, reads_tokens
+from actctx._model.structure import Inputs
+from actctx._select.own import Rows
+from actctx._select.padding import Chosen, as_mask, find_rows
+from actctx._select.slices import Positions, Selector, Step
+
+MASKS = ("attention_mask", "one_zero_attention_mask")
+"""What models, and dicts of data, call the mask that is 1 where tokens are not padding."""
+
+_NAMES = (*MASKS, "decoder_attention_mask")
+_POSITIONS = ("position_ids", "decoder_position_ids")
+_PADS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
+_LENGTHS = "_get_feat_extract_output_lengths"
+
+
+class _Given(NamedTuple):
+    """A mask as it lies on a site: its rows, and the position of the first of them."""
+
+    real: Bool[Tensor, "batch pos"]
+    first: int
+
+
+class Padding:
+    """What a capture knows of the padding of the forwards that it watches.
+
+    Args:
+        model: The model that is captured from.
+        options: What holds for all sites.
+        sites: What is captured.
+
+    """
+
+    def __init__(self, model: nn.Module, options: Options, sites: Iterable[WatchedSite]) -> None:
+        self._model = model
+        self._asked = options.mask
+        self._joins_positions = options.join == "pos"
+        self._lines = Lines(model)
+        self._fault = mask_fault(model)
+        self._sides: Sides | None = None
+        self._run_sides: dict[str, Side | None] = {}
+        self._widths: set[int] = set()
+        self._fills = False
+        self._previous: Start | None = None
+        self._warned: set[str] = set()
+        # On a GPU nothing is waited for in a forward: whether a slice took padding is told later.
+        self._later: Tensor | None = None
+        self._tells_slices = self._asked is None and any(map(_selects_positions, sites))
+        self._tracks = self._joins_positions or not (
+            self._asked is None or isinstance(self._asked, Chosen)
+        )
+
+    def hooks(self) -> Iterator[Hook]:
+        """Make the hooks that capture nothing, but note what masks there are."""
+        reads = self._asked == "attention" if isinstance(self._asked, str) else self._tells_slices
+        inner = core_of(self._model)
+        if inner is not self._model:
+            # A bridge makes tokens and a mask of its own for texts, and hands back no cache.
+            yield Hook(inner, "original_model", _weakly(self._note_given), io="in")
+            if reads or self._tracks:
+                yield Hook(inner, "original_model", _weakly(self._note_returned), io="out")
+        if isinstance(self._asked, str):
+            self._widths = widths_of(self._model)
+            self._fills = any(map(_fills_up, inner.modules()))
+            for name, table in tables_of(self._model):
+                yield Hook(table, name, _weakly(self._look_up), io="out")
+
+    def begin(self, frame: Frame, *, is_first: bool) -> None:
+        """Note what a forward continues that is about to run.
+
+        Args:
+            frame: The forward.
+            is_first: Whether nothing has been captured before it.
+
+        """
+        frame.masks[self, "own"] = True
+        if not self._tracks:
+            return
+        start = frame.masks[self, "start"] = self._lines.begin(frame.inputs)
+        previous, self._previous = self._previous, start
+        if self._asked is not None:
+            if start.repeats:
+                self._warn_repeats()
+        elif previous is not None and not is_first:
+            self._check_joined(start, previous)
+
+    def end(self, frame: Frame, output: Any) -> None:
+        """Note the caches that a forward has left."""
+        if self._tracks:
+            start = frame.masks[self, "start"]
+            for returned in (output, frame.masks.get((self, "returned"))):
+                self._lines.end(start, frame.inputs, returned)
+
+    def finish(self) -> None:
+        """Say what could not be told while forwards ran."""
+        if self._later is not None and bool(self._later):
+            self._warn_slice()
+        self._later = None
+
+    def rows(self, site: WatchedSite, shape: tuple[int, int], frame: Frame | None) -> Rows:
+        """Find the rows of real tokens, once for all sites that select alike.
+
+        Args:
+            site: The site, which has rows.
+            shape: The number of sequences and of positions of its activation.
+            frame: The forward, or None where a part of the model was called by itself.
+
+        Raises:
+            OptionError: There is no mask.
+            SelectionError: The mask does not fit the site, or has none of what is selected.
+
+        """
+        selector = site.rows
+        assert selector is not None  # noqa: S101  the caller has looked
+        if isinstance(self._asked, Chosen):
+            return self._asked.rows(selector.site, shape)
+        side = self._side(site, frame)
+        found = [] if frame is None else frame.masks.setdefault((self, "rows"), [])
+        for steps, known_side, known_shape, rows in found:
+            if (known_side, known_shape) == (side, shape) and steps == selector.tokens.steps:
+                return rows  # type: ignore[no-any-return]
+        given = self._given(site, side, shape, frame)
+        start = Start(-1) if frame is None else frame.masks[self, "start"]
+        line = None if frame is None else start.line
+        kept = find_rows(selector, given.real, shape)
+        rows = Rows(kept, shape[0], given.first, line=line)
+        found.append((selector.tokens.steps, side, shape, rows))
+        return rows
+
+    def check_slice(self, site: WatchedSite, shape: torch.Size, frame: Frame | None) -> None:
+        """Warn, once, if positions are selected that are padding by the forward's mask."""
+        if not self._tells_slices or frame is None:
+            return
+        dims = _dims(site, len(shape))
+        if dims is None or not _chooses(site.selector, dims[1], len(shape)):
+            return
+        steps = tuple(
+            Step(dims.index(step.dim % len(shape)), step.pick, "")
+            for step in site.selector.steps
+            if step.dim % len(shape) in dims
+        )
+        side, size = self._side(site, frame), tuple(shape[dim] for dim in dims)
+        checked = frame.masks.setdefault((self, "slices"), [])
+        if (side, size, steps) in checked:
+            return
+        checked.append((side, size, steps))
+        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
+        if not isinstance(mask, Tensor) or mask.is_meta or tuple(mask.shape) != size:
+            return  # behind a cache, for example, what is run is not padding
+        padded = ~Selector(site.key, steps, None).select(mask.detach().bool()).all()
+        if mask.is_cpu:
+            if bool(padded):
+                self._warn_slice()
+        else:
+            later = padded if self._later is None else self._later
+            self._later = later | padded.to(later.device)  # masks may lie on several devices
+
+    # Which mask, and how it lies.
+
+    def _side(self, site: WatchedSite, frame: Frame | None) -> Side | None:
+        if self._sides is None:
+            self._sides = Sides(self._model)
+        side = self._sides.of(site.place, io=site.io, output=site.output)
+        if self._sides.two and side != "tower":
+            if site.key not in self._run_sides:  # asked of every site in every forward
+                self._run_sides[site.key] = side_of_run(self._model, site)
+            return self._run_sides[site.key] or side
+        if side is not None or self._sides.two or frame is None:
+            return side
+        if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
+            return None
+        # A model of somebody's own, whose names are all there is to go by.
+        parts = site.place.name.split(".")
+        named = [side for side in _SIDES if any(part.startswith(side) for part in parts)]
+        return named[0] if len(named) == 1 else "shared"
+
+    def inputs(self, frame: Frame) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """List what a forward was given, and what the model that it wraps was given."""
+        return frame.inputs, frame.masks.get((self, "given"), {})
+
+    def _mask(self, side: Side | None, frame: Frame) -> Any:
+        """Find the mask that a forward was given for a side."""
+        given = self.inputs(frame)
+        is_decoder = any(inputs.get("encoder_hidden_states") is not None for inputs in given)
+        names: tuple[str, ...] = MASKS
+        if side == "decoder" and not is_decoder:
+            names = ("decoder_attention_mask",)
+        elif side == "encoder" and is_decoder:
+            names = ("encoder_attention_mask",)
+        found = (inputs.get(name) for inputs in given for name in names)
+        return next((each for each in found if isinstance(each, Tensor | dict)), None)
+
+    def _given(
+        self, site: WatchedSite, side: Side | None, shape: tuple[int, int], frame: Frame | None
+    ) -> _Given:
+        if isinstance(self._asked, Tensor):
+            before = 0
+            if frame is not None and side != "encoder":
+                before = frame.masks[self, "start"].before or 0
+            return _Given(as_mask(self._asked), before)
+        if frame is None:
+            raise OptionError(
+                f"mask='attention' takes the attention_mask of a forward of "
+                f"{type(self._model).__name__}, but a part of it that holds {site.place.name!r} "
+                "was called by itself, as generate() calls an encoder; capture from that part, as "
+                "in capture(model.encoder, ...), or give capture the mask itself"
+            )
+        if side == "tower":
+            raise SelectionError(
+                f"{site.shown} runs on pictures or sound, not on the tokens that the forward's "
+                "attention_mask is for; capture it without mask=, or give capture a mask of its "
+                "own positions"
+            )
+        if side == "shared":
+            return self._given_of_either(site, shape, frame)
+        mask = self._mask(side, frame)
+        if mask is None:
+            mask = _mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
+        if mask is None:
+            name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
+            raise OptionError(
+                f"mask='attention' takes the forward's {name}, but this forward of "
+                f"{type(self._model).__name__} got none; pass it to the model, or give capture the "
+                "mask itself"
+            )
+        return self._aligned(mask, site, side, shape, frame)
+
+    def _given_of_either(self, site: WatchedSite, shape: tuple[int, int], frame: Frame) -> _Given:
+        """Find the mask of what both sides run, by the number of its positions."""
+        fitting: list[_Given] = []
+        sides: tuple[Side, ...] = ("encoder", "decoder")
+        for side in sides:
+            try:
+                fitting.append(self._given(site, side, shape, frame))
+            except (OptionError, SelectionError):
+                continue
+        if not fitting or any(not torch.equal(each.real, fitting[0].real) for each in fitting):
+            raise SelectionError(
+                f"{site.shown} is run by the encoder and the decoder, and its {shape[1]} positions "
+                f"do not tell by which; give a decoder_attention_mask and sequences of another "
+                "length, or capture from a module of one of them"
+            )
+        return fitting[0]
+
+    def _before(self, side: Side | None, frame: Frame) -> int | None:
+        """Tell how many positions came in earlier forwards, on one side; encoders have no cache."""
+        start: Start = frame.masks[self, "start"]
+        return 0 if side == "encoder" else start.before
+
+    def _aligned(
+        self,
+        mask: Any,
+        site: WatchedSite,
+        side: Side | None,
+        shape: tuple[int, int],
+        frame: Frame,
+    ) -> _Given:
+        """Lay a forward's mask on a site; see the note above."""
+        before, ran = self._before(side, frame), positions_of(frame.inputs)
+        if isinstance(mask, dict):  # one for each kind of layer
+            tensors = [each for each in mask.values() if isinstance(each, Tensor)]
+            tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
+            full = mask.get("full_attention")
+            mask = full if isinstance(full, Tensor) else tensors[0]
+        given = as_mask(_diagonal(mask, shape[0], before) if mask.dim() == 4 else mask)  # noqa: PLR2004
+        width, pos = given.shape[1], shape[1]
+        if self._asked == "attention" and not before and is_padded_left(given):
+            self._check_bare_table(frame)
+        is_whole = side == "encoder" or ran in {None, pos}
+        if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
+            return _Given(given, before or 0)
+        if before is None and is_whole and width > pos:
+            before = width - pos
+        before = before or 0
+        limit = frame.masks[self, "start"].limit or 0
+        if is_whole and (width == before + pos or before + pos < width == limit):
+            return _Given(given[:, before : before + pos], before)
+        end = before + (ran or 0)
+        if side != "encoder" and pos == _kept_logits(frame.inputs, ran) and width in {end, limit}:
+            return _Given(given[:, end - pos : end], end - pos)
+        if pos > width and not before and side != "decoder" and self._pads(site):
+            return _Given(nn.functional.pad(given, (0, pos - width)), 0)
+        frames = None if side == "decoder" else self._frames(given, pos, site)
+        if frames is None and given.shape[0] == shape[0]:
+            holds = f"its cache holds {before} positions" if before else "no cache holds the rest"
+            why = f", and {holds}" if width > pos else ""
+            raise SelectionError(
+                f"{site.shown} has {pos} positions, but the forward's mask has {width}{why}: they "
+                "count different things; capture it without mask=, or give capture a mask of its "
+                "positions"
+            )
+        return _Given(given if frames is None else frames, 0)
+
+    def _pads(self, site: WatchedSite) -> bool:
+        """Tell whether a part that holds a site fills sequences up on the right for itself."""
+        return any(
+            any(inner is site.place.module for inner in module.modules())
+            for module in core_of(self._model).modules()
+            if _fills_up(module)
+        )
+
+    def _frames(
+        self, mask: Bool[Tensor, "batch samples"], count: int, site: WatchedSite
+    ) -> Bool[Tensor, "batch frames"] | None:
+        """Make a mask of frames of one of samples, by what the model says of their numbers."""
+        lengths = mask.sum(1)
+        if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
+            return None  # models for sound take it to be on the right
+        for count_frames in _frame_counters(core_of(self._model), site.place.module):
+            if count_frames(torch.tensor([mask.shape[1]])) == [count]:
+                frames = torch.tensor(count_frames(lengths))
+                return torch.arange(count) < frames[:, None]
+        return None
+
+    # What is noted while a forward runs.
+
+    def _frame(self) -> Frame | None:
+        frame = running_frame()
+        while frame is not None and (self, "own") not in frame.masks:
+            frame = frame.parent
+        return frame
+
+    def _note_given(self, given: Inputs) -> None:
+        frame = self._frame()
+        if frame is not None:
+            frame.masks[self, "given"] = given.kwargs
+        if self._fault is not None and isinstance(given.kwargs.get("attention_mask"), Tensor):
+            self._warn("fault", self._fault)
+
+    def _note_returned(self, output: Any) -> None:
+        frame = self._frame()
+        if frame is not None and self._tracks:
+            caches = output if isinstance(output, Mapping) else None
+            frame.masks[self, "returned"] = caches
+
+    def _look_up(self, value: Any) -> None:
+        """Look at what a table yielded, if it may be one of positions."""
+        frame = self._frame()
+        value = value[0] if isinstance(value, tuple) and value else value
+        if "left" in self._warned or frame is None or not isinstance(value, Tensor):
+            return
+        if frame.masks[self, "start"].is_cached:
+            return
+        for mask in self._padded_left(frame):
+            seen = value[..., : mask.shape[1], :] if self._fills and value.dim() > 1 else value
+            if counts_padding(seen, mask, self._widths):
+                self._warn_left()
+                return
+
+    def _padded_left(self, frame: Frame) -> list[Bool[Tensor, "batch pos"]]:
+        """List the masks of a forward that have padding on the left."""
+        if (self, "left") not in frame.masks:
+            found = {}
+            for inputs in self.inputs(frame):
+                for name in _NAMES:
+                    mask = inputs.get(name)
+                    if isinstance(mask, Tensor) and mask.dim() == 2:  # noqa: PLR2004
+                        found[name] = as_mask(mask)
+            frame.masks[self, "left"] = [*filter(is_padded_left, found.values())]
+        left: list[Tensor] = frame.masks[self, "left"]
+        return left
+
+    def _has_positions(self, frame: Frame) -> bool:
+        given = self.inputs(frame)
+        return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
+
+    def _check_bare_table(self, frame: Frame) -> None:
+        is_new = "left" not in self._warned and not self._has_positions(frame)
+        if is_new and has_bare_table(self._model):
+            self._warn_left()
+
+    # What is said, once for each capture.
+
+    def _warn(self, what: str, said: str) -> None:
+        if what in self._warned:
+            return
+        self._warned.add(what)
+        warn(said)
+
+    def _warn_left(self) -> None:
+        takes = "position_ids" in _parameters(self._model)
+        ids = ", or pass position_ids that begin at each first token" if takes else ""
+        self._warn(
+            "left",
+            f"the sequences are padded on the left, and {type(self._model).__name__} counts the "
+            "padding as positions, so the activations differ from those of the sequences alone; "
+            f"pad on the right{ids}",
+        )
+
+    def _warn_slice(self) -> None:
+        self._tells_slices = False
+        self._warn(
+            "slice",
+            "a slice along 'pos' selects padding of a forward that was given a mask; capture with "
+            "mask='attention', so that positions count real tokens, of which -1 is the last",
+        )
+
+    def warn_positions(self, site: WatchedSite) -> None:
+        """Warn, once, that positions of a site are not the tokens that the forward was given."""
+        if self._side(site, None) != "tower" and reads_tokens(core_of(self._model)):
+            self._warn(
+                "positions",
+                f"{site.shown} has not one position for each token of the forward, so a slice "
+                "along 'pos' may select what the model adds, such as padding to a multiple, or "
+                "patches; look at the whole site first, or select by position with a tuple, as in "
+                "slice=np.s_[:, -1], which says nothing of tokens",
+            )
+
+    def _warn_repeats(self) -> None:
+        self._warn(
+            "repeats",
+            "generate() takes back tokens that it guessed and runs their positions again, and what "
+            "it took back is captured, too; of the rows of one position, which acts.positions() "
+            "tells, only the last is of the text, and none is behind its end; or generate without "
+            "guesses of an assistant or a prompt lookup",
+        )
+
+    def _check_joined(self, start: Start, previous: Start) -> None:
+        if start.line == previous.line and not start.repeats:
+            return
+        if start.is_cached or previous.is_cached or generating() is not None:
+            self._warn(
+                "joined",
+                "join='pos' joins a forward to one that it does not continue, so positions repeat "
+                "or are of other sequences, as under guidance, assisted decoding, without a KV "
+                "cache, or in a second generate(); capture with join=None for a list, or with "
+                "mask='attention', where acts.positions() tells sequence and position of each row",
+            )
+
+
+_SIDES: tuple[Side, ...] = ("encoder", "decoder")
+
+
+def _mask_of_generate(
+    side: Side | None,
+    before: int | None,
+    sequences: int,
+    given: tuple[Mapping[str, Any], ...],
+) -> Bool[Tensor, "batch pos"] | None:
+    """Make the mask of a forward that `generate()` gave none, of what it was given itself.
+
+    What it generates is real.
+
+    Returns:
+        The mask of what the cache holds and of what is run now; None where there is no
+        `generate()`, or it does not say.
+
+    """
+    running = generating()
+    known = None if running is None else running.f_locals.get("model_kwargs")
+    count = next(filter(None, map(positions_of, given)), None)
+    # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
+    appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
+    if not isinstance(known, dict) or count is None or appends or side == "encoder":
+        return None
+    name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
+    if side != "decoder" and name not in known:
+        return None
+    prompt = known.get(name)
+    real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
+    if prompt is None:
+        return real
+    if not isinstance(prompt, Tensor) or before is None or prompt.dim() != 2:  # noqa: PLR2004
+        return None
+    ran = prompt.detach().bool().cpu()[:, : real.shape[1]]
+    if sequences % len(ran):
+        return None
+    real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
+    return real
+
+
+def _fills_up(module: nn.Module) -> bool:
+    """Tell whether a module fills sequences up to a multiple of a length, on the right."""
+    return any(hasattr(type(module), name) for name in _PADS)
+
+
+def _selects_positions(site: WatchedSite) -> bool:
+    return site.rows is None and bool(site.selector.steps)
+
+
+def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
+    """Tell the axes of sequences and positions of a site, if it has them."""
+    axes = site.known_axes
+    if axes is None:  # as modules of plain models nearly always have them
+        return (0, 1) if rank > 2 else None  # noqa: PLR2004
+    if len(axes) != rank or axes[0] != "batch":
+        return None
+    pos = next(iter(position_dims(axes)), None)
+    return None if pos is None else (0, pos)
+
+
+def _chooses(selector: Selector, dim: int, rank: int) -> bool:
+    """Tell whether single positions are chosen; leaving out the first ones chooses none."""
+    picks = [step.pick for step in selector.steps if step.dim % rank == dim]
+    return any(
+        pick.stop is not None or (pick.start or 0) < 0
+        if isinstance(pick, slice)
+        else not isinstance(pick, Positions) or pick.length is None
+        for pick in picks
+    )
+
+
+def _diagonal(
+    mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
+) -> Bool[Tensor, "sequences pos"]:
+    """Make a mask of two axes of one that tells who attends to whom: padding not to itself."""
+    ran, keys = mask.shape[-2:]
+    first = keys - ran if before is None else min(before, keys - ran)
+    own = mask.detach()[:, 0, :, first:].diagonal(dim1=1, dim2=2)
+    real = own > -1 if own.is_floating_point() else own.bool()
+    past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
+    return torch.cat([past, real], 1).expand(sequences, -1)
+
+
+def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:
+    """Tell of how many of its last positions a forward was asked to make logits."""
+    kept = inputs.get("logits_to_keep", inputs.get("num_logits_to_keep"))
+    return min(kept, count) if count and type(kept) is int and kept > 0 else None
+
+
+def _frame_counters(core: nn.Module, place: nn.Module) -> Iterator[Callable[[Tensor], list[int]]]:
+    """List what tells how many frames so many samples make, in the models that hold a place."""
+    for module in core.modules():
+        count = getattr(module, _LENGTHS, None)
+        if callable(count) and any(inner is place for inner in module.modules()):
+            takes = {"add_adapter"} & {*_signature(count)}
+            for options in [{}, {"add_adapter": False}, {"add_adapter": True}] if takes else [{}]:
+                yield functools.partial(_counted, count, options)
+
+
+def _counted(count: Callable[..., Any], options: dict[str, bool], lengths: Tensor) -> list[int]:
+    """Count frames; some models tell several numbers, of which the last is what comes out."""
+    counted = count(lengths, **options)
+    last = counted[-1] if isinstance(counted, tuple) else counted
+    return [int(each) for each in last] if isinstance(last, Tensor) else []
+
+
+def _parameters(model: nn.Module) -> tuple[str, ...]:
+    return (*_signature(model.forward), *_signature(core_of(model).forward))
+
+
+def _signature(function: Callable[..., Any]) -> tuple[str, ...]:
+    try:
+        return tuple(inspect.signature(function).parameters)
+    except (TypeError, ValueError):
+        return ()
+
+
+def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Call a method as long as its owner lives, without keeping it."""
+    reference = weakref.WeakMethod(method)
+
+    def call(value: Any) -> None:
+        bound = reference()
+        if bound is not None:
+            bound(value)
+
+    return call

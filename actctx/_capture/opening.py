@@ -1,0 +1,450 @@
+"""One opening of a capture: the hooks it puts on, and what they tell it."""
+
+import contextlib
+import functools
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from actctx._capture.axis_layout import (
+    Numbers,
+    has_other_positions,
+    must_tell_axes,
+    numbers_of,
+    tell_axes,
+)
+from actctx._capture.cache_size import estimate_cache_bytes
+from actctx._capture.forward import (
+    Frame,
+    Interceptor,
+    Watcher,
+    frame_of,
+    is_unwatched,
+    running_frame,
+    stop_if_done,
+)
+from actctx._capture.generation import is_batching
+from actctx._capture.growth import Known
+from actctx._capture.hooks import Hook
+from actctx._capture.masks import Padding
+from actctx._capture.modes import GradMode, run_compiled, run_eagerly
+from actctx._capture.undo import Action, do, take_back
+from actctx._capture.watched import Options, Seen, WatchedSite, why_silent
+from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
+from actctx._model.flags import is_repeated, is_switched_off
+from actctx._model.known_faults import is_given_cache, lost_cache, warn
+from actctx._model.parallel import gathered, pieces_of
+from actctx._model.structure import Inputs
+from actctx._results.activations import Activations
+from actctx._results.annotations import Claim
+from actctx._results.schema import Schema
+from actctx._select.own import Owned, own, plain_mode
+from actctx._select.padding import Chosen
+from actctx._select.values import check_capturable
+from actctx._text import counted, shortened
+
+B = TypeVar("B")
+"""What is handed over: the buffer, or a `Schema` before it."""
+
+Scope = Literal["block", "context", "thread"]
+
+_OPEN: ContextVar[frozenset[int]] = ContextVar("actctx_open", default=frozenset())
+_NUMBERS = itertools.count()
+
+
+class Opening(Generic[B]):
+    """One opening of a capture: its hooks, its buffer, and what it has seen.
+
+    Hooks and interceptor hold it weakly, so that a capture that is dropped while open is
+    collected, and takes its hooks off.
+
+    Args:
+        model: The model to capture from.
+        sites: What to capture.
+        options: What holds for all sites.
+        scope: Whose forwards are captured, and what runs without gradients (or with them, as
+            asked): for a `"block"`, the forwards of this context, and all of the block; for a
+            `"context"`, its forwards alone, since other coroutines of the thread may run in
+            between; for a `"thread"`, all forwards of the thread.
+
+    Attributes:
+        detach: Takes the hooks off, in reverse, and gives the model back as it was.
+
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: list[WatchedSite],
+        options: Options,
+        *,
+        scope: Scope,
+        hand_over: Callable[[Activations], B],
+    ) -> None:
+        self.buffer = Activations(
+            options.join,
+            source=type(model).__name__,
+            estimate=functools.cache(functools.partial(_estimate, weakref.ref(model))),
+        )
+        self._hand_over = hand_over
+        self.handed = hand_over(self.buffer)
+        self.stop = options.stop
+        self.grad = options.grad
+        self.awaited = frozenset(
+            site.key for site in sites if not is_switched_off(model, site.place)
+        )
+        self._model = model
+        self._sites = sites
+        # What the model itself is given and returns comes from the interceptor, not from a hook.
+        self._roots = [
+            site for site in sites if site.place.module is model and not site.place.is_hook_point
+        ]
+        self._hooked = [site for site in sites if site not in self._roots]
+        # Those whose firing is known to be the one that is wanted only at the end of a forward.
+        self._late = {
+            site.key: site.firing
+            for site in sites
+            if site.firing is not None and not site.is_known_at_once
+        }
+        self._options = options
+        self._padding = Padding(model, options, sites)
+        self._known: Known = weakref.WeakKeyDictionary()
+        self._scope = scope
+        self._pieces = pieces_of(model)
+        self._asked_of_cache = False
+        self._number = next(_NUMBERS)
+        self._thread: int | None = None
+        self._ran = 0
+        self._misses_batches = False
+        self._fired: set[str] = set()
+        self._hooks: dict[str, Hook] = {}
+        self._undo: list[Action] = []
+        self.detach = functools.partial(take_back, self._undo)
+        weakref.finalize(self, take_back, self._undo)
+        self._seen = {
+            site.key: Seen(
+                site,
+                self.buffer.expect(site.key, site.place.names, options.capacity),
+                is_plain=site.yields_it,
+                is_whole=site.takes_all and options.capacity is None,
+                is_known_at_once=site.is_known_at_once,
+            )
+            for site in sites
+        }
+        for site in sites:
+            self._seen[site.key].column.repeats = is_repeated(model, site.place)
+
+    def attach(self) -> B:
+        """Put the hooks on, all or none.
+
+        Returns:
+            The buffer. For a `"thread"`, the hooks stay on as long as somebody holds it.
+
+        """
+        try:
+            do(self._steps(), self._undo)
+            return self._lend() if self._scope == "thread" else self.handed
+        except BaseException:
+            self.detach()
+            raise
+
+    def _steps(self) -> Iterator[tuple[Action, Action]]:
+        """Yield (undo, do) pairs; each undo must be safe even if its do was interrupted."""
+        reference: weakref.ref[Watcher] = weakref.ref(self)
+        if self._scope == "block":
+            mode = GradMode(enabled=self.grad)
+            yield mode.restore, mode.set
+        if self._scope == "thread":
+            self._thread = threading.get_ident()
+        else:
+            yield functools.partial(_leave, self._number), functools.partial(_enter, self._number)
+        yield (
+            functools.partial(run_compiled, self._number),
+            functools.partial(run_eagerly, self._number),
+        )
+        interceptor = Interceptor.of(self._model)
+        yield (
+            functools.partial(interceptor.unwatch, reference),
+            functools.partial(interceptor.watch, self._model, reference),
+        )
+        self._hooks = {site.key: self._hook(site) for site in self._hooked}
+        for hook in (*self._hooks.values(), *self._notes()):
+            yield hook.remove, hook.put_on
+
+    def _hook(self, site: WatchedSite) -> Hook:
+        io = "point" if site.place.is_hook_point else site.io
+        fire = _firing(weakref.ref(self), self._seen[site.key])
+        if site.place.reading is not None and not site.exact:
+            fire = _if_returned(fire)
+        return Hook(site.place.module, site.place.name, fire, io=io)
+
+    def _notes(self) -> Iterator[Hook]:
+        """Make the hooks that capture nothing."""
+        # It is there for the shallow copies of the model that it refuses.
+        yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
+        yield from self._padding.hooks()
+
+    def _lend(self) -> B:
+        lent = object.__new__(Activations)
+        lent.__dict__ = self.buffer.__dict__
+        # Not the buffer itself, which this opening holds: neither would ever be freed.
+        self._undo.append(weakref.finalize(lent, _ignore, self).detach)
+        return self._hand_over(lent)
+
+    def __enter__(self) -> B:
+        return self.attach()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self.detach()
+        finally:  # where an interrupt came in between
+            self.detach()
+
+    def is_visible(self) -> bool:
+        """Whether the running thread and context are those that opened the capture."""
+        if is_unwatched():
+            return False
+        return self._number in _OPEN.get() or self._thread == threading.get_ident()
+
+    def miss(self) -> None:
+        """Note that a forward of another thread ran; the one of `generate_batch()` was wanted."""
+        self._misses_batches = self._misses_batches or is_batching()
+
+    def check_hooks(self) -> None:
+        """Raise `HooksRemovedError` if somebody removed the hooks."""
+        gone = [key for key, hook in self._hooks.items() if not hook.is_attached]
+        if gone:
+            raise HooksRemovedError(
+                f"the hook on {gone[0]!r} was removed inside the block, as model.reset_hooks() "
+                "does, so this forward would not be captured; leave the hooks alone until the "
+                "block ends, or open a new capture after removing them"
+            )
+
+    def receive(self, value: Any, io: str) -> None:
+        """Capture what the model itself is given or returns, which lies in its forward."""
+        frame = running_frame()
+        if frame is not None and io == "in":
+            self._padding.begin(frame, is_first=not self.buffer.forwards)
+        elif frame is not None:
+            self._padding.end(frame, value)
+        if io == "in" and not self._asked_of_cache and is_given_cache(value[1]):
+            self._asked_of_cache = True
+            warn(lost_cache(self._model))
+        for site in self._roots:
+            if site.io == io:
+                given = Inputs(self._model, *value) if io == "in" else value
+                self.fire(self._seen[site.key], given)
+
+    def write(self, forward: dict[str, list[Owned]]) -> None:
+        """Keep what one forward left."""
+        self._ran += 1
+        for key, firing in self._late.items():
+            last = forward.pop(key, [])
+            if last and len(last) == -firing:
+                forward[key] = last[:1]
+        self._fired.update(forward)
+        if not forward:
+            self.buffer.note_silent_forward()
+        else:
+            self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
+
+    def fire(self, seen: Seen, value: Any) -> None:
+        """Capture what a site yields, if it does so in a forward that this capture watches."""
+        frame = running_frame()  # nearly always its own, so that no search is needed
+        if frame is None or self not in frame.staged:
+            frame = frame_of(self)
+        site = seen.site
+        if frame is None:
+            self._fire_outside(seen, value)
+            return
+        if site.firing is not None and 0 <= site.firing != frame.count(self, site.key):
+            return
+        staged = frame.staged[self]
+        firings = staged.get(site.key)
+        if firings is None:
+            firings = staged[site.key] = [self._own(seen, value, frame, 0)]
+        else:
+            firings.append(self._own(seen, value, frame, len(firings)))
+        if seen.is_known_at_once:
+            waiting = frame.waiting[self]
+            waiting.discard(site.key)
+            if not waiting:
+                stop_if_done(site.key)
+        else:
+            del firings[: site.firing]
+
+    def _fire_outside(self, seen: Seen, value: Any) -> None:
+        """Capture from a part that is called by itself, as `generate` calls an encoder.
+
+        It counts as a forward of one firing, which is its first and its last.
+        """
+        recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
+        if self.is_visible() and not recomputes and seen.site.firing in {None, 0, -1}:
+            self.write({seen.site.key: [self._own(seen, value, None, 0)]})
+
+    def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
+        is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
+        activation: Tensor = value if is_it else self._read(seen.site, value, frame)
+        if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
+            site = seen.site
+            check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
+            self._settle(seen, activation, frame)
+        if activation.requires_grad and not self.grad:
+            activation = activation.detach()
+        if torch.is_inference_mode_enabled():
+            with plain_mode():
+                return self._take(seen, activation, frame, number)
+        if seen.is_whole:  # as `_take` does, but faster
+            if activation.is_contiguous():
+                return Owned(activation.clone())  # torch takes a while to read the option below
+            return Owned(activation.clone(memory_format=torch.contiguous_format))
+        return self._take(seen, activation, frame, number)
+
+    def _read(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
+        found = site.found(value)
+        activation = gathered(found)
+        if self._pieces is not None and activation is found:
+            self._pieces.check(site.shown, site.place.module, found, io=site.io)
+        reading = site.place.reading
+        activation = activation if reading is None else reading.of(activation)
+        is_dense = activation.layout is torch.strided
+        if is_dense and site.is_flattened(activation):
+            return self._by_sequence(activation, frame)
+        return activation
+
+    def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
+        """Divide an activation that has one row a token, if it does, into sequences."""
+        numbers = self._numbers(frame)
+        for pos in numbers.positions:
+            if numbers.batch is not None and len(activation) == numbers.batch * pos:
+                return activation.reshape(numbers.batch, pos, *activation.shape[1:])
+        return activation
+
+    def _settle(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
+        """Check an activation of another shape than the last, whose axes may lie elsewhere.
+
+        Raises:
+            AxisError, SelectionError: It does not have what is to be selected.
+
+        """
+        shape, numbers = activation.shape, self._numbers(frame)
+        if must_tell_axes(seen, shape, numbers):
+            tell_axes(self._model, seen, shape, numbers, self._known)
+        seen.check(shape)
+        if has_other_positions(seen.site, shape, numbers):
+            self._padding.warn_positions(seen.site)
+
+    def _numbers(self, frame: Frame | None) -> Numbers:
+        """Tell how much the running forward was given."""
+        if isinstance(self._options.mask, Chosen):
+            batch, pos = self._options.mask.shape
+            return Numbers(batch, frozenset({pos}))
+        if frame is None:
+            return Numbers()
+        known: Numbers | None = frame.masks.get("numbers")
+        if known is None:
+            known = numbers_of(
+                given for each in frame.chain() for given in self._padding.inputs(each)
+            )
+            if known.batch is not None:  # a bridge makes tokens of texts only in its forward
+                frame.masks["numbers"] = known
+        return known
+
+    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
+        site = seen.site
+        selected = site.selector.select(activation)
+        rows, copied = None, site.selector.copies
+        if site.rows is None:
+            self._padding.check_slice(site, activation.shape, frame)
+        else:
+            shape = (selected.shape[0], selected.shape[site.rows.dim])
+            rows = self._padding.rows(site, shape, frame)
+            selected = site.rows.keep(selected, rows)
+            copied |= not rows.is_all
+        room = seen.column.room(
+            0 if site.firing == -1 else number, selected, site.dtype, site.device
+        )
+        owned = own(
+            selected,
+            copied=copied,
+            dtype=site.dtype,
+            device=site.device,
+            room=room,
+        )
+        return owned._replace(rows=rows)
+
+    def finish(self, more: Iterable[Claim] = ()) -> None:
+        """Check what the block has left, together with `more` where it is typed.
+
+        Raises:
+            NeverFiredError: A forward ran, and a site that must fire did not; or all that ran was
+                `generate_batch()`, whose forwards run in another thread.
+            TypedError: A field of a `Schema`, or one of `more`, does not fit its annotation.
+
+        """
+        self._padding.finish()
+        for seen in self._seen.values():  # while the model is there to tell
+            if seen.column.is_to_join:
+                seen.column.settle_axes()
+        self._check_fired()
+        if isinstance(self.handed, Schema):
+            self.handed.check(more)
+
+    def _check_fired(self) -> None:
+        if self._misses_batches and not self._ran:
+            raise NeverFiredError(
+                f"no forward of {type(self._model).__name__} was captured: generate_batch() runs "
+                "them in a thread of its own, and a capture sees those of the thread that opened "
+                "it; call generate(), or the model itself"
+            )
+        silent = [site for site in self._sites if site.exact and site.key not in self._fired]
+        if self._ran and silent:
+            names = shortened([site.shown for site in silent])
+            forwards = counted(self._ran, "forward")
+            reason = why_silent(self._model, silent[0])
+            raise NeverFiredError(f"{names} never fired in {forwards}: {reason}")
+
+
+def _estimate(reference: "weakref.ref[nn.Module]", batch: int, pos: int) -> int | None:
+    model = reference()
+    return None if model is None else estimate_cache_bytes(model, batch, pos)
+
+
+def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any], None]:
+    def fire(value: Any) -> None:
+        opening = reference()
+        if opening is not None:
+            opening.fire(seen, value)
+
+    return fire
+
+
+def _if_returned(fire: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Leave out what a module does not return this time, such as a pattern that was not asked for.
+
+    What a glob over TransformerLens' names leaves out is listed in `acts.missing`.
+    """
+
+    def fire_if_returned(value: Any) -> None:
+        with contextlib.suppress(OutputError):
+            fire(value)
+
+    return fire_if_returned
+
+
+def _ignore(_value: object) -> None:
+    """Do nothing."""
+
+
+def _enter(number: int) -> None:
+    _OPEN.set(_OPEN.get() | {number})
+
+
+def _leave(number: int) -> None:
+    _OPEN.set(_OPEN.get() - {number})

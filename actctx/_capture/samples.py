@@ -1,0 +1,223 @@
+"""What to give a model to see what grows: tokens, images or sound of a few sizes."""
+
+import functools
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from actctx._model.axes import hugging_face_config
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+SEQUENCES = (2, 3)
+"""The sequences of a call, and of one in which they have grown."""
+
+MANY = 13
+"""The sequences of a call that has more of them than positions."""
+
+_STEP = 4
+"""What the positions of a call are a multiple of, where a model does not attend in windows."""
+
+_TARGET, _LONGER = 5, 7
+"""The positions of a decoder beside an encoder."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Calls of a model that differ in one size each.
+
+    Attributes:
+        grown: What has grown in each call after the first: `"batch"`, `"pos"`, and `"target"`, the
+            positions of a decoder beside an encoder. `"many"` are the sequences again, which are
+            more than the positions then: a module of somebody's own may mind.
+        calls: Makes the calls for a copy of the model, on which it may change what fixes a size.
+        is_of_images: Whether it holds images.
+
+    """
+
+    grown: tuple[str, ...]
+    calls: Callable[[Any], Iterator[Call]]
+    is_of_images: bool = False
+
+
+def samples_of(model: nn.Module) -> list[Sample]:
+    """List what a model may take, the most telling first; it may turn out to take none of them."""
+    whole: Any = getattr(model, "original_model", model)
+    config: Any = hugging_face_config(model)
+    reads = getattr(whole, "main_input_name", "input_ids")
+    named = [*inspect.signature(whole.forward).parameters]
+    if reads not in named:
+        reads = next((name for name in named if name in _READERS), "input_ids")
+    return [*_READERS.get(reads, _of_tokens)(config)]
+
+
+def _of_tokens(config: Any) -> Iterator[Sample]:
+    windows = getattr(config, "attention_window", None) or _STEP
+    step = max(windows) if isinstance(windows, list | tuple) else int(windows)
+    usual, longer = 2 * step, 3 * step
+    longest = getattr(config, "max_position_embeddings", None)
+    if step == _STEP and isinstance(longest, int) and 1 < longest < longer:
+        usual, longer = longest - 1, longest
+    yield _growing(config, _ids, usual, longer)
+
+
+def _ids(batch: int, pos: int) -> Int64[Tensor, "batch pos"]:
+    """Make token ids that every vocabulary has, not all alike."""
+    return torch.arange(batch * pos).view(batch, pos) % 7 + 1
+
+
+def _of_images(config: Any) -> Iterator[Sample]:
+    side, patch = (
+        _side(getattr(config, "image_size", None)),
+        _side(getattr(config, "patch_size", 1)),
+    )
+    channels = getattr(config, "num_channels", 3)
+    if side and patch:
+        patches = ((side // patch) ** 2, (side // patch + 1) ** 2)
+        sizes = (side, side + patch)
+        images = _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, patches)
+        yield from (replace(sample, is_of_images=True) for sample in images)
+
+
+def _of_sound(config: Any) -> Iterator[Sample]:
+    mels, longest = getattr(config, "num_mel_bins", None), getattr(config, "max_length", None)
+    if mels and longest and hasattr(config, "time_stride"):  # a spectrogram, cut into patches
+        high = (mels - config.patch_size) // config.frequency_stride + 1
+        wide = (longest - config.patch_size) // config.time_stride + 1
+        sizes = (longest, longest + config.time_stride)
+        patches = (high * wide, high * (wide + 1))
+        yield from _fixed(config, lambda b, s: torch.zeros(b, s, mels), sizes, patches)
+    else:
+        yield _growing(config, torch.zeros, 4000, 6000)
+
+
+def _of_features(config: Any) -> Iterator[Sample]:
+    mels, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 0)
+    if mels and frames:  # Whisper and its like, which halve the frames
+        sizes, positions = (2 * frames, 2 * frames + 8), (frames, frames + 4)
+        yield from _fixed(config, lambda b, s: torch.zeros(b, mels, s), sizes, positions)
+    names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "input_dim")
+    for width in filter(None, (getattr(config, name, None) for name in names)):
+        yield _growing(config, functools.partial(_features, width=width), 160, 240)
+
+
+def _features(batch: int, pos: int, width: int) -> Float[Tensor, "batch pos width"]:
+    return torch.zeros(batch, pos, width)
+
+
+_READERS: Mapping[str, Callable[[Any], Iterator[Sample]]] = {
+    "input_ids": _of_tokens,
+    "pixel_values": _of_images,
+    "input_values": _of_sound,
+    "input_features": _of_features,
+}
+
+
+def _side(size: Any) -> int | None:
+    """Return the one number of a size that may be given as a pair of equal ones."""
+    sides = {*size} if isinstance(size, list | tuple) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) and side > 0 else None
+
+
+def _growing(config: Any, make: Callable[[int, int], Any], usual: int, longer: int) -> Sample:
+    """Give inputs that may be of any length."""
+    return _sample(config, make, (usual, longer), lambda _hollow: None)
+
+
+def _fixed(
+    config: Any,
+    make: Callable[[int, int], Any],
+    sizes: tuple[int, int],
+    positions: tuple[int, int],
+) -> Iterator[Sample]:
+    """Give inputs of a size that the model may fix, by a table of positions."""
+    usual, _ = sizes
+    yield _sample(config, make, sizes, lambda _hollow: None)
+    yield _sample(config, make, sizes, lambda hollow: _stretch(hollow, sizes, positions))
+    yield _sample(config, make, (usual, usual), lambda _hollow: None)
+
+
+def _sample(
+    config: Any,
+    make: Callable[[int, int], Any],
+    sizes: tuple[int, int],
+    prepare: Callable[[Any], None],
+) -> Sample:
+    usual, larger = sizes
+    has_decoder = bool(getattr(config, "is_encoder_decoder", False))
+
+    def calls(hollow: Any) -> Iterator[Call]:
+        call = functools.partial(_call, hollow, make, has_decoder=has_decoder)
+        few, more = SEQUENCES
+        yield call(few, usual)
+        yield call(more, usual)
+        if has_decoder:
+            yield call(few, usual, target=_LONGER)
+        if config is None:
+            yield call(MANY, usual)
+        if larger != usual:
+            prepare(hollow)
+            yield call(few, larger)
+
+    also = {"target": has_decoder, "many": config is None, "pos": larger != usual}
+    return Sample(("batch", *(name for name, is_so in also.items() if is_so)), calls)
+
+
+def _call(
+    hollow: Any,
+    make: Callable[[int, int], Any],
+    batch: int,
+    size: int,
+    *,
+    has_decoder: bool,
+    target: int = _TARGET,
+) -> Call:
+    named = inspect.signature(hollow.forward).parameters
+    like = next(itertools.chain(hollow.parameters(), hollow.buffers()), torch.empty(0))
+    first = make(batch, size).to(like.device)
+    given: dict[str, Any] = {}
+    if first.is_floating_point():
+        first = first.to(like.dtype)
+    elif "attention_mask" in named:  # without one, some look for padding among the ids
+        given["attention_mask"] = torch.ones_like(first)
+    if "use_cache" in named:
+        given["use_cache"] = False
+    if has_decoder and ("decoder_input_ids" in named or hasattr(hollow, "original_model")):
+        given["decoder_input_ids"] = _ids(batch, target).to(like.device)
+    return (first,), given
+
+
+def _stretch(hollow: nn.Module, sizes: tuple[int, int], positions: tuple[int, int]) -> None:
+    """Have a copy without values take inputs of another size than its tables are made for."""
+    usual, larger = sizes
+    for module in hollow.modules():
+        config = getattr(module, "config", None)
+        for name in ("image_size", "max_length", "max_source_positions", "num_patches"):
+            changes = {usual: larger, (usual, usual): (larger, larger), positions[0]: positions[1]}
+            for holder in (module, config):
+                value = vars(holder).get(name) if hasattr(holder, "__dict__") else None
+                value = tuple(value) if isinstance(value, list) else value
+                if value in changes:
+                    setattr(holder, name, changes[value])
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                longer = None if tensor is None else _longer(tensor.shape, *positions)
+                if tensor is not None and longer is not None:
+                    tensors[name] = tensor.new_empty(longer)  # type: ignore[assignment]
+                    if isinstance(module, nn.Embedding):
+                        module.num_embeddings = longer[0]
+
+
+def _longer(shape: torch.Size, usual: int, larger: int) -> list[int] | None:
+    """Return the shape of a table of positions, a few of which are of no patch, with more."""
+    for dim in range(min(2, len(shape) - (shape[:1] != (1,)))):
+        if 0 <= shape[dim] - usual <= 2 and all(size == 1 for size in shape[:dim]):  # noqa: PLR2004
+            return [*shape[:dim], shape[dim] + larger - usual, *shape[dim + 1 :]]
+    return None

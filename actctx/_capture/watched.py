@@ -1,0 +1,417 @@
+"""The sites of a capture: places, and what becomes of their activations."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from actctx._errors import AxisError, OptionError, SelectionError
+from actctx._model.axes import POSITIONS, Axes, position_dims
+from actctx._model.flags import why_it_never_fired
+from actctx._model.places import Place
+from actctx._model.sites import Request, Site
+from actctx._model.structure import tensor_of
+from actctx._model.translation import Reading
+from actctx._results.annotations import Sizes
+from actctx._results.column import Column, Named
+from actctx._select.own import device_of, dtype_of
+from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
+from actctx._select.slices import Selector, Slice, parse_slice
+
+
+@dataclass(frozen=True, eq=False)
+class WatchedSite:
+    """A place, and what becomes of its activations."""
+
+    key: str
+    place: Place
+    exact: bool
+    io: str
+    output: int | str | None
+    firing: int | None
+    named_axes: Axes | None
+    selector: Selector
+    rows: RowSelector | None
+    dtype: torch.dtype | None
+    device: torch.device | None
+    asked: Slice
+    options: "Options"
+    pattern: str | None = None
+    told_axes: Axes | None = None
+
+    @property
+    def shown(self) -> str:
+        """The name to show: the alias that the user gave, and what it stands for."""
+        known = self.key in self.place.names
+        return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
+
+    @property
+    def is_known_at_once(self) -> bool:
+        """Whether each firing tells at once, before the forward ends, if it is the wanted one."""
+        return self.firing is None or self.firing >= 0
+
+    @property
+    def known_axes(self) -> Axes | None:
+        """The axes of its activations: those that the user named, the model told, or its name."""
+        known = self.named_axes, self.told_axes, self.place.axes
+        return next((axes for axes in known if axes is not None), None)
+
+    @property
+    def selects_by_name(self) -> bool:
+        """Whether something is selected along axes that are found by their names."""
+        return bool(self.selector.steps) and not isinstance(self.asked, tuple)
+
+    @functools.cached_property
+    def reader(self) -> Callable[[Any], Tensor]:
+        """Finds the activation in what its module is given or returns.
+
+        It raises an `OutputError` where there is none.
+        """
+        return functools.partial(_read, self.shown, self.output, self.place.reading)
+
+    def found(self, value: Any) -> Tensor:
+        """Find the tensor that the activation is read off; see `reader`."""
+        return _found(self.shown, self.output, self.place.reading, value)
+
+    def along(self, axes: Axes, sizes: Mapping[str, int] | None = None) -> "WatchedSite":
+        """Select along these axes, which the model told.
+
+        Raises:
+            AxisError: They lack one that is to be selected from.
+            SelectionError: A position lies outside an axis of these sizes.
+
+        """
+        selector, rows = _selecting(self.key, self.asked, axes, sizes or {}, self.options)
+        if rows is not None and self.rows is not None:  # an extraction has chosen tokens before
+            rows = rows._replace(tokens=self.rows.tokens)
+        return replace(self, told_axes=axes, selector=selector, rows=rows)
+
+    @property
+    def yields_it(self) -> bool:
+        """Whether the hooked value can be captured as it is, if it is a tensor."""
+        reading = self.place.reading
+        is_read = reading is not None and (reading.part, reading.pattern) != (None, None)
+        return self.output is None and not is_read and not self.needs_sequences
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether all of an activation is captured, as it is and where it is."""
+        changes = self.selector.steps, self.rows, self.dtype, self.device
+        return changes == ((), None, None, None)
+
+    def check_axes(self, shape: torch.Size) -> None:
+        """Refuse axes that the user named but that the activation does not have.
+
+        Raises:
+            AxisError: It has another number of axes.
+
+        """
+        if self.named_axes is not None and len(self.named_axes) != len(shape):
+            raise AxisError(
+                f"{self.shown} fired with the shape {tuple(shape)}, but "
+                f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
+                "each axis that it has"
+            )
+
+    def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
+        """Tell the sequences and positions of an activation, as far as they are known."""
+        axes = self.known_axes or ()
+        pos = next(iter(position_dims(axes)), len(shape))
+        return (shape[0], shape[pos]) if axes[:1] == ("batch",) and pos < len(shape) else (0, 0)
+
+    @property
+    def needs_sequences(self) -> bool:
+        """Whether what is asked for is found by the sequences, which some models flatten."""
+        by_name = self.rows is not None or (self.selector.steps and self.selector.axes is not None)
+        return bool(by_name) and (self.known_axes or ())[:2] == ("batch", "pos")
+
+    def is_flattened(self, activation: Shaped[Tensor, "..."]) -> bool:
+        """Tell whether an activation may have one row a token, as those of OPT's MLP do."""
+        return self.needs_sequences and activation.dim() == len(self.known_axes or ()) - 1
+
+    def selected(self, whole: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
+        """Name the axes of what is captured from an activation, and the sizes that are fixed.
+
+        Args:
+            whole: The axes of the activation.
+            sizes: Their sizes, None for those that are not the same in all forwards.
+
+        """
+        return _selected(self.selector, self.rows, whole, sizes)
+
+    @property
+    def needs_axes(self) -> bool:
+        """Whether it has to be known, from the first activation on, where its axes lie."""
+        joins = self.options.join not in {None, "batch"}
+        return self.rows is not None or self.selects_by_name or joins
+
+    def refuse_axes(self, shape: torch.Size) -> AxisError:
+        """Say that nothing tells where the axes lie that are needed."""
+        proposed = self.place.axes
+        named = "" if proposed is None else f", which its name says are {' '.join(proposed)!r},"
+        return AxisError(
+            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be told "
+            "from the sizes of the forward, nor from a run of the model with other sizes; name "
+            "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, "
+            "as in slice=np.s_[:, -1]"
+        )
+
+
+def _selected(
+    selector: Selector, rows: RowSelector | None, whole: Axes, sizes: Sizes
+) -> tuple[Axes, Sizes]:
+    axes, left = selector.axes_after(whole), selector.sizes_after(sizes)
+    if rows is None:
+        return axes, left
+    return rows.axes_after(axes), rows.sizes_after(left)
+
+
+def named_after(
+    selector: Selector, rows: RowSelector | None, whole: Axes, shape: tuple[int, ...]
+) -> Named:
+    """Name the axes of what is left of activations of this shape."""
+    sizes = fixed_sizes(whole, shape)
+    own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
+    return Named(*_selected(selector, rows, whole, sizes), own)
+
+
+def _found(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
+    return tensor_of(site, value, output) if reading is None else reading.found(site, value)
+
+
+def _read(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
+    tensor = _found(site, output, reading, value)
+    return tensor if reading is None else reading.of(tensor)
+
+
+def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:
+    """Tell the sizes that all forwards have in common: those of axes that no input changes."""
+    free = {"batch", "token", "_", *POSITIONS}
+    return tuple(None if axis in free else size for axis, size in zip(axes, shape, strict=True))
+
+
+@dataclass(slots=True, eq=False)
+class Seen:
+    """A site, and what is known of it since its last firing.
+
+    Attributes:
+        site: The site.
+        column: What it leaves.
+        is_plain: Whether the hooked value can be captured as it is, if it is a tensor.
+        is_whole: Whether a clone of the whole activation is captured.
+        is_known_at_once: Whether each firing tells at once if it is the wanted one.
+        rank: The number of axes of its last activation, whose places are settled.
+        shape: The shape of its last activation.
+        tokens: The sequences and positions that it covered.
+
+    """
+
+    site: WatchedSite
+    column: Column
+    is_plain: bool
+    is_whole: bool
+    is_known_at_once: bool
+    rank: int = -1
+    shape: torch.Size | None = None
+    tokens: tuple[int, int] = (0, 0)
+
+    def take(self, site: WatchedSite) -> None:
+        """Select as this site does, whose axes were told since."""
+        self.site = site
+        self.is_plain = site.yields_it
+        self.is_whole = site.takes_all and site.options.capacity is None
+
+    def check(self, shape: torch.Size) -> None:
+        """Check an activation of another shape than the last.
+
+        Raises:
+            AxisError, SelectionError: Its axes or sizes are not what was asked for.
+
+        """
+        self.site.check_axes(shape)
+        self.site.selector.check(shape)
+        self.shape, self.tokens = shape, self.site.tokens_of(shape)
+
+    def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
+        """Name the axes of what it leaves of activations of this shape; None where nothing does."""
+        named = axes if axes is not None else ("_",) * len(shape)
+        found = named_after(self.site.selector, self.site.rows, named, shape)
+        # Axes that only the user names are checked against the config, not against themselves.
+        self.column.named = found._replace(whole={}) if self.site.named_axes else found
+        self.column.batch_dropped = self.site.selector.drops(0, len(shape))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What holds for all sites of a capture."""
+
+    stop: bool
+    join: str | None
+    grad: bool
+    mask: Bool[Tensor, "batch pos"] | str | Chosen | None
+    capacity: int | None
+    check: bool = True
+
+
+def watch_site(
+    request: Request,
+    *,
+    defaults: Site,
+    sizes: Mapping[str, int],
+    options: Options,
+    grow: Callable[[WatchedSite], tuple[Axes, Mapping[str, int]] | None],
+) -> WatchedSite:
+    """Settle the options of one site; those of the capture are the defaults.
+
+    Args:
+        request: What was asked for.
+        defaults: The options of the capture.
+        sizes: The sizes of axes that the model's config tells.
+        options: What holds for all sites.
+        grow: Tells the axes of a site, and their sizes, by what the model does. It is asked before
+            anything is refused.
+
+    Raises:
+        AxisError: It does not have the axis to select from or to join along.
+        SelectionError: A position lies outside an axis whose size is known.
+        OptionError: Another option makes no sense.
+
+    """
+    asked, place = request.site, request.place
+    sizes = {} if asked.axes is not None else sizes
+    axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
+    site = WatchedSite(
+        key=request.key,
+        place=place,
+        exact=request.exact,
+        io=asked.io if place.reading is None else place.reading.io,
+        output=asked.output if place.reading is None else place.reading.output,
+        firing=asked.firing,
+        named_axes=None if asked.axes is None else axes,
+        selector=Selector(request.key, (), axes),
+        rows=None,
+        dtype=dtype_of(asked.dtype if asked.dtype is not None else defaults.dtype),
+        device=device_of(asked.device if asked.device is not None else defaults.device),
+        asked=defaults.slice if asked.slice is None else asked.slice,
+        options=options,
+        pattern=request.pattern,
+    )
+    _check_firing(site, options)
+    try:
+        return _checked(site, axes, sizes)
+    except (AxisError, SelectionError):
+        told = None if asked.axes is not None else grow(site)
+        if told is None:
+            if axes is None or asked.axes is not None:
+                raise
+            return _checked(site, axes, {})  # a config alone does not decide
+        return _checked(replace(site, told_axes=told[0]), *told)
+
+
+def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
+    selector, rows = _selecting(site.key, site.asked, axes, sizes, site.options)
+    site = replace(site, selector=selector, rows=rows)
+    _check_join(site, site.options.join)
+    return site
+
+
+def _selecting(
+    key: str, asked: Slice, axes: Axes | None, sizes: Mapping[str, int], options: "Options"
+) -> tuple[Selector, RowSelector | None]:
+    """Read what is selected along the axes of a site, and along its real tokens."""
+    if options.mask is None:
+        return parse_slice(key, asked, axes, sizes), None
+    chosen = isinstance(options.mask, Chosen)
+    check_tokens(key, axes, chosen=chosen)  # a slice by position does not do without
+    return split_rows(parse_slice(key, asked, axes, sizes), axes, chosen=chosen)
+
+
+def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
+    """Return the mask that was asked for.
+
+    Raises:
+        OptionError: It is not a valid mask.
+
+    """
+    if mask is None or (isinstance(mask, str) and mask == "attention"):
+        return mask
+    if isinstance(mask, Tensor):
+        return as_mask(mask)
+    raise OptionError(
+        f"mask={mask!r} is not a valid mask; give 'attention' for that of each forward, or a "
+        "tensor of the shape batch pos"
+    )
+
+
+def check_capacity(options: Options) -> None:
+    """Refuse a capacity that is not a positive int, or that other options rule out.
+
+    Raises:
+        OptionError: The capacity is refused.
+
+    """
+    capacity = options.capacity
+    if capacity is None:
+        return
+    if type(capacity) is not int or capacity < 1:  # True is an int to Python
+        raise OptionError(f"capacity={capacity!r} is not a number of rows; give a positive int")
+    if options.join is None or options.grad:
+        other = "join=None" if options.join is None else "grad=True"
+        raise OptionError(
+            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+        )
+
+
+def _check_firing(site: WatchedSite, options: Options) -> None:
+    if site.is_known_at_once:
+        return
+    if options.stop:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, which is known only at the end of a "
+            "forward, so stop=True cannot stop before it; count firings from the first"
+        )
+    if options.capacity is not None and site.firing != -1:
+        raise OptionError(
+            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
+            "count firings from the first"
+        )
+
+
+def _check_join(site: WatchedSite, join: str | None) -> None:
+    """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
+    kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
+    if join is None or join == "batch" or kept_as_tokens:
+        return
+    if not isinstance(join, str):
+        raise OptionError(f"join={join!r} is not an axis; give 'batch', 'pos' or None for a list")
+    axes = site.known_axes
+    if axes is None:
+        raise AxisError(
+            f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
+            f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
+        )
+    left, _ = site.selected(axes, (None,) * len(axes))
+    if join not in left and not (join == "pos" and "query" in left):
+        raise AxisError(
+            f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
+            f"slice, are {' '.join(left)!r}; join along one of them, or keep a list with join=None"
+        )
+
+
+def why_silent(model: nn.Module, site: WatchedSite) -> str:
+    """Say why a site never fired, and what to do."""
+    reason = why_it_never_fired(model, site.place)
+    if reason:
+        return reason
+    if site.firing is not None:
+        return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
+    if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
+        kind = type(site.place.module).__name__
+        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
+    if site.place.is_hook_point:
+        return "the forwards did not reach this hook point; see actctx.hook_names(model)"
+    return "the forwards did not call this module, or only its .forward, which skips hooks"

@@ -1,0 +1,225 @@
+"""Texts through a model: token sequences, batches of one length, and their rows put together.
+
+# NOTE [No padding in a forward]
+Batches hold sequences of one length, so that no forward sees padding. Each row is then what the
+model computes for that text alone, whatever the architecture does with masks and positions, and a
+negative position counts from the last token of the text. Only what was captured is filled up.
+
+# NOTE [Counting caches]
+What `run_with_cache` would hold is counted with hooks on a whole forward, which takes longer than
+one that stops early. Texts of many lengths make many shapes, so no more than a few are counted: the
+bytes are linear in the batch and quadratic in the positions (attention patterns), so six small
+shapes tell the rest. That is only relied on if it gives the largest shape to the byte.
+"""
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor, nn
+
+from actctx._capture.cache_size import count_cache_bytes
+from actctx._capture.capture import capture
+from actctx._errors import JoinError, OptionError
+from actctx._model.axes import Axes
+from actctx._results.activations import Activations
+from actctx._results.column import Named
+from actctx._select.own import Owned
+from actctx._select.slices import Index
+
+
+@dataclass(frozen=True, eq=False)
+class Sequences:
+    """Texts as a model reads them.
+
+    Attributes:
+        tokens: The token ids of each text.
+        limit: The tokens that the model can read at once.
+        cut: For each text, how many tokens were cut off its end to fit.
+
+    """
+
+    tokens: list[Int[Tensor, " _"]]
+    limit: int
+    cut: list[int]
+
+
+def tokenize(model: Any, texts: Sequence[str]) -> Sequences:
+    """Turn texts into tokens, as the model does with a string: `model.to_tokens`.
+
+    Raises:
+        OptionError: A text has no tokens.
+
+    """
+    tokens, cut = [], []
+    for text in texts:
+        whole = model.to_tokens(text, truncate=False)[0]
+        kept = whole if len(whole) <= model.cfg.n_ctx else model.to_tokens(text)[0]
+        if not len(kept):
+            raise OptionError(f"the text {text!r} has no tokens; leave it out")
+        tokens.append(kept)
+        cut.append(len(whole) - len(kept))
+    return Sequences(tokens, model.cfg.n_ctx, cut)
+
+
+@dataclass(frozen=True, eq=False)
+class TextBatch:
+    """Sequences of one length, and the rows of the result that are theirs."""
+
+    tokens: Int[Tensor, "batch pos"]
+    rows: list[int]
+
+
+def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[TextBatch]:
+    """Put sequences of one length together, `size` of them at most; the longest come first."""
+    by_length: dict[int, list[int]] = {}
+    for row, sequence in enumerate(sequences):
+        by_length.setdefault(len(sequence), []).append(row)
+    return [
+        TextBatch(
+            torch.stack([sequences[row] for row in rows[start : start + size]]),
+            rows[start : start + size],
+        )
+        for _, rows in sorted(by_length.items(), reverse=True)
+        for start in range(0, len(rows), size)
+    ]
+
+
+@dataclass(eq=False)
+class Result:
+    """What is left of the batches.
+
+    Attributes:
+        activations: What was captured: a row for each sequence, in their order.
+        missing: The names that a pattern matched and that never fired.
+        filled: Whether shorter sequences were filled up with zeros, so that rows join.
+
+    """
+
+    activations: Activations
+    missing: tuple[str, ...] = ()
+    filled: bool = False
+
+
+@dataclass(eq=False)
+class _Left:
+    """What one site left, batch by batch."""
+
+    axes: Axes
+    parts: list[tuple[Shaped[Tensor, "..."], list[int]]] = field(default_factory=list)
+
+
+def run(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[TextBatch],
+    *,
+    slice: dict[str, Index],  # noqa: A002  as in `capture`
+    dtype: torch.dtype | None,
+    watch: Callable[[Sequence[TextBatch]], Iterable[TextBatch]] = iter,
+) -> Result:
+    """Run batches through a model, each forward stopped early, and join what they leave.
+
+    Args:
+        model: A `TransformerBridge`.
+        names: What to capture; see `capture`.
+        batches: What `in_batches` made of the sequences.
+        slice: What to select; see `capture`.
+        dtype: The dtype of captured floating-point activations.
+        watch: Passes the batches on as they are run, and shows how far they are.
+
+    Raises:
+        JoinError: There are several batches, and a site does not leave a row for each sequence.
+        ActctxError: As `capture`.
+
+    """
+    capturing = capture(model, list(names), slice=slice, dtype=dtype, device="cpu", stop=True)
+    result = Result(Activations(source=type(model).__name__))
+    left: dict[str, _Left] = {}
+    for batch in watch(batches):
+        with capturing as acts:
+            model(batch.tokens)
+        for key in acts:
+            left.setdefault(key, _Left(acts.axes(key))).parts.append((acts[key], batch.rows))
+        result.missing = acts.missing
+    _join_all(result, left, sum(len(batch.rows) for batch in batches))
+    return result
+
+
+def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
+    """Move what was left into one buffer, site by site, so that it is held twice for one only."""
+    joined = {}
+    for key in list(left):
+        site = left.pop(key)
+        result.activations.expect(key, ()).named = Named(site.axes)
+        joined[key] = [Owned(_joined(key, site, rows))]
+        result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
+    result.activations.write(joined)
+
+
+def _without_batch(site: _Left, part: Shaped[Tensor, "..."]) -> tuple[int, ...]:
+    return tuple(size for size, axis in zip(part.shape, site.axes, strict=True) if axis != "batch")
+
+
+def _joined(key: str, site: _Left, rows: int) -> Shaped[Tensor, "..."]:
+    """Put rows where they belong, filled up with zeros at the end of the axes that differ."""
+    if len(site.parts) == 1 and len(site.parts[0][1]) == rows:
+        return site.parts[0][0]
+    dim = site.axes.index("batch") if "batch" in site.axes else None
+    complete = dim is not None and all(part.shape[dim] == len(own) for part, own in site.parts)
+    if dim is None or not complete or sum(len(own) for _, own in site.parts) < rows:
+        raise JoinError(
+            f"{key!r} does not leave a row for each sequence (its axes are "
+            f"{' '.join(site.axes)!r}), so several batches do not join; give one text, or texts "
+            "of one length and a batch size that holds them all"
+        )
+    shape = [max(sizes) for sizes in zip(*(part.shape for part, _ in site.parts), strict=True)]
+    shape[dim] = rows
+    whole = site.parts[0][0].new_zeros(shape)
+    for part, own in site.parts:
+        window = [slice(size) for size in part.shape]
+        window[dim] = slice(None)
+        whole[tuple(window)].index_copy_(dim, torch.tensor(own), part)
+    return whole
+
+
+_FEW = 7
+"""As many shapes are counted where there are more: six small ones, and the largest."""
+
+
+def count_caches(model: nn.Module, batches: Sequence[TextBatch]) -> int:
+    """Count what `run_with_cache` would hold for all of the batches; see the note above.
+
+    Returns:
+        Bytes.
+
+    """
+    row = max((batch.tokens[0] for batch in batches), key=len)
+
+    @functools.cache
+    def count(batch: int, pos: int) -> int:
+        tokens = row[:pos].repeat(batch, 1)
+        return count_cache_bytes(model, functools.partial(model, tokens))
+
+    shapes = Counter((len(batch.tokens), batch.tokens.shape[1]) for batch in batches)
+    largest = max(shapes, key=math.prod)
+    if len(shapes) > _FEW and _extrapolate(count, *largest) == count(*largest):
+        return sum(times * _extrapolate(count, *shape) for shape, times in shapes.items())
+    return sum(times * count(*shape) for shape, times in shapes.items())
+
+
+def _extrapolate(count: Callable[[int, int], int], batch: int, pos: int) -> int:
+    """Continue `count` from small shapes, by Newton's forward differences."""
+
+    def along_pos(batch: int) -> int:
+        two, three, four = (count(batch, small) for small in (2, 3, 4))
+        steps = pos - 2
+        return two + steps * (three - two) + steps * (steps - 1) // 2 * (four - 2 * three + two)
+
+    one, two = along_pos(1), along_pos(2)
+    return one + (batch - 1) * (two - one)

@@ -1,0 +1,1 @@
+"""From inputs to rows on disk: read, choose, run, write, resume, and add sites."""

@@ -1,0 +1,232 @@
+"""What an extraction has to have in common with a data set that it resumes or adds to.
+
+# NOTE [What is not compared]
+The names of the model and of the tokenizer are noted, but the same weights and the same texts come
+from many paths: the fingerprint and the tokens on disk tell whether they are others. The batch size
+is noted since it orders single sequences, an order that any other keeps; see `Reading.ordered_as`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from actctx._capture.watched import WatchedSite
+from actctx._errors import DataError
+from actctx._extract.batching import is_padded_before
+from actctx._extract.row_choice import Work
+from actctx._model.absolute_positions import has_bare_table, tables_of
+from actctx._model.fingerprint import ANEW
+from actctx._select.slices import Positions, Selector
+from actctx._store.destination import Target
+from actctx._store.layout import Layout, StoredSite, column_name
+from actctx._text import dtype_name
+
+_NOTED = {"name", "tokenizer", "batch_size"}
+
+Fact: TypeAlias = tuple[str, Any, Any]
+"""What it is called, what it was, and what it is now."""
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What is known of an extraction before any forward.
+
+    Attributes:
+        layout: What its data set says about itself, but for the sites.
+        sites: What is captured.
+        slices: What is selected from each site, by name.
+
+    """
+
+    layout: Layout
+    sites: Sequence[WatchedSite]
+    slices: Mapping[str, str]
+
+    def names(self, there: Iterable[str]) -> list[str]:
+        """Name the sites, where some are on disk: a pattern's count as far as they are there."""
+        return [site.key for site in self.sites if site.exact or site.key in there]
+
+    def check(self, target: Target, *, resume: bool, otherwise: str = "another path") -> None:
+        """Hold what is known before any forward against the data set that is there.
+
+        Args:
+            target: Where the data set is.
+            resume: Whether it may be resumed.
+            otherwise: What else can be done.
+
+        Raises:
+            DataError: It differs, or it is not to be resumed.
+
+        """
+        layout = target.layout
+        if layout is None:
+            return
+        if not resume:
+            raise DataError(
+                f"'{target.path}' exists; give resume=True to go on with it, or {otherwise}"
+            )
+        stored = [site.name for site in layout.sites]
+        asked = self.names(stored)
+        facts = [
+            *self._of_model(layout),
+            # what was added is behind the others, wherever a pattern has it
+            ("list of sites", stored, stored if sorted(asked) == sorted(stored) else asked),
+            *self._of_sites(layout),
+            *self._of_rows(layout),
+        ]
+        _compare(f"cannot go on with '{target.path}'", facts, otherwise)
+        if more := layout.unlisted(target.schema):
+            raise DataError(
+                f"cannot go on with '{target.path}': it has a column {more[0]!r} that extract() "
+                "did not write, so new rows would have nothing in it; drop it, with "
+                f"lance.dataset(path).drop_columns([{more[0]!r}]), or give {otherwise}"
+            )
+
+    def check_rows(self, target: Target) -> None:
+        """Hold what decides which rows there are against a data set that sites are added to.
+
+        Raises:
+            DataError: Its rows came from another model, or were chosen otherwise; or a column has
+                the name that a site's would have.
+
+        """
+        layout = target.layout
+        assert layout is not None  # noqa: S101  as it has rows
+        was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
+        facts = [
+            *self._of_model(layout),
+            *self._of_rows(layout),
+            ("slice along the tokens", _of_tokens(was), _of_tokens(now)),
+        ]
+        _compare(f"cannot add to '{target.path}'", facts)
+        more = layout.unlisted(target.schema)
+        taken = next((site.key for site in self.sites if column_name(site.key) in more), None)
+        if taken is not None:
+            raise DataError(
+                f"cannot add {taken!r} to '{target.path}': it has a column "
+                f"{column_name(taken)!r} that extract() did not write; drop it, with "
+                f"lance.dataset(path).drop_columns([{column_name(taken)!r}]), or give the site an "
+                "alias, as in {'resid': ...}"
+            )
+
+    def check_added(self, target: Target) -> None:
+        """Hold sites against those of the data set that they were added to.
+
+        Raises:
+            DataError: Those that were added are others.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it has rows
+        _compare(f"cannot add to '{target.path}'", self._of_sites(target.layout))
+
+    def check_sites(self, target: Target, sites: Iterable[StoredSite]) -> None:
+        """Hold what a forward has told of the sites against the data set that is there.
+
+        Raises:
+            DataError: A row of theirs is another.
+
+        """
+        assert target.layout is not None  # noqa: S101  as it is resumed
+        told = {site.name: site for site in sites}
+        facts = []
+        for was in target.layout.sites:
+            now = told.get(was.name, was)
+            facts += [
+                (f"dtype of {was.name!r}", was.dtype, now.dtype),
+                (f"shape of {was.name!r}", was.shape, now.shape),
+                (f"list of axes of {was.name!r}", [*was.axes], [*now.axes]),
+            ]
+        _compare(f"cannot go on with '{target.path}'", facts)
+
+    def _of_model(self, layout: Layout) -> Iterator[Fact]:
+        for name, was in layout.model.items():
+            if name not in _NOTED:
+                yield f"model's {name}", was, self.layout.model.get(name)
+
+    def _of_sites(self, layout: Layout) -> Iterator[Fact]:
+        stored = {site.name: site for site in layout.sites}
+        for now in self.sites:
+            if now.key not in stored:
+                continue
+            was = stored[now.key]
+            yield f"hook of {was.name!r}", was.hook, now.place.name
+            yield f"tensor of {was.name!r} (io, output, firing)", was.taken, taken_of(now)
+            yield f"slice of {was.name!r}", was.slice, self.slices[was.name]
+            if now.dtype is not None:
+                yield f"dtype of {was.name!r}", was.dtype, dtype_name(now.dtype)
+
+    def _of_rows(self, layout: Layout) -> Iterator[Fact]:
+        yield "kind of row", layout.rows, self.layout.rows
+        yield "list of carried columns", [*layout.carried], [*self.layout.carried]
+        for name, was in {"equal_lengths": False, **layout.input}.items():
+            if name not in _NOTED:
+                yield name, was, self.layout.input.get(name)
+
+
+def check_padding(works: Iterable[Work], there: Target, model: nn.Module) -> Iterator[Work]:
+    """Pass on what is run, unless rows on disk may have counted padding as positions.
+
+    Args:
+        works: All there is, from the start of the input.
+        there: The data set that has the rows.
+        model: The model.
+
+    Raises:
+        DataError: They are of sequences with padding before their tokens, which versions that did
+            not know `equal_lengths` ran as they were.
+
+    """
+    is_older = there.layout is not None and "equal_lengths" not in there.layout.input
+    may_count = is_older and (any(tables_of(model)) or has_bare_table(model))
+    count = 0
+    for work in works:
+        is_there = may_count and count < there.rows
+        if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):
+            raise DataError(
+                f"cannot go on with '{there.path}': an older version of actctx wrote it, which ran "
+                "padding before the tokens as it is, and this model may count that as positions, "
+                "so its rows may be wrong; give another path"
+            )
+        count += len(work.token)
+        yield work
+
+
+def taken_of(site: WatchedSite) -> str:
+    """Write which tensor of its place a site takes; see `StoredSite`."""
+    output = "" if site.output is None else f" {site.output!r}"
+    return f"{site.io}{output}" + ("" if site.firing is None else f", firing {site.firing}")
+
+
+def slice_of(site: WatchedSite) -> str:
+    """Write what is selected from a site; see `StoredSite`."""
+    tokens = [] if site.rows is None else picks_of(site.rows.tokens)
+    parts = [f"token {pick}" for _, pick in tokens]
+    return ", ".join(parts + [f"axis {dim} {pick}" for dim, pick in picks_of(site.selector)])
+
+
+def picks_of(selector: Selector) -> list[tuple[int, str]]:
+    """Write a selection such that equal ones are written alike, whatever tensors it holds."""
+    return [
+        (
+            step.dim,
+            str(step.pick.index.tolist() if isinstance(step.pick, Positions) else step.pick),
+        )
+        for step in selector.steps
+    ]
+
+
+def _of_tokens(shown: str) -> str:
+    """Return what a slice selects along the tokens; see `StoredSite`."""
+    return shown.split(", axis ", maxsplit=1)[0] if shown.startswith("token ") else ""
+
+
+def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
+    for name, was, now in facts:
+        if was != now:
+            hint = f" ({ANEW})" if name == "model's fingerprint" else ""
+            raise DataError(
+                f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
+                f"{hint}"
+            )

@@ -1,0 +1,384 @@
+"""What a model is run on: batches of token ids, out of whatever holds texts or tokens.
+
+# NOTE [Batches of sequences]
+Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
+sequences are put together here. Packed, they are cut out of one stream, `context` tokens each.
+Otherwise those of a window that follow each other are sorted by length, so that there is next to no
+padding to be computed, and its batches run in an order drawn by chance, so that those which come
+first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
+the same input always leaves the same rows in the same order, which is what resuming relies on. What
+is resumed with another batch size keeps the order, and its batches run in parts.
+"""
+
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeGuard
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from torch import Tensor, nn
+
+from actctx._capture.masks import MASKS
+from actctx._errors import DataError, OptionError
+from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._extract.items import (
+    Item,
+    Items,
+    ids_of,
+    is_batch,
+    is_mask_of_tokens,
+    is_number,
+    tokens_in,
+)
+
+_WINDOW = 64
+"""The batches whose sequences are sorted by length together."""
+
+_AT_ONCE = 256
+"""The texts that a tokenizer is given at once."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How an input is read.
+
+    Attributes:
+        tokenize: Turns texts into token ids.
+        batch_size: The sequences in a batch that is put together here, at most.
+        context: The tokens of a sequence, at most; None where there is no limit.
+        limit: The tokens that the model says it reads at once; None where it does not.
+        cuts: Whether the context was asked for.
+        pack: Whether sequences are joined, and cut into as many tokens as the context has.
+        separator: The token between texts that are joined.
+        carry: The names of what comes along with each sequence.
+        takes: The names of what the model's forward can be given beside the tokens.
+        takes_mask: The name that it is given the attention mask under; None where it takes none.
+        tells_all: Whether it is given a mask even where nothing is padding, since some models take
+            one token id for padding where they are given none.
+        equal_lengths: Whether only sequences of one length run together, so without padding.
+        mask: The name of what tells, in each dict, which tokens leave rows; `"attention"` where
+            all do that are no padding, None where padding of a batch does, too.
+        vocabulary: The number of token ids that the model knows; None where that is not known.
+        tokenizer: The name of the tokenizer, for the metadata.
+        padding: The token id that fills up shorter sequences.
+        always: What each forward is given, by name, where the input does not give it.
+        ordered_as: The batch size that makes the order of single sequences, which is that of the
+            data set that is resumed; None where it is the batch size itself.
+
+    """
+
+    tokenize: Callable[[list[str]], list[Any]] | None
+    batch_size: int
+    context: int | None
+    cuts: bool
+    pack: bool
+    separator: int | None
+    carry: tuple[str, ...]
+    takes: frozenset[str]
+    takes_mask: str | None
+    mask: str | None
+    vocabulary: int | None
+    tokenizer: str = ""
+    padding: int = 0
+    always: Mapping[str, Any] = field(default_factory=dict)
+    ordered_as: int | None = None
+    tells_all: bool = False
+    equal_lengths: bool = False
+    limit: int | None = None
+    _warned: set[str] = field(default_factory=set, init=False)
+
+    def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
+        """Read an input, batch by batch.
+
+        Raises:
+            DataError: It is empty, or holds what is no input.
+
+        """
+        if _is_one(data):
+            starts = range(0, len(data), self.batch_size)
+            data = [data[start : start + self.batch_size] for start in starts]
+        no_iterable = is_number(data) or not hasattr(data, "__iter__")
+        if isinstance(data, str | bytes | Mapping) or no_iterable:
+            remedy = "give a list, such as [data]"
+            if hasattr(data, "num_rows"):  # splits of a Hugging Face dataset
+                remedy = "give one split, such as data['train']"
+            raise DataError(
+                f"data is one {type(data).__name__}, not an iterable of inputs; {remedy}"
+            )
+        if hasattr(data, "iterrows"):
+            raise DataError(
+                "data is a table, of which going through it gives the names of its columns; give "
+                "its rows, data.to_dict('records')"
+            )
+        items = iter(data)
+        head = [*itertools.islice(items, 1)]
+        if not head:
+            raise DataError("data has nothing in it, so there is nothing to run; give some input")
+        first, items = head[0], itertools.chain(head, items)
+        if is_number(first):
+            raise DataError(
+                "data holds single numbers, as one sequence of token ids does; give a list of "
+                "sequences, such as [data]"
+            )
+        if is_batch(tokens_in(first)):
+            read = self._as_they_are(items)
+        elif self.pack:
+            read = self._packed(self._sequences(items))
+        else:
+            read = self._sorted(self._sequences(items))
+        yield from map(self._telling, read)
+
+    def _telling(self, batch: Batch) -> Batch:
+        """Say which tokens are no padding, also where all are."""
+        name = self.takes_mask
+        if name is None or name in batch.given or not self.tells_all:
+            return batch
+        unpadded = batch.unpadded
+        told = torch.ones_like(batch.tokens) if unpadded is None else unpadded.long()
+        return replace(batch, given={**batch.given, name: told})
+
+    def is_at_hand(self, data: Iterable[Any]) -> bool:
+        """Tell whether an input is a list of batches, or one, which can be gone through twice."""
+        if _is_one(data):
+            return True
+        return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
+
+    def bound(self, data: Iterable[Any], most: int) -> int:
+        """Lower a number of tokens to those that a list of single sequences can have."""
+        if not isinstance(data, list | tuple):
+            return most
+        total = 0
+        for item in data:
+            length = self._longest(item)
+            if length is None or total + length >= most:
+                return most
+            total += length
+        return total
+
+    def _longest(self, item: Any) -> int | None:
+        """Bound the tokens of a single sequence; None where there is no telling."""
+        tokens = tokens_in(item)
+        if isinstance(tokens, str):
+            return None if self.pack else self.context
+        if is_number(tokens) or not isinstance(tokens, Sized):
+            return None
+        return len(tokens) if self.pack or self.context is None else min(len(tokens), self.context)
+
+    @functools.cached_property
+    def _items(self) -> Items:
+        return Items(self.carry, self.takes, self.mask, self.vocabulary)
+
+    def _as_they_are(self, items: Iterable[Any]) -> Iterator[Batch]:
+        if self.pack or self.cuts:
+            option = "pack=True joins" if self.pack else "context= cuts"
+            raise OptionError(
+                f"{option} sequences, but data holds batches; give texts or sequences of token ids "
+                "instead"
+            )
+        read, count = self._items, 0
+        for each in items:
+            item = read.batch(each, count)
+            tokens = ids_of(item.tokens)
+            numbers = torch.arange(count, count + len(tokens))
+            given = self._renamed(item.given)
+            batch = Batch(
+                tokens, item.real, numbers, given, item.carried, item.kept, attended=item.attended
+            )
+            if self.equal_lengths:
+                yield from in_equal_lengths(batch)
+            else:
+                if batch.unpadded is not None and not self.is_told(batch):
+                    _check_unmasked(batch.unpadded, count, self._warned)
+                yield batch
+            count += len(tokens)
+
+    def is_told(self, batch: Batch) -> bool:
+        """Tell whether the model's forward is told of padding, under any name."""
+        shape = tuple(batch.tokens.shape)
+        masks = (is_mask_of_tokens(name, mask, shape) for name, mask in batch.given.items())
+        return self.takes_mask is not None or any(masks)
+
+    def _renamed(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Give the attention mask under the name that the model has for it."""
+        return {
+            self.takes_mask or name if name in MASKS else name: value
+            for name, value in given.items()
+        }
+
+    def _sequences(self, items: Iterable[Any]) -> Iterator[Item]:
+        read, first = map(self._items.sequence, items, itertools.count()), None
+        while chunk := [*itertools.islice(read, _AT_ONCE)]:
+            for item in self._tokenized(chunk):
+                sequence = item.of_single_tokens()
+                if not self.pack:  # a window of them is held
+                    sequence = sequence.first(self.context)
+                first = first or sequence
+                if sequence.given.keys() != first.given.keys():
+                    self._refuse_some(sequence, first)
+                yield sequence
+
+    def _refuse_some(self, sequence: Item, first: Item) -> None:
+        name = min(sequence.given.keys() ^ first.given.keys())
+        here, there = (sequence, first) if name in sequence.given else (first, sequence)
+        raise DataError(
+            f"sequence {here.number} of the input has {name!r}, which the model's forward takes, "
+            f"but sequence {there.number} does not; give it to all or none"
+        )
+
+    def _tokenized(self, items: list[Item]) -> Iterator[Item]:
+        texts = [item.tokens for item in items if isinstance(item.tokens, str)]
+        if texts and self.tokenize is None:
+            raise OptionError("data holds texts, and the model has no tokenizer; give tokenizer=")
+        numbers = [item.number for item in items if isinstance(item.tokens, str)]
+        found = self.tokenize(texts) if texts and self.tokenize else []
+        ids = dict(zip(numbers, found, strict=True))
+        for item in items:
+            if item.number in ids:
+                tokens = self._items.ids(ids[item.number], rank=1, number=item.number)
+                item = replace(item, tokens=tokens)  # noqa: PLW2901
+            yield item
+
+    def _sorted(self, sequences: Iterator[Item]) -> Iterator[Batch]:
+        size = self.ordered_as or self.batch_size
+        while window := [*itertools.islice(sequences, _WINDOW * size)]:
+            kept = [sequence for sequence in window if len(sequence.tokens)]
+            kept.sort(key=_length, reverse=True)
+            batches = [
+                together[start : start + size]
+                for together in self._together(kept)
+                for start in range(0, len(together), size)
+            ]
+            # Whoever stops early is not left with the longest.
+            chance = torch.Generator().manual_seed(0)
+            for number in torch.randperm(len(batches), generator=chance).tolist():
+                for start in range(0, len(batches[number]), self.batch_size):
+                    yield self._padded(batches[number][start : start + self.batch_size])
+
+    def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
+        """Divide sequences by length where padding would be attended to, or none was asked for."""
+        if self.takes_mask is not None and not self.equal_lengths:
+            yield sequences
+            return
+        for _, alike in itertools.groupby(sequences, _length):
+            yield [*alike]
+
+    def _padded(self, sequences: list[Item]) -> Batch:
+        ids = [ids_of(sequence.tokens) for sequence in sequences]
+        lengths = torch.tensor([len(each) for each in ids])
+        real = torch.arange(int(lengths.max())) < lengths[:, None]
+        masks = [each.kept for each in sequences if each.kept is not None]
+        given = {
+            name: _pad([each.given[name] for each in sequences]) for name in sequences[0].given
+        }
+        has_padding = not bool(real.all())
+        if has_padding and self.takes_mask is not None:
+            given[self.takes_mask] = real.long()
+        return Batch(
+            tokens=_pad(ids, self.padding),
+            real=real if has_padding else None,
+            sequences=torch.tensor([sequence.number for sequence in sequences]),
+            given=given,
+            carried={name: [each.carried[name] for each in sequences] for name in self.carry},
+            kept=_pad(masks) if masks else None,
+            cut=sum(sequence.cut for sequence in sequences),
+        )
+
+    def _packed(self, sequences: Iterator[Item]) -> Iterator[Batch]:
+        if self.carry:
+            raise OptionError(
+                "carry= goes with whole sequences, which pack=True joins; leave one of them out"
+            )
+        if self.mask != "attention":
+            raise OptionError(
+                "mask= goes with whole sequences, which pack=True joins; leave one of them out"
+            )
+        if self.context is None:
+            raise OptionError("pack=True needs context=, since the model has no limit of its own")
+        number, size = 0, self.batch_size * self.context
+        waiting, count = list[Tensor](), 0
+        for part in self._joined(sequences):
+            waiting.append(part)
+            count += len(part)
+            if count >= size:
+                stream = torch.cat(waiting)
+                for tokens in torch.split(stream[: count - count % size], size):
+                    yield self._of_stream(tokens, number)
+                    number += self.batch_size
+                waiting = [stream[count - count % size :].clone()]
+                count = len(waiting[0])
+        rest = torch.cat([torch.empty(0, dtype=torch.long), *waiting])
+        whole = len(rest) - len(rest) % self.context
+        if whole:
+            yield self._of_stream(rest[:whole], number)
+        if len(rest) > whole:
+            number += whole // self.context
+            yield Batch(rest[None, whole:], None, torch.tensor([number]))
+
+    def _of_stream(self, tokens: Int64[Tensor, " _"], number: int) -> Batch:
+        rows = tokens.view(-1, self.context or 1)
+        return Batch(rows, None, torch.arange(number, number + len(rows)))
+
+    def _joined(self, sequences: Iterator[Item]) -> Iterator[Int64[Tensor, " _"]]:
+        """Pass on tokens, and what parts texts, unless the tokenizer has put it there itself."""
+        last: int | None = None
+        for sequence in sequences:
+            tokens = ids_of(sequence.tokens)
+            if sequence.given:
+                raise OptionError(
+                    f"pack=True joins sequences, but they come with {min(sequence.given)!r}, which "
+                    "the model's forward takes; leave it out, or give pack=False"
+                )
+            if not len(tokens):
+                continue
+            is_parted = self.separator in {None, last, int(tokens[0])}
+            if sequence.is_text and last is not None and not is_parted:
+                yield torch.tensor([self.separator])
+            yield tokens
+            last = int(tokens[-1])
+
+
+def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
+    """Tell whether an input is one tensor, or array, of token ids."""
+    return isinstance(data, Tensor | np.ndarray) and data.ndim == 2  # noqa: PLR2004  batch and pos
+
+
+def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[str]) -> None:
+    """Check padding that a forward cannot be told of; behind the tokens causal models ignore it.
+
+    Args:
+        real: Where tokens are not padding.
+        number: The number of the first sequence in the input.
+        warned: What was warned of before, which is warned of once.
+
+    Raises:
+        DataError: It stands before tokens.
+
+    """
+    if bool(real.all()):
+        return
+    remedy = "give equal_lengths=True, which runs sequences without padding, or single sequences"
+    if bool((real[:, 1:] & ~real[:, :-1]).any()):
+        raise DataError(
+            f"from sequence {number} on, the input has padding before tokens, but the model's "
+            f"forward takes no attention mask, so that they would attend to it; {remedy}"
+        )
+    if "unmasked" in warned:
+        return
+    warned.add("unmasked")
+    warnings.warn(
+        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
+        f"them if it is not causal; {remedy}",
+        stacklevel=2,
+    )
+
+
+def _length(sequence: Item) -> int:
+    return len(sequence.tokens)
+
+
+def _pad(parts: list[Tensor], padding: int = 0) -> Tensor:
+    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)

@@ -1,0 +1,276 @@
+"""What a model reads: its tokenizer, its context, its vocabulary, the arguments of its forward."""
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from actctx._capture.masks import MASKS
+from actctx._errors import OptionError
+from actctx._extract.inputs import Reading
+from actctx._extract.items import TOKENS
+from actctx._model.known_faults import mask_fault
+from actctx._store.indexing import whole_number
+from actctx._text import counted
+
+_USUAL = frozenset(
+    {
+        "attention_mask",
+        "token_type_ids",
+        "position_ids",
+        "decoder_input_ids",
+        "decoder_attention_mask",
+    }
+)
+"""What is passed on to a forward that takes anything and does not say what, if the input has it."""
+
+_NOT_GIVEN = {*TOKENS, "labels"}
+"""The tokens, which are given first, and what only a loss needs."""
+
+_NOT_IN_COLUMNS = "./`"
+
+
+def reading_of(
+    model: Any,
+    *,
+    tokenizer: Any,
+    batch_size: int,
+    context: int | None,
+    pack: bool,
+    carry: tuple[str, ...],
+    mask: str | None,
+    equal_lengths: bool = False,
+) -> Reading:
+    """Settle how an input is read for a model; see `actctx.extract.extract`.
+
+    Raises:
+        OptionError: An option is not a positive number, or the context is too long for the model,
+            or the model yields other activations each time.
+
+    """
+    batch_size = whole_number("batch_size", batch_size, least=1)
+    if context is not None:
+        context = whole_number("context", context, least=1)
+    if tokenizer is not None and not callable(tokenizer):
+        raise OptionError(
+            f"tokenizer={tokenizer!r} cannot be called; give one that takes texts, such as "
+            "AutoTokenizer.from_pretrained(...)"
+        )
+    if mask is not None and not isinstance(mask, str):
+        raise OptionError(
+            f"mask={mask!r} is not a valid mask for a data set; give 'attention', the name of what "
+            "holds one in each dict of data, or None"
+        )
+    for name in carry:
+        if not isinstance(name, str) or not name or set(name) & set(_NOT_IN_COLUMNS):
+            raise OptionError(
+                f"carry names {name!r}, which no column can be called; rename it to a string "
+                f"without {' '.join(_NOT_IN_COLUMNS)}"
+            )
+    limit = _limit_of(model)
+    if context is not None and limit is not None and context > limit:
+        raise OptionError(f"context={context} is more than the {limit} tokens that the model reads")
+    _check_is_settled(model)
+    own = getattr(model, "tokenizer", None)
+    using = own if tokenizer is None else tokenizer
+    tokenize = None if using is None else functools.partial(_tokenize, using)
+    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
+        tokenize = functools.partial(_to_tokens, model)
+    taken = taken_by(model)
+    takes_mask = next((name for name in MASKS if name in taken), None)
+    uncached = "use_cache" in taken and not _is_hooked(model)
+    takes = taken | {*MASKS} if takes_mask else taken | _passed_on_by(model)
+    vocabulary = _vocabulary_of(model)
+    return Reading(
+        tokenize=tokenize,
+        batch_size=batch_size,
+        context=context or limit,
+        limit=limit,
+        cuts=context is not None,
+        pack=pack,
+        separator=getattr(using, "eos_token_id", None),
+        carry=carry,
+        takes=takes,
+        takes_mask=takes_mask,
+        tells_all=_is_hooked(model) or is_hugging_face(innermost(model)),
+        equal_lengths=equal_lengths,
+        mask=mask,
+        vocabulary=vocabulary,
+        tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
+        padding=_padding_of(model, using, vocabulary),
+        always={"use_cache": False} if uncached else {},
+    )
+
+
+def taken_by(model: Any) -> frozenset[str]:
+    """Name what a forward says that it can be given beside the tokens, its first argument.
+
+    Of a wrapper that passes on what it is given, the forward of the model within tells whether a
+    mask is of any use.
+    """
+    parameters = inspect.signature(model.forward).parameters.values()
+    by_name = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    by_place = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
+    names = {each.name for each in (*by_place[1:], *by_name)} - _NOT_GIVEN
+    within = _within(model) if _takes_anything(model) else None
+    if within is not None:
+        names = names - {*MASKS} | taken_by(within)
+    # A mask that makes a bridge wrong is not one that it takes: it runs sequences of one length.
+    return frozenset(names - {*MASKS} if mask_fault(model) else names)
+
+
+def _passed_on_by(model: Any) -> frozenset[str]:
+    """Name what a forward might take that does not say what it takes."""
+    inner = innermost(model)
+    if is_hugging_face(inner) or not _takes_anything(inner):
+        return frozenset()
+    return _USUAL
+
+
+def _takes_anything(model: Any) -> bool:
+    parameters = inspect.signature(model.forward).parameters.values()
+    return any(each.kind is each.VAR_KEYWORD for each in parameters)
+
+
+def is_hugging_face(model: Any) -> bool:
+    """Tell whether a model is one of transformers', whose forwards say all that they take."""
+    return isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
+
+
+def _is_hooked(model: Any) -> bool:
+    """Tell whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
+    while model is not None:
+        if hasattr(model, "hook_dict"):
+            return True
+        model = _within(model)
+    return False
+
+
+def innermost(model: Any) -> Any:
+    """Find the model within wrappers that pass on what they are given."""
+    while (within := _within(model)) is not None:
+        model = within
+    return model
+
+
+def _within(model: Any) -> nn.Module | None:
+    """Find the model that a wrapper passes its arguments on to."""
+    if hasattr(model, "get_base_model"):  # PEFT
+        found: nn.Module = model.get_base_model()
+        return found
+    for name in ("original_model", "_orig_mod", "module"):
+        within = getattr(model, name, None)
+        if isinstance(within, nn.Module):
+            return within
+    return _only_child(model)
+
+
+def _only_child(model: Any) -> nn.Module | None:
+    """Find what is within a module whose forward takes `*args, **kwargs`, and nothing by name."""
+    if not isinstance(model, nn.Module):
+        return None
+    kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
+    children = [*model.children()]
+    takes_all = kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
+    return children[0] if takes_all and len(children) == 1 else None
+
+
+def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
+    """Choose the token id that fills up sequences; a mask tells that it is padding."""
+    config = getattr(innermost(model), "config", None)
+    for padding in (getattr(each, "pad_token_id", None) for each in (tokenizer, config)):
+        if isinstance(padding, int) and 0 <= padding < (vocabulary or padding + 1):
+            return padding
+    return 0
+
+
+def _limit_of(model: Any) -> int | None:
+    lens, hugging = getattr(model, "cfg", None), getattr(model, "config", None)
+    sizes = [getattr(lens, "n_ctx", None), getattr(hugging, "max_position_embeddings", None)]
+    if isinstance(model, nn.Module):
+        sizes = [*_numbered_behind_padding(model)[:1], *sizes]
+    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
+
+
+def _numbered_behind_padding(model: nn.Module) -> list[int]:
+    """Tell the positions of models like RoBERTa, whose numbers begin behind that of padding."""
+    return [
+        module.num_embeddings - module.padding_idx - 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings")
+        and isinstance(module, nn.Embedding)
+        and module.padding_idx is not None
+    ]
+
+
+def _vocabulary_of(model: Any) -> int | None:
+    inner = innermost(model)
+    # It is not always as long as the config's vocabulary: some models were given more tokens.
+    try:
+        size = inner.get_input_embeddings().num_embeddings
+    except (AttributeError, NotImplementedError):
+        size = getattr(getattr(model, "cfg", None), "d_vocab", None)
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def _check_is_settled(model: nn.Module) -> None:
+    """Refuse a model that leaves other activations each time, or learns from what it is given.
+
+    Raises:
+        OptionError: A module of it is in training mode, and drops at random or keeps statistics.
+
+    """
+    for name, module in model.named_modules():
+        if not module.training:
+            continue
+        dropping = [
+            value
+            for attribute, value in vars(module).items()
+            if ("drop" in attribute or isinstance(module, nn.modules.dropout._DropoutNd))
+            and isinstance(value, float)
+            and value > 0
+        ]
+        if dropping or isinstance(module, nn.modules.batchnorm._BatchNorm):
+            what = f"drops at random (p={dropping[0]})" if dropping else "learns its statistics"
+            raise OptionError(
+                f"the model is in training mode, in which {name or 'it'!r} {what}, so that each "
+                "run leaves other activations; call model.eval() first"
+            )
+
+
+def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
+    """Turn texts into tokens.
+
+    Raises:
+        OptionError: The tokenizer returns something else, or not as many.
+
+    """
+    found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
+    ids = found.get("input_ids") if isinstance(found, Mapping) else None
+    if ids is None:
+        raise OptionError(
+            f"the tokenizer returned a {type(found).__name__} without 'input_ids'; give one that "
+            "returns a dict of them, such as AutoTokenizer.from_pretrained(...)"
+        )
+    if len(ids) != len(texts):
+        raise OptionError(
+            f"the tokenizer returned {counted(len(ids), 'sequence')} for "
+            f"{counted(len(texts), 'text')}; give one that returns one for each"
+        )
+    return [*ids]
+
+
+def _takes(function: Any, name: str) -> bool:
+    """Tell whether a function takes an argument by name, as far as it says what it takes."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _to_tokens(model: Any, texts: list[str]) -> list[Any]:
+    """Turn texts into tokens as TransformerLens does, with a BOS token where the model has one."""
+    return [model.to_tokens(text, truncate=False)[0].cpu() for text in texts]

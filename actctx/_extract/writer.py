@@ -1,0 +1,224 @@
+"""Writing rows to disk in a thread of its own: whole commits, one writer at a time.
+
+# NOTE [Commits]
+Lance streams rows into a file of its own, and makes them part of the data set in one step, by a new
+manifest. A commit is made of `_COMMIT_BYTES`, or of what came in `_COMMIT_SECONDS`, also where
+nothing more comes. Once a hundredth of the time that has passed is more, it is as long: over weeks
+a crash costs a hundredth of the work at most, and slow rows make no file a minute.
+What a crash leaves is a file that no manifest knows, which the next writer deletes.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._errors import DataError
+from actctx._extract.pipe import Pipe
+from actctx._extract.row_choice import Work
+from actctx._results.column import wait_for
+from actctx._select.own import Owned
+from actctx._store.destination import Target, unwritable
+from actctx._store.layout import COUNTED, StoredSite, as_array
+from actctx._text import dtype_name
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_COMMIT_BYTES = 2**28
+_COMMIT_SECONDS = 60.0
+_WAITING = 4
+"""The forwards whose rows wait to be written, at most."""
+
+
+class Left(NamedTuple):
+    """What one forward left: its rows, and the activations of each site."""
+
+    work: Work
+    activations: dict[str, Owned]
+
+
+class Writer:
+    """Writes what forwards leave, in a thread, while others run.
+
+    Args:
+        target: The data set, which has a layout.
+        finite: Whether values that are no numbers, or infinite, are refused.
+
+    Attributes:
+        error: What ended the writing, if something did.
+
+    """
+
+    def __init__(self, target: Target, *, finite: bool) -> None:
+        self._target = target
+        self._finite = finite
+        self._pipe: Pipe[Left] = Pipe(_WAITING)
+        self._taken = target.rows
+        self._begun = time.monotonic()
+        self.error: BaseException | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
+        target.closing = self.close
+        self._thread.start()
+
+    def put(self, left: Left) -> bool:
+        """Hand over what a forward left, once there is room.
+
+        Returns:
+            Whether it will be written; not after an error.
+
+        """
+        return self._pipe.put(left)
+
+    def close(self) -> None:
+        """Write the rest, and wait until it is on disk.
+
+        An interrupt is raised behind that: the lock must not be let go of while a thread writes,
+        or whoever writes next writes the same rows.
+        """
+        interrupt: BaseException | None = None
+        while self._thread.ident is not None and not self._ended.is_set():
+            try:
+                self._pipe.close()
+                self._ended.wait()  # a join that was interrupted takes it for ended
+            except BaseException as error:  # noqa: BLE001  raised again below
+                interrupt = error
+        if interrupt is not None:
+            raise interrupt
+
+    def _run(self) -> None:
+        try:
+            while (first := self._next()) is not None:
+                self._target.append(self._commit(first))
+                self._target.rows += self._pending
+        except OSError as error:
+            self.error = self.error or unwritable(self._target.path, error, self._target.rows)
+            self.error.__cause__ = error
+        except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            self.error = self.error or error
+        finally:
+            self._pipe.abandon()
+            self._ended.set()
+
+    def _next(self, timeout: float | None = None) -> "pa.RecordBatch | None":
+        """Turn what comes next into a batch; None where nothing came in time, or nothing will.
+
+        An error is the end, so that what came before is committed.
+        """
+        left = None if self.error is not None else self._pipe.take(timeout)
+        if left is None:
+            return None
+        try:
+            batch = self._batch(left, self._taken)
+        except Exception as error:  # noqa: BLE001  as above
+            self.error = error
+            return None
+        self._taken += batch.num_rows
+        return batch
+
+    def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
+        self._pending = first.num_rows
+        now = time.monotonic()
+        nbytes, end = first.nbytes, now + commit_seconds(now - self._begun)
+        yield first
+        del first
+        while nbytes < _COMMIT_BYTES and (left := end - time.monotonic()) > 0:
+            batch = self._next(left)
+            if batch is None:
+                return
+            self._pending += batch.num_rows
+            nbytes += batch.nbytes
+            yield batch
+
+    def _batch(self, left: Left, before: int) -> "pa.RecordBatch":
+        import pyarrow as pa
+
+        work, layout, schema = left.work, self._target.layout, self._target.schema
+        assert layout is not None  # noqa: S101  a writer begins behind it
+        columns: list[Any] = [pa.array(getattr(work, name).numpy()) for name in COUNTED]
+        columns.append(pa.array(work.digest.numpy()))
+        rows = pa.array(work.within.numpy())
+        kinds = {name: schema.field(name).type for name in layout.carried}
+        columns += [carried_array(name, work, kind=kind).take(rows) for name, kind in kinds.items()]
+        for site in layout.sites:
+            values = _alike(site, left, before)
+            if self._finite:
+                _check_finite(site.name, values, work, before)
+            columns.append(as_array(values))
+        return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def commit_seconds(elapsed: float) -> float:
+    """Tell how long a commit waits for more, so many seconds after the first rows."""
+    return max(_COMMIT_SECONDS, elapsed / 100)
+
+
+def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ..."]:
+    """Return what a site left, of which each row must be as those before it.
+
+    Raises:
+        DataError: The site did not fire, or its rows have another shape or dtype.
+
+    """
+    if site.name not in left.activations:
+        raise DataError(
+            f"{site.name!r} did not fire in the forward after row {before}, so its rows would be "
+            "missing; leave it out"
+        )
+    values = wait_for(left.activations[site.name])
+    shape, dtype = tuple(values.shape[1:]), dtype_name(values.dtype)
+    if (shape, dtype) != (site.shape, site.dtype):
+        raise DataError(
+            f"{site.name!r} has rows of {dtype} {shape} from row {before} on, but those before are "
+            f"{site.dtype} {site.shape}; give input of one length, or select what is alike with "
+            "slice="
+        )
+    return values
+
+
+def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
+    """Make a column of what came along with sequences.
+
+    Raises:
+        DataError: It is of several types.
+
+    """
+    import pyarrow as pa
+
+    values = work.batch.carried[name]
+    try:
+        found = pa.array(values)
+        if kind is not None and pa.types.is_integer(found.type) and pa.types.is_floating(kind):
+            found = found.cast(kind)  # of ints that a float holds exactly
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
+        raise DataError(
+            f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
+            "bools or strings, of one type throughout"
+        ) from None
+    if kind is not None and found.type != kind:
+        raise DataError(
+            f"carry names {name!r}, whose values were {kind} so far, but are {found.type} in "
+            f"sequence {int(work.batch.sequences[0])} of the input or after it; give values of "
+            "one type throughout"
+        )
+    return found
+
+
+def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, before: int) -> None:
+    if not values.numel() or all(map(torch.isfinite, torch.aminmax(values))):
+        return
+    values = values.reshape(len(values), -1)  # a row may be one number, without an axis
+    at = int((~torch.isfinite(values)).any(1).nonzero()[0])
+    found = values[at][~torch.isfinite(values[at])][0]
+    remedy = "finite=False writes it as it is"
+    if values.dtype == torch.float16 and bool(found.isinf()):
+        remedy = f"float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; {remedy}"
+    raise DataError(
+        f"{name!r} is {float(found)} in row {before + at}: token {int(work.token[at])} of sequence "
+        f"{int(work.sequence[at])}, position {int(work.position[at])}; {remedy}"
+    )

@@ -1,0 +1,110 @@
+"""Whether a model counts padding on the left as positions.
+
+# NOTE [How it is told]
+Models with rotary or relative positions do not mind where a sequence begins. Those that add a row
+of a table for each position do, unless they number positions by the mask, as OPT does, or by the
+ids, as RoBERTa does. No list can say which, so it is seen while the model runs: the tables that may
+be of positions are hooked. In a forward whose mask has zeros on the left, a table has counted the
+padding that yields the same rows for sequences whose padding is not the same.
+
+# NOTE [What is not seen]
+Tables that are not modules, such as CTRL's, are known by their name.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Bool, Shaped
+from torch import Tensor, nn
+
+from actctx._model.sides import core_of
+
+_KIND = re.compile("Pos(ition(al)?)?_?Emb")
+_NAME = re.compile("pos|wpe")
+_BARE = ("pos_encoding",)
+
+
+def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """List the modules that may be tables of positions, by name."""
+    core = core_of(model)
+    tokens, vocabulary = _tokens(core), getattr(getattr(core, "config", None), "vocab_size", None)
+    for name, module in core.named_modules():
+        called = f"{name} {type(module).__name__}"
+        if "rotary" in called.lower() or module is tokens:
+            continue
+        is_named = _NAME.search(name) if isinstance(module, nn.Embedding) else _KIND.search(called)
+        size = getattr(module, "num_embeddings", vocabulary)
+        is_small = vocabulary is not None and size != vocabulary
+        if is_named or (isinstance(module, nn.Embedding) and is_small):
+            yield name, module
+
+
+def has_bare_table(model: nn.Module) -> bool:
+    """Tell whether a model has a table of absolute positions that is not a module."""
+    return any(
+        isinstance({**vars(module), **module._buffers}.get(name), Tensor)
+        for module in core_of(model).modules()
+        for name in _BARE
+    )
+
+
+def widths_of(model: nn.Module) -> set[int]:
+    """Tell how wide the embeddings of positions can be; an empty set if the model does not say."""
+    core = core_of(model)
+    configs = [getattr(core, name, None) for name in ("config", "cfg")]
+    names = ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "dim")
+    sizes = {getattr(config, name, None) for config in configs for name in names}
+    sizes.add(getattr(_tokens(core), "embedding_dim", None))
+    return {size for size in sizes if isinstance(size, int)}
+
+
+def is_padded_left(mask: Bool[Tensor, "batch pos"]) -> bool:
+    """Tell whether a real token of a sequence comes behind padding that begins it."""
+    return bool((~mask[:, 0] & mask.any(1)).any()) if mask.shape[1] else False
+
+
+def counts_padding(
+    looked_up: Shaped[Tensor, "..."], mask: Bool[Tensor, "batch pos"], widths: set[int]
+) -> bool:
+    """Tell whether what a table yielded shows that padding on the left was counted.
+
+    Args:
+        looked_up: What the table yielded in a forward.
+        mask: The mask of that forward, with padding on the left.
+        widths: How wide rows of the table can be, as far as that is known.
+
+    """
+    batch, pos = mask.shape
+    shape = tuple(looked_up.shape)
+    if len(shape) < 2 or shape[-2] != pos or (widths and shape[-1] not in widths):  # noqa: PLR2004
+        return False
+    table = looked_up.detach().reshape(-1, pos, shape[-1])
+    begins = torch.where(mask.any(1), mask.int().argmax(1), -1)  # of what is real
+    longest = int(begins.argmax())
+    padding = int(begins[longest])
+    if len(table) not in {1, batch} or not _is_numbered(table[longest % len(table), padding:]):
+        return False
+    if len(table) < batch:
+        return True
+    for row, begin in enumerate(begins.tolist()):
+        both = mask[row] & mask[longest]
+        if 0 <= begin < padding and both.any():
+            both = both.to(table.device)
+            return torch.equal(table[row][both], table[longest][both])
+    # All sequences are padded alike: the padding itself then has one place, or places of its own.
+    return padding > 1 and _is_numbered(table[longest, :padding])
+
+
+def _is_numbered(rows: Shaped[Tensor, "pos width"]) -> bool:
+    """Tell whether neighbouring rows differ, as those of token types do not."""
+    return len(rows) > 1 and bool((rows[1:] != rows[:-1]).any(1).all())
+
+
+def _tokens(core: nn.Module) -> nn.Module | None:
+    get = getattr(core, "get_input_embeddings", None)
+    try:
+        found = get() if callable(get) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(found, nn.Module) else None

@@ -1,0 +1,259 @@
+"""TransformerLens' hook names on a plain Hugging Face model, for which no bridge is built.
+
+# NOTE [Whose mapping it is]
+TransformerLens' architecture adapters tell which module of a Hugging Face model each component is,
+which aliases its hook points have, and how a joint projection divides into queries, keys and
+values. The adapter of the model is asked for all of that; there is no table of architectures here.
+"""
+
+import functools
+import weakref
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from actctx._model.adapters import Walk, told
+from actctx._model.dry_run import DryRun, dry_run
+from actctx._model.stand_in import hollow
+from actctx._model.translation import Reading, Translation
+
+
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found in a model, for as long as it has the same modules.
+
+    It holds none of them, so that a model is freed as if nobody had asked.
+    """
+
+    attention: tuple[str | None, ...]
+    modules: dict[str, weakref.ref[nn.Module]]
+    found: Translation
+
+    def holds(self, attention: tuple[str | None, ...], modules: Mapping[str, nn.Module]) -> bool:
+        """Tell whether it is still right."""
+        return (
+            self.attention == attention
+            and self.modules.keys() == modules.keys()
+            and all(self.modules[name]() is module for name, module in modules.items())
+        )
+
+
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary()
+
+
+def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation:
+    """Find TransformerLens' names in a Hugging Face model, by the adapter of its architecture.
+
+    Args:
+        model: The model.
+        modules: All of its modules, by name.
+
+    Returns:
+        The names, the same object as long as the model has the same modules and attention; or
+        why there are none. Nothing is raised, whatever an adapter raises.
+
+    """
+    configs = {id(each.config): each.config for each in modules.values() if "config" in vars(each)}
+    attention = tuple(getattr(each, "_attn_implementation", None) for each in configs.values())
+    known = _KNOWN.get(model)
+    if known is None or not known.holds(attention, modules):
+        held = {name: weakref.ref(module) for name, module in modules.items()}
+        known = _KNOWN[model] = _Known(attention, held, _translate(model, modules))
+    return known.found
+
+
+def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation:
+    try:
+        from transformer_lens.model_bridge import TransformerBridge
+    except ImportError:
+        return Translation(lacks="TransformerLens 3 or later tells them; install it")
+    name = type(model).__name__
+    remedy = "give the names of its modules (see actctx.hook_names(model))"
+    try:
+        best, failed = _best(model, modules, TransformerBridge.hook_aliases)
+        if best.points:
+            _drop(best, dry_run(model))
+            return best
+    except Exception as error:  # noqa: BLE001  of a model that nothing stands in for
+        failed = told(error)
+    if failed:
+        lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
+    else:
+        lacks = f"TransformerLens has no adapter for {name}; {remedy}"
+    return Translation(lacks=lacks)
+
+
+def _best(
+    model: nn.Module, modules: Mapping[str, nn.Module], aliases: Mapping[str, Any]
+) -> tuple[Translation, str]:
+    """Find the names that the first adapter has which knows the layers, or why one fails."""
+    best, failed = Translation(), ""
+    kinds = dict.fromkeys(filter(None, map(_adapter, _relatives(model))))
+    for name, kind in kinds:
+        for number in range(len(_roots(model))):
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            whole = hollow(model, mode)  # a fresh one, since an adapter changes it
+            try:
+                adapter = kind(_config(whole, name))
+                root = _roots(whole)[number]
+                found = _walked(adapter, mode, (whole, root), modules, aliases)
+            except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
+                failed = failed or told(error)
+                continue
+            best = best if best.points and not found.has_layers else found
+            if best.has_layers:
+                return best, ""
+    return best, failed
+
+
+def _roots(model: nn.Module) -> list[nn.Module]:
+    """List what an adapter may take for the whole model.
+
+    That is the model itself; the same as the body of a model with a head, which it has under a name
+    such as `transformer` of GPT-2; and the body alone, where the adapter refuses the head.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    body = getattr(model, prefix, None) if prefix else None
+    bodies = [model] if body is None else [model, body]
+    return [root for each in bodies for root in (each, _with_head(each))]
+
+
+def _walked(
+    adapter: Any,
+    mode: FakeTensorMode,
+    models: tuple[nn.Module, nn.Module],
+    modules: Mapping[str, nn.Module],
+    aliases: Mapping[str, Any],
+) -> Translation:
+    """Go through the components of an adapter, beside the modules of a stand-in.
+
+    Args:
+        adapter: A fresh one, which is prepared for the stand-in.
+        mode: That of the stand-in's tensors.
+        models: The stand-in of the model, under whose names its modules are; and what of it the
+            adapter is given for the model.
+        modules: The modules of the model itself.
+        aliases: Those of a bridge.
+
+    """
+    whole, root = models
+    with mode:
+        adapter.prepare_model(root)
+    # Backwards, so that of several names of a module the first stays.
+    listed = reversed([*whole.named_modules(remove_duplicate=False)])
+    named = {module: name for name, module in listed if name in modules}
+    found = Translation()
+    walk = Walk(found, named, modules, adapter.cfg, mode)
+    walk.over(adapter.component_mapping, "", root)
+    found.add_aliases("", aliases)
+    return found
+
+
+def _drop(found: Translation, run: DryRun) -> None:
+    """Drop the points that no forward reaches, and say so where they are asked for."""
+    whose: dict[str, list[str]] = {}
+    for alias, name in found.aliases.items():
+        whose.setdefault(name, []).append(alias)
+    for point, (module, reading) in [*found.points.items()]:
+        why = _why_never(run, module, reading)
+        for name in (point, *whose.get(point, ())) if why else ():
+            found.lack(name, why)
+
+
+def _why_never(run: DryRun, module: str, reading: Reading) -> str:
+    """Say why a point is never read, if that is so."""
+    call = run.calls.get(module)
+    if run.is_passed_by(module):
+        return (
+            f"no forward of this {type(run.model).__name__} calls {module!r} (it may take its "
+            "weights alone); capture the module around it, or capture from a TransformerBridge of "
+            "the model"
+        )
+    if reading.io == "in" and not run.is_given_tensor(module):
+        return (
+            f"what {module!r} is given first is not a tensor; capture what it returns, by its "
+            "own name"
+        )
+    if reading.pattern is None or call is None or call.has_pattern:
+        return ""
+    if reading.pattern.is_optional:
+        asked = run.with_attentions
+        asked_call = asked.calls.get(module)
+        if not asked.is_whole or asked_call is None or asked_call.has_pattern:
+            return ""
+    return (
+        f"{module!r} returns no attention pattern of the shape batch head query key; capture what "
+        "it returns by that name, or capture from a TransformerBridge of the model"
+    )
+
+
+def is_hugging_face(model: nn.Module) -> bool:
+    """Recognise a `PreTrainedModel` without importing it; wrappers pass attributes through."""
+    return hasattr(type(model), "base_model_prefix")
+
+
+def why_wrapped(model: nn.Module) -> str:
+    """Say where the Hugging Face model is that another module holds, if it does."""
+    named = model.named_modules()
+    inside = next((name for name, module in named if is_hugging_face(module)), None)
+    if inside is None:
+        return ""
+    return (
+        f"it is a name in the Hugging Face model that this {type(model).__name__} holds as "
+        f"{inside!r}; capture from that, as in capture(model.get_submodule({inside!r}), ...), "
+        "and run the whole as before"
+    )
+
+
+def _relatives(model: nn.Module) -> list[str]:
+    """Name the architectures whose modules a model has: its own, and others of its kind."""
+    from transformers.models.auto import modeling_auto as auto
+
+    config: Any = model.config
+    kinds = sorted(name for name in vars(auto) if name.endswith("_MAPPING_NAMES"))
+    # Of several, what most people load: a decoder first, then an encoder, then both.
+    first = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
+    kinds = [*(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in first), *kinds]
+    found = dict.fromkeys(each.__name__ for each in type(model).__mro__)
+    for kind in kinds:
+        known = getattr(auto, kind, {}).get(config.model_type, ())
+        found |= dict.fromkeys([known] if isinstance(known, str) else known)
+    return [*found]
+
+
+def _adapter(architecture: str) -> tuple[str, Any] | None:
+    """Find the adapter of an architecture, and the name that it has there."""
+    from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
+
+    ArchitectureAdapterFactory.discover_entry_points()
+    # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
+    known = ArchitectureAdapterFactory._adapters
+    spelled = {name.lower(): name for name in known}
+    name = architecture if architecture in known else spelled.get(architecture.lower())
+    if name is None:
+        return None
+    # Libraries that load a model's pictures are not needed for one that is loaded.
+    return name, _without_libraries(known[name])
+
+
+@functools.cache
+def _without_libraries(adapter: Any) -> Any:
+    return type(adapter.__name__, (adapter,), {"required_libraries": []})
+
+
+def _config(model: Any, architecture: str) -> Any:
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_config_from_hf
+
+    return build_bridge_config_from_hf(model.config, architecture, architecture, torch.float32)
+
+
+def _with_head(model: nn.Module) -> nn.Module:
+    """Put a model that has no head where a model with one has it, as `transformer` of GPT-2."""
+    whole: Any = nn.Module()
+    whole.add_module(getattr(model, "base_model_prefix", "") or "model", model)
+    whole.config = model.config
+    return whole  # type: ignore[no-any-return]

@@ -1,0 +1,138 @@
+"""TransformerLens' names in a Hugging Face model, and how each is read off a module of it."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._model.patterns import Pattern
+from actctx._model.structure import tensor_of
+
+Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
+
+INSIDE = frozenset({"rotary_emb", "q_norm", "k_norm"})
+"""Components whose modules Hugging Face calls with other shapes, or for other outputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """How the value of a hook point is read off a module that has none.
+
+    Attributes:
+        io: Whether it is given to the module (`"in"`), or returned by it (`"out"`).
+        output: Where in a tuple it is returned, by default the first tensor.
+        part: What makes the value of it, such as splitting it into heads.
+        pattern: How the value is found among all that is returned, where that takes a look at it.
+
+    """
+
+    io: str
+    output: int | None = None
+    part: Part | None = None
+    pattern: Pattern | None = None
+
+    def found(self, site: str, value: Any) -> Tensor:
+        """Find the tensor that is read in what a module was given or returned.
+
+        Raises:
+            OutputError: There is none.
+
+        """
+        if self.pattern is not None:
+            return self.pattern(value)
+        return tensor_of(site, value, self.output)
+
+    def of(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+        """Read the value: a view of what the module was given or returned, where that is enough."""
+        return activation if self.part is None else self.part(activation)
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """TransformerLens' names in a Hugging Face model.
+
+    Attributes:
+        points: The name of the module of each hook point, and how it is read, by its canonical
+            name.
+        aliases: The canonical name of each alias.
+        inside: The hook points that a bridge has beside the points.
+        lacks: Why there are no names at all.
+        reasons: Why a point is not among them, by its name, where there is a reason of its own,
+            such as that queries cannot be divided into heads.
+
+    """
+
+    points: dict[str, tuple[str, Reading]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    inside: list[str] = field(default_factory=list)
+    lacks: str = ""
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def canonical(self, name: str) -> str | None:
+        """Return the canonical name of a hook point, or None where there is none."""
+        name = self.aliases.get(name, name)
+        return name if name in self.points else None
+
+    def lack(self, name: str, why: str) -> None:
+        """Take a name out, and note why."""
+        self.points.pop(name, None)
+        self.aliases.pop(name, None)
+        self.inside.append(name)
+        self.reasons[name] = why
+
+    def add_aliases(self, prefix: str, aliases: Mapping[str, Any]) -> None:
+        """Add aliases, each of the first of its targets that a bridge has."""
+        inside = {*self.inside}
+        for alias, targets in aliases.items():
+            listed = [
+                prefix + each for each in ([targets] if isinstance(targets, str) else targets)
+            ]
+            target = next((each for each in listed if each in self.points or each in inside), None)
+            if target is None:
+                continue
+            if target in self.points:
+                self.aliases[prefix + alias] = target
+                continue
+            self.inside.append(prefix + alias)
+            if target in self.reasons:
+                self.reasons[prefix + alias] = self.reasons[target]
+
+    @functools.cached_property
+    def names(self) -> dict[str, list[str]]:
+        """The names of each hook point, by the canonical one, which comes first."""
+        named = {name: [name] for name in self.points}
+        for alias, name in self.aliases.items():
+            named[name].append(alias)
+        return named
+
+    @property
+    def has_layers(self) -> bool:
+        """Whether layers are among them: an adapter of another model may share a head with it."""
+        return any(".0." in name for name in self.points)
+
+    @functools.cached_property
+    def siblings(self) -> set[str]:
+        """The names of all hook points that a bridge has."""
+        return {*self.points, *self.inside}
+
+    def why_not(self, name: str) -> str:
+        """Say why a hook point of a bridge is not among them, and what to do."""
+        if name in self.reasons:
+            return self.reasons[name]
+        if not INSIDE.isdisjoint(name.split(".")):
+            return (
+                "Hugging Face's module has other shapes or outputs than a bridge's; capture that "
+                "module by its own name (see named_modules()), or from a TransformerBridge"
+            )
+        if name.startswith("unembed."):
+            return (
+                "a model without a head, as AutoModel loads it, has no unembedding; load it with "
+                "one, as AutoModelForCausalLM does"
+            )
+        return (
+            "a module of Hugging Face does not expose it; capture it from a TransformerBridge of "
+            "the model"
+        )

@@ -1,0 +1,1 @@
+"""What pictures read and compute; `actctx.plot` draws them."""

@@ -1,0 +1,524 @@
+"""The buffer that is handed back: captured tensors by name."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
+from actctx._files import describe, write_safetensors
+from actctx._model.axes import Axes
+from actctx._model.globs import meant
+from actctx._results.annotations import spec_of
+from actctx._results.column import Column, Kept, wait_for
+from actctx._results.layers import layers_of, stack_layers
+from actctx._results.table import Estimate, Row, as_html, as_text, spared, unknown
+from actctx._select.own import Owned, own, plain_mode, read_to
+from actctx._select.values import why_not_moved
+from actctx._text import counted, format_bytes, shortened
+
+if TYPE_CHECKING:
+    _Tensors = Mapping[str, Tensor]
+else:  # beartype would read, and so join, a tensor to tell whether a buffer is one
+    _Tensors = Mapping
+
+
+class Activations(_Tensors):
+    """Captured activations by name, each joined over the forwards that left it.
+
+    The tensors are owned by whoever reads them: contiguous, detached from the model (unless
+    captured with `grad=True`), never inference tensors, and sharing storage with nothing else.
+    They can be read at any time between forwards, also inside the block; a tensor that was read
+    keeps its values when further forwards come. Iteration is in the order in which the sites
+    ran. A buffer is not safe to read in one thread while another thread runs a forward into it.
+
+    `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
+    alias of it, or an ending or a glob that means no other captured site; `acts.resid` does for
+    an alias that is an identifier. With `join=None` a list of
+    tensors is read, one for each forward. An edit in place is an edit of the buffer.
+
+    Example:
+        >>> with capture(model, "blocks.*.hook_resid_post") as acts:
+        ...     logits = model(tokens)
+        >>> acts["blocks.0.hook_resid_post"].shape
+        torch.Size([4, 7, 32])
+
+    """
+
+    def __init__(
+        self, join: str | None = "batch", *, source: str = "", estimate: Estimate = unknown
+    ) -> None:
+        self._join = join
+        self._source = source
+        self._estimate = estimate
+        self._columns: dict[str, Column] = {}
+        self._order: dict[str, None] = {}
+        self._forwards = 0
+        self._silent = 0
+        self._tokens: Counter[tuple[int, int]] = Counter()
+        self._kept = Kept()
+
+    def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> Column:
+        """Prepare for a site, and return what it will leave, for a hook to add to."""
+        self._columns[key] = Column(key, names, self._join, capacity)
+        return self._columns[key]
+
+    @property
+    def columns(self) -> list[Column]:
+        """What the sites that fired have left."""
+        return [self._columns[key] for key in self._order]
+
+    def single(self, name: str) -> Column:
+        """Return what a site left that fires once in a forward.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            SeveralFiringsError: The site fired more than once in a forward.
+
+        """
+        column = self._column(name)
+        if len(column.firings) > 1 and not column.is_one:
+            raise SeveralFiringsError(
+                f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
+                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
+                "keeps the last"
+            )
+        return column
+
+    def write(
+        self, forward: Mapping[str, Sequence[Owned]], tokens: tuple[int, int] = (0, 0)
+    ) -> None:
+        """Take what one forward of so many sequences and positions left, firing by firing."""
+        self._forwards += 1
+        self._tokens[tokens] += 1
+        for key, firings in forward.items():
+            self._order.setdefault(key)
+            column = self._columns[key]
+            column.write(firings)
+            if not column.rooms:
+                self._kept.add(firings)
+        self._kept.trim()
+
+    def note_silent_forward(self) -> None:
+        """Count a forward that left nothing."""
+        self._silent += 1
+
+    def __getitem__(self, name: str) -> Any:
+        """Read the activations of a site.
+
+        Args:
+            name: Its name, an alias, or an ending or a glob that means no other captured site.
+
+        Returns:
+            The tensor, joined over the forwards; with `join=None` a list, one per forward.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            SeveralFiringsError: The site fired more than once in a forward.
+            JoinError, AxisError: The forwards do not join, or have no axis to join along.
+
+        """
+        return self.single(name).joined(0)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
+            raise AttributeError(name)
+        if name not in self._columns:
+            several = [key for key in self._order if key.startswith(f"{name}.")]
+            if several:
+                stacked = f"acts.stack({name!r}) or " * are_layers(self._columns, name)
+                raise AttributeError(
+                    f"{name!r} stands for several sites, so read {stacked}one of {listed(several)}"
+                )
+            raise AttributeError(
+                f"Activations has no attribute {name!r}; the captured names are "
+                f"{listed(self._order)}"
+            )
+        try:
+            return self[name]
+        except NotCapturedError as error:
+            raise AttributeError(str(error)) from error
+
+    def __contains__(self, name: object) -> bool:
+        try:
+            column = find_column(self._columns, name)
+        except HookNameError:  # a pattern that means nothing
+            return False
+        return bool(column and column.firings)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._order)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *(key for key in self._order if key.isidentifier())]
+
+    @property
+    def tensor(self) -> Shaped[Tensor, "..."]:
+        """The captured tensor, where exactly one site was captured.
+
+        Raises:
+            NotCapturedError: There is none, or more than one.
+            OptionError: With `join=None` there is a list of tensors instead.
+            SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
+
+        """
+        if self._join is None:
+            raise OptionError(
+                "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+            )
+        if not self:
+            raise NotCapturedError(
+                f"there is no tensor to read: {why_empty(self._source, self._silent)}"
+            )
+        if len(self) > 1:
+            raise NotCapturedError(
+                f"acts.tensor is for exactly one site, but {len(self)} were captured: "
+                f"{listed(self._order)}; read acts[name]"
+            )
+        tensor: Tensor = self[next(iter(self))]
+        return tensor
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The names of sites that a pattern matched but that never fired."""
+        return tuple(key for key in self._columns if key not in self._order)
+
+    @property
+    def forwards(self) -> int:
+        """The number of forwards that left something."""
+        return self._forwards
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes that the captured tensors hold."""
+        return sum(column.nbytes for column in self._columns.values())
+
+    def axes(self, name: str) -> Axes:
+        """Name the axes of a captured tensor, such as `("batch", "pos", "d_model")`.
+
+        An axis whose name is not known is `"_"`, as in jaxtyping.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+
+        """
+        column = self._column(name)
+        column.settle_axes()
+        return column.axes
+
+    def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
+        """Read a site that fires more than once in a forward, such as a shared module.
+
+        Returns:
+            A tensor for each firing of a forward, in the order in which they came, each joined
+            over the forwards.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+            JoinError, AxisError: The forwards do not join, or have no axis to join along.
+
+        Example:
+            >>> linear = torch.nn.Linear(2, 2)
+            >>> twice = torch.nn.Sequential(linear, linear)
+            >>> with capture(twice, "0") as acts:
+            ...     output = twice(torch.ones(1, 2))
+            >>> [firing.shape for firing in acts.firings("0")]
+            [torch.Size([1, 2]), torch.Size([1, 2])]
+
+        """
+        column = self._column(name)
+        return [column.joined(k) for k in range(len(column.firings))]
+
+    def positions(self, name: str) -> Int64[Tensor, "token 2"]:
+        """Tell where the rows come from that `mask=` kept of a site.
+
+        Returns:
+            For each row, its sequence, counted over all forwards, and its position in the
+            padded sequence. With a KV cache the sequences of a step are those of the prompt.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name, or without a mask.
+
+        Example:
+            >>> mask = torch.tensor([[False, True]])
+            >>> with capture(model, "blocks.0.hook_resid_post", mask=mask) as acts:
+            ...     logits = model(tokens[:1, :2])
+            >>> acts.positions("blocks.0.hook_resid_post")
+            tensor([[0, 1]])
+
+        """
+        column = self._column(name)
+        if not column.rows:
+            raise NotCapturedError(
+                f"{name!r} was captured without mask=, so its rows are all sequences and positions"
+            )
+        return torch.cat(list(column.rows))
+
+    def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
+        """Stack the activations of one kind over the layers, along a new first axis `layer`.
+
+        The result is a copy, as large as what it stacks.
+
+        Args:
+            name: The name within a layer, or its end, such as `"hook_resid_post"` or
+                `"attn.hook_z"`; a pattern of whole names, such as
+                `"encoder_blocks.*.hook_resid_post"` or, for the layers themselves,
+                `"model.layers.*"`; or the alias of a pattern.
+
+        Raises:
+            NotCapturedError: No captured site has this name in any layer.
+            HookNameError: The name means sites of several stacks of layers.
+            JoinError: The layers do not have one shape.
+            OptionError: With `join=None` there are lists of tensors.
+
+        Example:
+            >>> acts.stack("hook_resid_post").shape
+            torch.Size([2, 4, 7, 32])
+
+        """
+        if self._join is None:
+            raise OptionError(
+                "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
+                "tensors of the lists yourself"
+            )
+        return stack_layers({key: self[key] for key in self._layers(name)})
+
+    def _layers(self, name: str) -> list[str]:
+        if not self:
+            raise NotCapturedError(
+                f"there is nothing to stack: {why_empty(self._source, self._silent)}"
+            )
+        return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
+
+    def spec(self, name: str) -> type:
+        """Give the jaxtyping annotation of a captured tensor, from site, slice and config.
+
+        Returns:
+            An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes whose size the
+            config or the slice fixes have that size; the others are free.
+
+        Raises:
+            NotCapturedError: Nothing was captured under this name.
+
+        Example:
+            >>> acts.spec("blocks.0.hook_resid_post").__name__
+            "Float32[Tensor, 'batch pos d_model=32']"
+
+        """
+        column = self._column(name)
+        column.settle_axes()
+        dtype = column.firings[0][0].value.dtype
+        return spec_of(dtype, column.axes, column.fixed_sizes())
+
+    def to(
+        self,
+        device: torch.device | str | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "Activations":
+        """Copy to a device or a dtype; floating-point activations are cast, others only moved.
+
+        Args:
+            device: The device, or, as for a tensor, a dtype in its place.
+            dtype: The dtype.
+
+        Returns:
+            A new buffer. Drop this one to free what it holds.
+
+        Raises:
+            OptionError: There is no such device here, or no such floating-point dtype, or two; or
+                torch cannot cast or move what was captured.
+
+        Example:
+            >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
+            torch.float16
+
+        """
+        to, cast = read_to(device, dtype)
+
+        def moved(chunk: Owned) -> Owned:
+            if why := why_not_moved(chunk.value, cast, to):
+                raise OptionError(f"what was captured cannot be copied {why}")
+            return own(wait_for(chunk), dtype=cast, device=to)
+
+        return self._mapped(moved)
+
+    def clear(self) -> None:
+        """Drop what was captured so far; what comes after is captured as before."""
+        for column in self._columns.values():
+            column.clear()
+        self._order.clear()
+        self._forwards = self._silent = 0
+        self._tokens.clear()
+        self._kept = Kept()
+
+    def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
+        """Write the activations to a safetensors file, the axes of each in its metadata.
+
+        Read them with `safetensors.torch.load_file(path)`. The metadata holds `axes`, a JSON
+        object of axes by name, `model`, the class of the model, and the versions that wrote it.
+
+        Args:
+            path: Where to write; an existing file is replaced once all is written.
+            metadata: More to keep in the file beside it.
+
+        Raises:
+            NotCapturedError: Nothing was captured.
+            OptionError: The activations are lists (`join=None`), which a file cannot hold.
+            DataError: It cannot be written there, or a tensor has no values, or a dtype that
+                safetensors does not have.
+            SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
+
+        Example:
+            >>> from safetensors.torch import load_file
+            >>> acts.save("acts.safetensors")
+            >>> [*load_file("acts.safetensors")]
+            ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']
+
+        """
+        if not self:
+            raise NotCapturedError("nothing was captured, so there is nothing to save")
+        if self._join is None:
+            raise OptionError(
+                "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
+                "capture with join='batch', or save the tensors of the lists yourself"
+            )
+        described = describe({key: self.axes(key) for key in self}, self._source)
+        write_safetensors({**self}, path, {**(metadata or {}), **described})
+
+    def __repr__(self) -> str:
+        return as_text(*self._summary())
+
+    def _repr_html_(self) -> str:
+        cache = spared(self._estimate, self._tokens, self.nbytes)
+        return as_html(*self._summary(cache, drawn=True))
+
+    def __eq__(self, other: object) -> bool:
+        """Tell whether it is the same buffer.
+
+        Raises:
+            OptionError: It is another buffer or mapping, whose tensors have no one truth value.
+
+        """
+        if self is not other and isinstance(other, Mapping):
+            raise OptionError(
+                "buffers are not compared with ==, since tensors have no one truth value; compare "
+                "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+                "atol=0), or one with torch.equal(acts[name], other[name])"
+            )
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Activations":
+        return self._mapped(lambda chunk: Owned(wait_for(chunk).clone()))
+
+    def __getstate__(self) -> dict[str, object]:
+        for column in self._columns.values():
+            column.settle()
+        return {**self.__dict__, "_estimate": unknown}
+
+    def _summary(self, spared: str = "", *, drawn: bool = False) -> tuple[str, list[Row]]:
+        size = format_bytes(self.nbytes) + spared
+        title = f"Activations: {counted(len(self), 'site')}, {size}, "
+        title += counted(self._forwards, "forward")
+        if self._forwards and self.missing:
+            title += f", {len(self.missing)} missing"
+        return title, [self._columns[key].row(drawn=drawn) for key in self]
+
+    def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
+        copy = Activations(self._join, source=self._source, estimate=self._estimate)
+        copy._tokens = self._tokens.copy()
+        copy._order = dict(self._order)
+        copy._forwards, copy._silent = self._forwards, self._silent
+        with plain_mode():
+            copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
+        return copy
+
+    def _column(self, name: str) -> Column:
+        column = find_column(self._columns, name)
+        if column is not None and column.firings:
+            return column
+        reason = why_empty(self._source)
+        if self._forwards or self._silent:
+            forwards = self._forwards + self._silent
+            reason = why_nothing(self._columns, name, self._order, forwards)
+        raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
+
+
+Activations.__module__ = "actctx"  # where users find it
+
+
+def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
+    """Find what a site left that a name means, if it means one.
+
+    Raises:
+        HookNameError: It is a pattern that means nothing.
+
+    """
+    if not isinstance(name, str):
+        return None
+    if name in columns:
+        return columns[name]
+    found = _meant(columns, name)
+    return columns[next(iter(found))] if len(found) == 1 else None
+
+
+def why_nothing(
+    columns: Mapping[str, Column], name: str, fired: Iterable[str], forwards: int
+) -> str:
+    """Say why nothing is found under a name, though there were forwards."""
+    if find_column(columns, name) is not None:
+        return f"it never fired in {counted(forwards, 'forward')}"
+    found = _meant(columns, name)
+    if not found:
+        names = [*fired]
+        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
+    # By the names that were meant, where these tell them apart.
+    alike = listed(found.values() if len({*found.values()}) == len(found) else found)
+    if any(name in columns[key].names for key in found):
+        return f"it is captured several times, so read one of {alike}"
+    stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
+    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
+
+
+def are_layers(columns: Mapping[str, Column], name: str) -> bool:
+    """Tell whether what a name means can be stacked over layers."""
+    fired = {key: column for key, column in columns.items() if column.firings}
+    if any(column.join is None for column in fired.values()):
+        return False
+    try:
+        return bool(layers_of({key: column.names for key, column in fired.items()}, name))
+    except (HookNameError, NotCapturedError):
+        return False
+
+
+def why_empty(source: str, silent: int = 0) -> str:
+    """Say why there is nothing at all, of a model of this class.
+
+    Args:
+        source: The class of the model.
+        silent: The forwards that have run and left nothing.
+
+    """
+    model = source or "the model"
+    if silent:
+        return f"none of the sites fired in {counted(silent, 'forward')} of {model}"
+    return f"no forward of {model} has run since the block began or the buffer was cleared"
+
+
+def listed(keys: Iterable[str]) -> str:
+    """List some of the names."""
+    return shortened([*map(repr, keys)])
+
+
+def _meant(columns: Mapping[str, Column], name: str) -> dict[str, str]:
+    """Find what a name means, of what has fired if some has; see `meant`."""
+    found = meant(name, {key: column.names for key, column in columns.items()})
+    return {key: each for key, each in found.items() if columns[key].firings} or found

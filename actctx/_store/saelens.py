@@ -1,0 +1,310 @@
+"""Data sets as other libraries read and write them.
+
+# NOTE [SAELens' directories]
+SAELens caches activations in a directory of Hugging Face's `datasets`: a row is a run of `context`
+tokens, and each hook has a column `Array2D((context, d))` beside `token_ids`. SAELens reads the
+runs in their order and mixes the tokens itself, and does not mind where a sequence begins, so that
+any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
+"""
+
+import json
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from actctx._errors import DataError, OptionError
+from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
+from actctx._model.axes import hook_axes
+from actctx._model.fingerprint import versions
+from actctx._store.layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
+from actctx._store.rows import StoredRows
+from actctx._store.where import meant_sites
+from actctx._text import counted, dtype_name, shortened
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+_TOKENS = "token_ids"
+_FILE = "data-00000-of-00001.arrow"
+_UNFORMATTED: dict[str, Any] = {
+    "_format_columns": None,
+    "_format_kwargs": {},
+    "_format_type": None,
+    "_output_all_columns": False,
+    "_split": None,
+}
+
+
+def write_saelens(
+    rows: StoredRows, path: str | PathLike[str], *, context: int, rename: Mapping[str, str]
+) -> None:
+    """Write rows as SAELens caches them; see `ActivationDataset.to_saelens`."""
+    datasets = _import_datasets()
+    runs = len(rows) // context
+    if not runs:
+        raise OptionError(
+            f"context={context} makes no run of {counted(len(rows), 'row')}; give the "
+            "context_size of SAELens' config, and no more than there are rows"
+        )
+    names = _renamed(rows.sites, rename)
+    place = local_path(path)
+    refuse_existing(place)
+    dtypes = {}
+    for name, site in rows.sites.items():
+        dtypes[name] = _writable(site)
+    columns = {
+        names[name]: datasets.Array2D(shape=(context, site.width), dtype=dtype_name(dtypes[name]))
+        for name, site in rows.sites.items()
+    }
+    columns[_TOKENS] = datasets.Sequence(datasets.Value("int32"), length=context)
+    features = datasets.Features(columns)
+    with written_beside(place, directory=True) as partial:
+        with datasets.arrow_writer.ArrowWriter(
+            path=str(partial / _FILE), features=features
+        ) as writer:
+            for table in _runs(
+                rows, runs, context=context, dtypes=dtypes, schema=features.arrow_schema
+            ):
+                writer.write_table(table)
+            writer.finalize()
+        datasets.DatasetInfo(features=features).write_to_directory(str(partial))
+        state = {"_data_files": [{"filename": _FILE}], "_fingerprint": "actctx", **_UNFORMATTED}
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+        import datasets.arrow_writer
+    except ModuleNotFoundError as error:
+        raise OptionError(
+            f"SAELens' directories need {error.name}, which is not installed; install it with: "
+            "pip install datasets"
+        ) from None
+    return datasets
+
+
+def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
+    """Tell the name of each site's column.
+
+    Raises:
+        OptionError: A name is of no site, or two columns would have one name.
+
+    """
+    names = {name: name for name in sites}
+    for name, new in rename.items():
+        found = meant_sites(sites, name)
+        if len(found) != 1:
+            what = "several sites that are read" if found else "no site that is read"
+            raise OptionError(
+                f"rename names {name!r}, which is {what}; the sites are "
+                f"{shortened([repr(each) for each in sites])}"
+            )
+        names[next(iter(found))] = new
+    for name, count in Counter([_TOKENS, *names.values()]).items():
+        if count > 1:
+            raise OptionError(
+                f"rename gives {count} columns the name {name!r}; give each another name"
+            )
+    return names
+
+
+def _writable(site: StoredSite) -> torch.dtype:
+    if site.torch_dtype != torch.bfloat16:
+        return site.torch_dtype
+    warnings.warn(
+        f"SAELens' files have no bfloat16: {site.name!r} is written as float32, which holds the "
+        "same values and takes twice the space",
+        stacklevel=4,
+    )
+    return torch.float32
+
+
+def _runs(
+    rows: StoredRows,
+    runs: int,
+    *,
+    context: int,
+    dtypes: Mapping[str, torch.dtype],
+    schema: "pa.Schema",
+) -> Iterator["pa.Table"]:
+    """Read some runs at a time."""
+    import pyarrow as pa
+
+    some = max(1, rows.at_once // context)
+    for first in range(0, runs, some):
+        count = min(some, runs - first)
+        batch = rows.read(range(first * context, (first + count) * context))
+        columns = [
+            _as_arrays(batch[name].to(dtype), field.type, context=context)
+            for (name, dtype), field in zip(dtypes.items(), schema, strict=False)
+        ]
+        tokens = pa.FixedSizeListArray.from_arrays(pa.array(batch["token"].numpy()), context)
+        yield pa.table([*columns, tokens], schema=schema)
+
+
+def _as_arrays(values: Shaped[Tensor, "row ..."], kind: Any, *, context: int) -> "pa.Array":
+    """Show `datasets` some runs as an `Array2D` column."""
+    import pyarrow as pa
+
+    lists = as_array(values)
+    inner = pa.ListArray.from_arrays(
+        np.arange(len(lists) + 1, dtype=np.int32) * lists.type.list_size, lists.flatten()
+    )
+    outer = pa.ListArray.from_arrays(np.arange(0, len(lists) + 1, context, dtype=np.int32), inner)
+    return pa.ExtensionArray.from_storage(kind, outer)
+
+
+def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
+    """Write a data set of SAELens' rows; see `ActivationDataset.from_saelens`."""
+    import pyarrow as pa
+
+    import_lance()
+    datasets = _import_datasets()
+    try:
+        cached = datasets.load_from_disk(expanded(path))
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:
+        raise DataError(
+            f"'{path}' is not a directory of SAELens' cached activations: {error}; give its "
+            "new_cached_activations_path"
+        ) from None
+    except IndexError:  # of datasets, where there is no file of rows
+        raise _without_rows(path) from None
+    features = cached.features if isinstance(cached, datasets.Dataset) else {}
+    arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
+    if not arrays:
+        raise DataError(
+            f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
+            f"Array2D; its columns are {', '.join(features)}"
+        )
+    _check_cached(path, runs=len(cached), names=arrays)
+    address = expanded(out)
+    is_local = "://" not in address
+    if is_local:
+        refuse_existing(Path(address))
+    layout = Layout(
+        model={"name": "", "class": "", "fingerprint": ""},
+        sites=tuple(_site_of(name, kind) for name, kind in arrays.items()),
+        rows="token",
+        input={"from": "SAELens"},
+        versions=versions(),
+        finished=True,
+    )
+    schema = layout.schema(pa.schema([]))
+    batches = _batches(cached.with_format("arrow"), layout, schema)
+    if is_local:
+        with written_beside(Path(address), directory=True) as partial:
+            _write(batches, schema, address=str(partial), source=path)
+        return
+    try:  # an object store, where what has no manifest is no data set
+        _write(batches, schema, address=address, source=path)
+    except DataError:
+        raise
+    except (ValueError, OSError) as error:
+        raise cannot_write(address, error, "give another address") from error
+
+
+def _without_rows(path: str | PathLike[str]) -> DataError:
+    return DataError(
+        f"'{path}' holds no activations: its dataset has no rows; let SAELens cache some"
+    )
+
+
+def _check_cached(path: str | PathLike[str], *, runs: int, names: Iterable[str]) -> None:
+    """Refuse what makes no data set before anything is written."""
+    if not runs:
+        raise _without_rows(path)
+    taken = next((name for name in names if name in TAKEN), None)
+    if taken is not None:
+        raise DataError(
+            f"'{path}' has activations in a column {taken!r}, which is the name of another column "
+            f"of a data set; give it the hook's, by rename_column({taken!r}, ...) of datasets"
+        )
+
+
+def _write(
+    batches: Iterator["pa.RecordBatch"],
+    schema: "pa.Schema",
+    *,
+    address: str,
+    source: str | PathLike[str],
+) -> None:
+    """Write a Lance dataset.
+
+    Raises:
+        DataError: The source of the batches cannot be read, which Lance would say as its own.
+
+    """
+    import pyarrow as pa
+
+    failed: list[Exception] = []
+
+    def noted() -> Iterator["pa.RecordBatch"]:
+        try:
+            yield from batches
+        except Exception as error:
+            failed.append(error)
+            raise
+
+    reader = pa.RecordBatchReader.from_batches(schema, noted())
+    try:
+        import_lance().write_dataset(reader, address, mode="create")
+    except (ValueError, OSError):
+        if not failed:
+            raise
+        raise DataError(
+            f"'{source}' cannot be read whole: {failed[0]}; let SAELens cache it anew"
+        ) from failed[0]
+
+
+def _site_of(name: str, kind: Any) -> StoredSite:
+    if kind.dtype not in {"float16", "float32"}:
+        raise DataError(
+            f"{name!r} is {kind.dtype} in SAELens' directory, which a data set does not hold; "
+            "cache it as float32 or float16"
+        )
+    axes = (hook_axes(name, ()) or ())[2:]
+    return StoredSite(
+        name=name,
+        column=column_name(name),
+        hook=name,
+        axes=axes if len(axes) == 1 else ("_",),  # SAELens flattens heads
+        shape=(kind.shape[1],),
+        dtype=kind.dtype,
+    )
+
+
+def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.RecordBatch"]:
+    import pyarrow as pa
+
+    context = cached.features[layout.sites[0].name].shape[0]
+    some = max(1, 4096 // context)
+    for first in range(0, len(cached), some):
+        table = cached[first : first + some].combine_chunks()
+        runs = table.num_rows
+        columns = [
+            _tokens(table, context),
+            pa.array(np.repeat(np.arange(first, first + runs), context)),
+            pa.array(np.tile(np.arange(context, dtype=np.int32), runs)),
+            pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no input that is known
+        ]
+        for site in layout.sites:
+            values = table[site.name].combine_chunks().storage.flatten().flatten()
+            columns.append(pa.FixedSizeListArray.from_arrays(values, site.width))
+        yield pa.record_batch(columns, schema=schema)
+
+
+def _tokens(table: "pa.Table", context: int) -> "pa.Array":
+    import pyarrow as pa
+
+    if _TOKENS not in table.column_names:
+        return pa.array(np.full(table.num_rows * context, -1, dtype=np.int32))
+    return table[_TOKENS].combine_chunks().flatten().cast(pa.int32())

@@ -1,0 +1,153 @@
+"""The names of a data set's columns: as users write them, and as Lance does, in conditions too."""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable, Mapping
+
+from actctx._errors import NotCapturedError, OptionError
+from actctx._model.globs import meant
+from actctx._store.layout import StoredSite
+from actctx._text import shortened
+
+# The parts of a condition that are no names, but strings, and the names in backticks.
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
+
+
+def find_site(
+    sites: Mapping[str, StoredSite], name: str, others: Collection[str] = ()
+) -> StoredSite:
+    """Find the one site that a name means: one it is read under, its hook's, or an ending.
+
+    Args:
+        sites: The sites to look among, by name.
+        name: The name.
+        others: What else could have been meant, for the message.
+
+    Raises:
+        NotCapturedError: It is not there, or there are several of the hook.
+
+    """
+    found = meant_sites(sites, str(name))
+    if len(found) == 1:
+        return sites[next(iter(found))]
+    if found:
+        raise NotCapturedError(
+            f"the data set has {name!r} several times, so read one of "
+            f"{shortened([*map(repr, found)])}"
+        )
+    aliased = {key: site.hook for key, site in sites.items() if "." not in key and key != site.hook}
+    closest = difflib.get_close_matches(str(name), [*sites, *others, *aliased.values()], n=3)
+    hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
+    there = [
+        f"{key!r} (of {aliased[key]!r})" if key in aliased else repr(key)
+        for key in (*sites, *others)
+    ]
+    raise NotCapturedError(f"the data set has no {name!r}; {hint}it holds {shortened(there)}")
+
+
+def find_sites(
+    sites: Mapping[str, StoredSite], asked: str | Iterable[str] | None
+) -> dict[str, StoredSite]:
+    """Find several sites, all of them by default.
+
+    Args:
+        sites: The sites to look among, by name.
+        asked: Their names, or those of their hooks, or endings or globs of either, as in
+            `capture`.
+
+    Returns:
+        Each site under the name that it was asked for by, or the first that a glob matches.
+
+    Raises:
+        NotCapturedError: One is not there, or there are several of a hook.
+        OptionError: It is no name.
+
+    """
+    if asked is None:
+        return dict(sites)
+    names = [*asked] if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]
+    for name in names:
+        if not isinstance(name, str):
+            raise OptionError(
+                f"sites= has {name!r}, which is not a name; give names of sites, or globs, of "
+                f"{shortened([*map(repr, sites)])}"
+            )
+    chosen: dict[str, StoredSite] = {}
+    for name in names:
+        found = meant_sites(sites, name)
+        if not found or name in found.values():
+            chosen[name] = find_site(sites, name)
+            continue
+        for key, matched in found.items():
+            is_alone = [*found.values()].count(matched) == 1
+            chosen[matched if is_alone else key] = sites[key]
+    return chosen
+
+
+def meant_sites(sites: Mapping[str, StoredSite], name: str) -> dict[str, str]:
+    """Find which sites a name means, by their keys, and by which name; see `meant`."""
+    return meant(name, {key: (*site.names, site.hook) for key, site in sites.items()})
+
+
+def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
+    """Put the names of columns in place of those of sites, which stand in backticks.
+
+    Raises:
+        OptionError: It is no string, or a name in it means nothing, or lacks its backticks.
+
+    """
+    if not isinstance(where, str):
+        raise OptionError(
+            f"where={where!r} is not a condition; give a string, as in SQL, such as 'position > 0'"
+        )
+
+    def column(part: re.Match[str]) -> str:
+        if part[1] is None or part[1] in others:
+            return part[0]
+        try:
+            site = find_site(sites, part[1], others)
+        except NotCapturedError as error:
+            raise OptionError(f"where={where!r} is not a condition on rows: {error}") from None
+        _refuse_bfloat16(where, site)
+        return f"`{site.column}`"
+
+    bare = _QUOTED.sub(" ", where)
+    for name in sorted(sites, key=len, reverse=True):
+        if not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
+            continue
+        if name != sites[name].column:
+            raise OptionError(
+                f"where={where!r} names {name!r} without backticks, which names with dots need; "
+                f"write `{name}`"
+            )
+        _refuse_bfloat16(where, sites[name])
+    return _QUOTED.sub(column, where)
+
+
+def _refuse_bfloat16(where: str, site: StoredSite) -> None:
+    if site.dtype == "bfloat16":
+        raise OptionError(
+            f"where={where!r} compares {site.name!r}, which is bfloat16, as Lance cannot; read the "
+            f"rows and compare them, as in data[:][{site.name!r}] > 0"
+        )
+
+
+def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
+    """Say what is wrong with a condition, in place of what Lance says."""
+    unknown = re.match(r".*No field named (.+?)\. Valid fields are", reason)
+    if unknown is None:
+        return as_users_write(reason, sites)
+    there = ", ".join([*others, *(f"`{name}`" for name in sites)])
+    return (
+        f"there is no column {unknown[1]}; there are {there}; a string stands in single quotes, as "
+        "in label = 'yes'"
+    )
+
+
+def as_users_write(text: str, sites: Mapping[str, StoredSite]) -> str:
+    """Put the names of sites in place of those of columns, in what Lance says."""
+    for site in sorted(sites.values(), key=lambda site: len(site.column), reverse=True):
+        if site.name != site.column:
+            text = text.replace(f'"{site.column}"', f"`{site.name}`")
+            text = text.replace(site.column, site.name)
+    return text

@@ -1,0 +1,25 @@
+"""Words and numbers for messages."""
+
+
+def format_bytes(nbytes: int) -> str:
+    """Write a number of bytes in the unit that fits, as in `6.0 MiB`."""
+    if nbytes < 2**10:
+        return f"{nbytes} B"
+    power = min((nbytes.bit_length() - 1) // 10, 4)
+    return f"{nbytes / 2 ** (10 * power):.1f} {' KMGT'[power]}iB"
+
+
+def dtype_name(dtype: object) -> str:
+    """Write a torch dtype without its module, as in `float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
+def counted(count: int, word: str) -> str:
+    """Write a number of things, as in `2 forwards`."""
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
+def shortened(names: list[str], most: int = 8) -> str:
+    """List names for a message, the first few of them where there are many."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
