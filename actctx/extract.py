@@ -39,6 +39,8 @@ class Extracted:
         new_rows: The rows that were written now.
         cut: The tokens that were cut off the ends of the sequences that ran now, to fit into the
             context.
+        empty: The sequences that were read now and left no rows: those without tokens, and those of
+            which `mask`, `drop` or the slice leaves none.
         seconds: The time it took.
 
     """
@@ -47,6 +49,7 @@ class Extracted:
     rows: int
     new_rows: int
     cut: int
+    empty: int
     seconds: float
 
 
@@ -195,7 +198,8 @@ def extract(
         finally:
             target.release()
     seconds = time.monotonic() - begun
-    return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
+    new, cut, empty = rows - before, extraction.cut, extraction.empty
+    return Extracted(target.path, rows, new, cut, empty, seconds)
 
 
 def _names_of(carry: str | Iterable[str]) -> tuple[str, ...]:

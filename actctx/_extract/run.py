@@ -25,14 +25,14 @@ from actctx._capture.capture import Capture
 from actctx._capture.watched import WatchedSite, why_silent
 from actctx._errors import ActctxError, DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._extract.batching import Batch, with_padding_behind
-from actctx._extract.compatibility import Facts, check_padding, picks_of, slice_of, taken_of
+from actctx._extract.compatibility import Facts, picks_of, slice_of, taken_of
 from actctx._extract.context_length import Positions
 from actctx._extract.decoder_sites import check_sides
 from actctx._extract.inputs import Reading
 from actctx._extract.leaks import Alone, one_alone
 from actctx._extract.pipe import Pipe
 from actctx._extract.progress import progress_bar
-from actctx._extract.resume import held_against, remaining
+from actctx._extract.reader import Reader
 from actctx._extract.row_choice import Choosing, Work, pool_rows
 from actctx._extract.writer import Left, Writer, carried_array
 from actctx._model.axes import axis_sizes
@@ -77,6 +77,7 @@ class Extraction:
     Attributes:
         facts: What a data set must have in common with it.
         cut: The tokens that were cut off the ends of the sequences that ran so far.
+        empty: The sequences that left no rows so far.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -98,13 +99,12 @@ class Extraction:
         self._capturing = capturing
         self._chosen = chosen
         self._reading = reading
-        self._most: int | None = None
         self._expected: int | None = None
         self._is_planned = False
         self._against: Target | None = None
         self._finite = finite
         self._pool = pool
-        self.cut = 0
+        self.cut = self.empty = 0
         self._sites = capturing.sites
         self._has_sliced_away = False
         self._widest = reading.limit or 0
@@ -207,17 +207,18 @@ class Extraction:
                 f"'{target.path}' has {target.rows} rows, more than max_tokens={most}; give "
                 f"max_tokens={target.rows} or more, or another path"
             )
-        self._most, self._against = most, against
+        self._against = against
         there = (against or target).layout
         if there is not None:
             order = there.input.get("batch_size")
             self._reading = replace(self._reading, ordered_as=order)
-        self._expected = self._count(data)
+        reader = Reader(self._reading, self._choose, self._model, target, against, most)
+        self._expected = reader.count(data)
         pipe: Pipe[Work] = Pipe(_READ_AHEAD)
-        reader = threading.Thread(
-            target=self._read, args=(data, target, pipe), name="actctx reader", daemon=True
+        thread = threading.Thread(
+            target=self._read, args=(reader.works(data), pipe), name="actctx reader", daemon=True
         )
-        reader.start()
+        thread.start()
         try:
             bar_of = progress_bar(
                 shown=progress,
@@ -236,18 +237,13 @@ class Extraction:
             raise
         finally:
             pipe.abandon()
-            reader.join(timeout=1)  # it may be waiting for an input that never comes
+            thread.join(timeout=1)  # it may be waiting for an input that never comes
         target.note_finished(finished=True)
         return rows
 
-    def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
+    def _read(self, works: Iterable[Work], pipe: Pipe[Work]) -> None:
         try:
-            works: Iterable[Work] = map(self._choose, self._reading.batches(data))
-            works = check_padding(works, self._against or target, self._model)
-            if self._against is not None:
-                works = held_against(works, self._against.stored(), rows=self._against.rows)
-            stored = target.stored() if target.rows else iter(())
-            for work in remaining(works, stored, most=self._most, skip=target.rows):
+            for work in works:
                 if not pipe.put(work):
                     return
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
@@ -265,6 +261,7 @@ class Extraction:
         writer: Writer | None = None
         try:
             for work in works:
+                self.empty += work.empty
                 if not len(work.token):
                     continue
                 left = self._forward(work, acts)
@@ -375,14 +372,6 @@ class Extraction:
             names = shortened([site.shown for site in self._sites])
             reason = why_silent(uncompiled(self._model), self._sites[0])
             raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
-
-    def _count(self, data: Iterable[Any]) -> int | None:
-        """Count the rows to come, where all batches are at hand; else as many as can be."""
-        if not self._reading.is_at_hand(data):
-            return None if self._most is None else self._reading.bound(data, self._most)
-        batches = self._reading.batches(data)
-        rows = sum(len(self._choosing.choose(batch).token) for batch in batches)
-        return rows if self._most is None else min(rows, self._most)
 
     def _row_bytes(self) -> int | None:
         """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""

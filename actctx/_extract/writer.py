@@ -64,6 +64,7 @@ class Writer:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
         target.closing = self.close
+        target.marks.begin()
         self._thread.start()
 
     def put(self, left: Left) -> bool:
@@ -96,6 +97,7 @@ class Writer:
             while (first := self._next()) is not None:
                 self._target.append(self._commit(first))
                 self._target.rows += self._pending
+                self._target.marks.save()
         except OSError as error:
             self.error = self.error or unwritable(self._target.path, error, self._target.rows)
             self.error.__cause__ = error
@@ -119,6 +121,7 @@ class Writer:
             self.error = error
             return None
         self._taken += batch.num_rows
+        self._target.marks.reach(left.work.mark)
         return batch
 
     def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:

@@ -24,6 +24,7 @@ import torch
 from actctx._errors import DataError
 from actctx._files import cannot_write, reason_of
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._store.marks import NAME, Marks
 from actctx._store.origins import Stored
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ _KEPT = timedelta(hours=1)
 """How long a version can be read after it was replaced, at least."""
 
 _LOCK = "writing.lock"
-_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK}
+_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK, NAME}
 """What a directory holds in which a data set was begun: no `data` before there is a manifest."""
 
 _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
@@ -51,6 +52,7 @@ class Target:
             rows, as where the first commit failed: that fixes nothing, and is made anew.
         rows: The number of rows that it has; whoever writes counts on.
         closing: What waits until all is written that was handed over.
+        marks: Where its rows end in the input.
 
     Raises:
         DataError: There is something else, or somebody else is writing, or nobody can.
@@ -87,6 +89,7 @@ class Target:
         self._is_empty = False
         if _has_manifest(path):
             self._open()
+        self.marks = Marks(path, self.rows)
 
     def _open(self) -> None:
         try:
@@ -118,10 +121,20 @@ class Target:
         except OSError as error:
             raise unwritable(self.path, error, self.rows) from error
 
-    def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk."""
-        scanner = self._lance.dataset(str(self.path)).scanner(
-            columns=[*COUNTED, DIGEST], scan_in_order=True
+    def stored(self, start: int = 0) -> Iterator[Stored]:
+        """Read where the rows on disk come from, chunk by chunk, from one of them on."""
+        dataset = self._lance.dataset(str(self.path))
+        fragments = dataset.get_fragments()
+        while fragments and start >= (rows := fragments[0].count_rows()):
+            start -= rows
+            fragments.pop(0)
+        if not fragments:
+            return
+        scanner = dataset.scanner(
+            columns=[*COUNTED, DIGEST],
+            scan_in_order=True,
+            fragments=fragments,
+            offset=start,
         )
         for batch in scanner.to_batches():
             yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
