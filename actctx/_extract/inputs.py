@@ -71,7 +71,7 @@ class Reading:
         always: What each forward is given, by name, where the input does not give it.
         ordered_as: The batch size that makes the order of single sequences, which is that of the
             data set that is resumed; None where it is the batch size itself.
-        identity: What tells the tokenizer apart from others; None where that is not known.
+        identify: Returns what tells the tokenizer apart from others; None where that is not known.
 
     """
 
@@ -93,7 +93,7 @@ class Reading:
     tells_all: bool = False
     equal_lengths: bool = False
     limit: int | None = None
-    identity: str | None = None
+    identify: Callable[[], str | None] = lambda: None
     _warned: set[str] = field(default_factory=set, init=False)
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
@@ -105,34 +105,28 @@ class Reading:
         """
         return self.batches_of(self.source(data))
 
-    def ways(
-        self, data: Iterable[Any], marks: Sequence[Mark]
-    ) -> Iterator[tuple[Source, Mark]]:
+    def ways(self, data: Iterable[Any], marks: Sequence[Mark]) -> Iterator[tuple[Source, Mark]]:
         """Yield the ways to go on with an input, each with the mark that it begins at.
 
         A way is asked for where the one before came to other rows than those on disk; the last one
         reads all of the input. See the note of `Source`.
         """
-        last = next((mark for mark in reversed(marks) if mark.state is not None), None)
-        if last is not None and is_stateful(data) and self._may_skip(last):
+        last = next((mark for mark in reversed(marks) if mark.state is not None), START)
+        is_stateful_too = last is not START and is_stateful(data)
+        if is_stateful_too and not (last.tokenizer and self._is_another(last.tokenizer)):
             placed = place(data, last)
             if placed is not None:
                 own, put_back = placed
                 yield self.source(own, last), last
                 put_back()
         last = marks[-1] if marks else START
-        fingerprint = fingerprint_of(data)
-        if fingerprint is not None and last.dataset == fingerprint and self._may_skip(last):
-            if last.tokenizer is not None:
-                dataset: Any = data
-                rest = dataset.select(range(last.items, len(dataset)))
-                yield self.source(rest, last, of=data), last
+        is_same = last is not START and last.dataset == fingerprint_of(data) is not None
+        if is_same and (last.tokenizer == "" or last.tokenizer == self._identity()):
+            dataset: Any = data
+            rest = dataset.select(range(last.items, len(dataset)))
+            yield self.source(rest, last, of=data), last
         source = self.source(data)
         yield source, source.skip(marks)
-
-    def _may_skip(self, mark: Mark) -> bool:
-        """Tell whether what is before a mark was not read with another tokenizer."""
-        return not mark.tokenizer or self.identity in {None, mark.tokenizer}
 
     def source(self, data: Iterable[Any], at: Mark = START, *, of: Any = None) -> Source:
         """Open an input.
@@ -177,7 +171,7 @@ class Reading:
             kind = "packed" if self.pack else "sequences"
             kind = "batches" if is_batch(tokens_in(head[0])) else kind
         read = self._items.batch if kind == "batches" else self._items.sequence
-        return Source(items, head, read, kind=kind, at=at, of=of, tokenizer=self.identity)
+        return Source(items, head, read, kind=kind, at=at, of=of, tokenizer=self._identity)
 
     def batches_of(self, source: Source, at: Mark = START) -> Iterator[Batch]:
         """Make batches of what comes from a source, which is at a mark."""
@@ -224,6 +218,10 @@ class Reading:
         if is_number(tokens) or not isinstance(tokens, Sized):
             return None
         return len(tokens) if self.pack or self.context is None else min(len(tokens), self.context)
+
+    @functools.cached_property
+    def _identity(self) -> Callable[[], str | None]:
+        return functools.cache(self.identify)
 
     @functools.cached_property
     def _items(self) -> Items:

@@ -69,7 +69,7 @@ class Work(NamedTuple):
         within = self.within
         first = int(within[start - 1]) + 1 if start else 0
         last = int(within[stop]) if stop < len(within) else len(self.batch.tokens)
-        behind = within[(within >= first) & (within < last)].unique()
+        behind = {*within[(within >= first) & (within < last)].tolist()}
         before = 0 if start else self.batch.empty
         return last - first - len(behind) + before
 

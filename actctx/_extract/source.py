@@ -38,7 +38,7 @@ class Source:
         kind: What they are; see `Mark`.
         at: The mark.
         of: What they come from.
-        tokenizer: What tells the tokenizer of texts apart; None where that is not known.
+        tokenizer: Returns what tells the tokenizer apart from others; None where that is not known.
 
     Attributes:
         kind: As above.
@@ -57,7 +57,7 @@ class Source:
         kind: str,
         at: Mark = START,
         of: Any = None,
-        tokenizer: str | None = None,
+        tokenizer: Callable[[], str | None] = lambda: None,
     ) -> None:
         self._items, self._head = items, deque(head)
         self._read = read
@@ -82,9 +82,9 @@ class Source:
     def __next__(self) -> Item:
         item = self._again.popleft() if self._again else self._next()
         if item.is_text:
-            self._texts = self._tokenizer
-        is_known = self._digest is not None and (not item.is_text or self._tokenizer is not None)
-        self._digest = _digest(item, self._digest, self._tokenizer) if is_known else None
+            self._texts = self._tokenizer()
+        is_known = not item.is_text or self._texts is not None
+        self._digest = _digest(item, self._digest, self._texts) if is_known else None
         self._count += 1
         self._size += item.tokens.numel() if isinstance(item.tokens, Tensor) else len(item.tokens)
         self.sequences += len(item.tokens) if self.kind == "batches" else 1
@@ -186,7 +186,9 @@ def _own(data: Any) -> Any:
 
 def _digest(item: Item, before: bytes | None, tokenizer: str | None) -> bytes | None:
     """Digest an item and all before it; None where it holds what cannot be."""
-    found = hashlib.blake2b(before or b"", digest_size=16)
+    if before is None:
+        return None
+    found = hashlib.blake2b(before, digest_size=16)
     held = {
         "tokens": item.tokens,
         "tokenizer": tokenizer if item.is_text else None,
@@ -201,7 +203,7 @@ def _digest(item: Item, before: bytes | None, tokenizer: str | None) -> bytes | 
             if isinstance(value, Tensor):
                 found.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
                 flat = value.detach().cpu().contiguous().reshape(-1)
-                found.update(flat.view(torch.uint8).numpy())
+                found.update(flat.view(torch.uint8).numpy().data)
             elif value is not None:
                 found.update(f"{name} {json.dumps(value)} ".encode())
     except (TypeError, ValueError, RuntimeError):

@@ -141,7 +141,7 @@ def _names(given: Any) -> tuple[str, ...] | None:
 # What an input says of where it is, which is never unpickled.
 
 
-def encoded(value: Any) -> Any:
+def encoded(value: Any) -> Any:  # noqa: PLR0911  one for each kind
     """Write the state of an input in a form that JSON has.
 
     Raises:
