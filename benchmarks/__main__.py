@@ -9,14 +9,14 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks._devices import meter_of
-from benchmarks._findings import Findings, FindingsError
-from benchmarks._machine import machine
-from benchmarks._measure import ProbeError, measure_memory, measure_time, probe, say
-from benchmarks._models import WITHOUT, Setup
-from benchmarks._plots import draw
-from benchmarks._probe import Order
-from benchmarks._report import (
+from benchmarks.measuring.devices import meter_of
+from benchmarks.measuring.machine import machine
+from benchmarks.measuring.measure import ProbeError, measure_memory, measure_time, probe, say
+from benchmarks.measuring.probe import Order
+from benchmarks.measuring.sites import FORWARDS, site_rows
+from benchmarks.reporting.findings import Findings, FindingsError
+from benchmarks.reporting.plots import draw
+from benchmarks.reporting.report import (
     Result,
     disk_rows,
     find_disagreement,
@@ -24,12 +24,12 @@ from benchmarks._report import (
     gather_rows,
     rows,
 )
-from benchmarks._setups import QUICK, setup_of, why_not
-from benchmarks._sites import FORWARDS, site_rows
-from benchmarks._sweeps import SWEEPS
-from benchmarks._tables import TABLES, WAYS
-from benchmarks._targets import site_targets, targets
-from benchmarks._ways import Table, Way
+from benchmarks.reporting.targets import site_targets, targets
+from benchmarks.ways.models import WITHOUT, Setup
+from benchmarks.ways.setups import QUICK, setup_of, why_not
+from benchmarks.ways.sweeps import SWEEPS
+from benchmarks.ways.tables import TABLES, WAYS
+from benchmarks.ways.way import Table, Way
 
 QUICK_CASES = (
     "filter-stop",

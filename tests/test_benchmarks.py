@@ -15,20 +15,25 @@ pytest.importorskip("typer")
 from typer import BadParameter
 
 from benchmarks.__main__ import main
-from benchmarks._devices import Accelerator, Cpu, meter_of
-from benchmarks._machine import machine
-from benchmarks._models import BRIDGE, PLAIN, WITHOUT, Setup, build, make_tokens, of_model
-from benchmarks._probe import lacks_memory, measure_memory, measure_time, relative_difference
-from benchmarks._report import (
+from benchmarks.measuring.devices import Accelerator, Cpu, meter_of
+from benchmarks.measuring.machine import machine
+from benchmarks.measuring.probe import (
+    lacks_memory,
+    measure_memory,
+    measure_time,
+    relative_difference,
+)
+from benchmarks.measuring.sites import CASES, LAYERS, _blocks, _check_alike
+from benchmarks.reporting.report import (
     Result,
     disk_rows,
     find_disagreement,
     find_regressions,
     gather_rows,
 )
-from benchmarks._setups import setup_of, why_not
-from benchmarks._sites import CASES, LAYERS, _blocks, _check_alike
-from benchmarks._tables import TABLES, WAYS
+from benchmarks.ways.models import BRIDGE, PLAIN, WITHOUT, Setup, build, make_tokens, of_model
+from benchmarks.ways.setups import setup_of, why_not
+from benchmarks.ways.tables import TABLES, WAYS
 
 TINY = Setup(batch=2, tokens=8, layers=4, heads=4, d_model=16, vocab=50, context=64, threads=1)
 MIB = 2**20
@@ -98,14 +103,14 @@ def test_what_is_gathered_is_told_with_the_quartiles_of_its_times():
 
 
 def test_a_capture_that_takes_too_much_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks._report.MOST_QUICK", 0.5)
+    monkeypatch.setattr("benchmarks.reporting.report.MOST_QUICK", 0.5)
     with pytest.raises(SystemExit, match=r"^plain-capture-stop takes \S+ x .*, at most 0\.5$"):
         main(case=["plain-capture-stop"], quick=True)
     assert "| **`capture(model, name, stop=True)`** |" in capsys.readouterr().out
 
 
 def test_results_that_differ_fail_the_command(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks._report.TOLERANCE", 0)
+    monkeypatch.setattr("benchmarks.reporting.report.TOLERANCE", 0)
     expected = (
         r"^plain: nothing can be compared: plain-bridge did not yield sdpa's activation to 0 "
     )
@@ -340,7 +345,7 @@ def test_a_gpu_is_measured():
 
 def test_plots_are_drawn_of_what_was_measured(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks._plots import draw
+    from benchmarks.reporting.plots import draw
 
     def measured(name, peak):
         ways = TABLES[name].ways

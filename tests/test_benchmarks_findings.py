@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks._findings import Findings, FindingsError
-from benchmarks._report import Result
-from benchmarks._tables import TABLES
-from benchmarks._ways import USUAL
+from benchmarks.reporting.findings import Findings, FindingsError
+from benchmarks.reporting.report import Result
+from benchmarks.ways.tables import TABLES
+from benchmarks.ways.way import USUAL
 
 BRIDGE, PLAIN = TABLES["bridge"], TABLES["plain"]
 CAPTURE = Result("capture-stop", 100, 10, "a", seconds=[(1.0, 1.0)])

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 
 pytest.importorskip("sae_lens")
-from benchmarks._devices import meter_of
-from benchmarks._models import Setup
-from benchmarks._probe import measure_memory
-from benchmarks._report import Result, find_disagreement
-from benchmarks._tables import TABLES
+from benchmarks.measuring.devices import meter_of
+from benchmarks.measuring.probe import measure_memory
+from benchmarks.reporting.report import Result, find_disagreement
+from benchmarks.ways.models import Setup
+from benchmarks.ways.tables import TABLES
 
 TINY = Setup(batch=2, tokens=8, layers=2, heads=4, d_model=16, vocab=50, context=64, threads=1)
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks._report import Result
-from benchmarks._sites import FORWARDS
-from benchmarks._targets import site_targets, targets
+from benchmarks.measuring.sites import FORWARDS
+from benchmarks.reporting.report import Result
+from benchmarks.reporting.targets import site_targets, targets
 
 HOOK, SITE = "bare hook that clones, plain model", "**`capture`, plain model**"
 

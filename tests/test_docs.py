@@ -15,19 +15,12 @@ from models import GENERATION, Mlp, bridge, tokens
 from shown import alike
 
 import actctx
-from actctx import (
-    _activations,
-    _capture,
-    _decorator,
-    _loader,
-    _names,
-    _places,
-    _schema,
-    capture,
-    dataset,
-    extract,
-    plot,
-)
+from actctx import capture, dataset, extract, plot
+from actctx._capture import capture as capturing
+from actctx._capture import decorator
+from actctx._model import places, sites
+from actctx._results import activations, schema
+from actctx._store import loader
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -169,7 +162,7 @@ def _files(part):
 
 @pytest.mark.parametrize(
     "module",
-    [_places, _names, _capture, _decorator, _activations, _schema, plot, extract, dataset],
+    [places, sites, capturing, decorator, activations, schema, plot, extract, dataset],
 )
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -195,7 +188,7 @@ def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     for part in _published_from(module):
         found += finder.find(part, module=module, globs=names)
     if module is dataset:  # of which it is a name only
-        found += finder.find(dataset.Loader, module=_loader, globs=names)
+        found += finder.find(dataset.Loader, module=loader, globs=names)
     for test in found:
         runner.run(test)
     result = runner.summarize(verbose=False)

@@ -18,7 +18,8 @@ from models import (
     tokens,
 )
 
-from actctx import Site, _known_faults, capture, captures
+from actctx import Site, capture, captures
+from actctx._model import known_faults
 
 pytestmark = pytest.mark.skipif(GENERATION < 3, reason="TransformerLens 2 has no bridges")
 RESID = "blocks.0.hook_out"
@@ -86,7 +87,7 @@ def test_the_plain_model_is_not_warned_of(warned):
 
 
 def test_a_newer_transformer_lens_is_taken_to_be_mended(warned, monkeypatch):
-    monkeypatch.setattr(_known_faults, "version", lambda _: "4.4.0")
+    monkeypatch.setattr(known_faults, "version", lambda _: "4.4.0")
     capture(bridge_of(falcon(**GROUPED)), RESID)
     assert not warned()
 

@@ -2,6 +2,7 @@
 
 import ast
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +276,15 @@ def test_data_sets_and_captures_do_not_know_each_other():
     assert not used["_capture"] & {"_store", "dataset", "_extract", "extract"}
 
 
+def test_the_map_of_the_code_has_every_room_and_no_file_that_is_not_there():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`(_?[a-z_/]+(?:\.py|/))`", page))
+    rooms = {path.name if path.is_file() else f"{path.name}/" for path in PACKAGE.iterdir()}
+    roots = (PACKAGE, PACKAGE.parent)
+    assert not [each for each in named if not any((root / each).exists() for root in roots)]
+    assert rooms - {"__init__.py", "__pycache__/", "py.typed"} <= named
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for path in FILES} - {PACKAGE}))
 def test_a_folder_says_what_it_is_for_and_imports_nothing(folder):
     body = ast.parse((folder / "__init__.py").read_text()).body
@@ -284,7 +294,7 @@ def test_a_folder_says_what_it_is_for_and_imports_nothing(folder):
 
 @pytest.mark.parametrize(
     "path",
-    sorted([*FILES, *PACKAGE.parent.glob("benchmarks/*.py")]),
+    sorted([*FILES, *(PACKAGE.parent / "benchmarks").rglob("*.py")]),
     ids=lambda path: f"{path.parent.name}/{path.name}",
 )
 def test_files_and_functions_stay_short(path):

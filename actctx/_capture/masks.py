@@ -40,7 +40,7 @@ from actctx._model.axes import position_dims
 from actctx._model.known_faults import mask_fault, warn
 from actctx._model.sides import Side, Sides, core_of, reads_tokens
 from actctx._model.structure import Inputs
-from actctx._select.own import Rows
+from actctx._select.own import TokenRows
 from actctx._select.padding import Chosen, as_mask, find_rows
 from actctx._select.slices import Positions, Selector, Step
 
@@ -136,7 +136,7 @@ class Padding:
             self._warn_slice()
         self._later = None
 
-    def rows(self, site: WatchedSite, shape: tuple[int, int], frame: Frame | None) -> Rows:
+    def rows(self, site: WatchedSite, shape: tuple[int, int], frame: Frame | None) -> TokenRows:
         """Find the rows of real tokens, once for all sites that select alike.
 
         Args:
@@ -162,7 +162,7 @@ class Padding:
         start = Start(-1) if frame is None else frame.masks[self, "start"]
         line = None if frame is None else start.line
         kept = find_rows(selector, given.real, shape)
-        rows = Rows(kept, shape[0], given.first, line=line)
+        rows = TokenRows(kept, shape[0], given.first, line=line)
         found.append((selector.tokens.steps, side, shape, rows))
         return rows
 

@@ -1,4 +1,16 @@
-"""One opening of a capture: the hooks it puts on, and what they tell it."""
+"""One opening of a capture: its hooks, put on and taken off, and the forwards that they see.
+
+# NOTE [What a thread-wide opening lends]
+`capture(...).open()` has no block that ends it, so its hooks stay on for as long as somebody holds
+the buffer. The hooks refer to the opening weakly, and the opening holds its buffer, so neither
+keeps the other alive from outside. What is handed to the user is therefore another object with the
+buffer's attributes: it keeps the opening alive, and when it is collected, so is the opening, which
+takes its hooks off.
+
+# NOTE [Firings counted from the end]
+`firing=-2` is known only when a forward ends. Until then the last two firings are kept, the older
+ones are dropped as they come, and of a forward that had fewer than two nothing is kept.
+"""
 
 import contextlib
 import functools
@@ -10,18 +22,10 @@ from contextvars import ContextVar
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from actctx._capture.axis_layout import (
-    Numbers,
-    has_other_positions,
-    must_tell_axes,
-    numbers_of,
-    tell_axes,
-)
 from actctx._capture.cache_size import estimate_cache_bytes
 from actctx._capture.forward import (
-    Frame,
     Interceptor,
     Watcher,
     frame_of,
@@ -30,23 +34,20 @@ from actctx._capture.forward import (
     stop_if_done,
 )
 from actctx._capture.generation import is_batching
-from actctx._capture.growth import Known
 from actctx._capture.hooks import Hook
 from actctx._capture.masks import Padding
 from actctx._capture.modes import GradMode, run_compiled, run_eagerly
+from actctx._capture.recorder import Recorder
 from actctx._capture.undo import Action, do, take_back
 from actctx._capture.watched import Options, Seen, WatchedSite, why_silent
 from actctx._errors import HooksRemovedError, NeverFiredError, OutputError
 from actctx._model.flags import is_repeated, is_switched_off
 from actctx._model.known_faults import is_given_cache, lost_cache, warn
-from actctx._model.parallel import gathered, pieces_of
 from actctx._model.structure import Inputs
 from actctx._results.activations import Activations
 from actctx._results.annotations import Claim
 from actctx._results.schema import Schema
-from actctx._select.own import Owned, own, plain_mode
-from actctx._select.padding import Chosen
-from actctx._select.values import check_capturable
+from actctx._select.own import Owned
 from actctx._text import counted, shortened
 
 B = TypeVar("B")
@@ -106,17 +107,15 @@ class Opening(Generic[B]):
             site for site in sites if site.place.module is model and not site.place.is_hook_point
         ]
         self._hooked = [site for site in sites if site not in self._roots]
-        # Those whose firing is known to be the one that is wanted only at the end of a forward.
+        # See the note on firings that are counted from the end.
         self._late = {
             site.key: site.firing
             for site in sites
             if site.firing is not None and not site.is_known_at_once
         }
-        self._options = options
         self._padding = Padding(model, options, sites)
-        self._known: Known = weakref.WeakKeyDictionary()
+        self._own = Recorder(model, options, self._padding).own
         self._scope = scope
-        self._pieces = pieces_of(model)
         self._asked_of_cache = False
         self._number = next(_NUMBERS)
         self._thread: int | None = None
@@ -180,7 +179,7 @@ class Opening(Generic[B]):
     def _hook(self, site: WatchedSite) -> Hook:
         io = "point" if site.place.is_hook_point else site.io
         fire = _firing(weakref.ref(self), self._seen[site.key])
-        if site.place.reading is not None and not site.exact:
+        if site.place.readout is not None and not site.exact:
             fire = _if_returned(fire)
         return Hook(site.place.module, site.place.name, fire, io=io)
 
@@ -193,7 +192,7 @@ class Opening(Generic[B]):
     def _lend(self) -> B:
         lent = object.__new__(Activations)
         lent.__dict__ = self.buffer.__dict__
-        # Not the buffer itself, which this opening holds: neither would ever be freed.
+        # See the note on what is lent.
         self._undo.append(weakref.finalize(lent, _ignore, self).detach)
         return self._hand_over(lent)
 
@@ -287,97 +286,6 @@ class Opening(Generic[B]):
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
         if self.is_visible() and not recomputes and seen.site.firing in {None, 0, -1}:
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
-
-    def _own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
-        is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
-        activation: Tensor = value if is_it else self._read(seen.site, value, frame)
-        if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
-            site = seen.site
-            check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
-            self._settle(seen, activation, frame)
-        if activation.requires_grad and not self.grad:
-            activation = activation.detach()
-        if torch.is_inference_mode_enabled():
-            with plain_mode():
-                return self._take(seen, activation, frame, number)
-        if seen.is_whole:  # as `_take` does, but faster
-            if activation.is_contiguous():
-                return Owned(activation.clone())  # torch takes a while to read the option below
-            return Owned(activation.clone(memory_format=torch.contiguous_format))
-        return self._take(seen, activation, frame, number)
-
-    def _read(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
-        found = site.found(value)
-        activation = gathered(found)
-        if self._pieces is not None and activation is found:
-            self._pieces.check(site.shown, site.place.module, found, io=site.io)
-        reading = site.place.reading
-        activation = activation if reading is None else reading.of(activation)
-        is_dense = activation.layout is torch.strided
-        if is_dense and site.is_flattened(activation):
-            return self._by_sequence(activation, frame)
-        return activation
-
-    def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
-        """Divide an activation that has one row a token, if it does, into sequences."""
-        numbers = self._numbers(frame)
-        for pos in numbers.positions:
-            if numbers.batch is not None and len(activation) == numbers.batch * pos:
-                return activation.reshape(numbers.batch, pos, *activation.shape[1:])
-        return activation
-
-    def _settle(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
-        """Check an activation of another shape than the last, whose axes may lie elsewhere.
-
-        Raises:
-            AxisError, SelectionError: It does not have what is to be selected.
-
-        """
-        shape, numbers = activation.shape, self._numbers(frame)
-        if must_tell_axes(seen, shape, numbers):
-            tell_axes(self._model, seen, shape, numbers, self._known)
-        seen.check(shape)
-        if has_other_positions(seen.site, shape, numbers):
-            self._padding.warn_positions(seen.site)
-
-    def _numbers(self, frame: Frame | None) -> Numbers:
-        """Tell how much the running forward was given."""
-        if isinstance(self._options.mask, Chosen):
-            batch, pos = self._options.mask.shape
-            return Numbers(batch, frozenset({pos}))
-        if frame is None:
-            return Numbers()
-        known: Numbers | None = frame.masks.get("numbers")
-        if known is None:
-            known = numbers_of(
-                given for each in frame.chain() for given in self._padding.inputs(each)
-            )
-            if known.batch is not None:  # a bridge makes tokens of texts only in its forward
-                frame.masks["numbers"] = known
-        return known
-
-    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
-        site = seen.site
-        selected = site.selector.select(activation)
-        rows, copied = None, site.selector.copies
-        if site.rows is None:
-            self._padding.check_slice(site, activation.shape, frame)
-        else:
-            shape = (selected.shape[0], selected.shape[site.rows.dim])
-            rows = self._padding.rows(site, shape, frame)
-            selected = site.rows.keep(selected, rows)
-            copied |= not rows.is_all
-        room = seen.column.room(
-            0 if site.firing == -1 else number, selected, site.dtype, site.device
-        )
-        owned = own(
-            selected,
-            copied=copied,
-            dtype=site.dtype,
-            device=site.device,
-            room=room,
-        )
-        return owned._replace(rows=rows)
 
     def finish(self, more: Iterable[Claim] = ()) -> None:
         """Check what the block has left, together with `more` where it is typed.

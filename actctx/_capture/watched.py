@@ -15,7 +15,7 @@ from actctx._model.flags import why_it_never_fired
 from actctx._model.places import Place
 from actctx._model.sites import Request, Site
 from actctx._model.structure import tensor_of
-from actctx._model.translation import Reading
+from actctx._model.translation import Readout
 from actctx._results.annotations import Sizes
 from actctx._results.column import Column, Named
 from actctx._select.own import device_of, dtype_of
@@ -71,11 +71,11 @@ class WatchedSite:
 
         It raises an `OutputError` where there is none.
         """
-        return functools.partial(_read, self.shown, self.output, self.place.reading)
+        return functools.partial(_read, self.shown, self.output, self.place.readout)
 
     def found(self, value: Any) -> Tensor:
         """Find the tensor that the activation is read off; see `reader`."""
-        return _found(self.shown, self.output, self.place.reading, value)
+        return _found(self.shown, self.output, self.place.readout, value)
 
     def along(self, axes: Axes, sizes: Mapping[str, int] | None = None) -> "WatchedSite":
         """Select along these axes, which the model told.
@@ -93,8 +93,8 @@ class WatchedSite:
     @property
     def yields_it(self) -> bool:
         """Whether the hooked value can be captured as it is, if it is a tensor."""
-        reading = self.place.reading
-        is_read = reading is not None and (reading.part, reading.pattern) != (None, None)
+        readout = self.place.readout
+        is_read = readout is not None and (readout.part, readout.pattern) != (None, None)
         return self.output is None and not is_read and not self.needs_sequences
 
     @property
@@ -179,13 +179,13 @@ def named_after(
     return Named(*_selected(selector, rows, whole, sizes), own)
 
 
-def _found(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
-    return tensor_of(site, value, output) if reading is None else reading.found(site, value)
+def _found(site: str, output: int | str | None, readout: Readout | None, value: Any) -> Tensor:
+    return tensor_of(site, value, output) if readout is None else readout.found(site, value)
 
 
-def _read(site: str, output: int | str | None, reading: Reading | None, value: Any) -> Tensor:
-    tensor = _found(site, output, reading, value)
-    return tensor if reading is None else reading.of(tensor)
+def _read(site: str, output: int | str | None, readout: Readout | None, value: Any) -> Tensor:
+    tensor = _found(site, output, readout, value)
+    return tensor if readout is None else readout.of(tensor)
 
 
 def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:
@@ -288,8 +288,8 @@ def watch_site(
         key=request.key,
         place=place,
         exact=request.exact,
-        io=asked.io if place.reading is None else place.reading.io,
-        output=asked.output if place.reading is None else place.reading.output,
+        io=asked.io if place.readout is None else place.readout.io,
+        output=asked.output if place.readout is None else place.readout.output,
         firing=asked.firing,
         named_axes=None if asked.axes is None else axes,
         selector=Selector(request.key, (), axes),

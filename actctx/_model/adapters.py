@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from actctx._model.heads import Heads, heads_of, joint_heads_of
 from actctx._model.patterns import Pattern
-from actctx._model.translation import INSIDE, Reading, Translation
+from actctx._model.translation import INSIDE, Readout, Translation
 
 _LATENT_RANK = 4
 _PROJECTIONS = {"q.hook_out": "q", "k.hook_out": "k", "v.hook_out": "v", "o.hook_in": "z"}
@@ -82,7 +82,7 @@ class Walk:
                 if f"{path}.{part}.{io}" in points:
                     points[f"{path}.{io}"] = points[f"{path}.{part}.{io}"]
         else:
-            points[f"{path}.hook_in"] = (name, Reading("in"))
+            points[f"{path}.hook_in"] = (name, Readout("in"))
             points[f"{path}.hook_out"] = (name, _returned(component))
             self._read_latents(component, path)
         if hasattr(component, "hook_pattern"):
@@ -98,7 +98,7 @@ class Walk:
         for io in ("in", "out"):
             name = f"{path}.kv_b_proj.hook_{io}"
             if name in points:
-                points[name] = (points[name][0], Reading(io, part=_without_heads))
+                points[name] = (points[name][0], Readout(io, part=_without_heads))
 
     def _hide(self, path: str, *names: str) -> None:
         self.found.inside.extend(f"{path}.{name}" for name in names)
@@ -111,8 +111,8 @@ class Walk:
             joint, _ = points.pop(f"{path}.qkv.hook_out")
             del points[f"{path}.qkv.hook_in"]
             for key in "qkv":
-                points[f"{path}.{key}.hook_in"] = (joint, Reading("in"))
-                points[f"{path}.{key}.hook_out"] = (joint, Reading("out"))
+                points[f"{path}.{key}.hook_in"] = (joint, Readout("in"))
+                points[f"{path}.{key}.hook_out"] = (joint, Readout("out"))
             heads = self._joint_heads(component, module)
         else:
             heads = heads_of(component, module, self.sizes)
@@ -120,9 +120,9 @@ class Walk:
             name = f"{path}.{ending}"
             if key not in heads or name not in points:
                 continue
-            split, (projection, reading) = heads[key], points[name]
+            split, (projection, readout) = heads[key], points[name]
             if isinstance(split, Heads):
-                points[name] = (projection, Reading(reading.io, part=split))
+                points[name] = (projection, Readout(readout.io, part=split))
             elif is_joint and key in "qkv":
                 why = (
                     f"TransformerLens' adapter cannot divide {projection!r} into queries, keys and "
@@ -131,7 +131,7 @@ class Walk:
                 self.found.lack(name, why)
                 self.found.lack(name.replace("hook_out", "hook_in"), why)
             else:
-                verb, io = ("is given", ", io='in'") if reading.io == "in" else ("returns", "")
+                verb, io = ("is given", ", io='in'") if readout.io == "in" else ("returns", "")
                 why = (
                     f"what {projection!r} {verb} cannot be divided into heads for certain "
                     f"({split}); capture it whole, by Site({projection!r}{io})"
@@ -176,8 +176,8 @@ class Walk:
                 is_part=is_merged or getattr(module, "sinks", None) is not None,
                 is_optional="output_attentions" in inspect.signature(module.forward).parameters,
             )
-            reading = Reading("out", place, pattern=pattern)
-            self.found.points[f"{path}.{point}"] = (name, reading)
+            readout = Readout("out", place, pattern=pattern)
+            self.found.points[f"{path}.{point}"] = (name, readout)
 
     def _implementation(self, name: str) -> str | None:
         """Tell how an attention module attends: towers of one model may do so in different ways."""
@@ -207,13 +207,13 @@ def _is_optional(component: Any) -> bool:
     return bool(getattr(component, "optional", False))
 
 
-def _returned(component: Any) -> Reading:
+def _returned(component: Any) -> Readout:
     """Read what a component hands out: of a router its logits, of an embedding what is scaled."""
     scale = getattr(component, "_output_contribution_scale", 1.0)
     part = None if scale == 1 else functools.partial(torch.mul, other=scale)
     if hasattr(component, "hook_comb"):  # of a hyper-connection, what it makes of its streams
-        return Reading("out", 2)
-    return Reading("out", getattr(component, "logits_index", None) or None, part)
+        return Readout("out", 2)
+    return Readout("out", getattr(component, "logits_index", None) or None, part)
 
 
 def _without_heads(latent: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:

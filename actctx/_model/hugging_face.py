@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from actctx._model.adapters import Walk, told
 from actctx._model.dry_run import DryRun, dry_run
 from actctx._model.stand_in import hollow
-from actctx._model.translation import Reading, Translation
+from actctx._model.translation import Readout, Translation
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,13 +158,13 @@ def _drop(found: Translation, run: DryRun) -> None:
     whose: dict[str, list[str]] = {}
     for alias, name in found.aliases.items():
         whose.setdefault(name, []).append(alias)
-    for point, (module, reading) in [*found.points.items()]:
-        why = _why_never(run, module, reading)
+    for point, (module, readout) in [*found.points.items()]:
+        why = _why_never(run, module, readout)
         for name in (point, *whose.get(point, ())) if why else ():
             found.lack(name, why)
 
 
-def _why_never(run: DryRun, module: str, reading: Reading) -> str:
+def _why_never(run: DryRun, module: str, readout: Readout) -> str:
     """Say why a point is never read, if that is so."""
     call = run.calls.get(module)
     if run.is_passed_by(module):
@@ -173,14 +173,14 @@ def _why_never(run: DryRun, module: str, reading: Reading) -> str:
             "weights alone); capture the module around it, or capture from a TransformerBridge of "
             "the model"
         )
-    if reading.io == "in" and not run.is_given_tensor(module):
+    if readout.io == "in" and not run.is_given_tensor(module):
         return (
             f"what {module!r} is given first is not a tensor; capture what it returns, by its "
             "own name"
         )
-    if reading.pattern is None or call is None or call.has_pattern:
+    if readout.pattern is None or call is None or call.has_pattern:
         return ""
-    if reading.pattern.is_optional:
+    if readout.pattern.is_optional:
         asked = run.with_attentions
         asked_call = asked.calls.get(module)
         if not asked.is_whole or asked_call is None or asked_call.has_pattern:

@@ -9,7 +9,7 @@ from torch import nn
 from actctx._model.axes import Axes, hook_axes, running_order, ungrouped
 from actctx._model.globs import is_glob, matcher, matches
 from actctx._model.hugging_face import is_hugging_face, translate, why_wrapped
-from actctx._model.translation import Reading, Translation
+from actctx._model.translation import Readout, Translation
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +22,7 @@ class Place:
         module: The `HookPoint`, or the module whose input or output is captured.
         is_hook_point: Whether the module is a TransformerLens `HookPoint`.
         siblings: The names of all other places of its kind in the model.
-        reading: How the value of a hook point is read off a module of Hugging Face's.
+        readout: How the value of a hook point is read off a module of Hugging Face's.
         ungrouped: Whether the model repeats grouped keys and values for every head.
 
     """
@@ -33,12 +33,12 @@ class Place:
     is_hook_point: bool
     siblings: Container[str] = field(repr=False)
     ungrouped: bool = False
-    reading: Reading | None = None
+    readout: Readout | None = None
 
     @functools.cached_property
     def axes(self) -> Axes | None:
         """The names of the activation's axes, or None where they are not known."""
-        if not self.is_hook_point and self.reading is None:
+        if not self.is_hook_point and self.readout is None:
             return None
         axes = hook_axes(self.name, self.siblings, getattr(self.module, "pos_dim", None))
         return ungrouped(axes) if self.ungrouped else axes
@@ -104,14 +104,14 @@ class Places:
 
     def _read(self, name: str) -> Place:
         if name not in self._translated:
-            module, reading = self.translation.points[name]
+            module, readout = self.translation.points[name]
             self._translated[name] = Place(
                 name,
                 tuple(self.translation.names[name]),
                 self.modules[module],
                 is_hook_point=False,
                 siblings=self.translation.siblings,
-                reading=reading,
+                readout=readout,
             )
         return self._translated[name]
 

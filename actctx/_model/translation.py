@@ -18,7 +18,7 @@ INSIDE = frozenset({"rotary_emb", "q_norm", "k_norm"})
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class Readout:
     """How the value of a hook point is read off a module that has none.
 
     Attributes:
@@ -65,7 +65,7 @@ class Translation:
 
     """
 
-    points: dict[str, tuple[str, Reading]] = field(default_factory=dict)
+    points: dict[str, tuple[str, Readout]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     inside: list[str] = field(default_factory=list)
     lacks: str = ""

@@ -1,8 +1,6 @@
 """What one site left, and how it becomes one tensor."""
 
-import ctypes
 import itertools
-import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,9 +13,16 @@ from torch import Tensor
 from actctx._errors import AxisError, CapacityError, JoinError
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
+from actctx._results.joining import (
+    check_alike,
+    check_joinable,
+    check_not_quantized,
+    concatenate,
+    give_back_to_system,
+)
 from actctx._results.sketch import sketch
 from actctx._results.table import Row
-from actctx._select.own import Owned, Rows, cast_dtype, plain_mode
+from actctx._select.own import Owned, TokenRows, cast_dtype, plain_mode
 from actctx._text import dtype_name
 
 
@@ -147,7 +152,7 @@ class Column:
         if tell is not None:
             self.named = tell() or self.named
 
-    def _note_rows(self, rows: Rows) -> None:
+    def _note_rows(self, rows: TokenRows) -> None:
         """Count sequences over the forwards; those of one line have the same sequences."""
         first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
         if count != rows.sequences:
@@ -174,12 +179,12 @@ class Column:
         if self.capacity is None:
             return None
         dim = self.join_dim()
-        _check_not_quantized(self.key, selected)
+        check_not_quantized(self.key, selected)
         if number == len(self.rooms):
             self.rooms.append(_empty(selected, dim, self.capacity, dtype, device))
         room, used = self.rooms[number], self._used(number)
         count = selected.shape[dim]
-        _check_joinable(self.key, [room, selected], dim, self.join or "")
+        check_joinable(self.key, [room, selected], dim, self.join or "")
         if used + count > self.capacity:
             raise CapacityError(
                 f"{self.key!r} has room for capacity={self.capacity} along {self.join!r}, of "
@@ -203,10 +208,10 @@ class Column:
             return [chunk.value for chunk in chunks]
         if len(chunks) > 1:
             dim = self.join_dim()
-            _check_not_quantized(self.key, chunks[0].value)
-            _check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
-            _check_alike(self.key, chunks)
-            _concatenate(chunks, dim)
+            check_not_quantized(self.key, chunks[0].value)
+            check_joinable(self.key, [chunk.value for chunk in chunks], dim, self.join)
+            check_alike(self.key, chunks)
+            concatenate(chunks, dim)
         return chunks[0].value.contiguous()
 
     def settle(self) -> None:
@@ -227,7 +232,7 @@ class Column:
         shape = list(tensors[0].shape)
         if len(tensors) > 1 or self.join is None:
             dim = self.join_dim()
-            _check_joinable(self.key, tensors, dim, self.join or "")
+            check_joinable(self.key, tensors, dim, self.join or "")
             shape[dim] = sum(tensor.shape[dim] for tensor in tensors)
         return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
 
@@ -345,76 +350,12 @@ def _empty(
     return torch.empty(shape, dtype=kind, device=target, pin_memory=pinned)
 
 
-def _check_not_quantized(key: str, tensor: Tensor) -> None:
-    if tensor.is_quantized:
-        raise JoinError(
-            f"{key!r} is quantized ({dtype_name(tensor.dtype)}), and torch does not join such "
-            "tensors; capture with join=None, without capacity=, and dequantize them"
-        )
-
-
-def _check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) -> None:
-    first = tensors[0]
-    for other in tensors:
-        if _others(first, dim) != _others(other, dim):
-            raise JoinError(
-                f"{key!r} was captured with the shapes {tuple(first.shape)} and "
-                f"{tuple(other.shape)}, which do not join along {join!r}; give the forwards one "
-                "length (by padding, or with a slice), join the steps of a generation along "
-                "'pos', or capture with join=None for a list"
-            )
-
-
-def _check_alike(key: str, chunks: Sequence[Owned]) -> None:
-    first = chunks[0].value
-    for chunk in chunks:
-        other = chunk.value
-        if (first.dtype, first.device) != (other.dtype, other.device):
-            raise JoinError(
-                f"{key!r} was captured as {first.dtype} on {first.device} and as {other.dtype} "
-                f"on {other.device}; give capture a dtype= and a device="
-            )
-
-
 def _is_equal(first: Any, second: Any) -> bool:
     """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
     if isinstance(first, list):
         return len(first) == len(second) and all(map(_is_equal, first, second))
     alike = first.shape == second.shape and first.dtype == second.dtype
     return alike and torch.allclose(first, second, rtol=0, atol=0, equal_nan=True)
-
-
-def _others(tensor: Tensor, dim: int) -> list[int]:
-    return [size for axis, size in enumerate(tensor.shape) if axis != dim]
-
-
-def _concatenate(chunks: deque[Owned], dim: int) -> None:
-    """Replace chunks by their concatenation, releasing each as soon as it is copied."""
-    if any(chunk.value.requires_grad for chunk in chunks):
-        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
-            joined = torch.cat([chunk.value for chunk in chunks], dim)
-        chunks.clear()
-        chunks.append(Owned(joined))
-        return
-    first = chunks[0].value
-    shape = list(first.shape)
-    shape[dim] = sum(chunk.value.shape[dim] for chunk in chunks)
-    with plain_mode():
-        joined = torch.empty(shape, dtype=first.dtype, device=first.device)
-    del first
-    done, freed = 0, 0
-    try:
-        while chunks:
-            size = chunks[0].value.shape[dim]
-            joined.narrow(dim, done, size).copy_(chunks[0].value)
-            done += size
-            freed += chunks.popleft().value.nbytes
-            if freed > joined.nbytes // 32:
-                freed = 0
-                if joined.device.type == "cpu":
-                    give_back_to_system()
-    finally:  # an interrupt between two chunks loses neither those behind nor those before it
-        chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
 
 
 @dataclass
@@ -435,15 +376,3 @@ class Kept:
         if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
             self.trimmed = self.nbytes
             give_back_to_system()
-
-
-def give_back_to_system() -> None:
-    """Return freed memory of the host, which glibc keeps for later where it was of a few MiB.
-
-    Without it the process would hold the chunks and what they are joined to at once. Where the
-    C library is another one, there is nothing to be done, and nothing is lost.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

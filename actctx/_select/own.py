@@ -64,7 +64,7 @@ def cast_dtype(selected: Shaped[Tensor, "..."], dtype: torch.dtype | None) -> to
     return dtype if dtype is not None and selected.is_floating_point() else selected.dtype
 
 
-class Rows(NamedTuple):
+class TokenRows(NamedTuple):
     """Where the rows of a tensor come from, when only real tokens are kept.
 
     Attributes:
@@ -95,7 +95,7 @@ class Owned(NamedTuple):
 
     value: Shaped[Tensor, "..."]
     ready: torch.cuda.Event | None = None
-    rows: Rows | None = None
+    rows: TokenRows | None = None
 
 
 def own(

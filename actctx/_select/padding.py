@@ -9,7 +9,7 @@ from torch import Tensor
 
 from actctx._errors import AxisError, OptionError, SelectionError
 from actctx._model.axes import Axes
-from actctx._select.own import Rows
+from actctx._select.own import TokenRows
 from actctx._select.slices import Positions, Selector, Step
 
 
@@ -41,7 +41,9 @@ class RowSelector(NamedTuple):
         """Tell the sizes of the axes of the kept rows, as far as they are known before."""
         return (None, *(size for dim, size in enumerate(sizes) if dim not in {0, self.dim}))
 
-    def keep(self, activation: Shaped[Tensor, "..."], rows: Rows) -> Shaped[Tensor, "token ..."]:
+    def keep(
+        self, activation: Shaped[Tensor, "..."], rows: TokenRows
+    ) -> Shaped[Tensor, "token ..."]:
         """Take rows of an activation: a copy, or where all are taken a view, if that can be."""
         activation = activation.movedim(self.dim, 1)
         if rows.is_all:
@@ -64,7 +66,7 @@ class Chosen:
     """
 
     def __init__(self) -> None:
-        self._rows = Rows(torch.empty(0, 2, dtype=torch.long), 0)
+        self._rows = TokenRows(torch.empty(0, 2, dtype=torch.long), 0)
         self.shape = (0, 0)
 
     def choose(self, where: Int64[Tensor, "token 2"], shape: tuple[int, int]) -> None:
@@ -73,9 +75,9 @@ class Chosen:
         places = where[:, 0] * shape[1] + where[:, 1]
         # As many may still be in another order, or some of them several times.
         is_all = torch.equal(places, torch.arange(shape[0] * shape[1], device="cpu"))
-        self._rows = Rows(where, shape[0], is_all=is_all)
+        self._rows = TokenRows(where, shape[0], is_all=is_all)
 
-    def rows(self, site: str, shape: tuple[int, int]) -> Rows:
+    def rows(self, site: str, shape: tuple[int, int]) -> TokenRows:
         """Return the rows for an activation of so many sequences and positions.
 
         Raises:

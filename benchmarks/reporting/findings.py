@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._machine import load, machine
-from benchmarks._models import Setup
-from benchmarks._report import Result
-from benchmarks._ways import USUAL, Table
+from benchmarks.measuring.machine import load, machine
+from benchmarks.reporting.report import Result
+from benchmarks.ways.models import Setup
+from benchmarks.ways.way import USUAL, Table
 
 Found = dict[str, Any]
 

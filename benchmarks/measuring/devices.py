@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from actctx._results.column import give_back_to_system
+from actctx._results.joining import give_back_to_system
 
 T = TypeVar("T")
 

@@ -5,8 +5,8 @@ import sys
 from collections import defaultdict
 from dataclasses import dataclass, field
 
-from benchmarks._models import BRIDGE, HOOKED
-from benchmarks._tables import WAYS
+from benchmarks.ways.models import BRIDGE, HOOKED
+from benchmarks.ways.tables import WAYS
 
 MIB = 2**20
 MOST_QUICK = 1.1

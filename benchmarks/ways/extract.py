@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks._models import PLAIN, Setup, middle, resid_name
-from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
+from benchmarks.ways.bridge import EndForward, stopped
+from benchmarks.ways.models import PLAIN, Setup, middle, resid_name
+from benchmarks.ways.way import Run, Table, Way, bare_way
 
 BATCHES = 16
 ROWS = 4096

@@ -5,20 +5,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, TORCHLENS, Setup, block_path, middle
-from benchmarks._ways import (
+from benchmarks.ways.bridge import (
     STOPPED,
-    Run,
-    Table,
-    Way,
     bare,
-    bare_way,
     capturing,
     everything,
     filtered_stopped,
     no_grad,
     stopped,
 )
+from benchmarks.ways.models import BRIDGE, NNSIGHT, PLAIN, TORCHLENS, Setup, block_path, middle
+from benchmarks.ways.way import Run, Table, Way, bare_way
 
 LIMIT = "plain-bare-stopped"
 NEAR = "plain-hidden"

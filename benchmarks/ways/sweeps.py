@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._gather import NEURONS, gather_table
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, Setup
-from benchmarks._plain import LIMIT, PLAIN_TABLE
-from benchmarks._ways import Run, Table, Way, bare_way
-from benchmarks._work import (
+from benchmarks.ways.gather import NEURONS, gather_table
+from benchmarks.ways.models import BRIDGE, NNSIGHT, PLAIN, Setup
+from benchmarks.ways.plain import LIMIT, PLAIN_TABLE
+from benchmarks.ways.way import Run, Table, Way, bare_way
+from benchmarks.ways.work import (
     Work,
     by_cache,
     by_capture,

@@ -9,10 +9,11 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks._data import ROWS, extract_rows
-from benchmarks._gather import RESID, gather
-from benchmarks._models import HOOKED, PLAIN, Setup, make_tokens, middle, resid_name
-from benchmarks._ways import Run, Table, Way, bare_way, stopped
+from benchmarks.ways.bridge import stopped
+from benchmarks.ways.extract import ROWS, extract_rows
+from benchmarks.ways.gather import RESID, gather
+from benchmarks.ways.models import HOOKED, PLAIN, Setup, make_tokens, middle, resid_name
+from benchmarks.ways.way import Run, Table, Way, bare_way
 
 STORED = 16
 BATCHES = 8

@@ -3,10 +3,10 @@
 from dataclasses import asdict, replace
 from typing import Any
 
-from benchmarks._generate import GENERATE_TABLE, STEPS
-from benchmarks._load import LOAD_TABLE
-from benchmarks._models import Setup, of_model
-from benchmarks._ways import USUAL, Table
+from benchmarks.ways.generate import GENERATE_TABLE, STEPS
+from benchmarks.ways.load import LOAD_TABLE
+from benchmarks.ways.models import Setup, of_model
+from benchmarks.ways.way import USUAL, Table
 
 QUICK = Setup(batch=2, tokens=128, heads=4, d_model=256, vocab=1001, context=2048)
 SIZES = ("layers", "heads", "d_model", "vocab")

@@ -60,7 +60,7 @@ def _accelerator(device: torch.device) -> dict[str, str]:
 @cache
 def _commit() -> str:
     """Name the commit of the clone that this runs from, and say whether files differ from it."""
-    folder = Path(__file__).parent.parent
+    folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""
 

@@ -5,9 +5,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks._report import MIB, Result, median_seconds, time_ratio
-from benchmarks._sweeps import SWEEPS
-from benchmarks._tables import TABLES, WAYS
+from benchmarks.reporting.report import MIB, Result, median_seconds, time_ratio
+from benchmarks.ways.sweeps import SWEEPS
+from benchmarks.ways.tables import TABLES, WAYS
 
 # Okabe and Ito's colours, which the colour-blind tell apart, as dark as white paper asks for and
 # as light as black paper does.

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import (
+from benchmarks.ways.bridge import EndForward, stopped
+from benchmarks.ways.models import (
     BRIDGE,
     NNSIGHT,
     PLAIN,
@@ -27,7 +28,7 @@ from benchmarks._models import (
     resid_name,
     seen,
 )
-from benchmarks._ways import EndForward, Run, Table, Way, bare_way, stopped
+from benchmarks.ways.way import Run, Table, Way, bare_way
 
 HEADS = [0, 3]
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks._report import Result, batch_ratio, memory_ratio, time_ratio
+from benchmarks.reporting.report import Result, batch_ratio, memory_ratio, time_ratio
 
 MOST_MEMORY = 1.03
 MOST_TIME = 1.02

@@ -1,4 +1,4 @@
-"""Measures ways, in a process of its own: `python -m benchmarks._probe ORDER`.
+"""Measures ways, in a process of its own: `python -m benchmarks.measuring.probe ORDER`.
 
 The order is JSON, and so is the last line that it prints.
 """
@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._checks import measure_checks
-from benchmarks._devices import Meter, limit_memory, meter_of
-from benchmarks._models import Setup, build, make_tokens
-from benchmarks._sites import measure_sites
-from benchmarks._tables import WAYS
-from benchmarks._ways import Captured, Way
+from benchmarks.measuring.checks import measure_checks
+from benchmarks.measuring.devices import Meter, limit_memory, meter_of
+from benchmarks.measuring.sites import measure_sites
+from benchmarks.ways.models import Setup, build, make_tokens
+from benchmarks.ways.tables import WAYS
+from benchmarks.ways.way import Captured, Way
 
 TINY = {"sites": measure_sites, "checks": measure_checks}
 """What is measured in microseconds."""

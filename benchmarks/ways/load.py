@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from benchmarks._models import PLAIN, Setup
-from benchmarks._ways import Run, Table, Way
+from benchmarks.ways.models import PLAIN, Setup
+from benchmarks.ways.way import Run, Table, Way
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actctx import Schema, capture, site
 from actctx._capture.axis_layout import Numbers, plainly_told
-from benchmarks._models import Setup, build, make_tokens
+from benchmarks.ways.models import Setup, build, make_tokens
 
 MICROSECONDS = 1e6
 NUMBER = 200

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks._devices import meter_of
-from benchmarks._models import Setup
-from benchmarks._probe import Order
-from benchmarks._report import Result
-from benchmarks._tables import WAYS
+from benchmarks.measuring.devices import meter_of
+from benchmarks.measuring.probe import Order
+from benchmarks.reporting.report import Result
+from benchmarks.ways.models import Setup
+from benchmarks.ways.tables import WAYS
 
 # With glibc's own, moving threshold, freed memory stays with the process or does not, as chance
 # has it, and peaks of one and the same computation differ by a tenth. With a fixed one what is
@@ -37,10 +37,10 @@ def probe(order: Order) -> dict[str, Any]:
     fixed = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
     offline = {} if order.setup.model else {"HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks._probe", order.dumps()],
+        [sys.executable, "-m", "benchmarks.measuring.probe", order.dumps()],
         check=False,
         capture_output=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
         env=os.environ | fixed | offline | ({} if order.timed else EXACT),
         text=True,
     )

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from actctx import capture
-from benchmarks._models import BRIDGE, NNSIGHT, PLAIN, block_path, middle, resid_name
-from benchmarks._ways import Table, Way, bare_way
-from benchmarks._work import WORK, bare_hooks
+from benchmarks.ways.models import BRIDGE, NNSIGHT, PLAIN, block_path, middle, resid_name
+from benchmarks.ways.way import Table, Way, bare_way
+from benchmarks.ways.work import WORK, bare_hooks
 
 STEPS = 32
 LIKELIEST: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "do_sample": False}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from actctx import capture
-from benchmarks._models import (
+from benchmarks.ways.models import (
     BRIDGE,
     NNSIGHT,
     PLAIN,

@@ -1,0 +1,146 @@
+"""From what a site yields to the tensor that is kept: read, checked, selected, owned."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from actctx._capture.axis_layout import (
+    Numbers,
+    has_other_positions,
+    must_tell_axes,
+    numbers_of,
+    tell_axes,
+)
+from actctx._capture.forward import Frame
+from actctx._capture.growth import Known
+from actctx._capture.masks import Padding
+from actctx._capture.watched import Options, Seen, WatchedSite
+from actctx._model.parallel import gathered, pieces_of
+from actctx._select.own import Owned, own, plain_mode
+from actctx._select.padding import Chosen
+from actctx._select.values import check_capturable
+
+
+class Recorder:
+    """Makes of each firing the tensor that is kept of it.
+
+    Args:
+        model: The model that is captured from.
+        options: What holds for all sites.
+        padding: Tells the real tokens of each forward.
+
+    """
+
+    def __init__(self, model: nn.Module, options: Options, padding: Padding) -> None:
+        self._model = model
+        self._mask = options.mask
+        self._grad = options.grad
+        self._padding = padding
+        self._pieces = pieces_of(model)
+        # What runs of the model with other sizes told, for as long as the capture is open.
+        self._known: Known = weakref.WeakKeyDictionary()
+
+    def own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
+        """Return what is kept of a firing, in memory of its own.
+
+        Args:
+            seen: The site that fired, and what is known of it.
+            value: What its module was given or returned.
+            frame: The forward in which it fired; None outside of one.
+            number: How many of its firings this forward has left before.
+
+        Raises:
+            AxisError, OutputError, SelectionError: The value does not have what was asked for.
+
+        """
+        is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
+        activation: Tensor = value if is_it else self._read(seen.site, value, frame)
+        if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
+            site = seen.site
+            check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
+            self._settle(seen, activation, frame)
+        if activation.requires_grad and not self._grad:
+            activation = activation.detach()
+        if torch.is_inference_mode_enabled():
+            with plain_mode():
+                return self._take(seen, activation, frame, number)
+        if seen.is_whole:  # as `_take` does, but faster
+            if activation.is_contiguous():
+                return Owned(activation.clone())  # torch takes a while to read the option below
+            return Owned(activation.clone(memory_format=torch.contiguous_format))
+        return self._take(seen, activation, frame, number)
+
+    def _read(self, site: WatchedSite, value: Any, frame: Frame | None) -> Tensor:
+        found = site.found(value)
+        activation = gathered(found)
+        if self._pieces is not None and activation is found:
+            self._pieces.check(site.shown, site.place.module, found, io=site.io)
+        readout = site.place.readout
+        activation = activation if readout is None else readout.of(activation)
+        is_dense = activation.layout is torch.strided
+        if is_dense and site.is_flattened(activation):
+            return self._by_sequence(activation, frame)
+        return activation
+
+    def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
+        """Divide an activation that has one row a token, if it does, into sequences."""
+        numbers = self._numbers(frame)
+        for pos in numbers.positions:
+            if numbers.batch is not None and len(activation) == numbers.batch * pos:
+                return activation.reshape(numbers.batch, pos, *activation.shape[1:])
+        return activation
+
+    def _settle(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
+        """Check an activation of another shape than the last, whose axes may lie elsewhere.
+
+        Raises:
+            AxisError, SelectionError: It does not have what is to be selected.
+
+        """
+        shape, numbers = activation.shape, self._numbers(frame)
+        if must_tell_axes(seen, shape, numbers):
+            tell_axes(self._model, seen, shape, numbers, self._known)
+        seen.check(shape)
+        if has_other_positions(seen.site, shape, numbers):
+            self._padding.warn_positions(seen.site)
+
+    def _numbers(self, frame: Frame | None) -> Numbers:
+        """Tell how much the running forward was given."""
+        if isinstance(self._mask, Chosen):
+            batch, pos = self._mask.shape
+            return Numbers(batch, frozenset({pos}))
+        if frame is None:
+            return Numbers()
+        known: Numbers | None = frame.masks.get("numbers")
+        if known is None:
+            known = numbers_of(
+                given for each in frame.chain() for given in self._padding.inputs(each)
+            )
+            if known.batch is not None:  # a bridge makes tokens of texts only in its forward
+                frame.masks["numbers"] = known
+        return known
+
+    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
+        site = seen.site
+        selected = site.selector.select(activation)
+        rows, copied = None, site.selector.copies
+        if site.rows is None:
+            self._padding.check_slice(site, activation.shape, frame)
+        else:
+            shape = (selected.shape[0], selected.shape[site.rows.dim])
+            rows = self._padding.rows(site, shape, frame)
+            selected = site.rows.keep(selected, rows)
+            copied |= not rows.is_all
+        room = seen.column.room(
+            0 if site.firing == -1 else number, selected, site.dtype, site.device
+        )
+        owned = own(
+            selected,
+            copied=copied,
+            dtype=site.dtype,
+            device=site.device,
+            room=room,
+        )
+        return owned._replace(rows=rows)
