@@ -36,13 +36,13 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 writer._COMMIT_BYTES = 10_000
-append = _writer.Target.append
+append = writer.Target.append
 
 def told(self, batches):
     append(self, batches)
     print("committed", flush=True)
 
-_writer.Target.append = told
+writer.Target.append = told
 
 def batches():
     print("begun", flush=True)
@@ -201,7 +201,7 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 
-append, model = _writer.Target.append, bridge()
+append, model = writer.Target.append, bridge()
 
 def slow(self, batches):
     print("committing", flush=True)
@@ -212,12 +212,12 @@ def run():
     batches = [tokens(5, 7, seed) for seed in range(6)]
     return extract(model, batches, {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
 
-_writer.Target.append = slow
+writer.Target.append = slow
 try:
     run()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-_writer.Target.append = append
+writer.Target.append = append
 run()
 time.sleep(1)  # for what would still be written
 """

@@ -128,6 +128,9 @@ class Reading:
         source = self.source(data)
         yield source, source.skip(marks)
 
+    def _is_another(self, tokenizer: str) -> bool:
+        return self._identity() not in {None, tokenizer}
+
     def source(self, data: Iterable[Any], at: Mark = START, *, of: Any = None) -> Source:
         """Open an input.
 
