@@ -8,7 +8,7 @@ import time
 from datetime import datetime
 from importlib.util import find_spec
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from actctx._text import format_bytes
 
@@ -72,7 +72,7 @@ class Lines:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx progress", daemon=True)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Lines":  # noqa: PYI034  which beartype does not take
         self._thread.start()
         return self
 
