@@ -34,6 +34,7 @@ from actctx._extract.pipe import Pipe
 from actctx._extract.progress import progress_bar
 from actctx._extract.reader import Reader
 from actctx._extract.row_choice import Choosing, Work, pool_rows
+from actctx._extract.value_checks import ValueChecks
 from actctx._extract.writer import Left, Writer, carried_array
 from actctx._model.axes import axis_sizes
 from actctx._model.fingerprint import describe_model, versions
@@ -41,6 +42,7 @@ from actctx._model.offloaded import input_device
 from actctx._model.places import uncompiled
 from actctx._results.activations import Activations
 from actctx._results.column import wait_for
+from actctx._select.cast_loss import loss_of
 from actctx._select.own import Owned
 from actctx._select.padding import Chosen
 from actctx._select.slices import Selector
@@ -167,13 +169,17 @@ class Extraction:
                     "have the same rows; give them one slice along 'pos', or a data set each"
                 )
         self._sites = [
-            replace(site, rows=site.rows._replace(tokens=Selector(site.key, (), None)))
+            replace(
+                site,
+                rows=site.rows._replace(tokens=Selector(site.key, (), None)),
+                cast_loss=loss_of(site.dtype),
+            )
             for site in self._sites
             if site.rows is not None
         ]
         watched = self._sites
         if self._pool is not None:  # what is pooled is cast afterwards
-            watched = [replace(site, dtype=None) for site in watched]
+            watched = [replace(site, dtype=None, cast_loss=None) for site in watched]
         self._capturing.watch(watched)
         return first.rows.tokens, first.rows.is_one_a_sequence
 
@@ -258,7 +264,7 @@ class Extraction:
 
     def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
         self._device = input_device(self._model)
-        writer: Writer | None = None
+        writer, checks = None, ValueChecks(self._sites)
         try:
             for work in works:
                 self.empty += work.empty
@@ -267,17 +273,19 @@ class Extraction:
                 left = self._forward(work, acts)
                 if writer is None:
                     self._begin(left, acts, target, bar)
-                    writer = Writer(target, finite=self._finite)
+                    writer = Writer(target, finite=self._finite, seen=checks.see)
                 acts.clear()
                 if not writer.put(left):
                     break
                 del left
+                checks.tell()
                 _show(bar, len(work.token))
         finally:
             if writer is not None:
                 writer.close()
         if writer is not None and writer.error is not None:
             raise writer.error
+        checks.tell(ended=True)
         if target.layout is None:
             reason = "it has no sequences, or all of its tokens are padding or dropped; keep some"
             if self._has_sliced_away:
@@ -297,7 +305,7 @@ class Extraction:
             alone.compare({name: wait_for(own) for name, own in left.items()}, apart, self._dtype)
         if self._pool is not None:
             left = {
-                site.key: _pool(site.key, left[site.key], work, how=self._pool, dtype=site.dtype)
+                site.key: _pool(site, left[site.key], work, how=self._pool)
                 for site in self._sites
                 if site.key in left
             }
@@ -423,12 +431,15 @@ class Extraction:
         )
 
 
-def _pool(name: str, owned: Owned, work: Work, *, how: str, dtype: torch.dtype | None) -> Owned:
+def _pool(site: WatchedSite, owned: Owned, work: Work, *, how: str) -> Owned:
     whole = wait_for(owned)
     if whole.is_complex() or whole.is_quantized:  # of which float() would keep a part, or fail
-        raise OptionError(not_floating_point(name, whole.dtype))
+        raise OptionError(not_floating_point(site.key, whole.dtype))
     kept = whole.dtype if whole.is_floating_point() else torch.float32
-    return Owned(pool_rows(whole, work, how=how).to(dtype or kept))
+    pooled = pool_rows(whole, work, how=how)
+    if site.cast_loss is not None:
+        site.cast_loss.add(pooled)
+    return Owned(pooled.to(site.dtype or kept))
 
 
 def _tell_what_is_kept(error: BaseException, target: Target) -> None:

@@ -10,7 +10,7 @@ What a crash leaves is a file that no manifest knows, which the next writer dele
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -48,14 +48,21 @@ class Writer:
     Args:
         target: The data set, which has a layout.
         finite: Whether values that are no numbers, or infinite, are refused.
+        seen: Looks at the rows of each site, by name.
 
     Attributes:
         error: What ended the writing, if something did.
 
     """
 
-    def __init__(self, target: Target, *, finite: bool) -> None:
-        self._target = target
+    def __init__(
+        self,
+        target: Target,
+        *,
+        finite: bool,
+        seen: Callable[[str, Shaped[Tensor, "row ..."]], None],
+    ) -> None:
+        self._target, self._seen = target, seen
         self._finite = finite
         self._pipe: Pipe[Left] = Pipe(_WAITING)
         self._taken = target.rows
@@ -152,6 +159,7 @@ class Writer:
             values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
+            self._seen(site.name, values)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
