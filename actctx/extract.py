@@ -16,6 +16,7 @@ from actctx._capture.watched import Options
 from actctx._errors import OptionError
 from actctx._extract.add_sites import add_sites
 from actctx._extract.model_inputs import reading_of
+from actctx._extract.order import check_order
 from actctx._extract.row_choice import dropping
 from actctx._extract.run import Extraction
 from actctx._extract.signals import signals_raised
@@ -155,6 +156,8 @@ def extract(
         raise OptionError(f"pool={pool!r} is not a way to pool; give 'mean', 'max' or None")
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, least=1)
+    if resume or add:
+        check_order(data)
     chosen = Chosen()
     options = Options(stop=stop, join="batch", grad=False, mask=chosen, capacity=None)
     capturing: Capture[Activations] = Capture(
