@@ -32,7 +32,7 @@ def expanded(path: str | PathLike[str]) -> str:
     """Write out the home directory in a path; the address of an object store has none.
 
     Raises:
-        OptionError: It is no path.
+        OptionError: It is not a path.
 
     """
     if not isinstance(path, str | PathLike) or "\0" in os.fspath(path):
@@ -85,7 +85,7 @@ def write_safetensors(
 
 
 def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
-    """Say why a safetensors file cannot hold a tensor; None where it can."""
+    """Explain why a safetensors file cannot hold a tensor; None where it can."""
     from safetensors.torch import save
 
     if tensor.is_meta:
@@ -178,7 +178,7 @@ def _said_of(
 
 
 def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
-    """Say why nothing can be written to a path, and what to do."""
+    """Explain why nothing can be written to a path, and what to do."""
     return DataError(f"cannot write to '{path}': {reason_of(error)}; {remedy}")
 
 

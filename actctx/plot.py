@@ -134,7 +134,7 @@ def plot_pattern(
 
     Raises:
         NotCapturedError: Nothing was captured under this name.
-        AxisError: It is no attention pattern.
+        AxisError: It is not an attention pattern.
         OptionError: There are not as many tokens as keys, or numbers as heads, or there is no such
             sequence; something is given that is no name, string or number; or matplotlib is not
             installed.

@@ -23,7 +23,7 @@ from actctx._results.column import Named
 
 
 class Numbers(NamedTuple):
-    """How much a forward was given.
+    """The numbers of sequences and positions that a forward was given.
 
     Attributes:
         batch: The number of sequences; None where that is not known.
@@ -63,7 +63,7 @@ _WITH_TOKENS = 2
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """List arguments, and those that a wrapper takes as a batch or by `*args`."""
+    """Flatten arguments, those inside a batch or `*args` of a wrapper included."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             yield from _flat(value)
@@ -75,7 +75,7 @@ def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _holds_tokens(name: str, value: Any) -> bool:
-    """Tell whether an argument of a forward is its tokens, or their embeddings."""
+    """Return whether an argument of a forward is its tokens, or their embeddings."""
     if not isinstance(value, Tensor) or value.dim() < _WITH_TOKENS:
         return False
     if name.endswith("inputs_embeds"):
@@ -85,7 +85,7 @@ def _holds_tokens(name: str, value: Any) -> bool:
 
 
 def plainly_told(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) -> Axes | None:
-    """Tell where axes lie by names and sizes alone; None where that takes a run of the model."""
+    """Return the axes that names and sizes determine; None if a run of the model is needed."""
     if site.named_axes is not None:
         return site.named_axes
     proposed = fired_axes(site.place.name, site.place.axes, len(shape))
@@ -106,7 +106,7 @@ def proposed_axes(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) -
 
 @dataclass(frozen=True, eq=False)
 class Teller:
-    """Tells where the axes of a site lie by a run of the model, which it does not keep alive.
+    """Finds the axes of a site by running the model, to which it holds a weak reference.
 
     Attributes:
         model: The model.
@@ -127,18 +127,18 @@ class Teller:
 
     @classmethod
     def of(cls, model: nn.Module, site: WatchedSite, known: Known | None = None) -> "Teller":
-        """Prepare to tell the axes of a site."""
+        """Prepare to find the axes of a site."""
         place = site.place
         io = "out" if place.is_hook_point else site.io
         held = weakref.ref(model), weakref.ref(place.module)
         return cls(*held, io, site.reader, place.axes, known)
 
     def grew(self, numbers: Numbers | None = None) -> Grew | None:
-        """Tell what the axes grow with, if the model still lives.
+        """Return what the axes grow with, if the model is still alive.
 
         Args:
-            numbers: How much a forward was given. A module that does not say what it reads was
-                run on token ids, which tells nothing of forwards on anything else.
+            numbers: What a forward was given. A module that does not say what it reads was run on
+                token ids, which tells nothing of forwards on anything else.
 
         """
         model, module = self.model(), self.module()
@@ -152,7 +152,7 @@ class Teller:
     def axes(
         self, name: str, shape: tuple[int, ...] | None = None, numbers: Numbers | None = None
     ) -> Axes | None:
-        """Tell the axes of an activation of this shape, by default of that of the run.
+        """Return the axes of an activation of this shape, by default of that of the run.
 
         None where it has other sequences than the forward: a model may do other things with long
         texts than with those of the run.
@@ -170,7 +170,7 @@ class Teller:
         """Name the axes of an activation by what they grow with; see `axes`."""
         rank = len(grew.shape if shape is None else shape)
         if self.proposed == _OF_EXPERT and rank == len(_OF_EXPERT):
-            return self.proposed  # how many tokens it is given depends on values, not on sizes
+            return self.proposed  # its number of tokens depends on values, not on sizes
         axes = grew.axes(fired_axes(name, self.proposed, rank) or self.proposed, shape)
         batch = None if grew.is_of_part or numbers is None else numbers.batch
         return None if has_other_sequences(axes, shape, batch) else axes
@@ -178,7 +178,7 @@ class Teller:
     def later(
         self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
     ) -> Callable[[], Named | None]:
-        """Return what tells the axes of what a site leaves, once that is asked for."""
+        """Return a function that finds the axes of what a site leaves, when it is called."""
         name, selector, rows = site.place.name, site.selector, site.rows
 
         def tell() -> Named | None:
@@ -189,7 +189,7 @@ class Teller:
 
 
 def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "decoder"] | None:
-    """Tell by a run whose tokens a site of a model with an encoder and a decoder runs on.
+    """Find by a run on whose tokens a site of an encoder-decoder model runs.
 
     Returns:
         The side whose positions its own grow with; None where that is not told, as of a module that
@@ -207,7 +207,7 @@ def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "deco
 
 
 def must_tell_axes(seen: Seen, shape: torch.Size, numbers: Numbers) -> bool:
-    """Say whether what is known of the axes of a site may not hold for this activation."""
+    """Return whether the known axes of a site may not hold for this activation."""
     site = seen.site
     if len(shape) != seen.rank or not seen.column.firings:
         return True
@@ -219,13 +219,13 @@ def must_tell_axes(seen: Seen, shape: torch.Size, numbers: Numbers) -> bool:
 def tell_axes(
     model: nn.Module, seen: Seen, shape: torch.Size, numbers: Numbers, known: Known
 ) -> None:
-    """Tell where the axes of a site lie, for activations of so many axes.
+    """Find the axes of a site, for activations of this rank.
 
     Args:
         model: The model that runs.
         seen: The site, which is told.
         shape: The shape of the activation.
-        numbers: How much the forward was given.
+        numbers: What the forward was given.
         known: What runs have told already.
 
     Raises:
@@ -254,7 +254,7 @@ def tell_axes(
 
 
 def has_other_positions(site: WatchedSite, shape: torch.Size, numbers: Numbers) -> bool:
-    """Tell whether a slice along `pos` counts other positions than the tokens of the forward."""
+    """Return whether a slice along `pos` counts other positions than the tokens of the forward."""
     axes = site.known_axes
     is_told = site.selects_by_name and site.named_axes is None
     if not is_told or not numbers.positions or axes is None or len(axes) != len(shape):
@@ -267,7 +267,7 @@ def has_other_positions(site: WatchedSite, shape: torch.Size, numbers: Numbers) 
 def has_other_sequences(
     axes: Axes | None, shape: tuple[int, ...] | None, batch: int | None
 ) -> bool:
-    """Tell whether an activation has another number of sequences than the forward was given."""
+    """Return whether an activation has another number of sequences than the forward was given."""
     if axes is None or shape is None or batch is None or "batch" not in axes:
         return False
     return shape[axes.index("batch")] not in {1, batch}
@@ -276,7 +276,7 @@ def has_other_sequences(
 def axes_before(
     model: nn.Module, site: WatchedSite, *, known: Known | None = None
 ) -> tuple[Axes, dict[str, int]] | None:
-    """Tell the axes of a site before any forward, and the sizes of those that do not grow."""
+    """Find the axes of a site before any forward, and the sizes of those that do not grow."""
     teller = Teller.of(model, site, known)
     grew = teller.grew()
     axes = None if grew is None else teller.named(grew, site.place.name)

@@ -1,4 +1,4 @@
-"""What `run_with_cache` would hold in place of a capture: counted, or estimated with no forward."""
+"""Count what `run_with_cache` would hold in place of a capture, or estimate it."""
 
 import functools
 import math
@@ -30,7 +30,7 @@ _IN_FLOAT32 = re.compile(r".*\.(?:hook_scale|hook_normalized)")
 
 
 def estimate_cache_bytes(model: nn.Module, batch: int, pos: int) -> int | None:
-    """Estimate what `run_with_cache` would hold after a forward of so many tokens.
+    """Estimate what `run_with_cache` would hold after a forward of this size.
 
     It comes from the axes of the hook points and the sizes in the model's config, so no forward
     runs. It is within a tenth of what `count_cache_bytes` counts for most models, and within a

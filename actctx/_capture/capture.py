@@ -234,7 +234,7 @@ class Capture(Generic[B]):
             if error is None:
                 self._opening.finish()
         finally:
-            if self._opening is not None:  # an interrupt may have come in between
+            if self._opening is not None:  # if an interrupt came in between
                 self._opening.detach()
             self._opening = None
 
@@ -277,11 +277,11 @@ class Capture(Generic[B]):
         return self._sites
 
     def watch(self, sites: list[WatchedSite]) -> None:
-        """Capture this instead, from the next time on that it is entered."""
+        """Capture these sites instead, from the next time it is entered."""
         self._sites = sites
 
     def check_fired(self) -> None:
-        """Raise already what leaving the block would raise.
+        """Raise now what leaving the block would raise.
 
         Raises:
             NeverFiredError: A site that was asked for by its name has not fired.
@@ -372,7 +372,7 @@ def _check_part(
 def _expected(
     site: WatchedSite, whole: Axes, sizes: Mapping[str, int], stacked: int | None
 ) -> Expected:
-    """Say what a site will leave, stacked over so many layers where it is."""
+    """Predict what a site will leave, stacked over layers if it is."""
     axes, left = site.selected(whole, tuple(sizes.get(axis) for axis in whole))
     dropped = [axis for axis in whole if axis not in axes]
     because = f" (without {' '.join(dropped)!r}, which slice= or mask= drops)"
@@ -382,7 +382,7 @@ def _expected(
 
 
 def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
-    """Refuse a site that was asked for by its name and is switched off, or a pattern of such.
+    """Refuse a site that was asked for by its name and is switched off, or a pattern of such sites.
 
     Raises:
         NeverFiredError: There is one.

@@ -37,7 +37,7 @@ class Function:
         )
 
     def claims(self, arguments: Mapping[str, Any]) -> list[Claim]:
-        """Say what arguments, or the result as `return`, are annotated to be, if with jaxtyping."""
+        """List the jaxtyping annotations of arguments, or of the result under `return`."""
         claims = []
         for name, hint in self.arrays.items():
             what = "the result" if name == "return" else f"the argument {name!r}"
@@ -68,7 +68,7 @@ class Call:
         self.opening = capturing.prepared(scope)
 
     def start(self) -> Any:
-        """Call the function, with the buffer where it wants it.
+        """Call the function, passing the buffer as the parameter that wants it.
 
         Raises:
             TypedError: An argument does not fit its annotation, in the scope of a `Schema`.
@@ -86,17 +86,17 @@ class Call:
         return function.function(*call.args, **call.kwargs)
 
     def finish(self, *result: Any) -> None:
-        """Check what the call has left, and its result, where it has one."""
+        """Check what the call captured, and its result if it has one."""
         returned = dict(zip(["return"], result, strict=False))
         self.opening.finish(self._function.claims(self._bound.arguments | returned))
 
     def give(self, result: Any) -> Any:
-        """Return what a call gives back: a function that received the buffer has it already."""
+        """Return the result of the call, with the buffer unless the function received it."""
         return (result, self.opening.handed) if self._function.buffer is None else result
 
 
 def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
-    """Refuse the function itself, where the decorator was written without its names.
+    """Refuse a decorator that was written without names and so got the function itself.
 
     Args:
         names: The names to capture.
@@ -126,7 +126,7 @@ def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
 
 
 def check_function(function: Any) -> None:
-    """Refuse what cannot be wrapped, with what to do instead."""
+    """Refuse what cannot be wrapped, and say what to do instead."""
     if isinstance(function, nn.Module):
         raise OptionError(
             f"@captures wants to decorate a function but got a {type(function).__name__}; name "
@@ -171,7 +171,7 @@ def _hint(annotation: Any, names: dict[str, Any]) -> Any:
 def _buffer_parameter(
     signature: inspect.Signature, hints: Mapping[str, Any], handed: type
 ) -> str | None:
-    """Find the parameter that wants what is handed over: annotated as that, or named `acts`.
+    """Find the parameter for the buffer: one annotated as such, or named `acts`.
 
     Raises:
         OptionError: The parameter `acts` is annotated as something else that is handed over.
@@ -194,7 +194,7 @@ def _buffer_parameter(
 
 
 def _check_readable(function: Any, hints: Mapping[str, Any]) -> None:
-    """Refuse annotations of tensors that cannot be read, and so not be checked."""
+    """Refuse annotations of tensors that cannot be read and therefore not checked."""
     for name, hint in hints.items():
         if isinstance(hint, str) and "Tensor" in hint:
             raise OptionError(

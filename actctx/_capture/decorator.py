@@ -33,7 +33,7 @@ First = TypeVar("First")
 
 
 class _Untyped:
-    """What only a parameter without a type takes, of which it is not known what it receives."""
+    """A type that only unannotated parameters accept."""
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""The forwards of a model while captures watch it: where they begin, end and stop.
+"""Watch the forwards of a model while captures are open: where they begin, end and stop.
 
 # NOTE [One interceptor a model]
 To stop a forward early, a hook raises, and something has to catch it where the forward began, so
@@ -33,11 +33,11 @@ from actctx._select.own import Owned
 
 @runtime_checkable
 class Watcher(Protocol):
-    """What a forward needs to know of an open capture."""
+    """What a forward needs from an open capture."""
 
     @property
     def stop(self) -> bool:
-        """Whether forwards shall end once every site has fired."""
+        """Whether forwards end once every site has fired."""
 
     @property
     def grad(self) -> bool:
@@ -48,10 +48,10 @@ class Watcher(Protocol):
         """The keys of the sites that a forward must not stop before."""
 
     def is_visible(self) -> bool:
-        """Whether the forwards of this thread and context are its own."""
+        """Return whether it captures the forwards of this thread and context."""
 
     def miss(self) -> None:
-        """Note that a forward ran in another thread or context, which nobody captured."""
+        """Record that a forward ran in another thread or context, which nobody captured."""
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if somebody removed its hooks."""
@@ -64,7 +64,7 @@ class Watcher(Protocol):
 
 
 class StopForward(Exception):  # noqa: N818  a signal, not an error; torch only unwinds for Exception
-    """Unwind a forward that nobody waits for any more, up to its outermost frame."""
+    """Unwinds a forward whose rest nobody needs, up to its outermost frame."""
 
     def __init__(self, frame: "Frame", site: str) -> None:
         super().__init__("actctx stopped this forward early, which its caller catches")
@@ -79,7 +79,7 @@ class Frame:
         staged: What the sites of each watcher have left so far, firing by firing.
         waiting: The sites that each watcher waits for.
         counts: How often each site of each watcher has fired.
-        masks: What watchers have found out about the padding of this forward.
+        masks: What watchers have learned about the padding of this forward.
 
     """
 
@@ -102,7 +102,7 @@ class Frame:
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
         """What the forward was called with, its parameters by name."""
-        # Asked for by every site that is masked, and not cheap to tell.
+        # Every masked site asks for it, and it is not cheap.
         return self._name_inputs()
 
     def count(self, watcher: Watcher, key: str) -> int:
@@ -111,7 +111,7 @@ class Frame:
         return self.counts[watcher, key] - 1
 
     def write(self) -> None:
-        """Have each watcher keep what it has staged, at the end or the stop of the forward."""
+        """Make each watcher keep what it has staged, when the forward ends or is stopped."""
         for watcher, forward in self.staged.items():
             watcher.write(forward)
 
@@ -132,7 +132,7 @@ is_unwatched = _UNWATCHED.get
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Run something that no capture is to see, within a forward of a capture or outside of one."""
+    """Hide forwards from all captures, inside a captured forward or outside of one."""
     frame, before = _FRAME.get(), _UNWATCHED.get()
     try:
         _FRAME.set(None)
@@ -152,10 +152,10 @@ def frame_of(watcher: Watcher) -> Frame | None:
 
 
 def stop_if_done(key: str) -> None:
-    """Stop the running forward if it was asked to stop, and nothing waits for the rest of it.
+    """Stop the running forward if stopping was asked for and nothing waits for the rest of it.
 
     Raises:
-        StopForward: Nothing does, now that the site of this key has fired.
+        StopForward: Nothing waits, now that the site of this key has fired.
 
     """
     innermost = _FRAME.get()
@@ -181,7 +181,7 @@ class Interceptor:
 
     @classmethod
     def of(cls, model: nn.Module) -> "Interceptor":
-        """Return the interceptor that a model has, or one for it."""
+        """Return the interceptor of a model, or a new one for it."""
         found = model.__dict__.get("forward")
         if isinstance(found, cls):
             if found._model() is model:
@@ -190,17 +190,17 @@ class Interceptor:
         return cls(model)
 
     def watch(self, model: nn.Module, reference: "weakref.ref[Watcher]") -> None:
-        """Have a watcher see the forwards of the model."""
-        # Replaced, not changed, since other threads may be looking through it.
+        """Show the forwards of the model to a watcher."""
+        # Replaced, not changed, since other threads may be iterating over it.
         self._watchers = [*self._watchers, reference]
         # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
         model.__dict__["forward"] = self
 
     def unwatch(self, reference: "weakref.ref[Watcher]") -> None:
-        """Have a watcher see no more, and give the model its forward back after the last."""
+        """Remove a watcher, and restore the model's forward after the last one."""
         self._watchers = [other for other in self._watchers if other is not reference]
         model = self._model()
-        # Where somebody shadowed it in turn, it stays below, and passes every call through.
+        # If somebody shadowed it in turn, it stays below and passes every call through.
         if not self._watchers and model is not None and model.__dict__.get("forward") is self:
             self._give_back(model)
 
@@ -230,10 +230,10 @@ class Interceptor:
         return inspect.signature(self._forward)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Name what the forward is called with, as far as that can be told."""
+        """Name the arguments of the forward, as far as its signature tells."""
         try:
             named = self._signature.bind(*args, **kwargs).arguments
-        except (TypeError, ValueError):  # calling it will say what is wrong
+        except (TypeError, ValueError):  # the call itself will raise
             return kwargs
         return {**named, **kwargs}
 
@@ -260,7 +260,7 @@ class Interceptor:
             # A traceback that lives on would keep the unwound frames' tensors alive.
             signal.__traceback__ = signal.__context__ = None
         finally:
-            _FRAME.set(frame.parent)  # no token, which an interrupt could keep from us
+            _FRAME.set(frame.parent)  # not by a token, which an interrupt could lose
         frame.write()
         return output
 

@@ -1,4 +1,4 @@
-"""Which forwards continue each other, by the caches that they are given and return.
+"""Find which forwards continue each other, from the caches that they are given and return.
 
 # NOTE [Lines]
 A forward that is given a cache which holds something continues the sequences of the forward that
@@ -43,7 +43,7 @@ class Start(NamedTuple):
         line: The number of the line that it is of.
         before: How many positions its cache holds; None where it holds some, but does not say
             how many, as those of recurrent models.
-        limit: How many positions its cache has room for, where that is fixed.
+        limit: How many positions its cache has room for, if that is fixed.
         repeats: Whether positions were taken back that it runs again.
         is_cached: Whether it was given a cache that holds something.
 
@@ -77,7 +77,7 @@ class Lines:
         return min((number for number in numbers if type(number) is int), default=0)
 
     def begin(self, inputs: Mapping[str, Any]) -> Start:
-        """Tell what a forward continues that is about to run."""
+        """Find what a forward continues that is about to run."""
         limit = None
         for cache in _caches(inputs):
             anchor, length = _anchor(cache), _length_of(cache, self._layer)
@@ -97,7 +97,7 @@ class Lines:
         return Start(next(self._numbers), limit=limit)
 
     def end(self, start: Start, inputs: Mapping[str, Any], output: Any) -> None:
-        """Note which caches a forward has left."""
+        """Record which caches a forward has returned."""
         self._left = {
             number: left for number, left in self._left.items() if left.cache() is not None
         }
@@ -106,9 +106,7 @@ class Lines:
             if length is None and start.before is not None:
                 count = positions_of(inputs)
                 length = None if count is None else start.before + count
-            with contextlib.suppress(
-                TypeError
-            ):  # such as a dict, which nothing can refer to weakly
+            with contextlib.suppress(TypeError):  # such as a dict, which has no weak references
                 self._left[id(anchor)] = _Left(weakref.ref(anchor), start.line, length)
 
 
@@ -159,7 +157,7 @@ def generating() -> FrameType | None:
 
 
 def is_batching() -> bool:
-    """Tell whether the thread that is running is one of Hugging Face's `generate_batch()`."""
+    """Return whether the thread that is running is one of Hugging Face's `generate_batch()`."""
     frame = inspect.currentframe()
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -184,7 +182,7 @@ def _is_frozen(cache: Any) -> bool:
 
 
 def _is_filled(cache: Any) -> bool:
-    """Tell whether a cache that does not count positions holds something."""
+    """Return whether a cache that does not count positions holds something."""
     if isinstance(cache, tuple | list):
         return _anchor(cache) is not None
     if isinstance(cache, Mapping):
@@ -208,7 +206,7 @@ def _limit_of(cache: Any) -> int | None:
 
 
 def _anchor(cache: Any) -> Any:
-    """Return what a cache is known again by: itself, or where that cannot be, a tensor in it."""
+    """Return the object by which a cache is recognised: itself, or a tensor in it."""
     while isinstance(cache, tuple | list):
         cache = next((each for each in cache if isinstance(each, tuple | list | Tensor)), None)
     return cache

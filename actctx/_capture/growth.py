@@ -1,4 +1,4 @@
-"""Which axes of a model's activations grow with its sequences, and which with their positions.
+"""Find which axes of a model's activations grow with its sequences, and which with their positions.
 
 # NOTE [Growth]
 A name proposes where an axis lies; what the model does decides. A copy of the model whose weights
@@ -59,8 +59,8 @@ class Grew(NamedTuple):
     Attributes:
         growth: What each axis grows with.
         shape: The shape that it had at first.
-        is_whole: Whether it was seen what grows with the positions, and not only what grows with
-            the sequences.
+        is_whole: Whether runs with other positions ended as well, not only those with other
+            sequences.
         is_of_part: Whether a part of the model was run, whose sequences may be others, such as
             images.
         is_of_images: Whether it was run on images, whose height and width grow.
@@ -108,7 +108,7 @@ class Grown:
     is_of_images: bool = False
 
     def of(self, module: nn.Module, io: str, read: Callable[[Any], Tensor]) -> Grew | None:
-        """Tell what the axes of an activation grow with.
+        """Return what the axes of an activation grow with.
 
         Args:
             module: The hook point, or the module that it is given to or returned by.
@@ -199,7 +199,7 @@ def growth_at(
     *,
     known: Known | None = None,
 ) -> Grew | None:
-    """Tell what the axes of an activation grow with; see `Grown.of`.
+    """Return what the axes of an activation grow with; see `Grown.of`.
 
     What did not run with the model, such as a tower for images, is asked of the innermost part that
     says what it reads. What is known already is not compared with the model again, which takes as
@@ -217,7 +217,7 @@ def growth_at(
 
 
 def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
-    """Go through the parts that say what they read and that hold a module, innermost first."""
+    """Yield the parts that hold a module and say what they read, innermost first."""
     parts = [
         part
         for part in model.modules()
@@ -229,13 +229,13 @@ def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
 
 
 def says_what_it_reads(model: nn.Module) -> bool:
-    """Tell whether a model is known to read tokens, or says what else it reads."""
+    """Return whether a model is known to read tokens, or says what else it reads."""
     is_hooked = isinstance(getattr(model, "hook_dict", None), Mapping)
     return is_hooked or input_of(model) is not None
 
 
 def _settings(model: nn.Module) -> object:
-    """Return what tells whether a model still does what it did: its modules and its switches."""
+    """Return what must be unchanged for a model to behave as before: modules and switches."""
     config = getattr(model, "cfg", None)
     switches = (
         [value for name, value in sorted(vars(config).items()) if name.startswith("use_")]
@@ -247,22 +247,22 @@ def _settings(model: nn.Module) -> object:
 
 
 def _grown(model: nn.Module) -> Grown | None:
-    if is_cut(model):  # whose processes would have to run together
+    if is_cut(model):  # all processes would have to run together
         return None
     ways = (_without_values(answer=False), _without_values(answer=True), _with_values)
     samples: list[Sample] = []
     with unwatched(), undisturbed(model):
-        with contextlib.suppress(Exception):  # such as of a forward that does not say what it takes
+        with contextlib.suppress(Exception):  # such as a forward that does not say what it takes
             samples += samples_of(model)
         for way, sample in itertools.product(ways, samples):
-            with contextlib.suppress(Exception):  # whatever a model raises that lacks values
+            with contextlib.suppress(Exception):  # whatever a model raises for want of values
                 found = way(model, sample)
                 return None if _has_positions_first(model, found) else found
     return None
 
 
 def _has_positions_first(model: nn.Module, found: Grown) -> bool:
-    """Tell whether a model takes ids to be `pos batch`, by its layers of torch that do so."""
+    """Return whether a model takes ids to be `pos batch`, by its layers of torch that do so."""
     layers = (nn.RNNBase, nn.MultiheadAttention)
     for module in model.modules():
         if isinstance(module, layers) and not module.batch_first:
@@ -312,7 +312,7 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
 
 
 class _Answers(TorchFunctionMode):
-    """Answers what a model asks of values."""
+    """Answers questions about values, which fake tensors do not have."""
 
     def __init__(self, answer: bool) -> None:  # noqa: FBT001  it is yes or no
         super().__init__()
@@ -327,7 +327,7 @@ class _Answers(TorchFunctionMode):
 
 
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:
-    """Have each copy write down in the last of the runs what it is given and returns."""
+    """Make each copy record what it is given and returns, in the last of the runs."""
     for module, hollow in copies.items():
         reference = weakref.ref(module)
         returned = functools.partial(_note_out, reference, runs)

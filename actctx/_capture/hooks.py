@@ -1,4 +1,4 @@
-"""Hooks on hook points and modules: put on, found again, taken off."""
+"""Put hooks on hook points and modules, find them again, and take them off."""
 
 import gc
 import weakref
@@ -17,9 +17,8 @@ Fire = Callable[[Any], None]
 class Hook:
     """One hook of an open capture, on a hook point or a module.
 
-    It changes nothing of what passes: it returns None, which torch and TransformerLens take to
-    mean "as it was". What puts it on may be interrupted anywhere, so it is taken off wherever it
-    is found, rather than by a handle that may never have come.
+    It returns None, so the value stays as it was. Putting it on may be interrupted anywhere, so it
+    is removed wherever it is found, and not by a handle that may never have been returned.
     """
 
     def __init__(self, module: nn.Module, name: str, fire: Fire, *, io: str) -> None:
@@ -55,7 +54,7 @@ class Hook:
         )
 
     def remove(self) -> None:
-        """Take the hook off; one that is off already, or was never put on, stays off."""
+        """Remove the hook, if it is on."""
         module = self._module
         places = (module._forward_hooks, module._forward_pre_hooks)
         found = [n for hooks in places for n, hook in list(hooks.items()) if self._is_in(hook)]

@@ -1,4 +1,4 @@
-"""The masks of forwards: which rows of a site are tokens, and which are padding.
+"""Find which rows of a site are tokens and which are padding, from the masks of forwards.
 
 # NOTE [Where a mask lies on a site]
 A forward's mask counts what its cache holds and then what it runs; a site has only the latter. What
@@ -90,7 +90,7 @@ class Padding:
         )
 
     def hooks(self) -> Iterator[Hook]:
-        """Make the hooks that capture nothing, but note what masks there are."""
+        """Make the hooks that capture nothing, but record masks."""
         reads = self._asked == "attention" if isinstance(self._asked, str) else self._tells_slices
         inner = core_of(self._model)
         if inner is not self._model:
@@ -105,7 +105,7 @@ class Padding:
                 yield Hook(table, name, _weakly(self._look_up), io="out")
 
     def begin(self, frame: Frame, *, is_first: bool) -> None:
-        """Note what a forward continues that is about to run.
+        """Record what a forward continues, before it runs.
 
         Args:
             frame: The forward.
@@ -124,14 +124,14 @@ class Padding:
             self._check_joined(start, previous)
 
     def end(self, frame: Frame, output: Any) -> None:
-        """Note the caches that a forward has left."""
+        """Record the caches that a forward has returned."""
         if self._tracks:
             start = frame.masks[self, "start"]
             for returned in (output, frame.masks.get((self, "returned"))):
                 self._lines.end(start, frame.inputs, returned)
 
     def finish(self) -> None:
-        """Say what could not be told while forwards ran."""
+        """Give the warnings that had to wait until the forwards had run."""
         if self._later is not None and bool(self._later):
             self._warn_slice()
         self._later = None
@@ -208,7 +208,7 @@ class Padding:
             return side
         if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
             return None
-        # A model of somebody's own, whose names are all there is to go by.
+        # A custom model, of which only the names of arguments tell.
         parts = site.place.name.split(".")
         named = [side for side in _SIDES if any(part.startswith(side) for part in parts)]
         return named[0] if len(named) == 1 else "shared"
@@ -282,7 +282,7 @@ class Padding:
         return fitting[0]
 
     def _before(self, side: Side | None, frame: Frame) -> int | None:
-        """Tell how many positions came in earlier forwards, on one side; encoders have no cache."""
+        """Return how many positions came before on one side; encoders have no cache."""
         start: Start = frame.masks[self, "start"]
         return 0 if side == "encoder" else start.before
 
@@ -331,7 +331,7 @@ class Padding:
         return _Given(given if frames is None else frames, 0)
 
     def _pads(self, site: WatchedSite) -> bool:
-        """Tell whether a part that holds a site fills sequences up on the right for itself."""
+        """Return whether a part that holds a site fills sequences up on the right for itself."""
         return any(
             any(inner is site.place.module for inner in module.modules())
             for module in core_of(self._model).modules()
@@ -509,7 +509,7 @@ def _mask_of_generate(
 
 
 def _fills_up(module: nn.Module) -> bool:
-    """Tell whether a module fills sequences up to a multiple of a length, on the right."""
+    """Return whether a module fills sequences up to a multiple of a length, on the right."""
     return any(hasattr(type(module), name) for name in _PADS)
 
 
@@ -518,7 +518,7 @@ def _selects_positions(site: WatchedSite) -> bool:
 
 
 def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
-    """Tell the axes of sequences and positions of a site, if it has them."""
+    """Return the axes of sequences and positions of a site, if it has them."""
     axes = site.known_axes
     if axes is None:  # as modules of plain models nearly always have them
         return (0, 1) if rank > 2 else None  # noqa: PLR2004
@@ -529,7 +529,7 @@ def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
 
 
 def _chooses(selector: Selector, dim: int, rank: int) -> bool:
-    """Tell whether single positions are chosen; leaving out the first ones chooses none."""
+    """Return whether single positions are chosen; leaving out the first ones chooses none."""
     picks = [step.pick for step in selector.steps if step.dim % rank == dim]
     return any(
         pick.stop is not None or (pick.start or 0) < 0

@@ -185,7 +185,7 @@ class Opening(Generic[B]):
 
     def _notes(self) -> Iterator[Hook]:
         """Make the hooks that capture nothing."""
-        # It is there for the shallow copies of the model that it refuses.
+        # It refuses shallow copies of the model.
         yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
         yield from self._padding.hooks()
 
@@ -202,7 +202,7 @@ class Opening(Generic[B]):
     def __exit__(self, *error: object) -> None:
         try:
             self.detach()
-        finally:  # where an interrupt came in between
+        finally:  # again, if an interrupt came in between
             self.detach()
 
     def is_visible(self) -> bool:
@@ -212,7 +212,7 @@ class Opening(Generic[B]):
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
 
     def miss(self) -> None:
-        """Note that a forward of another thread ran; the one of `generate_batch()` was wanted."""
+        """Record that a forward of another thread ran, which matters for `generate_batch()`."""
         self._misses_batches = self._misses_batches or is_batching()
 
     def check_hooks(self) -> None:
@@ -226,7 +226,7 @@ class Opening(Generic[B]):
             )
 
     def receive(self, value: Any, io: str) -> None:
-        """Capture what the model itself is given or returns, which lies in its forward."""
+        """Capture what the model itself is given or returns."""
         frame = running_frame()
         if frame is not None and io == "in":
             self._padding.begin(frame, is_first=not self.buffer.forwards)
@@ -255,7 +255,7 @@ class Opening(Generic[B]):
 
     def fire(self, seen: Seen, value: Any) -> None:
         """Capture what a site yields, if it does so in a forward that this capture watches."""
-        frame = running_frame()  # nearly always its own, so that no search is needed
+        frame = running_frame()  # nearly always the right one, so that no search is needed
         if frame is None or self not in frame.staged:
             frame = frame_of(self)
         site = seen.site
@@ -288,7 +288,7 @@ class Opening(Generic[B]):
             self.write({seen.site.key: [self._own(seen, value, None, 0)]})
 
     def finish(self, more: Iterable[Claim] = ()) -> None:
-        """Check what the block has left, together with `more` where it is typed.
+        """Check what the block captured, together with `more` claims of a typed function.
 
         Raises:
             NeverFiredError: A forward ran, and a site that must fire did not; or all that ran was
@@ -297,7 +297,7 @@ class Opening(Generic[B]):
 
         """
         self._padding.finish()
-        for seen in self._seen.values():  # while the model is there to tell
+        for seen in self._seen.values():  # while the model is still alive
             if seen.column.is_to_join:
                 seen.column.settle_axes()
         self._check_fired()
@@ -334,7 +334,7 @@ def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any
 
 
 def _if_returned(fire: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Leave out what a module does not return this time, such as a pattern that was not asked for.
+    """Skip a firing that lacks the output, such as a pattern that was not asked for.
 
     What a glob over TransformerLens' names leaves out is listed in `acts.missing`.
     """

@@ -107,7 +107,7 @@ class Recorder:
             self._padding.warn_positions(seen.site)
 
     def _numbers(self, frame: Frame | None) -> Numbers:
-        """Tell how much the running forward was given."""
+        """Return how much the running forward was given."""
         if isinstance(self._mask, Chosen):
             batch, pos = self._mask.shape
             return Numbers(batch, frozenset({pos}))

@@ -1,4 +1,4 @@
-"""What to give a model to see what grows: tokens, images or sound of a few sizes."""
+"""Make inputs of a few sizes for a model, to see what grows: tokens, images or sound."""
 
 import functools
 import inspect
@@ -35,7 +35,7 @@ class Sample:
     Attributes:
         grown: What has grown in each call after the first: `"batch"`, `"pos"`, and `"target"`, the
             positions of a decoder beside an encoder. `"many"` are the sequences again, which are
-            more than the positions then: a module of somebody's own may mind.
+            more than the positions then: a custom module may depend on it.
         calls: Makes the calls for a copy of the model, on which it may change what fixes a size.
         is_of_images: Whether it holds images.
 
@@ -47,7 +47,7 @@ class Sample:
 
 
 def samples_of(model: nn.Module) -> list[Sample]:
-    """List what a model may take, the most telling first; it may turn out to take none of them."""
+    """List inputs that a model may take, the most informative first. It may accept none of them."""
     whole: Any = getattr(model, "original_model", model)
     config: Any = hugging_face_config(model)
     reads = getattr(whole, "main_input_name", "input_ids")

@@ -1,7 +1,7 @@
-"""What a capture does to a model, done and undone safely: an interrupt can come at any time.
+"""Change a model for a capture and change it back, even if an interrupt comes at any time.
 
-A step is registered with what undoes it before it is done, and undoing a step that was never done,
-or done by half, or undone already, does no harm.
+What undoes a step is registered before the step is done. Undoing a step that was never done, was
+half done, or is undone already does no harm.
 """
 
 import threading
@@ -15,7 +15,7 @@ _LOCK = threading.RLock()
 
 
 def do(steps: Iterable[tuple[Action, Action]], undo: list[Action]) -> None:
-    """Do steps, each given as what undoes it and what does it; put what undoes them on a list."""
+    """Do steps, each given as (undo, do), and put their undos on a list."""
     with _LOCK:
         for undoing, doing in steps:
             undo.append(undoing)
@@ -23,10 +23,10 @@ def do(steps: Iterable[tuple[Action, Action]], undo: list[Action]) -> None:
 
 
 def take_back(undo: list[Action]) -> None:
-    """Undo what was done, the last first, until nothing is left on the list.
+    """Undo everything on the list, the last first.
 
-    What fails does not keep the rest from being undone, and after an interrupt it goes on; the
-    error comes out in the end.
+    An error does not keep the rest from being undone, nor does an interrupt. The first error is
+    raised at the end.
     """
     try:
         _take_back(undo)

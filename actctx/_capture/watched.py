@@ -1,4 +1,4 @@
-"""The sites of a capture: places, and what becomes of their activations."""
+"""The sites of a capture: places with their options, settled."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ from actctx._select.slices import Selector, Slice, parse_slice
 
 @dataclass(frozen=True, eq=False)
 class WatchedSite:
-    """A place, and what becomes of its activations."""
+    """A place, and the options with which its activations are captured."""
 
     key: str
     place: Place
@@ -47,13 +47,13 @@ class WatchedSite:
 
     @property
     def shown(self) -> str:
-        """The name to show: the alias that the user gave, and what it stands for."""
+        """The name for messages: the user's alias, and what it stands for."""
         known = self.key in self.place.names
         return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
 
     @property
     def is_known_at_once(self) -> bool:
-        """Whether each firing tells at once, before the forward ends, if it is the wanted one."""
+        """Whether it is known at each firing, before the forward ends, if it is the wanted one."""
         return self.firing is None or self.firing >= 0
 
     @property
@@ -120,7 +120,7 @@ class WatchedSite:
             )
 
     def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
-        """Tell the sequences and positions of an activation, as far as they are known."""
+        """Return the sequences and positions of an activation, as far as they are known."""
         axes = self.known_axes or ()
         pos = next(iter(position_dims(axes)), len(shape))
         return (shape[0], shape[pos]) if axes[:1] == ("batch",) and pos < len(shape) else (0, 0)
@@ -132,7 +132,7 @@ class WatchedSite:
         return bool(by_name) and (self.known_axes or ())[:2] == ("batch", "pos")
 
     def is_flattened(self, activation: Shaped[Tensor, "..."]) -> bool:
-        """Tell whether an activation may have one row a token, as those of OPT's MLP do."""
+        """Return whether an activation may have one row a token, as those of OPT's MLP do."""
         return self.needs_sequences and activation.dim() == len(self.known_axes or ()) - 1
 
     def selected(self, whole: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
@@ -191,7 +191,7 @@ def _read(site: str, output: int | str | None, readout: Readout | None, value: A
 
 
 def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:
-    """Tell the sizes that all forwards have in common: those of axes that no input changes."""
+    """Return the sizes that all forwards have in common: those of axes that no input changes."""
     free = {"batch", "token", "_", *POSITIONS}
     return tuple(None if axis in free else size for axis, size in zip(axes, shape, strict=True))
 
@@ -328,7 +328,8 @@ def _selecting(
     if options.mask is None:
         return parse_slice(key, asked, axes, sizes), None
     chosen = isinstance(options.mask, Chosen)
-    check_tokens(key, axes, chosen=chosen)  # a slice by position does not do without
+    # A mask needs axes, even if a slice by position does not.
+    check_tokens(key, axes, chosen=chosen)
     return split_rows(parse_slice(key, asked, axes, sizes), axes, chosen=chosen)
 
 
@@ -353,13 +354,13 @@ def check_capacity(options: Options) -> None:
     """Refuse a capacity that is not a positive int, or that other options rule out.
 
     Raises:
-        OptionError: The capacity is refused.
+        OptionError: It is not a positive int, or another option rules it out.
 
     """
     capacity = options.capacity
     if capacity is None:
         return
-    if type(capacity) is not int or capacity < 1:  # True is an int to Python
+    if type(capacity) is not int or capacity < 1:  # True is an int
         raise OptionError(f"capacity={capacity!r} is not a number of rows; give a positive int")
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
@@ -384,7 +385,7 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
 
 
 def _check_join(site: WatchedSite, join: str | None) -> None:
-    """Refuse to join along an axis that the site cannot have; the batch axis is seen to later."""
+    """Refuse to join along an axis that the site cannot have. The batch axis is checked later."""
     kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
     if join is None or join == "batch" or kept_as_tokens:
         return
@@ -405,7 +406,7 @@ def _check_join(site: WatchedSite, join: str | None) -> None:
 
 
 def why_silent(model: nn.Module, site: WatchedSite) -> str:
-    """Say why a site never fired, and what to do."""
+    """Explain why a site never fired, and what to do."""
     reason = why_it_never_fired(model, site.place)
     if reason:
         return reason

@@ -105,7 +105,7 @@ def _tokenizer(name: str) -> Any:
     """Load a tokenizer by itself.
 
     Raises:
-        LoadError: There is none of this name, or in this directory.
+        LoadError: There is no such model, or no model in this directory.
 
     """
     from transformers import AutoTokenizer

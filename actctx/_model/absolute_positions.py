@@ -1,4 +1,4 @@
-"""Whether a model counts padding on the left as positions.
+"""Find out whether a model counts padding on the left as positions.
 
 # NOTE [How it is told]
 Models with rotary or relative positions do not mind where a sequence begins. Those that add a row
@@ -41,7 +41,7 @@ def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def has_bare_table(model: nn.Module) -> bool:
-    """Tell whether a model has a table of absolute positions that is not a module."""
+    """Return whether a model has a table of absolute positions that is not a module."""
     return any(
         isinstance({**vars(module), **module._buffers}.get(name), Tensor)
         for module in core_of(model).modules()
@@ -50,7 +50,7 @@ def has_bare_table(model: nn.Module) -> bool:
 
 
 def widths_of(model: nn.Module) -> set[int]:
-    """Tell how wide the embeddings of positions can be; an empty set if the model does not say."""
+    """Return the possible widths of position embeddings, an empty set if the model does not say."""
     core = core_of(model)
     configs = [getattr(core, name, None) for name in ("config", "cfg")]
     names = ("hidden_size", "d_model", "n_embd", "embedding_size", "emb_dim", "dim")
@@ -60,19 +60,19 @@ def widths_of(model: nn.Module) -> set[int]:
 
 
 def is_padded_left(mask: Bool[Tensor, "batch pos"]) -> bool:
-    """Tell whether a real token of a sequence comes behind padding that begins it."""
+    """Return whether a real token of a sequence comes behind padding that begins it."""
     return bool((~mask[:, 0] & mask.any(1)).any()) if mask.shape[1] else False
 
 
 def counts_padding(
     looked_up: Shaped[Tensor, "..."], mask: Bool[Tensor, "batch pos"], widths: set[int]
 ) -> bool:
-    """Tell whether what a table yielded shows that padding on the left was counted.
+    """Return whether what a table yielded shows that padding on the left was counted.
 
     Args:
         looked_up: What the table yielded in a forward.
         mask: The mask of that forward, with padding on the left.
-        widths: How wide rows of the table can be, as far as that is known.
+        widths: The possible widths of the table's rows, as far as they are known.
 
     """
     batch, pos = mask.shape
@@ -97,7 +97,7 @@ def counts_padding(
 
 
 def _is_numbered(rows: Shaped[Tensor, "pos width"]) -> bool:
-    """Tell whether neighbouring rows differ, as those of token types do not."""
+    """Return whether neighbouring rows differ, as those of token types do not."""
     return len(rows) > 1 and bool((rows[1:] != rows[:-1]).any(1).all())
 
 

@@ -1,4 +1,4 @@
-"""The components of a TransformerLens adapter, beside the modules that they stand for."""
+"""Match the components of a TransformerLens adapter with the modules that they stand for."""
 
 import contextlib
 import copy
@@ -23,13 +23,13 @@ _PROJECTIONS = {"q.hook_out": "q", "k.hook_out": "k", "v.hook_out": "v", "o.hook
 
 
 def told(error: Exception) -> str:
-    """Describe an error in a line."""
+    """Describe an error in one line."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
 
 
 @dataclass(frozen=True, eq=False)
 class Walk:
-    """Goes through the components of an adapter, beside the modules that they stand for.
+    """Visits the components of an adapter together with the modules that they stand for.
 
     Attributes:
         found: What it finds.
@@ -49,7 +49,7 @@ class Walk:
     divided: dict[Any, dict[str, Heads | str]] = field(default_factory=dict)
 
     def over(self, components: Mapping[str, Any], prefix: str, module: nn.Module) -> None:
-        """Go through the components of one module."""
+        """Visit the components of one module."""
         for key, component in components.items():
             target = module if component.name is None else _submodule(module, component.name)
             if target is None:  # a part of a joint module, or of another model
@@ -57,8 +57,8 @@ class Walk:
                     self._hide(f"{prefix}{key}", "hook_in", "hook_out")
             elif component.is_list_item and isinstance(target, nn.ModuleList):
                 for number, child in enumerate(target):
-                    # As on a bridge, whose layers may have other parts, and other aliases for them.
-                    # A copy of the config would be as right, but takes longer.
+                    # As on a bridge, each layer may have its own parts and aliases.
+                    # Sharing the config is safe here, and copying it is slow.
                     layer = copy.deepcopy(component, {id(self.sizes): self.sizes})
                     self._add(layer, f"{prefix}{key}.{number}", child)
             else:
@@ -68,7 +68,7 @@ class Walk:
         points = self.found.points
         if component.name is not None:
             with contextlib.suppress(Exception), self.mode:
-                # What it raises is for a bridge, such as that it cannot split its weights.
+                # Its errors concern bridges only, such as weights that cannot be split.
                 component.set_original_component(module)
         self.over(component.submodules, f"{path}.", module)
         own = (name for name in component._modules if name.startswith("hook_"))
@@ -180,14 +180,14 @@ class Walk:
             self.found.points[f"{path}.{point}"] = (name, readout)
 
     def _implementation(self, name: str) -> str | None:
-        """Tell how an attention module attends: towers of one model may do so in different ways."""
+        """Return the attention implementation of a module; towers of one model may differ."""
         while name and "config" not in vars(self.modules[name]):
             name = name.rpartition(".")[0]
         config: Any = self.modules[name].config
         return getattr(config, "_attn_implementation", None)
 
     def _add_aliases(self, component: Any, prefix: str, module: nn.Module) -> None:
-        """Add the aliases of a component, but those of parts that the layer does not have."""
+        """Add the aliases of a component, without those of parts that the layer does not have."""
         absent = {
             key
             for key, part in component.submodules.items()
@@ -208,7 +208,7 @@ def _is_optional(component: Any) -> bool:
 
 
 def _returned(component: Any) -> Readout:
-    """Read what a component hands out: of a router its logits, of an embedding what is scaled."""
+    """Choose what to read of a component: a router's logits, an embedding's scaled output."""
     scale = getattr(component, "_output_contribution_scale", 1.0)
     part = None if scale == 1 else functools.partial(torch.mul, other=scale)
     if hasattr(component, "hook_comb"):  # of a hyper-connection, what it makes of its streams

@@ -185,7 +185,7 @@ def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes | None:
 def are_the_only(
     axes: Axes, shape: tuple[int, ...], batch: int | None, positions: Container[int]
 ) -> bool:
-    """Tell whether the sizes of a forward leave no other axes than the proposed ones.
+    """Return whether the sizes of a forward leave no other axes than the proposed ones.
 
     Args:
         axes: The axes that a name proposes.
@@ -308,7 +308,7 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
         "layer": _first(lens, "n_layers") or _first(hugging, "num_hidden_layers"),
     }
     grouped = _first(lens, "n_key_value_heads") or _first(hugging, "num_key_value_heads")
-    # As Falcon's configs say it: so many, or one for all.
+    # Falcon's configs give the number, or say that all share one.
     if _value(hugging, "new_decoder_architecture"):
         grouped = _first(hugging, "num_kv_heads")
     elif _value(hugging, "multi_query"):

@@ -1,4 +1,4 @@
-"""What the modules of a Hugging Face model are called with, found out by a run without values.
+"""Find out what the modules of a Hugging Face model are called with, by a run without values.
 
 # NOTE [What a dry run tells]
 A stand-in of the model is run under fake tensors, on a few sequences and then on one more token.
@@ -31,7 +31,7 @@ _SEQUENCES, _SHORT, _LONG = 2, 16, 130
 _SAMPLES = 4000
 _PATTERN_RANK = 4
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_id"}
-# Where modules are handed about, but not called.
+# Methods that pass modules on and do not call them.
 _NOT_RUN = (
     "__init__",
     "_init_weights",
@@ -82,7 +82,7 @@ class DryRun:
     modules: Mapping[str, nn.Module] = field(repr=False)
 
     def is_passed_by(self, name: str) -> bool:
-        """Tell whether a forward never calls a module, though it has it."""
+        """Return whether the model's forward never calls this module."""
         if name in self.calls or not name:
             return False
         holder, _, attribute = name.rpartition(".")
@@ -90,13 +90,13 @@ class DryRun:
         if not _may_call(type(parent), attribute):
             return True
         has_run = holder in self.calls and self.calls[holder].returned is not None
-        # A model may hold towers for what it was not given; of tokens it was.
+        # The run gave only tokens, so nothing is known of towers for other inputs.
         is_tower = hasattr(type(parent), "base_model_prefix")
         is_tower = is_tower and not isinstance(self.modules[name], nn.Embedding)
         return self.is_whole and has_run and not is_tower and name not in self._of_long.calls
 
     def is_given_tensor(self, name: str) -> bool:
-        """Tell whether a module is given a tensor first, as far as that is known."""
+        """Return whether a module is given a tensor first, as far as that is known."""
         if name in self.calls:
             return self.calls[name].is_given_tensor
         parameters = [*inspect.signature(type(self.modules[name]).forward).parameters.values()]
@@ -104,7 +104,7 @@ class DryRun:
 
     @functools.cached_property
     def with_attentions(self) -> "DryRun":
-        """A run that was asked for attention patterns."""
+        """The run that asked for attention patterns."""
         return dry_run(self.model, output_attentions=True)
 
     @functools.cached_property
@@ -173,13 +173,13 @@ def _run_once(modules: Mapping[str, nn.Module]) -> dict[str, str]:
                 first[built] = (f"{name}.{number}", _Once(layer))
             else:
                 alike[f"{name}.{number}"] = first[built][0]
-            # Not `setattr`, which a module may have its own way with.
+            # Not `setattr`, which a module may override.
             layer.__dict__["forward"] = functools.partial(first[built][1], layer)
     return alike
 
 
 def _built(module: nn.Module) -> object:
-    """Describe how a module is built, but for its place among others."""
+    """Describe how a module is built, without its place among others."""
     return tuple(
         (
             name,
@@ -214,12 +214,13 @@ class _Once:
 
 
 def _set_runnable(module: nn.Module) -> None:
-    """Choose what runs without values: on a stand-in, whose configs are its own."""
+    """Choose implementations that run without values, in the stand-in's own copies of configs."""
     config: Any = vars(module).get("config")
     if getattr(config, "_attn_implementation", "eager") not in {"eager", "sdpa"}:
         config._attn_implementation = "eager"
     if getattr(config, "_experts_implementation", None) is not None:
-        config._experts_implementation = "batched_mm"  # others look at which experts were chosen
+        # Other implementations look at which experts were chosen.
+        config._experts_implementation = "batched_mm"
     if hasattr(config, "pad_token_id") and config.pad_token_id is None:
         config.pad_token_id = 0  # classifiers take no batch without one
 
@@ -259,7 +260,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _run(model: Any, positions: int, options: Mapping[str, Any]) -> None:
-    """Run a model on what it takes, and then on another token where it keeps a cache."""
+    """Run a model on its inputs, and then on one more token if it keeps a cache."""
     given = {**_inputs(model, positions), **options}
     output = model(**given)
     cache = getattr(output, "past_key_values", None)
@@ -273,7 +274,7 @@ def _run(model: Any, positions: int, options: Mapping[str, Any]) -> None:
 
 
 def _inputs(model: Any, positions: int) -> dict[str, Tensor]:
-    """Make what a model takes: tokens, a picture or sound."""
+    """Make inputs of the kind that a model takes: tokens, an image or sound."""
     config, name = model.config, model.main_input_name
     taken = inspect.signature(model.forward).parameters
     if name == "pixel_values":
@@ -296,7 +297,7 @@ def _inputs(model: Any, positions: int) -> dict[str, Tensor]:
 
 
 def _may_call(kind: type[nn.Module], attribute: str) -> bool:
-    """Tell whether the code around a class may call a module that it has."""
+    """Return whether the code around a class may call a module that it has."""
     for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         if each.__module__.startswith("torch."):  # a list or a dict of modules
             return True

@@ -34,7 +34,7 @@ ANEW = (
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Tell what a data set says of the model: its name, its class, its fingerprint."""
+    """Return what a data set says of the model: its name, its class, its fingerprint."""
     model = uncompiled(model)
     configs = [getattr(model, name, None) for name in ("cfg", "config")]
     names = [
@@ -81,7 +81,7 @@ def _sum(words: Shaped[Tensor, " _"]) -> Shaped[Tensor, " 1"]:
 
 
 def versions() -> dict[str, str]:
-    """Tell the versions of what a data set depends on."""
+    """Return the versions of what a data set depends on."""
     found = {}
     for package in ("actctx", "torch", "transformer_lens", "transformers", "pylance"):
         try:

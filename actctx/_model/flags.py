@@ -33,13 +33,13 @@ _INSTEAD = {
 
 
 def is_switched_off(model: nn.Module, place: Place) -> bool:
-    """Tell whether a hook point can never fire as the model is set up now."""
+    """Return whether a hook point cannot fire as the model is set up."""
     flag = _flag_of(place)
     return flag is not None and not getattr(getattr(model, "cfg", None), flag, True)
 
 
 def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
-    """Say why a hook point can never fire as the model is set up now, and how to change that."""
+    """Explain why a hook point cannot fire as the model is set up, and how to change that."""
     flag = _flag_of(place)
     if flag is None or not is_switched_off(model, place):
         return None
@@ -55,7 +55,7 @@ def why_it_never_fires(model: nn.Module, place: Place) -> str | None:
 
 
 def why_it_never_fired(model: nn.Module, place: Place) -> str | None:
-    """Say why a hook point has not fired, if a flag has to do with it."""
+    """Explain why a hook point has not fired, if a flag has to do with it."""
     flag = _flag_of(place)
     if flag is None or is_switched_off(model, place) or not hasattr(model, "cfg"):
         return why_it_never_fires(model, place)
@@ -66,7 +66,7 @@ def why_it_never_fired(model: nn.Module, place: Place) -> str | None:
 
 
 def is_repeated(model: nn.Module, place: Place) -> bool:
-    """Tell whether a hook point fires several times a forward with the same values.
+    """Return whether a hook point fires several times a forward with the same values.
 
     `HookedTransformer` norms what queries, keys and values are given one by one, though it is one
     tensor unless `use_split_qkv_input` makes copies of it.
@@ -87,7 +87,7 @@ def _is_bridge(model: nn.Module) -> bool:
 
 
 def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
-    """Say why a model cannot switch a flag on, or why that would not change anything."""
+    """Explain why a model cannot switch a flag on, or why that would not change anything."""
     if not _is_bridge(model):
         return _why_hooked_cannot(model, flag)
     if flag in _SUPPORT and _is_refused(model, flag):
@@ -105,7 +105,7 @@ def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
 
 
 def _why_hooked_cannot(model: nn.Module, flag: str) -> str:
-    """Say why a model of TransformerLens 2 or 3 cannot switch a flag on."""
+    """Explain why a model of TransformerLens 2 or 3 cannot switch a flag on."""
     if flag == "use_attn_in" and getattr(model.cfg, "n_key_value_heads", None):
         return "TransformerLens has it only for models without grouped queries"
     if flag in _EXCLUDES and hasattr(model, "encoder") and hasattr(model, "decoder"):
@@ -116,14 +116,14 @@ def _why_hooked_cannot(model: nn.Module, flag: str) -> str:
 
 
 def _is_refused(model: nn.Module, flag: str) -> bool:
-    """Tell whether a bridge raises when a flag is switched on, or in the next forward."""
+    """Return whether a bridge raises when a flag is switched on, or in the next forward."""
     if flag != "use_attn_result" and getattr(model.cfg, "gated_q_proj", False):
         return True
     validate = getattr(model, "_validate_attention_fork_supported", None)
     if validate is None:
         return False
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of layers that cannot, where others can
+        warnings.simplefilter("ignore")  # layers that cannot, although others can
         try:
             validate(flag)
         except NotImplementedError:

@@ -25,18 +25,18 @@ _MOST = 10_000  # numbers in a bracket
 
 
 def is_glob(name: str) -> bool:
-    """Tell whether a name is a pattern of names."""
+    """Return whether a name is a pattern of names."""
     return any(character in name for character in "*?[")
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Tell whether a dotted name is meant by a pattern; see `matcher`."""
+    """Return whether a pattern matches a dotted name; see `matcher`."""
     return matcher(pattern)(name)
 
 
 @functools.lru_cache
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Read a pattern once, for the thousands of names that it is compared with.
+    """Compile a pattern into a predicate on names.
 
     `*`, `?` and brackets stay within one part of a name, `**` spans any number of parts. A bracket
     holds numbers, which are whole numbers in a name and whose ranges include both ends (`[8-11]`,
@@ -56,7 +56,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
         return lambda _: True
     if len(parts) == 1:
         parts = ["**", *parts]
-    # Most names are told apart by their last part alone.
+    # Most names already differ in their last part.
     ending = "" if is_glob(parts[-1]) else parts[-1]
     accepts = re.compile(_regex_of(parts, pattern)).fullmatch
     return lambda name: name.endswith(ending) and accepts(name) is not None
@@ -107,7 +107,7 @@ def _regex_of(parts: list[str], pattern: str) -> str:
             regex += _part(part, pattern) + ("" if is_last else r"\.")
         elif not is_last:
             regex += r"(?:[^.]*\.)*"
-        else:  # it spans no part as well, and so not the dot before it
+        else:  # it may match no part at all, and then not the dot before it either
             regex = regex.removesuffix(r"\.") + r"(?:\.[^.]*)*"
     return regex
 
@@ -142,7 +142,7 @@ def _bracket(token: str, before: str, behind: str, pattern: str) -> str:
 
 
 def _is_digit(before: str, behind: str) -> bool:
-    """Tell whether a bracket is one character of a number, by what stands beside it."""
+    """Return whether a bracket is one character of a number, by what stands beside it."""
     return any(each.isdecimal() or each in {"?", "[", "]"} for each in (before, behind) if each)
 
 

@@ -42,12 +42,12 @@ class Heads:
     def __call__(
         self, activation: Shaped[Tensor, "*batch features"]
     ) -> Shaped[Tensor, "*batch head d_head"]:
-        """Split features into heads: a view, but of features that lie without a rule."""
+        """Split features into heads. The result is a view if the features are evenly spaced."""
         if self.index is None:
             return _split(activation, -1, self.d_head)
         features = len(self.index)
         start, stride = self._layout
-        if stride in {0, self.d_head}:  # side by side, or but one
+        if stride in {0, self.d_head}:  # side by side, or a single head
             return _split(activation.narrow(-1, start, features), -1, self.d_head)
         if activation.shape[-1] * self.d_head == stride * features and start < stride:
             return _split(activation, -1, stride).narrow(-1, start, self.d_head)
@@ -82,7 +82,7 @@ _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
 
 
 def heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
-    """Tell how the projections of an attention module divide into heads.
+    """Return how the projections of an attention module divide into heads.
 
     Args:
         component: The adapter's part for the attention.
@@ -101,7 +101,7 @@ def heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Hea
 
 
 def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
-    """Tell how a joint projection divides into queries, keys and values, and those into heads.
+    """Return how a joint projection divides into queries, keys and values, and those into heads.
 
     Args:
         component: The adapter's part for the attention.
@@ -116,7 +116,7 @@ def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[st
             of its own.
 
     """
-    # Whatever the caller makes of new tensors, the labels are to have values.
+    # The labels need values, even if the caller's mode makes new tensors without.
     with torch.inference_mode(mode=False), _disable_current_modes(), torch.device("cpu"):
         parts = dict(zip("qkv", labelled(component, attention), strict=True))
     widths: dict[str, int | str] = {key: len(part) for key, part in parts.items()}
@@ -134,7 +134,7 @@ def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[st
 def _divided_by(
     widths: Mapping[str, int | str], attention: Any, config: Any, *, is_joint: bool = False
 ) -> dict[str, Heads | str]:
-    """Divide features of these widths, by the sizes that an attention module has."""
+    """Divide features of these widths by the sizes that the attention module names."""
     unknown = next((width for width in widths.values() if isinstance(width, str)), "")
     if unknown:
         return {
@@ -145,7 +145,7 @@ def _divided_by(
     queries, mixed = known.get("q"), known.get("z")
     gated = bool(getattr(config, "gated_q_proj", False)) and not is_joint
     if count is None and depth is not None:
-        # A gate is beside the queries, but not in what is mixed.
+        # The queries' projection also holds the gate; the output's input does not.
         told = mixed if gated else queries
         count = None if told is None or told % depth else told // depth
         usual = getattr(config, "n_heads", None)
@@ -208,7 +208,7 @@ def _first_of(attention: Any, names: tuple[str, ...]) -> int | None:
 
 
 def _width_of(component: Any, attention: nn.Module, part: str, side: str) -> int | str | None:
-    """Tell how many features a projection takes or returns, or why that is not known."""
+    """Return how many features a projection takes or returns, or why that is not known."""
     name = getattr(component.submodules.get(part), "name", None)
     if name is None:
         return None
@@ -255,14 +255,14 @@ def labelled(component: Any, attention: nn.Module) -> list[Int64[Tensor, " _"]]:
 
 
 def _unwrapped(projection: nn.Module) -> nn.Module:
-    """Return the projection that layers of PEFT's hold, which says how its weights lie."""
+    """Return the projection inside PEFT's layers, whose attributes describe its weights."""
     while isinstance(inner := getattr(projection, "base_layer", None), nn.Module):
         projection = inner
     return projection
 
 
 def _bare(weight: Float[Tensor, "..."], bias: Float[Tensor, " outputs"]) -> nn.Module:
-    """Make a module with these alone: the real one may compute its weights, or wrap others."""
+    """Make a module with only these: the real one may compute its weights, or wrap others."""
     module = nn.Module()
     module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
     return module

@@ -34,7 +34,7 @@ class _Known:
     found: Translation
 
     def holds(self, attention: tuple[str | None, ...], modules: Mapping[str, nn.Module]) -> bool:
-        """Tell whether it is still right."""
+        """Return whether it is still right."""
         return (
             self.attention == attention
             and self.modules.keys() == modules.keys()
@@ -46,7 +46,7 @@ _KNOWN: weakref.WeakKeyDictionary[nn.Module, _Known] = weakref.WeakKeyDictionary
 
 
 def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation:
-    """Find TransformerLens' names in a Hugging Face model, by the adapter of its architecture.
+    """Find TransformerLens' names in a Hugging Face model, with the adapter of its architecture.
 
     Args:
         model: The model.
@@ -96,7 +96,7 @@ def _best(
     for name, kind in kinds:
         for number in range(len(_roots(model))):
             mode = FakeTensorMode(allow_non_fake_inputs=True)
-            whole = hollow(model, mode)  # a fresh one, since an adapter changes it
+            whole = hollow(model, mode)  # a fresh stand-in, since an adapter changes it
             try:
                 adapter = kind(_config(whole, name))
                 root = _roots(whole)[number]
@@ -129,7 +129,7 @@ def _walked(
     modules: Mapping[str, nn.Module],
     aliases: Mapping[str, Any],
 ) -> Translation:
-    """Go through the components of an adapter, beside the modules of a stand-in.
+    """Visit the components of an adapter together with the modules of a stand-in.
 
     Args:
         adapter: A fresh one, which is prepared for the stand-in.
@@ -143,7 +143,7 @@ def _walked(
     whole, root = models
     with mode:
         adapter.prepare_model(root)
-    # Backwards, so that of several names of a module the first stays.
+    # In reverse, so that the first of several names of a module wins.
     listed = reversed([*whole.named_modules(remove_duplicate=False)])
     named = {module: name for name, module in listed if name in modules}
     found = Translation()
@@ -154,7 +154,7 @@ def _walked(
 
 
 def _drop(found: Translation, run: DryRun) -> None:
-    """Drop the points that no forward reaches, and say so where they are asked for."""
+    """Drop the points that no forward reaches, and record why for whoever asks for them."""
     whose: dict[str, list[str]] = {}
     for alias, name in found.aliases.items():
         whose.setdefault(name, []).append(alias)
@@ -165,7 +165,7 @@ def _drop(found: Translation, run: DryRun) -> None:
 
 
 def _why_never(run: DryRun, module: str, readout: Readout) -> str:
-    """Say why a point is never read, if that is so."""
+    """Explain why a point is never read, if that is so."""
     call = run.calls.get(module)
     if run.is_passed_by(module):
         return (
@@ -197,7 +197,7 @@ def is_hugging_face(model: nn.Module) -> bool:
 
 
 def why_wrapped(model: nn.Module) -> str:
-    """Say where the Hugging Face model is that another module holds, if it does."""
+    """Say which module holds the Hugging Face model, if a wrapper does."""
     named = model.named_modules()
     inside = next((name for name, module in named if is_hugging_face(module)), None)
     if inside is None:
@@ -210,7 +210,7 @@ def why_wrapped(model: nn.Module) -> str:
 
 
 def _relatives(model: nn.Module) -> list[str]:
-    """Name the architectures whose modules a model has: its own, and others of its kind."""
+    """List the architectures that share a model's modules: its own, and others of its kind."""
     from transformers.models.auto import modeling_auto as auto
 
     config: Any = model.config
@@ -252,7 +252,7 @@ def _config(model: Any, architecture: str) -> Any:
 
 
 def _with_head(model: nn.Module) -> nn.Module:
-    """Put a model that has no head where a model with one has it, as `transformer` of GPT-2."""
+    """Put a model without a head where one with a head has it, as `transformer` of GPT-2."""
     whole: Any = nn.Module()
     whole.add_module(getattr(model, "base_model_prefix", "") or "model", model)
     whole.config = model.config

@@ -1,7 +1,7 @@
-"""Bridges of TransformerLens that are known to compute something else than the model they wrap.
+"""Warn of bridges that are known to compute something else than the model they wrap.
 
-What is captured from them is what they compute, so a capture warns. Each fault has the versions
-that it was seen in; newer ones are taken to be mended.
+A capture gives what a bridge computes, so it warns. Each fault lists the versions it was seen in;
+later ones are assumed to be fixed.
 """
 
 import inspect
@@ -52,7 +52,7 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
 
 
 def mask_fault(model: nn.Module) -> str | None:
-    """Say what is wrong with a bridge whose forward is given a mask; None where nothing is."""
+    """Say what is wrong with a bridge whose forward is given a mask; None if nothing is."""
     if _bridged_config(model, "openai-gpt") is None:
         return None
     return (
@@ -63,12 +63,12 @@ def mask_fault(model: nn.Module) -> str | None:
 
 
 def is_given_cache(given: Mapping[str, Any]) -> bool:
-    """Whether a forward is called with a KV cache, by its name."""
+    """Return whether a forward is given a KV cache."""
     return any(given.get(name) is not None for name in _CACHES)
 
 
 def lost_cache(model: nn.Module) -> str | None:
-    """Say that a forward loses a KV cache that it is given; None where it does not.
+    """Say that a forward loses the KV cache that it is given; None if it does not.
 
     Transformers 5.24 renamed the argument by which attention layers are given a cache. Bridges that
     compute the attention themselves still look for the old one.
@@ -88,7 +88,7 @@ def _lens() -> str:
 
 
 def _is_old() -> bool:
-    """Whether the installed TransformerLens is one that was seen to be wrong."""
+    """Return whether the installed TransformerLens is one that was seen to be wrong."""
     parts = version("transformer_lens").split(".")[:2]
     return tuple(int(part) for part in parts if part.isdecimal()) <= _WRONG_UP_TO
 
@@ -130,7 +130,7 @@ def _computes_itself(kind: type[nn.Module]) -> bool:
 
 
 def warn(*faults: str | None) -> None:
-    """Warn of what is wrong, where something is, at the user's line that runs the model."""
+    """Warn of a fault, if there is one, at the user's line that runs the model."""
     for fault in filter(None, faults):
         frame, depth = sys._getframe(), 1
         while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):

@@ -1,4 +1,4 @@
-"""Weights that are not where they are named: offloaded by `accelerate`, or spread over devices."""
+"""Find weights that are offloaded by `accelerate`, or spread over devices."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +12,7 @@ _META = torch.device("meta")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Tell where a model is to be given its tokens.
+    """Return the device that a model takes its tokens on.
 
     An offloaded model has its weights on no device until they are needed; accelerate's hooks then
     say where each module runs.
@@ -27,7 +27,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the parameters of a model by name, those that are offloaded as they are kept.
+    """List the parameters of a model by name; offloaded ones are read from where they are kept.
 
     Raises:
         OptionError: Weights are on the meta device, and nothing says where they are kept.
@@ -43,7 +43,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kept(modules: dict[str, nn.Module], name: str) -> Tensor:
-    """Find the weights of an offloaded parameter, which a module around it knows."""
+    """Find the weights of an offloaded parameter through the hook of a module around it."""
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module, rest = modules.get(".".join(parts[:end])), ".".join(parts[end:])
@@ -69,7 +69,7 @@ def _hooks_of(module: nn.Module | None) -> list[Any]:
 
 
 def _tied_in(model: nn.Module) -> set[str]:
-    """Name the parameters that are one with others, which were listed once before offloading."""
+    """Name the parameters that are tied to others, which a model lists once."""
     return {
         ".".join(filter(None, (prefix, name)))
         for prefix, module in model.named_modules()

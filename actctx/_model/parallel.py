@@ -1,4 +1,4 @@
-"""Models whose weights are cut over processes: whole activations, and pieces that look whole.
+"""Gather the activations of models whose weights are split over processes, or refuse pieces.
 
 # NOTE [Tensor parallelism]
 A DTensor knows that it is a piece, and is gathered. But the styles of torch and of transformers
@@ -157,7 +157,7 @@ def _is_handed_out_cut(tensor: Tensor, cuts: list[_Cut]) -> bool:
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Tell whether weights of a model are cut over processes."""
+    """Return whether weights of a model are cut over processes."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(
         isinstance(each, distributed.DTensor)
@@ -167,7 +167,7 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def pieces_of(model: nn.Module) -> Pieces | None:
-    """Say where a model yields pieces; None where its weights are not cut over processes."""
+    """Return where a model yields pieces; None where its weights are not cut over processes."""
     if not is_cut(model):
         return None
     found = Pieces(model)
@@ -212,7 +212,7 @@ def _cut_of(module: nn.Module, meshes: set[Any] | None) -> _Cut | None:
 
 
 def _dim(weight: Any, meshes: set[Any] | None) -> int | None:
-    """Tell the axis along which tensor parallelism cuts a weight, if it does."""
+    """Return the axis along which tensor parallelism cuts a weight, if it does."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):

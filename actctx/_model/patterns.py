@@ -42,10 +42,10 @@ class Pattern:
     is_optional: bool
 
     def __call__(self, value: Any) -> Tensor:
-        """Find it.
+        """Return the pattern.
 
         Raises:
-            OutputError: There is none, or none that can be told from others.
+            OutputError: No output is a pattern, or several could be.
 
         """
         returned = [*_tensors(value)]
@@ -73,7 +73,8 @@ class Pattern:
             return False
         if output is not None and output.dim() == _RANK - 1:  # batch query d_model
             batch, _, query, _ = tensor.shape
-            if output.shape[:2] != (batch, query):  # such as of windows, which come by the query
+            # Patterns of windowed attention have the query first.
+            if output.shape[:2] != (batch, query):
                 return False
         if tensor.is_meta or isinstance(tensor, FakeTensor):
             return True  # it has no values

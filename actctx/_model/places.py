@@ -138,7 +138,7 @@ class Places:
         return [names for names in self._unique(self.modules) if _is_listed(names[0])]
 
     def why_not_translated(self, wanted: str) -> str:
-        """Say why a name or a pattern of names means nothing in a plain model of Hugging Face's."""
+        """Explain why a name or a pattern means nothing in a plain Hugging Face model."""
         found = self.translation
         if not found.points:
             return found.lacks

@@ -1,4 +1,4 @@
-"""Encoder or decoder: on whose tokens a place of a model runs.
+"""Find on which tokens a place of a model runs: the encoder's or the decoder's.
 
 # NOTE [How a side is told]
 By the structure, not by names: what lies in the module that `get_encoder()` returns runs on the
@@ -57,7 +57,7 @@ class Sides:
         self._root = {id(model), id(core)}
 
     def of(self, place: Place, *, io: str = "out", output: int | str | None = None) -> Side | None:
-        """Tell on whose tokens a place runs; see `side_of`."""
+        """Return on whose tokens a place runs; see `side_of`."""
         number = id(place.module)
         if number in self._towers:
             return "tower"
@@ -87,7 +87,7 @@ class Sides:
 def side_of(
     place: Place, model: nn.Module, *, io: str = "out", output: int | str | None = None
 ) -> Side | None:
-    """Tell on whose tokens a place of a model runs.
+    """Return on whose tokens a place of a model runs.
 
     Args:
         place: The place, such as a hook point or a module.
@@ -117,7 +117,7 @@ def core_of(model: nn.Module) -> nn.Module:
 
 
 def _part(core: nn.Module, getter: str, *args: Any) -> nn.Module | None:
-    """Ask a model for one of its parts, if it has such a one that is not the model itself."""
+    """Return a part of a model, unless it has none or returns itself."""
     get: Callable[..., Any] | None = getattr(core, getter, None)
     if not callable(get):
         return None
@@ -139,7 +139,7 @@ def _towers(core: nn.Module, encoder: nn.Module | None) -> Iterator[nn.Module]:
 
 
 def reads_tokens(model: nn.Module) -> bool:
-    """Tell whether a model reads tokens, as far as it does not say that it reads something else."""
+    """Return whether a model reads tokens; it does unless it says that it reads something else."""
     return input_of(model) not in _NOT_TOKENS
 
 

@@ -1,4 +1,4 @@
-"""From the names that a user writes to places in a model."""
+"""Find the places in a model that a user's names mean."""
 
 import difflib
 import re
@@ -281,7 +281,7 @@ def _layers_beside(name: str, listed: list[str]) -> set[int]:
 
 
 def _of_the_lens(name: str, *, is_translated: bool) -> str:
-    """Say what is to be known of a name that TransformerLens has, or has with `hook_` before it."""
+    """Explain a name that TransformerLens has, or has with `hook_` before it."""
     parent, dot, last = name.rpartition(".")
     known = not is_glob(name) and hook_axes(name, ()) is not None
     if known and "hook_" in name:
@@ -293,12 +293,12 @@ def _of_the_lens(name: str, *, is_translated: bool) -> str:
 
 
 def _is_deeper(places: Places, name: str) -> bool:
-    """Tell whether a glob would match if it began at any depth."""
+    """Return whether a glob would match if it began at any depth."""
     return is_glob(name) and "." in name and bool(places.matching(matcher(f"**.{name}")))
 
 
 def _how_to_write(unknown: list[str], places: Places) -> str:
-    """Say how a pattern is written, where an unknown name looks like one that is not."""
+    """Explain how patterns are written, if an unknown name looks like one in another syntax."""
     indexed = next((name for name in unknown if re.search(r"\w\[\d+\]", name)), None)
     deep = next((f"**.{name}" for name in unknown if _is_deeper(places, name)), None)
     hint = ""

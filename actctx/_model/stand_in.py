@@ -53,7 +53,7 @@ def stand_in(
         module. Modules and weights that are shared are shared.
 
     """
-    kept = [*model.modules()]  # held, so that no `id` is used again
+    kept = [*model.modules()]  # keeps them alive, so that no `id` is reused
     # Not `copy.deepcopy` of a module, which some change while they copy it, and some refuse.
     made = {module: object.__new__(type(module)) for module in kept}
     with torch.inference_mode(mode=False), _disable_current_modes():
@@ -103,7 +103,7 @@ def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> 
 
 
 def _run_as_written(new: nn.Module) -> None:
-    """Have a stand-in run the forward of its class, not one that fetches weights or compiles."""
+    """Make a stand-in run the forward of its class, not one that fetches weights or compiles."""
     own = vars(new)
     # TransformerLens asks accelerate's hook for weights, too, which would note the stand-in's as
     # if they were the model's.
@@ -201,7 +201,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _drawing_aside() -> Iterator[None]:
-    """Give the random numbers of Python and NumPy, which older models draw, their state back."""
+    """Restore the random states of Python and NumPy, which older models use."""
     numpy = sys.modules.get("numpy")
     drawn = random.getstate(), None if numpy is None else numpy.random.get_state()
     try:
@@ -214,7 +214,7 @@ def _drawing_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keep torch and Hugging Face from warning of a run that the user did not ask for."""
+    """Silence warnings and logs of a run that the user did not ask for."""
     loggers = [*map(logging.getLogger, _LOGGERS)]
     levels = [logger.level for logger in loggers]
     try:

@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
 
 def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
-    """Find the tensor in what a site yields.
+    """Return the tensor in what a site yields.
 
     Args:
         site: The name of the site, as it is shown.
@@ -27,7 +27,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
         output: The place or the name of the tensor in it, by default the first.
 
     Raises:
-        OutputError: There is no tensor there.
+        OutputError: It yields no tensor at `output`.
 
     """
     if output is None and isinstance(value, Tensor):
@@ -66,7 +66,7 @@ def _inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
     if not by_position:
         try:
             return inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        except (TypeError, ValueError):  # it takes what it gets
+        except (TypeError, ValueError):  # its signature does not match, or cannot be read
             return kwargs
     return {**dict(enumerate(args)), **kwargs}
 

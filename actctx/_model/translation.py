@@ -25,7 +25,7 @@ class Readout:
         io: Whether it is given to the module (`"in"`), or returned by it (`"out"`).
         output: Where in a tuple it is returned, by default the first tensor.
         part: What makes the value of it, such as splitting it into heads.
-        pattern: How the value is found among all that is returned, where that takes a look at it.
+        pattern: Finds an attention pattern among all that is returned.
 
     """
 
@@ -38,7 +38,7 @@ class Readout:
         """Find the tensor that is read in what a module was given or returned.
 
         Raises:
-            OutputError: There is none.
+            OutputError: It is not there.
 
         """
         if self.pattern is not None:
@@ -46,7 +46,7 @@ class Readout:
         return tensor_of(site, value, self.output)
 
     def of(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Read the value: a view of what the module was given or returned, where that is enough."""
+        """Read the value off the tensor, as a view where possible."""
         return activation if self.part is None else self.part(activation)
 
 
@@ -77,14 +77,14 @@ class Translation:
         return name if name in self.points else None
 
     def lack(self, name: str, why: str) -> None:
-        """Take a name out, and note why."""
+        """Remove a name, and record why."""
         self.points.pop(name, None)
         self.aliases.pop(name, None)
         self.inside.append(name)
         self.reasons[name] = why
 
     def add_aliases(self, prefix: str, aliases: Mapping[str, Any]) -> None:
-        """Add aliases, each of the first of its targets that a bridge has."""
+        """Add aliases, each for the first of its targets that a bridge has."""
         inside = {*self.inside}
         for alias, targets in aliases.items():
             listed = [
@@ -119,7 +119,7 @@ class Translation:
         return {*self.points, *self.inside}
 
     def why_not(self, name: str) -> str:
-        """Say why a hook point of a bridge is not among them, and what to do."""
+        """Explain why a hook point of a bridge is not among them, and what to do."""
         if name in self.reasons:
             return self.reasons[name]
         if not INSIDE.isdisjoint(name.split(".")):

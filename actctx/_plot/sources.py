@@ -32,7 +32,7 @@ def layers_in(acts: Source, name: str) -> list[str]:
     Raises:
         NotCapturedError: There are none, or a data set has no rows.
         HookNameError: A layer has several.
-        OptionError: The name is no string, or there is nothing that has names.
+        OptionError: The name is not a string, or neither a buffer nor a data set is given.
 
     """
     _check_asked(acts, name)
@@ -44,7 +44,7 @@ def layers_in(acts: Source, name: str) -> list[str]:
 
 
 def _check_asked(acts: object, name: object) -> None:
-    """Refuse what is neither a buffer nor a data set, and what is no name in it.
+    """Refuse what is neither a buffer nor a data set, and names that it does not have.
 
     Raises:
         OptionError: `acts` is neither, or `name` is not a name.
@@ -63,7 +63,7 @@ def read_tokens(tokens: Any) -> list[str]:
     """Read the tokens that a picture is to show.
 
     Raises:
-        OptionError: They are no strings.
+        OptionError: They are not strings.
 
     """
     found = None if isinstance(tokens, str) else _listed(tokens)
@@ -79,7 +79,7 @@ def read_integers(option: str, numbers: Any) -> list[int]:
     """Read the numbers of heads or positions, which may be in a tensor.
 
     Raises:
-        OptionError: They are no integers.
+        OptionError: They are not integers.
 
     """
     found = _listed(numbers)
@@ -113,7 +113,7 @@ def check_count(
 
 
 def layer_numbers(acts: Source, keys: list[str]) -> list[str]:
-    """Tell the number of each layer, or its key where it has none."""
+    """Return the number of each layer, or its key where it has none."""
     if isinstance(acts, Activations):
         names = [(key, *acts._columns[key].names) for key in keys]
     else:
@@ -127,7 +127,7 @@ def _number_in(key: str, *hooks: str) -> str:
 
 
 def axes_of(acts: Source, key: str) -> Axes:
-    """Tell the axes of a site, the last of them that of the features.
+    """Return the axes of a site, the last of them that of the features.
 
     Raises:
         AxisError: It has rows alone.
@@ -254,8 +254,8 @@ def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head 
 
     Raises:
         NotCapturedError: There is no such site.
-        AxisError: It is no attention pattern.
-        OptionError: There is no such sequence, the name is no string, or the forwards were not
+        AxisError: It is not an attention pattern.
+        OptionError: There is no such sequence, the name is not a string, or the forwards were not
             joined.
 
     """
@@ -288,7 +288,7 @@ def read_pattern(acts: Source, name: str, sequence: int) -> Float[Tensor, "head 
 
 
 def _axes_with_queries(data: ActivationDataset, name: str) -> Axes:
-    """Tell the axes that a site had before each query became a row."""
+    """Return the axes that a site had before each query became a row."""
     axes = find_site(data.sites, name).axes
     if data.layout.rows == "token" and axes:
         return ("batch", *axes[:-1], "query", axes[-1])
@@ -316,7 +316,7 @@ def _stored_pattern(data: ActivationDataset, name: str, sequence: int) -> Shaped
 
 
 def _positions(acts: Source, key: str) -> Int64[Tensor, " row"] | None:
-    """Tell the position of each row of tokens, None where it is not known."""
+    """Return the position of each row of tokens, None where it is not known."""
     if isinstance(acts, ActivationDataset):
         return acts.read("position").long() if acts.layout.rows == "token" else None
     is_masked = bool(acts._column(key).rows)  # other rows are those that a module flattened

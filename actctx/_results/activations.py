@@ -92,7 +92,7 @@ class Activations(_Tensors):
     def write(
         self, forward: Mapping[str, Sequence[Owned]], tokens: tuple[int, int] = (0, 0)
     ) -> None:
-        """Take what one forward of so many sequences and positions left, firing by firing."""
+        """Take what one forward left, firing by firing, and its sequences and positions."""
         self._forwards += 1
         self._tokens[tokens] += 1
         for key, firings in forward.items():
@@ -164,7 +164,7 @@ class Activations(_Tensors):
         """The captured tensor, where exactly one site was captured.
 
         Raises:
-            NotCapturedError: There is none, or more than one.
+            NotCapturedError: No site was captured, or more than one.
             OptionError: With `join=None` there is a list of tensors instead.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
@@ -237,7 +237,7 @@ class Activations(_Tensors):
         return [column.joined(k) for k in range(len(column.firings))]
 
     def positions(self, name: str) -> Int64[Tensor, "token 2"]:
-        """Tell where the rows come from that `mask=` kept of a site.
+        """Return where the rows come from that `mask=` kept of a site.
 
         Returns:
             For each row, its sequence, counted over all forwards, and its position in the
@@ -400,7 +400,7 @@ class Activations(_Tensors):
         return as_html(*self._summary(cache, drawn=True))
 
     def __eq__(self, other: object) -> bool:
-        """Tell whether it is the same buffer.
+        """Return whether it is the same buffer.
 
         Raises:
             OptionError: It is another buffer or mapping, whose tensors have no one truth value.
@@ -473,7 +473,7 @@ def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
 def why_nothing(
     columns: Mapping[str, Column], name: str, fired: Iterable[str], forwards: int
 ) -> str:
-    """Say why nothing is found under a name, though there were forwards."""
+    """Explain why nothing is found under a name, though there were forwards."""
     if find_column(columns, name) is not None:
         return f"it never fired in {counted(forwards, 'forward')}"
     found = _meant(columns, name)
@@ -489,7 +489,7 @@ def why_nothing(
 
 
 def are_layers(columns: Mapping[str, Column], name: str) -> bool:
-    """Tell whether what a name means can be stacked over layers."""
+    """Return whether what a name means can be stacked over layers."""
     fired = {key: column for key, column in columns.items() if column.firings}
     if any(column.join is None for column in fired.values()):
         return False
@@ -500,7 +500,7 @@ def are_layers(columns: Mapping[str, Column], name: str) -> bool:
 
 
 def why_empty(source: str, silent: int = 0) -> str:
-    """Say why there is nothing at all, of a model of this class.
+    """Explain why there is nothing at all, of a model of this class.
 
     Args:
         source: The class of the model.

@@ -1,4 +1,4 @@
-"""Tensors held to jaxtyping annotations, in one scope with the sizes of a model.
+"""Tensors checked against jaxtyping annotations, in one scope with the sizes of a model.
 
 # NOTE [What jaxtyping decides]
 Whether a tensor fits an annotation is decided by jaxtyping, in one of its scopes, into which the
@@ -28,7 +28,7 @@ Sizes = tuple[int | None, ...]
 
 
 def is_checking(check: bool) -> bool:  # noqa: FBT001  the option of that name
-    """Tell whether types are checked: by default, unless the environment has ACTCTX_CHECK=0."""
+    """Return whether types are checked: by default, unless the environment has ACTCTX_CHECK=0."""
     return check and os.environ.get("ACTCTX_CHECK", "1") != "0"
 
 
@@ -38,7 +38,7 @@ def is_array_type(hint: object) -> bool:
 
 
 def mentions_array_type(hint: object) -> bool:
-    """Tell whether jaxtyping has a part in an annotation."""
+    """Return whether jaxtyping has a part in an annotation."""
     return is_array_type(hint) or any(map(mentions_array_type, get_args(hint)))
 
 
@@ -78,7 +78,7 @@ def word_of(dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """A value, and the annotation that it is held to.
+    """A value, and the annotation that it is checked against.
 
     Attributes:
         what: What it is, for messages, such as `Acts.resid, from 'blocks.0.hook_resid_post',`.
@@ -123,7 +123,7 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
 
 
 def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
-    """Hold values to their annotations, in one scope with the sizes of a model.
+    """Check values against their annotations, in one scope with the sizes of a model.
 
     Args:
         claims: The values and their annotations. An annotation may calculate with axes that
@@ -166,7 +166,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value fits an annotation that is not of one tensor."""
+    """Return whether a value fits an annotation that is not of one tensor."""
     with _hashable_object():
         from beartype.door import is_bearable  # takes a while, and few annotations need it
     return is_bearable(value, hint)
@@ -192,7 +192,7 @@ def _hashable_object() -> Iterator[None]:
 
 
 def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:
-    """Note where an axis got its size from."""
+    """Record where an axis got its size from."""
     if is_array_type(claim.hint):
         for name, _, size in aligned(claim.hint, claim.value.shape):
             if name.isidentifier() and size is not None:
@@ -213,7 +213,7 @@ def _described(value: Any) -> str:
 
 
 def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None:
-    """Say why a tensor does not fit, and what to write; None where jaxtyping says it best."""
+    """Explain why a tensor does not fit, and what to write; None where jaxtyping says it best."""
     hint, value = claim.hint, claim.value
     if not (is_array_type(hint) and isinstance(value, Tensor)):
         return None
@@ -241,7 +241,7 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
 
 
 def any_shape(hint: Any) -> Any:
-    """Return an annotation that is as one of a tensor, but for the shape."""
+    """Return the annotation of a tensor with its shape left open."""
     return hint.dtype[hint.array_type, "..."]
 
 
@@ -255,7 +255,7 @@ def _is_variadic(dim: str) -> bool:
 
 
 def ranks_agree(dims: list[str], rank: int) -> bool:
-    """Tell whether an annotation's dimensions can be those of a tensor of this rank."""
+    """Return whether an annotation's dimensions can be those of a tensor of this rank."""
     variadic = sum(map(_is_variadic, dims))
     return len(dims) - variadic <= rank if variadic else len(dims) == rank
 

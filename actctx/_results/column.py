@@ -1,4 +1,4 @@
-"""What one site left, and how it becomes one tensor."""
+"""What one site left over the forwards, and how it becomes one tensor."""
 
 import itertools
 from collections import deque
@@ -109,7 +109,7 @@ class Column:
         return sum(chunk.value.nbytes for chunks in self.firings for chunk in chunks)
 
     def clear(self) -> None:
-        """Forget what was captured; what was read stays with its reader."""
+        """Drop what was captured. Tensors that were read stay valid."""
         self.stack = None
         self.firings.clear()
         self.rooms.clear()
@@ -138,7 +138,7 @@ class Column:
                 self.firings[number] = deque([chunk._replace(value=whole)])
 
     def mapped(self, change: Callable[[Owned], Owned]) -> "Column":
-        """Copy it, with each tensor changed, and without the room for more."""
+        """Copy it with each tensor changed, and without room for more."""
         firings = [deque(map(change, chunks)) for chunks in self.firings]
         rows, lines = self.rows.copy(), self.lines.copy()
         self.settle_axes()
@@ -147,7 +147,7 @@ class Column:
         )
 
     def settle_axes(self) -> None:
-        """Have the model tell where the axes lie, unless it is known."""
+        """Find the axes by running the model, unless they are known."""
         tell, self.tell = self.tell, None
         if tell is not None:
             self.named = tell() or self.named
@@ -172,7 +172,7 @@ class Column:
         """Return the place for the next tensor of a firing, where there is a capacity.
 
         Raises:
-            CapacityError: There is no room for it.
+            CapacityError: The room that was made is full.
             JoinError: It does not fit what is there.
 
         """
@@ -215,7 +215,7 @@ class Column:
         return chunks[0].value.contiguous()
 
     def settle(self) -> None:
-        """Wait until every tensor has arrived, and forget how it was waited for."""
+        """Wait until every tensor has arrived."""
         for chunks in self.firings:
             for _ in range(len(chunks)):
                 chunks.append(Owned(wait_for(chunks.popleft())))
@@ -237,7 +237,7 @@ class Column:
         return torch.empty(shape, dtype=tensors[0].dtype, device="meta")
 
     def shape(self) -> str:
-        """Tell the joined shape without joining, since showing it must not cost memory."""
+        """Return the joined shape without joining, which would take memory."""
         try:
             return str(tuple(self.outline().shape))
         except (AxisError, JoinError):
@@ -246,7 +246,7 @@ class Column:
             return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
 
     def fixed_sizes(self) -> Sizes:
-        """Tell the sizes that do not change, however many forwards there are."""
+        """Return the sizes that do not change, however many forwards there are."""
         try:
             free = None if self.join is None else self.join_dim()
         except AxisError:
@@ -283,7 +283,7 @@ class Column:
         """Find the axis along which forwards are joined; rows of tokens are joined as they come.
 
         Raises:
-            AxisError: There is none.
+            AxisError: The tensors do not have it.
 
         """
         self.settle_axes()
@@ -341,7 +341,7 @@ def _empty(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> Tensor:
-    """Make room for what will be selected; on Linux it takes memory only as it is filled."""
+    """Reserve memory for what will be selected. On Linux it is used only as it is filled."""
     shape = list(selected.shape)
     shape[dim] = capacity
     target = selected.device if device is None else device
@@ -351,7 +351,7 @@ def _empty(
 
 
 def _is_equal(first: Any, second: Any) -> bool:
-    """Tell whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    """Return whether two tensors, or two lists of them, have the same values; NaN is itself."""
     if isinstance(first, list):
         return len(first) == len(second) and all(map(_is_equal, first, second))
     alike = first.shape == second.shape and first.dtype == second.dtype
@@ -360,19 +360,19 @@ def _is_equal(first: Any, second: Any) -> bool:
 
 @dataclass
 class Kept:
-    """What a buffer keeps on the host, in bytes; it gives back what lies unused in between."""
+    """Counts the bytes that a buffer keeps on the host, and returns unused memory between them."""
 
     nbytes: int = 0
     trimmed: int = 0
 
     def add(self, firings: Iterable[Owned]) -> None:
-        """Note what a site left in one forward."""
+        """Record what a site left in one forward."""
         for chunk in firings:
             if chunk.value.is_cpu:
                 self.nbytes += chunk.value.nbytes
 
     def trim(self) -> None:
-        """Give back the holes of what was freed between what is kept, which come to as much."""
+        """Return freed memory to the system once as much has been kept since the last time."""
         if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
             self.trimmed = self.nbytes
             give_back_to_system()

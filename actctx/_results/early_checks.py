@@ -1,4 +1,4 @@
-"""What a captured tensor will be: what contradicts it is refused before any forward.
+"""Predict a captured tensor, and refuse before any forward what contradicts it.
 
 There is no tensor yet, but the names of the axes are known, and the sizes that the config and the
 slice fix.
@@ -45,7 +45,7 @@ class Expected:
     because: str = ""
 
     def written(self, hint: Any) -> str:
-        """Say how to annotate it; an axis of which a part is selected has a size for a name."""
+        """Write how to annotate it; an axis of which a part is selected has a size for a name."""
         dims = (
             axis if size in {None, self.model_sizes.get(axis, size)} else str(size)
             for axis, size in zip(self.axes, self.sizes, strict=True)

@@ -81,10 +81,10 @@ def _others(tensor: Tensor, dim: int) -> list[int]:
 
 
 def give_back_to_system() -> None:
-    """Return freed memory of the host, which glibc keeps for later where it was of a few MiB.
+    """Return freed host memory to the system, which glibc otherwise keeps for chunks of a few MiB.
 
-    Without it the process would hold the chunks and what they are joined to at once. Where the
-    C library is another one, there is nothing to be done, and nothing is lost.
+    Without it the process would hold the chunks and the joined tensor at once. With another C
+    library it does nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -62,7 +62,7 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
 
 
 def in_layers(names: Mapping[str, str]) -> dict[tuple[str, int], list[str]]:
-    """Sort sites by the number in their names that is that of a layer.
+    """Sort sites by the number in their names that is the layer's.
 
     It is the one number that the names differ in, or else the first part that is a number.
 

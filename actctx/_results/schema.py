@@ -86,7 +86,7 @@ class Part:
     is_stacked: bool
 
     def claims(self, activations: Activations) -> list[Claim]:
-        """Say what the field is held to, once its sites have fired."""
+        """List what the field is checked against, once its sites have fired."""
         columns = self._columns(activations)
         outlines = {name: column.outline() for name, column in columns.items()}
         axes = next((column.axes for column in columns.values()), ())
@@ -133,7 +133,7 @@ def site(
     output: int | str | None = None,
     firing: int | None = None,
 ) -> Any:
-    """Say where a field of a `Schema` is captured, and how; the options are those of `Site`.
+    """Declare where a field of a `Schema` is captured, and how; the options are those of `Site`.
 
     Args:
         name: A name or a module of the model. An ending or a glob captures every layer that it

@@ -12,7 +12,7 @@ from actctx._select.values import why_unreadable
 _BARS = "▁▂▃▄▅▆▇█"
 _BINS = 12
 _MOST = 2**14
-"""As many values are looked at, evenly spread, so that showing a buffer stays quick."""
+"""How many values are sampled, evenly spread, so that showing a buffer stays quick."""
 _PARTS = 2**8  # tensors are looked at, if there are more
 _MANY = 1000
 

@@ -1,4 +1,4 @@
-"""The short table that shows what was captured, and what was spared."""
+"""The table that shows what was captured, and what caching everything would have held."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from actctx._text import format_bytes
 
 @dataclass(frozen=True)
 class Row:
-    """One captured site, as a person reads it. Its values are drawn in HTML only."""
+    """A line of the table: one captured site. Its values are drawn in HTML only."""
 
     site: str
     axes: str
@@ -65,16 +65,16 @@ def as_html(title: str, rows: list[Row]) -> str:
 
 
 Estimate = Callable[[int, int], int | None]
-"""Tells how many bytes `run_with_cache` would hold after a forward of so many sequences and
-positions, or None where that is not known."""
+"""Estimates the bytes that `run_with_cache` would hold after a forward, from its sequences and
+positions; None where that is not known."""
 
 
 def unknown(_batch: int, _pos: int) -> None:
-    """Stand in for an estimate where there is no model any more."""
+    """Estimate nothing, for a buffer without a model."""
 
 
 def spared(estimate: Estimate, tokens: Counter[tuple[int, int]], nbytes: int) -> str:
-    """Say what would be cached by the forwards that left so many bytes, to be put behind these."""
+    """Write what caching everything would have held, to be put behind the bytes that are held."""
     held = [estimate(*forward) for forward in tokens.elements()]
     known = [each for each in held if each]
     # More may be captured than would be cached, since each site has a copy of its own.

@@ -14,7 +14,7 @@ def dtype_of(dtype: torch.dtype | None) -> torch.dtype | None:
     """Return the dtype that floating-point activations are cast to; None where they keep theirs.
 
     Raises:
-        OptionError: It is no dtype, or not a floating-point one.
+        OptionError: It is not a floating-point dtype.
 
     """
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -29,7 +29,7 @@ def device_of(device: torch.device | str | None) -> torch.device | None:
     """Find a device that tensors are to move to; None where they stay.
 
     Raises:
-        OptionError: There is none of this name here.
+        OptionError: This machine has no such device.
 
     """
     if device is None:
@@ -49,7 +49,7 @@ def read_to(
     """Read what `acts.to` is given: a device and a dtype, or a dtype in the place of the device.
 
     Raises:
-        OptionError: One of them is none, or there are two dtypes.
+        OptionError: One of them is not valid, or there are two dtypes.
 
     """
     if isinstance(device, torch.dtype):
@@ -106,7 +106,7 @@ def own(
     device: torch.device | None = None,
     room: Shaped[Tensor, "..."] | None = None,
 ) -> Owned:
-    """Cast and move what was selected, in one pass where torch can, into a tensor of one's own.
+    """Cast and move what was selected into a new tensor, in one pass where torch can.
 
     Args:
         selected: What was selected of an activation, in the autograd graph or out of it.
@@ -122,7 +122,7 @@ def own(
         room.copy_(selected, non_blocking=asynchronous)
         return Owned(room, _recorded(selected) if asynchronous else None)
     if device is not None and device.type == "cpu" and selected.is_cuda and not selected.grad_fn:
-        # Pinned memory and no waiting, so that the forward goes on meanwhile.
+        # Pinned memory and no waiting, so that the forward continues meanwhile.
         cast = selected.to(dtype)
         value = torch.empty(cast.shape, dtype=cast.dtype, pin_memory=True)
         value.copy_(cast, non_blocking=True)
@@ -143,5 +143,5 @@ def _recorded(selected: Shaped[Tensor, "..."]) -> torch.cuda.Event:
 
 
 def plain_mode() -> AbstractContextManager[object]:
-    """Leave inference mode, in which no tensor could be made that can train a probe later."""
+    """Leave inference mode, whose tensors could not train a probe later."""
     return torch.inference_mode(mode=False) if torch.is_inference_mode_enabled() else nullcontext()

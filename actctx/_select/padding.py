@@ -1,4 +1,4 @@
-"""Padding: the rows of an activation that hold real tokens."""
+"""Select the rows of an activation that hold real tokens."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from actctx._select.slices import Positions, Selector, Step
 
 
 class RowSelector(NamedTuple):
-    """Which of the real tokens of each sequence a site keeps.
+    """Selects real tokens of each sequence.
 
     Attributes:
         site: The name of the site, for messages.
@@ -38,13 +38,13 @@ class RowSelector(NamedTuple):
         return ("batch" if self.is_one_a_sequence else "token", *rest)
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Tell the sizes of the axes of the kept rows, as far as they are known before."""
+        """Return the sizes of the axes of the kept rows, as far as they are known before."""
         return (None, *(size for dim, size in enumerate(sizes) if dim not in {0, self.dim}))
 
     def keep(
         self, activation: Shaped[Tensor, "..."], rows: TokenRows
     ) -> Shaped[Tensor, "token ..."]:
-        """Take rows of an activation: a copy, or where all are taken a view, if that can be."""
+        """Take rows of an activation, as a copy; as a view, if possible, where all are taken."""
         activation = activation.movedim(self.dim, 1)
         if rows.is_all:
             return activation.flatten(0, 1)
@@ -78,7 +78,7 @@ class Chosen:
         self._rows = TokenRows(where, shape[0], is_all=is_all)
 
     def rows(self, site: str, shape: tuple[int, int]) -> TokenRows:
-        """Return the rows for an activation of so many sequences and positions.
+        """Return the rows for an activation of this shape.
 
         Raises:
             SelectionError: The forward was given another number of them.

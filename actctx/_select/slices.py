@@ -75,7 +75,7 @@ class Selector:
         return any(_gathers(step.pick) for step in self.steps)
 
     def drops(self, dim: int, rank: int) -> bool:
-        """Tell whether an int drops an axis of an activation with so many."""
+        """Return whether an int drops this axis of an activation of this rank."""
         return any(step.dim % rank == dim for step in self.steps if isinstance(step.pick, int))
 
     def axes_after(self, axes: Axes) -> Axes:
@@ -85,7 +85,7 @@ class Selector:
         return tuple(axis for dim, axis in enumerate(axes) if not self.drops(dim, len(axes)))
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Tell the sizes of the axes that are left, as far as they are known before."""
+        """Return the sizes of the axes that are left, as far as they are known before."""
         if not self.steps:
             return sizes
         picks = {step.dim % len(sizes): step.pick for step in self.steps}
@@ -119,7 +119,7 @@ class Selector:
         return selected.squeeze(tuple(dropped)) if dropped else selected
 
     def check(self, shape: torch.Size) -> None:
-        """Refuse an activation that has not what is to be selected from it.
+        """Refuse an activation that lacks what is to be selected.
 
         Raises:
             AxisError: It has other axes than the site is known to have.
@@ -150,7 +150,7 @@ def _size_after(pick: int | slice | Positions | None, size: int | None) -> int |
 
 
 def _gathers(pick: int | slice | Positions) -> bool:
-    """Tell whether torch cannot express a selection as a view: positions, backwards slices."""
+    """Return whether torch cannot select by a view: positions, and slices with a negative step."""
     return isinstance(pick, Positions) or (isinstance(pick, slice) and (pick.step or 1) < 0)
 
 
@@ -188,7 +188,7 @@ def parse_slice(
     Raises:
         AxisError: The site has no such axis, or its axes are not known.
         SelectionError: A position lies outside an axis whose size is known.
-        OptionError: An index is of no type that selects.
+        OptionError: An index is of a type that cannot select.
 
     """
     sizes = sizes or {}
@@ -294,7 +294,7 @@ def parse_words(asked: Sequence[str]) -> dict[str, Index]:
     """Read `--slice` options, one for an axis.
 
     Raises:
-        OptionError: One of them is none, or an axis is given twice.
+        OptionError: One of them cannot be read, or an axis is given twice.
 
     """
     found: dict[str, Index] = {}

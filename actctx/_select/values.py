@@ -1,7 +1,7 @@
-"""What torch can do with the values of a tensor, asked before it is done.
+"""Check what torch can do with a tensor, before it is done.
 
-Torch has dtypes and layouts that it can hardly do anything with, and tensors on the meta device,
-which have no values. What it says of them is written for those who work on torch.
+Torch has dtypes and layouts with few operations, and tensors without values on the meta device. Its
+own errors for them are hard to understand.
 """
 
 import functools
@@ -20,7 +20,7 @@ _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32)
 
 
 def why_unreadable(tensor: Tensor) -> str | None:
-    """Say why numbers cannot be read from a tensor, as `it is ...`; None where they can."""
+    """Explain why numbers cannot be read from a tensor, as `it is ...`; None where they can."""
     if why := _why_not_dense(tensor):
         return why
     if tensor.is_quantized:
@@ -79,7 +79,7 @@ def check_capturable(
 def why_not_moved(
     tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None
 ) -> str | None:
-    """Say why a tensor cannot be cast and moved, and what to do; None where it can."""
+    """Explain why a tensor cannot be cast and moved, and what to do; None where it can."""
     if device is not None and tensor.is_meta and device.type != "meta":
         return f"on {device}: it has no values, on the meta device; load the model's weights"
     if dtype is None or not tensor.is_floating_point() or _can_cast(tensor.dtype, dtype):
