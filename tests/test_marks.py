@@ -514,7 +514,7 @@ class Scaled(torch.nn.Module):
         super().__init__()
         self.embed = torch.nn.Embedding(50, 8)
         with torch.no_grad():
-            self.embed.weight.mul_(scale)
+            self.embed.weight.fill_(3.0) if scale is None else self.embed.weight.mul_(scale)
 
     def forward(self, ids):
         return self.embed(ids)
@@ -525,7 +525,7 @@ EMBED = Site("embed", axes="batch pos d")
 
 @pytest.mark.parametrize(
     ("scale", "ids", "what"),
-    [(0.0, tokens(), "all 21 {}are 0"), (1.0, torch.ones(2, 3).long(), "all 6 {}have the same")],
+    [(0.0, tokens(), "all 21 {}are 0"), (None, tokens(), "all 21 {}have the same")],
 )
 def test_a_site_that_is_constant_is_a_warning(out, scale, ids, what):
     with pytest.warns(UserWarning, match=what.format("rows of 'embed' that were written ")) as seen:
@@ -537,12 +537,16 @@ def test_a_site_that_is_constant_is_a_warning(out, scale, ids, what):
 def test_a_site_that_is_constant_is_a_warning_before_the_end(out):
     def breaks():
         for _ in range(400):
-            yield torch.ones(1, 4, dtype=int)
+            yield tokens(1, 4)
         raise ConnectionError
 
     warned = pytest.warns(UserWarning, match="rows of 'embed' that were written have the same")
     with warned, pytest.raises(ConnectionError):
-        extract(Scaled(1.0), breaks(), EMBED, out)
+        extract(Scaled(None), breaks(), EMBED, out)
+
+
+def test_rows_of_one_token_may_be_alike(out):
+    extract(Scaled(1.0), torch.ones(2, 3).long(), EMBED, out)
 
 
 @pytest.mark.parametrize("options", [{}, {"pool": "mean"}])

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from actctx._capture.watched import WatchedSite
@@ -20,6 +20,8 @@ _BETWEEN = 64
 class ValueChecks:
     """Watches the values of sites, and warns once of each.
 
+    Rows that are alike are no surprise where their tokens are, unless they are 0.
+
     Args:
         sites: The sites, of which those with a `cast_loss` are cast.
 
@@ -30,9 +32,10 @@ class ValueChecks:
         self._firsts = dict[str, Tensor]()
         self._rows = dict[str, int]()
         self._differing = set[str]()
+        self._tokens = set[int]()
         self._forwards = 0
 
-    def see(self, name: str, values: Shaped[Tensor, "row ..."]) -> None:
+    def see(self, name: str, values: Shaped[Tensor, "row ..."], token: Int[Tensor, " row"]) -> None:
         """Look at rows that are about to be written, in the writer's thread."""
         if name in self._differing or not len(values):
             return
@@ -43,6 +46,8 @@ class ValueChecks:
             first = self._firsts[name] = values[0].clone()
         if torch.equal(values[-1], first) and torch.equal(values, first.expand_as(values)):
             self._rows[name] = self._rows.get(name, 0) + len(values)
+            if len(self._tokens) < 2:  # noqa: PLR2004  of which there are several
+                self._tokens |= {*token.tolist()}
         else:
             self._differing.add(name)
 
@@ -53,9 +58,15 @@ class ValueChecks:
             for name, loss in [*self._losses.items()]:
                 self._warn_loss(name, loss)
         for name, rows in [*self._rows.items()]:
-            if name not in self._differing and rows >= (2 if ended else _ENOUGH):
+            is_zero = not bool(self._firsts[name].any())
+            is_odd = is_zero or len(self._tokens) > 1
+            if is_odd and name not in self._differing and rows >= (2 if ended else _ENOUGH):
                 self._differing.add(name)  # once is enough
-                self._warn_constant(name, rows)
+                what = "are 0" if is_zero else "have the same values"
+                warn(
+                    f"all {rows} rows of {name!r} that were written {what}; check that the site "
+                    "and the slice are those that you want"
+                )
 
     def _warn_loss(self, name: str, loss: CastLoss) -> None:
         if lost := loss.shown():
@@ -64,11 +75,3 @@ class ValueChecks:
                 f"{name!r} loses values in its cast: {lost}; give dtype=torch.bfloat16 or "
                 "torch.float32"
             )
-
-    def _warn_constant(self, name: str, rows: int) -> None:
-        is_zero = not bool(self._firsts[name].any())
-        what = "are 0" if is_zero else "have the same values"
-        warn(
-            f"all {rows} rows of {name!r} that were written {what}; check that the site and the "
-            "slice are those that you want"
-        )

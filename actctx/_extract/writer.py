@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError
@@ -48,7 +48,7 @@ class Writer:
     Args:
         target: The data set, which has a layout.
         finite: Whether values that are no numbers, or infinite, are refused.
-        seen: Looks at the rows of each site, by name.
+        seen: Looks at the rows of each site, and their tokens.
 
     Attributes:
         error: What ended the writing, if something did.
@@ -60,7 +60,7 @@ class Writer:
         target: Target,
         *,
         finite: bool,
-        seen: Callable[[str, Shaped[Tensor, "row ..."]], None],
+        seen: Callable[[str, Shaped[Tensor, "row ..."], Int[Tensor, " row"]], None],
     ) -> None:
         self._target, self._seen = target, seen
         self._finite = finite
@@ -159,7 +159,7 @@ class Writer:
             values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
-            self._seen(site.name, values)
+            self._seen(site.name, values, work.token)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 
