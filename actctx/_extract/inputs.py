@@ -13,14 +13,13 @@ is resumed with another batch size keeps the order, and its batches run in parts
 import functools
 import itertools
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._capture.masks import MASKS
@@ -35,6 +34,7 @@ from actctx._extract.items import (
     is_number,
     tokens_in,
 )
+from actctx._extract.packing import Packing
 from actctx._extract.source import Source, fingerprint_of, is_stateful, place
 from actctx._store.marks import START, Mark
 
@@ -357,79 +357,14 @@ class Reading:
             )
         if self.context is None:
             raise OptionError("pack=True needs context=, since the model has no limit of its own")
-        size, waiting = self.batch_size * self.context, torch.empty(0, dtype=torch.long)
-        stream = _Stream(at)
-        while True:
-            stream.places.append((stream.total, replace(source.mark(), last=stream.last)))
-            chunk = [*self._sequences(source, _AT_ONCE)]
-            if not chunk:
-                break
-            waiting = torch.cat([waiting, *self._joined(chunk, stream)])
-            whole = len(waiting) - len(waiting) % size
-            for tokens in torch.split(waiting[:whole], size) if whole else ():
-                yield stream.batch(tokens.view(-1, self.context))
-            waiting = waiting[whole:].clone()
-        whole = len(waiting) - len(waiting) % self.context
-        if whole:
-            yield stream.batch(waiting[:whole].view(-1, self.context))
-        if len(waiting) > whole:
-            yield stream.batch(waiting[None, whole:])
-        elif stream.empty:
-            yield stream.batch(waiting[whole:].view(0, 0))
+        packing = Packing(self.batch_size, self.context, self.separator)
+        yield from packing.batches(self._chunks(source), at)
 
-    def _joined(self, sequences: list[Item], stream: "_Stream") -> Iterator[Int64[Tensor, " _"]]:
-        """Pass on tokens, and what parts texts, unless the tokenizer has put it there itself."""
-        for sequence in sequences:
-            tokens = ids_of(sequence.tokens)
-            if sequence.given:
-                raise OptionError(
-                    f"pack=True joins sequences, but they come with {min(sequence.given)!r}, which "
-                    "the model's forward takes; leave it out, or give pack=False"
-                )
-            if not len(tokens):
-                stream.empty += 1
-                continue
-            last = stream.last
-            is_parted = self.separator in {None, last, int(tokens[0])}
-            if sequence.is_text and last is not None and not is_parted:
-                yield stream.behind_start(torch.tensor([self.separator]))
-            yield stream.behind_start(tokens)
-
-
-class _Stream:
-    """The tokens of sequences that are joined, from a mark on.
-
-    Attributes:
-        places: Where the items begin that were read together: the tokens before, and the mark.
-        total: The tokens that were read.
-        last: The last of them.
-        empty: The sequences without tokens since the last batch.
-
-    """
-
-    def __init__(self, at: Mark) -> None:
-        self.places = deque[tuple[int, Mark]]()
-        self.total, self.last, self.empty = 0, at.last, 0
-        self._number, self._skipped, self._taken = at.sequences, at.skip, at.skip
-
-    def behind_start(self, tokens: Int64[Tensor, " _"]) -> Int64[Tensor, " _"]:
-        """Count tokens, and leave out those before the mark."""
-        before = max(0, self._skipped - self.total)
-        self.total += len(tokens)
-        self.last = int(tokens[-1])
-        return tokens[before:]
-
-    def batch(self, tokens: Int64[Tensor, "batch pos"]) -> Batch:
-        """Make a batch of the next tokens."""
-        while len(self.places) > 1 and self.places[1][0] <= self._taken:
-            self.places.popleft()
-        before, mark = self.places[0]
-        mark = replace(mark, sequences=self._number, skip=self._taken - before)
-        numbers = torch.arange(self._number, self._number + len(tokens))
-        made = Batch(tokens, None, numbers, mark=mark, empty=self.empty)
-        self._number, self._taken = self._number + len(tokens), self._taken + tokens.numel()
-        self.empty = 0
-        return made
+    def _chunks(self, source: Source) -> Iterator[tuple[Mark, list[Item]]]:
+        mark = source.mark()
+        while chunk := [*self._sequences(source, _AT_ONCE)]:
+            yield mark, chunk
+            mark = source.mark()
 
 
 def _marked(source: Source) -> Iterator[tuple[Mark, Item]]:

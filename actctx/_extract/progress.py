@@ -7,10 +7,12 @@ import threading
 import time
 from datetime import datetime
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from actctx._text import format_bytes
+from actctx._errors import ActctxError
+from actctx._text import counted, format_bytes
 
 _LOG = logging.getLogger("actctx")
 _MANY = 10_000
@@ -120,6 +122,25 @@ def say(text: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # whoever read it may have gone
             sys.stderr.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}\n")
             sys.stderr.flush()
+
+
+def count_on(bar: Any, rows: int) -> None:
+    """Move a bar on by some rows, and show their bytes."""
+    bar.update(rows)
+    if not bar.disable:
+        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)
+
+
+def tell_what_is_kept(error: BaseException, path: Path, rows: int) -> None:
+    """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
+    if isinstance(error, ActctxError):
+        return
+    note = f"'{path}' keeps {counted(rows, 'row')}; the same call resumes after them"
+    if not rows:
+        note = f"no rows are in '{path}' yet; the same call begins anew"
+    error.add_note(note)
+    if isinstance(error, SystemExit):  # whose notes nobody shows
+        _LOG.warning(note)
 
 
 def _is_in_a_notebook() -> bool:

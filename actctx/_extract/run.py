@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from actctx._capture.capture import Capture
 from actctx._capture.watched import WatchedSite, why_silent
-from actctx._errors import ActctxError, DataError, NeverFiredError, OptionError, SeveralFiringsError
+from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._extract.batching import Batch, with_padding_behind
 from actctx._extract.compatibility import Facts, picks_of, slice_of, taken_of
 from actctx._extract.context_length import Positions
@@ -31,7 +31,7 @@ from actctx._extract.decoder_sites import check_sides
 from actctx._extract.inputs import Reading
 from actctx._extract.leaks import Alone, one_alone
 from actctx._extract.pipe import Pipe
-from actctx._extract.progress import progress_bar
+from actctx._extract.progress import count_on, progress_bar, tell_what_is_kept
 from actctx._extract.reader import Reader
 from actctx._extract.row_choice import Choosing, Work, pool_rows
 from actctx._extract.value_checks import ValueChecks
@@ -55,7 +55,7 @@ from actctx._store.layout import (
     column_name,
     not_floating_point,
 )
-from actctx._text import counted, dtype_name, format_bytes, shortened
+from actctx._text import dtype_name, format_bytes, shortened
 
 _LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4
@@ -239,7 +239,7 @@ class Extraction:
                     self._check_room(row, target, bar)
                 rows = self._forwards(pipe, acts, target, bar)
         except BaseException as error:
-            _tell_what_is_kept(error, target)
+            tell_what_is_kept(error, target.path, target.rows)
             raise
         finally:
             pipe.abandon()
@@ -279,7 +279,7 @@ class Extraction:
                     break
                 del left
                 checks.tell()
-                _show(bar, len(work.token))
+                count_on(bar, len(work.token))
         finally:
             if writer is not None:
                 writer.close()
@@ -440,23 +440,3 @@ def _pool(site: WatchedSite, owned: Owned, work: Work, *, how: str) -> Owned:
     if site.cast_loss is not None:
         site.cast_loss.add(pooled)
     return Owned(pooled.to(site.dtype or kept))
-
-
-def _tell_what_is_kept(error: BaseException, target: Target) -> None:
-    """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
-    if isinstance(error, ActctxError):
-        return
-    note = (
-        f"'{target.path}' keeps {counted(target.rows, 'row')}; the same call resumes after them"
-        if target.rows
-        else f"no rows are in '{target.path}' yet; the same call begins anew"
-    )
-    error.add_note(note)
-    if isinstance(error, SystemExit):  # whose notes nobody shows
-        _LOG.warning(note)
-
-
-def _show(bar: Any, rows: int) -> None:
-    bar.update(rows)
-    if not bar.disable:
-        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)
