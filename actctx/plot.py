@@ -14,18 +14,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from actctx._errors import OptionError
+from actctx._plot.arguments import check_count, read_integers, read_tokens
 from actctx._plot.coloured import ColouredTokens
-from actctx._plot.sources import (
-    check_count,
-    layer_numbers,
-    layers_in,
-    norms_at_positions,
-    norms_of_rows,
-    read_integers,
-    read_layers,
-    read_pattern,
-    read_tokens,
-)
+from actctx._plot.norms import norms_at_positions, norms_of_rows
+from actctx._plot.patterns import read_pattern
+from actctx._plot.similarity import compare_layers
+from actctx._plot.sources import layer_numbers, source_of
 from actctx._results.activations import Activations
 from actctx._select.values import check_readable
 from actctx.dataset import ActivationDataset
@@ -83,10 +77,11 @@ def plot_norms(
 
     """
     _pyplot()
-    keys = layers_in(acts, name)
+    source = source_of(acts, name)
+    keys = source.layers(name)
     if positions is not None:
         positions = read_integers("positions", positions)
-    grid = norms_at_positions(acts, keys)
+    grid = norms_at_positions(source, keys)
     if positions is not None:
         if grid is None:
             raise OptionError(
@@ -97,13 +92,13 @@ def plot_norms(
     picture = _picture(ax)
     picture.set_title(name, parse_math=False)
     if grid is None:
-        _draw_quartiles(picture, norms_of_rows(acts, keys), layer_numbers(acts, keys))
+        _draw_quartiles(picture, norms_of_rows(source, keys), layer_numbers(source, keys))
         return picture
     shown = picture.imshow(grid.numpy(), origin="lower", aspect="auto", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="mean norm")
     picture.set(xlabel="position", ylabel="layer")
     _number(picture.xaxis, range(grid.shape[1]) if positions is None else positions)
-    _number(picture.yaxis, layer_numbers(acts, keys))
+    _number(picture.yaxis, layer_numbers(source, keys))
     return picture
 
 
@@ -146,7 +141,7 @@ def plot_pattern(
         ['head 0', 'head 1', 'head 2', 'head 3']
 
     """
-    pattern = read_pattern(acts, name, sequence)
+    pattern = read_pattern(source_of(acts, name), name, sequence)
     count, _, keys = pattern.shape
     if tokens is not None:
         tokens = read_tokens(tokens)
@@ -198,13 +193,14 @@ def plot_similarity(
 
     """
     _pyplot()
-    square = layer_similarity(acts, name).numpy()
+    source = source_of(acts, name)
+    square = compare_layers(source, name).numpy()
     picture = _picture(ax)
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer")
     picture.set_title(name, parse_math=False)
-    numbers = layer_numbers(acts, layers_in(acts, name))
+    numbers = layer_numbers(source, source.layers(name))
     for axis in (picture.xaxis, picture.yaxis):
         _number(axis, numbers)
     return picture
@@ -248,49 +244,7 @@ def layer_similarity(
         True
 
     """
-    keys = layers_in(acts, name)
-    means = _means(acts, keys)
-    square = torch.eye(len(keys))
-    sizes: list[Tensor] = []
-    for one, key in enumerate(keys):
-        products, count = [torch.zeros(())] * (one + 1), 0
-        for part in read_layers(acts, keys[: one + 1]):
-            centred = [rows - mean for rows, mean in zip(part, means, strict=False)]
-            products = [
-                product + rows.T @ centred[one]
-                for product, rows in zip(products, centred, strict=True)
-            ]
-            count += len(part[one])
-        *others, size = [product.norm().cpu() for product in products]
-        _check_differ(key, size, count * means[one].norm().cpu() ** 2)
-        sizes.append(size)
-        for two, other in enumerate(others):
-            square[one, two] = square[two, one] = other**2 / (sizes[one] * sizes[two])
-    return square
-
-
-def _means(
-    acts: Activations | ActivationDataset, keys: list[str]
-) -> list[Float[Tensor, " features"]]:
-    sums, count = [torch.zeros(())] * len(keys), 0
-    for part in read_layers(acts, keys):
-        sums = [each + rows.sum(0) for each, rows in zip(sums, part, strict=True)]
-        count += len(part[0])
-    return [each / count for each in sums]
-
-
-def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) -> None:
-    """Refuse a layer whose rows are the same but for rounding, from sums of their squares."""
-    if not spread.isfinite():
-        raise OptionError(
-            f"{key!r} has NaN, infinite or too large values, so it cannot be compared with other "
-            "layers; leave it out"
-        )
-    if spread <= 1e-10 * mean:
-        raise OptionError(
-            f"the rows of {key!r} are all the same, so it cannot be compared with other layers; "
-            "capture other positions, or leave it out"
-        )
+    return compare_layers(source_of(acts, name), name)
 
 
 def _draw_quartiles(
