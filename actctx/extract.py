@@ -126,13 +126,15 @@ def extract(
         carry: The names of what comes along with the sequences in dicts, such as labels and ids:
             a column each, of numbers or strings.
         finite: Whether NaN and infinite values are refused.
-        resume: Whether to resume a data set that is there; otherwise it is refused.
+        resume: Whether to resume a data set that is there; otherwise it is refused. An input that
+            is shuffled without a seed could not be resumed, so it needs False.
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
             new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook; elsewhere a line
+            a minute, by the logger `actctx` if it listens at INFO, else on stderr.
 
     Returns:
         What was written.
@@ -143,6 +145,8 @@ def extract(
             another extraction does; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option is not valid.
         ActctxError: As `capture`.
+        SystemExit: In the main thread, at SIGTERM or SIGHUP, once what is whole is committed; unless
+            you have a handler for it.
 
     Example:
         >>> done = extract(model, tokens, "blocks.1.hook_resid_post", "acts.lance")

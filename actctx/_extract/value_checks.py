@@ -13,6 +13,9 @@ from actctx._select.cast_loss import CastLoss
 _ENOUGH = 1000
 """The rows after which a site that is constant is one."""
 
+_FEW = 16
+"""The rows that may be alike, unless they are 0."""
+
 _BETWEEN = 64
 """The forwards between two looks at what was lost, for which a GPU is waited for."""
 
@@ -59,7 +62,7 @@ class ValueChecks:
                 self._warn_loss(name, loss)
         for name, rows in [*self._rows.items()]:
             is_zero = not bool(self._firsts[name].any())
-            is_odd = is_zero or len(self._tokens) > 1
+            is_odd = is_zero or (rows >= _FEW and len(self._tokens) > 1)
             if is_odd and name not in self._differing and rows >= (2 if ended else _ENOUGH):
                 self._differing.add(name)  # once is enough
                 what = "are 0" if is_zero else "have the same values"
