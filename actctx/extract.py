@@ -145,8 +145,8 @@ def extract(
             another extraction does; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option is not valid.
         ActctxError: As `capture`.
-        SystemExit: In the main thread, at SIGTERM or SIGHUP, once what is whole is committed; unless
-            you have a handler for it.
+        SystemExit: In the main thread, at SIGTERM or SIGHUP, once what is whole is committed;
+            unless you have a handler for it.
 
     Example:
         >>> done = extract(model, tokens, "blocks.1.hook_resid_post", "acts.lance")
