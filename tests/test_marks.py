@@ -167,6 +167,22 @@ def test_an_input_that_does_not_tell_its_place_is_read(model, out, broken, monke
     check_same(out, whole)
 
 
+def test_an_input_that_cannot_go_on_at_its_place_is_read_from_its_start(model, out):
+    class Strict(Stream):
+        def load_state_dict(self, state):
+            super().load_state_dict(state)
+            self.is_lost = bool(self.at)
+
+        def __iter__(self):
+            if self.__dict__.pop("is_lost", False):
+                raise KeyError("shard")
+            return super().__iter__()
+
+    whole = half_done(model, "sequences", out, Stream(ids()))
+    extract(model, Strict(ids()), RESID, out, batch_size=8)
+    check_same(out, whole)
+
+
 def test_an_input_that_is_put_at_its_place_has_to_leave_the_rows_on_disk(model, kind, out):
     make, options = KINDS[kind]
     half_done(model, kind, out, Stream(make()))

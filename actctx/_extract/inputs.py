@@ -10,6 +10,7 @@ the same input always leaves the same rows in the same order, which is what resu
 is resumed with another batch size keeps the order, and its batches run in parts.
 """
 
+import contextlib
 import functools
 import itertools
 import warnings
@@ -40,6 +41,12 @@ from actctx._store.marks import START, Mark
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
+
+_OF_ANOTHER_PLACE = (
+    *(DataError, LookupError, TypeError, ValueError),
+    *(AttributeError, AssertionError, RuntimeError),
+)
+"""What inputs raise that were put at a place of another one; no errors of the system."""
 
 _AT_ONCE = 256
 """The texts that a tokenizer is given at once."""
@@ -117,7 +124,8 @@ class Reading:
             placed = place(data, last)
             if placed is not None:
                 own, put_back = placed
-                yield self.source(own, last), last
+                with contextlib.suppress(*_OF_ANOTHER_PLACE):
+                    yield self.source(own, last), last
                 put_back()
         last = marks[-1] if marks else START
         is_same = last is not START and last.dataset == fingerprint_of(data) is not None

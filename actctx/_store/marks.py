@@ -105,6 +105,8 @@ class Marks:
 
     def save(self) -> None:
         """Write those of rows that were committed."""
+        if not self._waiting:
+            return
         with contextlib.suppress(OSError), self._path.open("a") as file:
             file.write("".join(map(_line, self._waiting)))
         self.there += self._waiting
