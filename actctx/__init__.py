@@ -30,6 +30,7 @@ __all__ = [
     "capture",
     "captures",
     "hook_names",
+    "load",
     "site",
 ]
 
@@ -58,7 +59,7 @@ if TYPE_CHECKING:
     )
     from actctx._model.places import hook_names
     from actctx._model.sites import Site
-    from actctx._results.activations import Activations
+    from actctx._results.activations import Activations, load
     from actctx._results.schema import Schema, site
 else:
     # The modules of the names that are not errors. They import torch, so each is imported when
@@ -72,6 +73,7 @@ else:
         "capture": "_capture.capture",
         "captures": "_capture.decorator",
         "hook_names": "_model.places",
+        "load": "_results.activations",
         "site": "_results.schema",
     }
 

@@ -1,13 +1,27 @@
-"""What is written to disk whole or not at all: beside its place, and renamed at the end."""
+"""What is written to disk whole or not at all: beside its place, and renamed at the end.
 
+# NOTE [Leftovers]
+What is written lies in a directory of its own beside its place, such as
+`acts.safetensors.0123456789ab.partial`, which is locked. The system lets go of the lock however a
+process ends, so a directory that nobody holds the lock of was left by one that was killed. Whoever
+writes beside it next deletes it, the lock last, so that what is half deleted is still known.
+Nothing else is touched: nothing of another name, nothing that holds other things, and nothing whose
+lock is held or cannot be told.
+"""
+
+import contextlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 from uuid import uuid4
 
 import torch
@@ -15,7 +29,14 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 from actctx._errors import ActctxError, DataError, OptionError
-from actctx._text import dtype_name
+from actctx._text import dtype_name, is_utf8
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
+
+_LOCK = "partial.lock"
+_CONTENT = "content"
+_ROOM = re.compile(r".*\.[0-9a-f]{12}\.partial", re.DOTALL)
 
 
 def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
@@ -31,15 +52,27 @@ def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
 def expanded(path: str | PathLike[str]) -> str:
     """Write out the home directory in a path; the address of an object store has none.
 
+    A `file://` address of this machine becomes the path that it means.
+
     Raises:
         OptionError: It is not a path.
 
     """
-    if not isinstance(path, str | PathLike) or "\0" in os.fspath(path):
+    given = os.fspath(path) if isinstance(path, PathLike) else path
+    if not isinstance(given, str) or "\0" in given:
         raise OptionError(
             f"{path!r} is not a path; give a string, or a pathlib.Path, without NUL characters"
         )
-    return os.path.expanduser(path)  # noqa: PTH111  Path would make a path of an address
+    try:
+        os.fsencode(given)
+    except UnicodeEncodeError:
+        raise OptionError(
+            f"{path!r} is not a path: it has characters that the system cannot write; give another"
+        ) from None
+    address = urlsplit(given) if given.startswith("file://") else None
+    if address is not None and address.netloc in {"", "localhost"}:
+        return url2pathname(address.path)
+    return os.path.expanduser(given)  # noqa: PTH111  Path would make a path of an address
 
 
 def local_path(path: str | PathLike[str]) -> Path:
@@ -66,8 +99,8 @@ def write_safetensors(
     """Write tensors; an existing file is replaced once all is written.
 
     Raises:
-        DataError: It cannot be written there, or a tensor has no values, or a dtype that the format
-            does not have.
+        DataError: It cannot be written there, or a tensor has no values, or a dtype or a name that
+            the format does not have.
 
     """
     from safetensors import SafetensorError
@@ -75,6 +108,11 @@ def write_safetensors(
 
     place = check_place(path)
     for name, tensor in tensors.items():
+        if name == "__metadata__" or not is_utf8(name):
+            raise DataError(
+                f"cannot write {name!r} to '{place}': a safetensors file has no such name; give "
+                "the site an alias, as in {'resid': ...}"
+            )
         if why := _why_not_held(tensor):
             raise DataError(
                 f"cannot write {name!r} to '{place}': {why}; leave it out, or write it with "
@@ -100,19 +138,28 @@ def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
 def check_place(path: str | PathLike[str]) -> Path:
     """Make sure that there can be a file at a path, as far as can be told before writing it.
 
+    Returns:
+        The path; of a link, that of what it leads to.
+
     Raises:
-        DataError: It is a directory, or in none, or in an object store.
+        DataError: It is a directory, or in none, or a device, or in an object store.
 
     """
     place = local_path(path)
     with _said_of(place):
+        place = Path(os.path.realpath(place)) if place.is_symlink() else place
         is_directory, is_in_one = place.is_dir(), place.parent.is_dir()
+        is_other = place.exists() and not place.is_file()
     if is_directory:
         raise DataError(f"cannot write to '{place}': it is a directory; give the path of a file")
     if not is_in_one:
         raise DataError(
             f"cannot write to '{place}': there is no directory '{place.parent}'; make it, or give "
             "another path"
+        )
+    if is_other:  # such as /dev/null, in whose place there would be a file
+        raise DataError(
+            f"cannot write to '{place}': it is a device or a pipe; give the path of a file"
         )
     return place
 
@@ -124,6 +171,7 @@ def refuse_existing(path: Path) -> None:
         DataError: There is, or it cannot be told.
 
     """
+    clear_leftovers(path.parent)
     with _said_of(path):
         exists = path.exists()
     if exists:
@@ -136,30 +184,110 @@ def written_beside(
 ) -> Iterator[Path]:
     """Give an empty file or directory to write to, which takes the place of a path at the end.
 
-    It has a name that nothing else has, and is deleted where the block fails. The block's own
-    errors of these kinds are taken for those of writing; what it reads must raise others.
+    It is deleted where the block fails; see the note on leftovers. The block's own errors of these
+    kinds are taken for those of writing; what it reads must raise others.
 
     Raises:
         DataError: Nothing can be written there, or not all of it.
 
     """
-    partial = path.with_name(f"{path.name}.{uuid4().hex[:12]}.partial")
-    try:
+    with contextlib.ExitStack() as stack:
         with _said_of(path):
             if directory:
-                partial.mkdir(parents=True)
+                with suppress(FileExistsError):  # if it is a file, that is said below
+                    path.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(room_beside(path)) / path.name
+            if directory:
+                partial.mkdir()
             else:
                 partial.touch(exist_ok=False)
+                mode = (path if path.exists() else partial).stat().st_mode
         with _said_of(path, errors, "make room there, or give another path"):
             yield partial
         with _said_of(path):
+            if not directory:
+                with suppress(OSError):  # not every file system has modes
+                    partial.chmod(mode)  # safetensors makes a file of its own, for its owner alone
             partial.replace(path)
+
+
+@contextmanager
+def room_beside(path: Path) -> Iterator[Path]:
+    """Make a directory for what is to be at a path, and delete it in the end.
+
+    Raises:
+        OSError: The system does not let it.
+
+    """
+    clear_leftovers(path.parent)
+    room, lock = _locked_room(path)
+    try:
+        yield room / _CONTENT
     finally:
-        if directory:
-            shutil.rmtree(partial, ignore_errors=True)
-        else:
+        _delete(room)
+        if lock is not None:
+            lock.release()
+
+
+def _locked_room(path: Path) -> "tuple[Path, BaseFileLock | None]":
+    """Make a directory beside a path, and lock it, where the file system knows locks."""
+    while True:
+        room = path.with_name(f"{path.name[:40]}.{uuid4().hex[:12]}.partial")
+        room.mkdir()
+        lock = _lock(room)
+        # Before it was locked, another writer may have taken it for a leftover.
+        if lock is not None and not (room / _LOCK).exists():
+            lock.release()
+            continue
+        if lock is None:
+            if not room.exists():
+                continue
             with suppress(OSError):
-                partial.unlink(missing_ok=True)
+                (room / _LOCK).unlink(missing_ok=True)
+        (room / _CONTENT).mkdir()
+        return room, lock
+
+
+def _lock(room: Path) -> "BaseFileLock | None":
+    """Lock a directory; None where another process holds the lock, or nobody can."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(room / _LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        return None
+    return lock
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what writers left in a directory that were killed; see the note on leftovers."""
+    try:
+        rooms = [each for each in directory.glob("*.partial") if _ROOM.fullmatch(each.name)]
+    except OSError:
+        return
+    for room in rooms:
+        with suppress(OSError):
+            room.rmdir()  # it is empty, since its writer was killed before it could lock it
+            continue
+        if _is_ours(room) and (lock := _lock(room)) is not None:
+            _delete(room)
+            lock.release()
+            shutil.rmtree(room, ignore_errors=True)  # Windows deletes no file that is locked
+
+
+def _is_ours(room: Path) -> bool:
+    """Tell whether a directory holds what `room_beside` puts into one, and nothing else."""
+    try:
+        names = {each.name for each in room.iterdir()}
+    except OSError:
+        return False
+    return not room.is_symlink() and _LOCK in names and names <= {_LOCK, _CONTENT}
+
+
+def _delete(room: Path) -> None:
+    shutil.rmtree(room / _CONTENT, ignore_errors=True)
+    shutil.rmtree(room, ignore_errors=True)
 
 
 @contextmanager
@@ -185,4 +313,5 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 def reason_of(error: BaseException) -> str:
     """Take what an error says: the system, or Lance, without the place in its source behind it."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
-    return said.split(", /", maxsplit=1)[0].removeprefix("LanceError(IO): ")
+    said = said.split(", /", maxsplit=1)[0].removeprefix("External error: ")
+    return said.removeprefix("LanceError(IO): ")

@@ -23,3 +23,12 @@ def shortened(names: list[str], most: int = 8) -> str:
     """List names for a message, the first few of them where there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def is_utf8(text: str) -> bool:
+    """Tell whether a text can be written to a file, which lone surrogates cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

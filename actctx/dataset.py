@@ -1,31 +1,43 @@
 """Read a data set that `extract` wrote: by index, whole, or in shuffled batches for training."""
 
+import reprlib
+import warnings
 from collections.abc import Iterable, Mapping
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int32
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
-from actctx._errors import DataError
+from actctx._errors import DataError, OptionError
 from actctx._files import check_place, describe, expanded, refuse_existing, write_safetensors
-from actctx._model.fingerprint import ANEW, describe_model
+from actctx._model.axes import Axes
+from actctx._model.fingerprint import describe_model, versions
+from actctx._model.same_model import (
+    ANEW,
+    FINGERPRINT,
+    differences,
+    is_of_weights,
+    summed_up,
+)
 from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
 from actctx._store.layout import StoredSite, layout_of
 from actctx._store.loader import Loader
+from actctx._store.mixing import Mixing, warn_of_pool
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
-from actctx._store.shuffle import Order, rank_of
+from actctx._store.shuffle import Order, batches_of, rank_of
 from actctx._store.where import find_site, find_sites
 from actctx._text import counted, format_bytes
 
-__all__ = ["ActivationDataset", "Loader", "StoredSite"]
-Loader.__module__ = StoredSite.__module__ = __name__  # where users find them
+__all__ = ["ActivationDataset", "Loader", "Mixing", "StoredSite"]
+Loader.__module__ = Mixing.__module__ = StoredSite.__module__ = __name__  # where users find them
 
-_POOL_BYTES = 2**27
+_FEW = 4  # rows, too few to tell whether they are shuffled
 
 
 class ActivationDataset(Dataset[StoredBatch]):
@@ -97,6 +109,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         if where is not None:
             self._rows.find(where, stored)
         self._length = len(self._rows)
+        self._warned = False
 
     def __len__(self) -> int:
         return self._length
@@ -123,11 +136,27 @@ class ActivationDataset(Dataset[StoredBatch]):
         return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> list[StoredBatch]:
-        """Read the rows of a `DataLoader`'s batch together."""
+        """Read the rows of a `DataLoader`'s batch together; warns where it shuffles."""
+        self._warn_of_scattered(indices)
         batch = self[indices]
         return [
             {name: _owned(values[k]) for name, values in batch.items()} for k in range(len(indices))
         ]
+
+    def _warn_of_scattered(self, indices: list[int]) -> None:
+        """Warn once that a `DataLoader` shuffles slowly; of several workers, in the first."""
+        worker = get_worker_info()
+        if self._warned or len(indices) < _FEW or (worker and worker.id):
+            return
+        if np.mean(np.diff(indices) == 1) < 0.5:  # noqa: PLR2004  half of them
+            self._warned = True
+            better = f"data.loader({len(indices)})"
+            warnings.warn(
+                "a DataLoader that shuffles reads every row by itself, many times slower than "
+                f"{better}, which reads blocks of rows; iterate over that, or give "
+                f"DataLoader({better}, batch_size=None)",
+                stacklevel=3,
+            )
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
@@ -176,8 +205,10 @@ class ActivationDataset(Dataset[StoredBatch]):
         """Give batches for training, each a dict as `data[...]` gives it, read ahead in threads.
 
         Rows are shuffled over the whole file, in another order each epoch. They are read in blocks
-        of 32 that lie together: the blocks are permuted, read pool by pool, and the rows of each
-        pool are permuted. A data set that fits into one pool is permuted row by row.
+        of 32 that lie together: the blocks are permuted and divided into pools, and the rows of
+        each pool are dealt to its batches, so that those of a block go to as many batches as can
+        be. `Loader.mixing` tells how well that mixes. A data set that fits into one pool is
+        permuted row by row.
 
         An iteration is an epoch. Every row comes once, at one rank. The order depends on the seed,
         the epoch, the batch size, the pool and the number of ranks, and on nothing else. It can be
@@ -192,9 +223,11 @@ class ActivationDataset(Dataset[StoredBatch]):
             workers: The threads that read. With 0 there are none: batches are read when they are
                 asked for.
             device: The device that batches move to.
-            pool: The rows that are shuffled among each other; up to three times as many are in
-                memory. By default as many as 128 MiB hold; what strings take is estimated, by a
-                sample of 256 rows that is the same each time.
+            pool: The most rows that are shuffled among each other; these and eight batches are
+                in memory. By default 131,072 rows or 32 batches, whichever is more, so that pools
+                have at least half of that. Fewer than that half give a warning that says how they
+                mix. `Loader.memory` tells the bytes; if they are more than half of what the machine
+                has, a warning says so.
             rank: Which of the shares to give; by default that of torch's distributed group.
             world_size: How many shares there are.
 
@@ -214,14 +247,15 @@ class ActivationDataset(Dataset[StoredBatch]):
         batch_size = whole_number("batch_size", batch_size, least=1)
         workers = whole_number("workers", workers, least=0)
         seed = whole_number("seed", seed, least=0)
-        if pool is None:
-            pool = max(batch_size, _POOL_BYTES // self._rows.memory)
-        pool = whole_number("pool", pool, least=1)
         rank, world_size = rank_of(rank, world_size)
+        if pool is not None:
+            pool = whole_number("pool", pool, least=1)
+        elif not shuffle:  # then it is but what is read ahead
+            pool = 4 * self._rows.at_once
         order = Order(
             rows=len(self),
             batch_size=batch_size,
-            pool=max(1, pool // batch_size),
+            pool=batches_of(pool, batch_size, rows=-(-len(self) // world_size)),
             shuffle=shuffle,
             drop_last=drop_last,
             rank=rank,
@@ -229,19 +263,24 @@ class ActivationDataset(Dataset[StoredBatch]):
             seed=seed,
             epoch=0,
         )
-        return Loader(self._rows, order, workers=workers, device=device)
+        loader = Loader(self._rows, order, workers=workers, device=device)
+        warn_of_pool(order, pool, memory=loader.memory)
+        return loader
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the activations are of this model.
 
         Args:
-            model: What they were extracted from, as far as its weights tell.
+            model: What they were extracted from, as far as its weights, buffers and settings tell.
 
         Raises:
-            DataError: They are of a model with other weights, or weights of other names; or it is
-                not known which, as with what `from_saelens` made.
+            DataError: They are of a model with other ones; or it is not known which, as with what
+                `from_saelens` made.
+            OptionError: It is not a model.
 
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"{reprlib.repr(model)} is not a model; give a torch.nn.Module")
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
@@ -249,15 +288,29 @@ class ActivationDataset(Dataset[StoredBatch]):
                 f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
                 "out model= and check()"
             )
-        if here["fingerprint"] != there["fingerprint"]:
+        found = differences(
+            there, here, versions_differ=self.layout.versions != versions(), is_run=False
+        )
+        for fact in summed_up(found):
+            name, was, now = fact
+            which = (
+                "" if name == FINGERPRINT else f": its {name} is {was!r} there, but {now!r} here"
+            )
+            hint = f" ({ANEW})" if is_of_weights(fact) else ""
             raise DataError(
                 f"{self.path!r} holds activations of {_described(there)}, but this model is "
-                f"{_described(here)}; give the model that they were extracted from, or extract "
-                f"them from this one ({ANEW})"
+                f"{_described(here)}{which}; give the model that they were extracted from, or "
+                f"extract them from this one{hint}"
             )
 
     def to_saelens(
-        self, path: str | PathLike[str], *, context: int, rename: Mapping[str, str] | None = None
+        self,
+        path: str | PathLike[str],
+        *,
+        context: int,
+        rename: Mapping[str, str] | None = None,
+        shuffle: bool = False,
+        seed: int = 0,
     ) -> int:
         """Write what SAELens trains from with `use_cached_activations=True`.
 
@@ -266,11 +319,17 @@ class ActivationDataset(Dataset[StoredBatch]):
         them. bfloat16, which these files do not have, becomes float32, with a warning. A few
         megabytes of rows are in memory at a time.
 
+        SAELens reads the runs in their order, and mixes no more rows than its buffer holds. With
+        `shuffle` they are written in the random order of `loader`, which takes its memory.
+
         Args:
             path: The directory to write, SAELens' `cached_activations_path`; there whole or not
                 at all.
             context: The `context_size` of SAELens' config, in rows.
             rename: SAELens' `hook_name` for sites that have another name here, by their name.
+            shuffle: Whether to write the rows in random order; those that are left out are random,
+                too.
+            seed: What that order depends on.
 
         Returns:
             The number of rows that were left out.
@@ -286,7 +345,10 @@ class ActivationDataset(Dataset[StoredBatch]):
 
         """
         context = whole_number("context", context, least=1)
-        write_saelens(self._rows, path, context=context, rename=rename or {})
+        seed = whole_number("seed", seed, least=0)
+        write_saelens(
+            self._rows, path, context=context, rename=rename or {}, seed=seed if shuffle else None
+        )
         return len(self) % context
 
     @classmethod
@@ -337,7 +399,8 @@ class ActivationDataset(Dataset[StoredBatch]):
         refuse_existing(check_place(path))  # before all is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
-        axes = {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
+        axes: dict[str, Axes] = dict.fromkeys(tensors, (self._first_axis,))
+        axes |= {name: (self._first_axis, *site.axes) for name, site in self.sites.items()}
         write_safetensors(tensors, path, describe(axes, self.layout.model["class"]))
 
     @property
@@ -347,7 +410,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     def _only(self, name: str) -> StoredRows:
         """Select one column."""
         rows = self._rows
-        if name in rows.others:
+        if isinstance(name, str) and name in rows.others:
             kept = {name: rows.others[name]}
             return StoredRows(rows.path, rows.version, {}, kept, rows.matching)
         site = find_site(self.sites, name, rows.others)

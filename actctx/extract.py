@@ -14,7 +14,7 @@ from torch import nn
 from actctx._capture.capture import Capture
 from actctx._capture.watched import Options
 from actctx._errors import OptionError
-from actctx._extract.add_sites import add_sites
+from actctx._extract.add_sites import add_sites, clear_additions
 from actctx._extract.model_inputs import reading_of
 from actctx._extract.order import check_order
 from actctx._extract.row_choice import dropping
@@ -111,7 +111,8 @@ def extract(
             `add` it is left out.
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most. A
-            resumed data set keeps the order of rows that the first one made.
+            resumed data set keeps the order of rows that the first one made; with another size, a
+            warning says that values are equal up to rounding only.
         context: The tokens in a sequence, at most; by default what the model can read. What is
             longer is cut off at the end.
         equal_lengths: Whether only sequences of one length run together, so that no forward sees
@@ -172,10 +173,10 @@ def extract(
         tokenizer=tokenizer,
         batch_size=batch_size,
         context=context,
-        pack=pack,
+        pack=bool(pack),
         carry=_names_of(carry),
         mask=mask,
-        equal_lengths=equal_lengths,
+        equal_lengths=bool(equal_lengths),
     )
     extraction = Extraction(
         model,
@@ -200,6 +201,7 @@ def extract(
                     progress=progress,
                 )
             else:
+                clear_additions(target)
                 extraction.facts.check(target, resume=resume)
                 rows = extraction.run(data, target, most=max_tokens, progress=progress)
         finally:

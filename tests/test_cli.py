@@ -422,8 +422,11 @@ def test_a_file_is_replaced_only_with_force(tiny, out):
         f"'{out}' exists; give --force to replace it, or another --out"
     )
     assert out.read_text() == "precious"
+    beside = out.with_name(f"{out.name}.partial")
+    beside.write_text("mine")
     result = capture(tiny, RESID, "--out", out, "--force", texts=["one"])
     assert result.stdout.endswith(f"\nsaved {out}\n")
+    assert beside.read_text() == "mine"
     assert RESID in load_file(out)
 
 
@@ -449,9 +452,12 @@ def test_a_file_in_a_directory_that_takes_none_is_refused():
     assert message.startswith(f"cannot save to '{place}': the system says '")
 
 
-def test_a_refused_command_leaves_no_file(tmp_path):
+def test_a_refused_command_leaves_no_file_and_no_file_out(tmp_path):
+    (tmp_path / "acts.partial").write_text("mine")
     refusal("capture", "./nowhere", RESID, "--prompt", "one", "--out", tmp_path / "acts")
-    assert not list(tmp_path.iterdir())
+    assert [(each.name, each.read_text()) for each in tmp_path.iterdir()] == [
+        ("acts.partial", "mine")
+    ]
 
 
 def test_a_bar_is_shown_on_a_terminal_when_there_are_several_batches(tiny):

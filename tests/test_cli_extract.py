@@ -68,7 +68,9 @@ def test_the_same_command_goes_on(tiny, text, out):  # noqa: F811
 def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out):  # noqa: F811
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
     stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
-    assert stderr.startswith(f"error: '{out}' exists; give ")
+    assert stderr == (
+        f"error: '{out}' exists; leave out --no-resume to go on with it, or give another path\n"
+    )
     assert len(Read(out)) == 5
 
 
@@ -166,7 +168,7 @@ def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_p
     model.transformer.h[1].mlp.c_proj.bias.data[0] = float("nan")
     model.save_pretrained(tmp_path / "poisoned")
     options = [RESID, "--data", text, "--out", out, "--tokenizer", tiny]
-    assert "finite=False writes it as it is" in refused(tmp_path / "poisoned", *options)
+    assert "; --no-finite writes it as it is" in refused(tmp_path / "poisoned", *options)
     run(tmp_path / "poisoned", *options, "--no-finite")
     assert Read(out)[RESID][:, 0].isnan().all()
 
@@ -279,7 +281,10 @@ def test_what_is_no_data_set_is_refused(tmp_path):
             ["--drop", "position"],
             "--drop 'position' is not WHAT=N; give one such as position=0 or token=50256,0",
         ),
-        (["--context", "9"], "context=9 is more than the 8 tokens that the model reads"),
+        (
+            ["--context", "9"],
+            "--context 9 is more than the 8 tokens that the model reads; give 8 or less",
+        ),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tiny, text, out, option, message):  # noqa: F811

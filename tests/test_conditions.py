@@ -20,7 +20,7 @@ def test_a_condition_that_lance_does_not_understand_is_refused(data):
         ActivationDataset(data.path, where="position >")
     message = str(caught.value)
     assert message.startswith("where='position >' is not a condition on rows: ")
-    assert "Expected: an expression, found: EOF" in message
+    assert "Expected: an expression, found: )" in message
     assert "/rust/" not in message
 
 
@@ -87,3 +87,74 @@ def test_a_condition_is_a_string(data):
     )
     with pytest.raises(OptionError, match=r"^where=<function .* is not a condition"):
         ActivationDataset(data.path, where=lambda row: row)
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        "position = 1 foo",
+        "position = 1 token > 5",
+        "position = 1 limit 1",
+        "position = 1; true",
+        "position = 1\0",
+        "position = 1 'a'",
+    ],
+)
+def test_a_condition_that_goes_on_after_its_end_is_refused(data, where):
+    with pytest.raises(OptionError, match="is not a condition on rows: "):
+        ActivationDataset(data.path, where=where)
+
+
+def test_a_condition_may_end_in_a_comment(data):
+    assert len(ActivationDataset(data.path, where="position = 1 -- the second")) > 0
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        (
+            "position = 1) OR (true",
+            "where='position = 1) OR (true' is not a condition on rows: it closes a parenthesis "
+            "that it does not open",
+        ),
+        (
+            "position = ?",
+            "where='position = ?' has the placeholder '?'; write the value itself, as in an "
+            "f-string",
+        ),
+        (
+            "position = $1",
+            "where='position = $1' has the placeholder '$1'; write the value itself, as in an "
+            "f-string",
+        ),
+        (
+            "position = :x",
+            "where='position = :x' has the placeholder ':x'; write the value itself, as in an "
+            "f-string",
+        ),
+    ],
+)
+def test_a_condition_that_is_not_whole_is_refused(data, where, message):
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(data.path, where=where)
+    assert str(caught.value) == message
+
+
+def test_quotes_hold_what_would_be_a_placeholder(data):
+    assert len(ActivationDataset(data.path, where="text = ':) ?' OR position::int = 1")) > 0
+
+
+def test_an_alias_with_backticks_is_named_with_two_for_each(tmp_path):
+    path = tmp_path / "a.lance"
+    extract(bridge(), tokens(), {"a`b": RESID, "``": "blocks.0.hook_resid_post"}, path)
+    whole = ActivationDataset(path)
+    assert [*whole.sites] == ["a`b", "``"]
+    for where, name in (("`a``b`[1] > 0", "a`b"), ("`````` [1] > 0", "``")):
+        above = whole.read(name)[:, 0] > 0
+        assert torch.equal(ActivationDataset(path, where=where).read(name), whole.read(name)[above])
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(path, where="a`b[1] > 0")
+    assert str(caught.value) == (
+        "where='a`b[1] > 0' names 'a`b' without backticks, which names with such characters need; "
+        "write `a``b`"
+    )

@@ -266,6 +266,22 @@ def test_a_dataloader_reads_batches_at_once(data):
     assert sorted(np.concatenate([numbers(batch) for batch in batches])) == list(range(ROWS))
 
 
+def test_a_dataloader_that_shuffles_is_warned_of_once(path):
+    data = ActivationDataset(path)
+    with pytest.warns(UserWarning, match="a DataLoader that shuffles") as caught:
+        batches = list(DataLoader(data, batch_size=32, shuffle=True))
+    assert [str(each.message) for each in caught] == [
+        "a DataLoader that shuffles reads every row by itself, many times slower than "
+        "data.loader(32), which reads blocks of rows; iterate over that, or give "
+        "DataLoader(data.loader(32), batch_size=None)"
+    ]
+    assert sorted(np.concatenate([numbers(batch) for batch in batches])) == list(range(ROWS))
+
+
+def test_a_dataloader_that_does_not_shuffle_is_not_warned_of(path):
+    assert len(list(DataLoader(ActivationDataset(path), batch_size=32))) == -(-ROWS // 32)
+
+
 def test_rows_that_are_read_together_are_owned_one_by_one(data):
     rows = data.__getitems__([3, 5])
     assert torch.equal(rows[1][RESID], resid(torch.tensor([5]))[0])

@@ -445,7 +445,10 @@ def test_what_is_no_path_is_refused(gpt2, path):
     [
         ({"max_tokens": 0}, "max_tokens=0 is too small; give 1 or more"),
         ({"batch_size": 0}, "batch_size=0 is too small; give 1 or more"),
-        ({"context": 65}, "context=65 is more than the 64 tokens that the model reads"),
+        (
+            {"context": 65},
+            "context=65 is more than the 64 tokens that the model reads; give 64 or less",
+        ),
         (
             {"drop": {"id": [1]}},
             "drop names 'id'; give the ids of a 'token' or the numbers of a 'position' to leave "

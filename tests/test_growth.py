@@ -363,12 +363,16 @@ def test_a_site_that_the_user_names_is_not_asked_of_the_model(ids):
     assert acts.axes("blocks.0") == ("batch", "d_model")
 
 
-def test_a_mask_is_refused_where_the_sequences_do_not_come_first_without_advice_that_is_wrong():
+def test_a_mask_is_refused_where_there_are_no_sequences_without_advice_that_is_wrong():
+    class Table(Swapped):
+        def forward(self, ids):
+            return self.embed(ids) + self.layer(self.embed.weight[: ids.shape[1]])
+
     with pytest.raises(AxisError) as refused:
-        capture(Swapped(), "layer", mask="attention")
+        capture(Table(), "layer", mask="attention")
     assert str(refused.value) == (
-        "mask= keeps real tokens, but the axes of 'layer' are 'pos batch _', and not 'batch' first "
-        "and then 'pos'; capture it without mask="
+        "mask= keeps real tokens, but 'layer' has no axis 'batch': its axes are 'pos _'; capture "
+        "it without mask="
     )
 
 

@@ -316,7 +316,8 @@ def test_a_string_is_not_carried_letter_by_letter(mlp, out):
 )
 def test_what_cannot_be_gone_through_is_no_input(mlp, out, data, kind):
     assert refusal(DataError, mlp, data, BLOCK, out) == (
-        f"data is one {kind}, not an iterable of inputs; give a list, such as [data]"
+        f"data is one {kind}, not an iterable of inputs; give a list of texts, or of sequences of "
+        "token ids"
     )
 
 
@@ -700,8 +701,8 @@ def test_what_has_no_positions_leaves_no_rows(out, options):
     with pytest.raises(ActctxError) as refused:
         extract(Pooled(), tokens(), "mean", out, **options)
     assert str(refused.value) == (
-        "a data set has rows of tokens, but the axes of 'mean' are 'batch _', and not 'batch' "
-        "first and then 'pos'; leave it out"
+        "a data set has rows of tokens, but 'mean' has no axis 'pos': its axes are 'batch _'; "
+        "leave it out"
     )
 
 

@@ -40,6 +40,22 @@ def test_datasets_reads_what_is_written_for_saelens(data, tmp_path):
     assert torch.equal(batch["token_ids"].flatten(), tokens(torch.arange(96)).long())
 
 
+def test_rows_are_shuffled_for_saelens_where_asked(data, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    found = []
+    for seed in (1, 1, 2):
+        path = tmp_path / f"cached{len(found)}"
+        assert data.to_saelens(path, context=16, shuffle=True, seed=seed) == ROWS % 16
+        batch = datasets.load_from_disk(path).with_format("torch")[:]
+        rows = batch[Z].reshape(-1, 6)[:, 0].long()
+        assert torch.equal(batch[Z].reshape(-1, 2, 3), heads(rows))
+        assert torch.equal(batch["token_ids"].flatten(), tokens(rows).long())
+        assert len(rows.unique()) == len(rows) == 96
+        found.append(rows.tolist())
+    assert found[0] == found[1] != found[2]
+    assert sum(abs(a - b) == 1 for a, b in zip(found[0], found[0][1:], strict=False)) < 10
+
+
 def test_bfloat16_is_written_for_saelens_as_float32_with_a_warning(path, tmp_path):
     datasets = pytest.importorskip("datasets")
     with pytest.warns(UserWarning, match="no bfloat16") as caught:

@@ -78,6 +78,20 @@ def test_another_model_that_is_offloaded_has_another_fingerprint():
     assert len(found) == 2
 
 
+@pytest.mark.parametrize("buffers", [False, True])
+def test_buffers_that_are_offloaded_are_those_of_the_loaded_model(buffers):
+    def model(mean):
+        torch.manual_seed(0)
+        norm = torch.nn.BatchNorm1d(4)
+        norm.running_mean += mean
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), norm).eval()
+
+    whole, other = (fingerprint(model(mean)) for mean in (0, 1))
+    offloaded = accelerate.cpu_offload(model(0), CPU, offload_buffers=buffers)
+    assert offloaded[1].running_mean.is_meta == buffers
+    assert fingerprint(offloaded) == whole != other
+
+
 def test_tokens_go_to_the_device_that_the_first_hook_runs_on():
     model = accelerate.cpu_offload(huggingface("GPT2LMHeadModel"), torch.device("meta"))
     assert input_device(model) == torch.device("meta")

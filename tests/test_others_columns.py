@@ -49,6 +49,7 @@ def test_nulls_that_others_added_are_none_in_a_list(widened):
     assert len(ActivationDataset(widened, where="holes IS NULL")) == 7
 
 
+@pytest.mark.filterwarnings("ignore:pool=")  # several pools of so few rows are small
 def test_columns_that_others_added_come_in_batches(widened):
     batches = list(ActivationDataset(widened).loader(32, pool=64))
     assert sum(batch["holes"].count(None) for batch in batches) == 7

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -436,9 +437,8 @@ def test_a_change_of_one_weight_is_refused(out):
     message = refusal(
         DataError, other_weights(), batches(), [RESID, Z], out, drop={"position": [0]}
     )
-    was = Read(out).layout.model["fingerprint"]
     assert message.startswith(
-        f"cannot go on with '{out}': its model's fingerprint is '{was}', not '"
+        f"cannot go on with '{out}': its weight 'transformer.wte._original_component.weight' is '"
     )
 
 
@@ -589,7 +589,10 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
     wanted, out = whole_and_in_parts(tmp_path, data, **options)
     model, ran = bridge(), []
     hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
-    extract(model, data, RESID, out, batch_size=size, **options)
+    # Batches of a sorted order are run in parts, but never joined.
+    is_same = size > 8 and isinstance(data, list) and "pack" not in options
+    with nullcontext() if is_same else pytest.warns(UserWarning, match="up to rounding only"):
+        extract(model, data, RESID, out, batch_size=size, **options)
     hook.remove()
     read = Read(out)
     columns = ["token", "sequence", "position", "_input"]
@@ -601,7 +604,8 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
 def test_sites_are_added_with_another_batch_size(tmp_path):
     wanted, out = whole_and_in_parts(tmp_path, sequences())
     extract(bridge(), sequences(), Z, out, batch_size=3, add=True)
-    extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
+    with pytest.warns(UserWarning, match="up to rounding only"):
+        extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
     assert Read(out)["sequence"] == wanted["sequence"]
 
 
@@ -609,7 +613,9 @@ def test_a_model_in_another_dtype_is_refused(out):
     site = {"resid": "blocks.0.hook_resid_post"}
     extract(huggingface("LlamaForCausalLM"), tokens(), site, out)
     model = huggingface("LlamaForCausalLM").bfloat16()
-    assert "its model's fingerprint is" in refusal(DataError, model, tokens(), site, out)
+    message = refusal(DataError, model, tokens(), site, out)
+    assert "is 'float32 (50, 32) " in message
+    assert "', not 'bfloat16 (50, 32) " in message
 
 
 @pytest.mark.parametrize("names", [RESID, [Z]])

@@ -13,19 +13,20 @@ refused.
 keeps it, since some models are not handed on a mask that has some.
 """
 
-import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Shaped
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._capture.axis_layout import side_of_run
 from actctx._capture.forward import Frame, running_frame
+from actctx._capture.frames import counted_frames, of_frames
 from actctx._capture.generation import Lines, Start, generating, positions_of
+from actctx._capture.given_masks import MASKS, diagonal, left_masks, mask_of_generate
 from actctx._capture.hooks import Hook
 from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import OptionError, SelectionError
@@ -38,19 +39,15 @@ from actctx._model.absolute_positions import (
 )
 from actctx._model.axes import position_dims
 from actctx._model.known_faults import mask_fault, warn
-from actctx._model.sides import Side, Sides, core_of, reads_tokens
-from actctx._model.structure import Inputs
+from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
+from actctx._model.structure import Inputs, listed_inputs
 from actctx._select.own import TokenRows
-from actctx._select.padding import Chosen, as_mask, find_rows
+from actctx._select.padding import Chosen, as_mask, find_rows, real_of
 from actctx._select.slices import Positions, Selector, Step
 
-MASKS = ("attention_mask", "one_zero_attention_mask")
-"""What models, and dicts of data, call the mask that is 1 where tokens are not padding."""
-
-_NAMES = (*MASKS, "decoder_attention_mask")
 _POSITIONS = ("position_ids", "decoder_position_ids")
+_TARGETS = ("decoder_", "tgt", "trg")
 _PADS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_length")
-_LENGTHS = "_get_feat_extract_output_lengths"
 
 
 class _Given(NamedTuple):
@@ -81,6 +78,7 @@ class Padding:
         self._widths: set[int] = set()
         self._fills = False
         self._previous: Start | None = None
+        self._left_alone: list[Bool[Tensor, "batch pos"]] = []
         self._warned: set[str] = set()
         # On a GPU nothing is waited for in a forward: whether a slice took padding is told later.
         self._later: Tensor | None = None
@@ -103,6 +101,10 @@ class Padding:
             self._fills = any(map(_fills_up, inner.modules()))
             for name, table in tables_of(self._model):
                 yield Hook(table, name, _weakly(self._look_up), io="out")
+            encoder = encoder_of(inner)
+            if encoder is not None:
+                yield Hook(encoder, "encoder", _weakly(self._note_encoder), io="in")
+                yield Hook(encoder, "encoder", _weakly(self._forget_encoder), io="out")
 
     def begin(self, frame: Frame, *, is_first: bool) -> None:
         """Record what a forward continues, before it runs.
@@ -184,9 +186,14 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or mask.is_meta or tuple(mask.shape) != size:
+        if not isinstance(mask, Tensor) or mask.is_meta:
+            return
+        real = real_of(mask)
+        if side != "decoder" and not reads_tokens(core_of(self._model)):
+            real = of_frames(real, size[1])
+        if tuple(real.shape) != size:
             return  # behind a cache, for example, what is run is not padding
-        padded = ~Selector(site.key, steps, None).select(mask.detach().bool()).all()
+        padded = ~Selector(site.key, steps, None).select(real).all()
         if mask.is_cpu:
             if bool(padded):
                 self._warn_slice()
@@ -206,9 +213,14 @@ class Padding:
             return self._run_sides[site.key] or side
         if side is not None or self._sides.two or frame is None:
             return side
-        if not any(name.startswith("decoder_") for given in self.inputs(frame) for name in given):
+        if not any(name.startswith(_TARGETS) for given in self.inputs(frame) for name in given):
             return None
-        # A custom model, of which only the names of arguments tell.
+        if site.key not in self._run_sides:
+            self._run_sides[site.key] = side_of_run(self._model, site)
+        told = self._run_sides[site.key]
+        if told is not None:
+            return told
+        # A custom model, of which only the names of parts tell.
         parts = site.place.name.split(".")
         named = [side for side in _SIDES if any(part.startswith(side) for part in parts)]
         return named[0] if len(named) == 1 else "shared"
@@ -254,7 +266,7 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
         if mask is None:
-            mask = _mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
+            mask = mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
         if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
@@ -301,7 +313,8 @@ class Padding:
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
-        given = as_mask(_diagonal(mask, shape[0], before) if mask.dim() == 4 else mask)  # noqa: PLR2004
+        is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
+        given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if self._asked == "attention" and not before and is_padded_left(given):
             self._check_bare_table(frame)
@@ -319,7 +332,9 @@ class Padding:
             return _Given(given[:, end - pos : end], end - pos)
         if pos > width and not before and side != "decoder" and self._pads(site):
             return _Given(nn.functional.pad(given, (0, pos - width)), 0)
-        frames = None if side == "decoder" else self._frames(given, pos, site)
+        frames = None
+        if side != "decoder":
+            frames = counted_frames(given, pos, core_of(self._model), site.place.module)
         if frames is None and given.shape[0] == shape[0]:
             holds = f"its cache holds {before} positions" if before else "no cache holds the rest"
             why = f", and {holds}" if width > pos else ""
@@ -337,19 +352,6 @@ class Padding:
             for module in core_of(self._model).modules()
             if _fills_up(module)
         )
-
-    def _frames(
-        self, mask: Bool[Tensor, "batch samples"], count: int, site: WatchedSite
-    ) -> Bool[Tensor, "batch frames"] | None:
-        """Make a mask of frames of one of samples, by what the model says of their numbers."""
-        lengths = mask.sum(1)
-        if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
-            return None  # models for sound take it to be on the right
-        for count_frames in _frame_counters(core_of(self._model), site.place.module):
-            if count_frames(torch.tensor([mask.shape[1]])) == [count]:
-                frames = torch.tensor(count_frames(lengths))
-                return torch.arange(count) < frames[:, None]
-        return None
 
     # What is noted while a forward runs.
 
@@ -376,11 +378,11 @@ class Padding:
         """Look at what a table yielded, if it may be one of positions."""
         frame = self._frame()
         value = value[0] if isinstance(value, tuple) and value else value
-        if "left" in self._warned or frame is None or not isinstance(value, Tensor):
+        if "left" in self._warned or not isinstance(value, Tensor):
             return
-        if frame.masks[self, "start"].is_cached:
+        if frame is not None and frame.masks[self, "start"].is_cached:
             return
-        for mask in self._padded_left(frame):
+        for mask in self._left_alone if frame is None else self._padded_left(frame):
             seen = value[..., : mask.shape[1], :] if self._fills and value.dim() > 1 else value
             if counts_padding(seen, mask, self._widths):
                 self._warn_left()
@@ -389,15 +391,17 @@ class Padding:
     def _padded_left(self, frame: Frame) -> list[Bool[Tensor, "batch pos"]]:
         """List the masks of a forward that have padding on the left."""
         if (self, "left") not in frame.masks:
-            found = {}
-            for inputs in self.inputs(frame):
-                for name in _NAMES:
-                    mask = inputs.get(name)
-                    if isinstance(mask, Tensor) and mask.dim() == 2:  # noqa: PLR2004
-                        found[name] = as_mask(mask)
-            frame.masks[self, "left"] = [*filter(is_padded_left, found.values())]
+            frame.masks[self, "left"] = left_masks(self.inputs(frame))
         left: list[Tensor] = frame.masks[self, "left"]
         return left
+
+    def _note_encoder(self, given: Inputs) -> None:
+        """Record the mask of an encoder that is called by itself, as `generate()` does."""
+        if self._frame() is None:
+            self._left_alone = left_masks([listed_inputs(given, by_position=False)])
+
+    def _forget_encoder(self, _output: Any) -> None:
+        self._left_alone = []
 
     def _has_positions(self, frame: Frame) -> bool:
         given = self.inputs(frame)
@@ -470,44 +474,6 @@ class Padding:
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
-def _mask_of_generate(
-    side: Side | None,
-    before: int | None,
-    sequences: int,
-    given: tuple[Mapping[str, Any], ...],
-) -> Bool[Tensor, "batch pos"] | None:
-    """Make the mask of a forward that `generate()` gave none, of what it was given itself.
-
-    What it generates is real.
-
-    Returns:
-        The mask of what the cache holds and of what is run now; None where there is no
-        `generate()`, or it does not say.
-
-    """
-    running = generating()
-    known = None if running is None else running.f_locals.get("model_kwargs")
-    count = next(filter(None, map(positions_of, given)), None)
-    # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
-    appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
-    if not isinstance(known, dict) or count is None or appends or side == "encoder":
-        return None
-    name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
-    if side != "decoder" and name not in known:
-        return None
-    prompt = known.get(name)
-    real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
-    if prompt is None:
-        return real
-    if not isinstance(prompt, Tensor) or before is None or prompt.dim() != 2:  # noqa: PLR2004
-        return None
-    ran = prompt.detach().bool().cpu()[:, : real.shape[1]]
-    if sequences % len(ran):
-        return None
-    real[:, : ran.shape[1]] = ran.repeat_interleave(sequences // len(ran), 0)
-    return real
-
-
 def _fills_up(module: nn.Module) -> bool:
     """Return whether a module fills sequences up to a multiple of a length, on the right."""
     return any(hasattr(type(module), name) for name in _PADS)
@@ -522,10 +488,10 @@ def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
     axes = site.known_axes
     if axes is None:  # as modules of plain models nearly always have them
         return (0, 1) if rank > 2 else None  # noqa: PLR2004
-    if len(axes) != rank or axes[0] != "batch":
+    if len(axes) != rank or "batch" not in axes:
         return None
     pos = next(iter(position_dims(axes)), None)
-    return None if pos is None else (0, pos)
+    return None if pos is None else (axes.index("batch"), pos)
 
 
 def _chooses(selector: Selector, dim: int, rank: int) -> bool:
@@ -539,39 +505,10 @@ def _chooses(selector: Selector, dim: int, rank: int) -> bool:
     )
 
 
-def _diagonal(
-    mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
-) -> Bool[Tensor, "sequences pos"]:
-    """Make a mask of two axes of one that tells who attends to whom: padding not to itself."""
-    ran, keys = mask.shape[-2:]
-    first = keys - ran if before is None else min(before, keys - ran)
-    own = mask.detach()[:, 0, :, first:].diagonal(dim1=1, dim2=2)
-    real = own > -1 if own.is_floating_point() else own.bool()
-    past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
-    return torch.cat([past, real], 1).expand(sequences, -1)
-
-
 def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:
     """Tell of how many of its last positions a forward was asked to make logits."""
     kept = inputs.get("logits_to_keep", inputs.get("num_logits_to_keep"))
     return min(kept, count) if count and type(kept) is int and kept > 0 else None
-
-
-def _frame_counters(core: nn.Module, place: nn.Module) -> Iterator[Callable[[Tensor], list[int]]]:
-    """List what tells how many frames so many samples make, in the models that hold a place."""
-    for module in core.modules():
-        count = getattr(module, _LENGTHS, None)
-        if callable(count) and any(inner is place for inner in module.modules()):
-            takes = {"add_adapter"} & {*_signature(count)}
-            for options in [{}, {"add_adapter": False}, {"add_adapter": True}] if takes else [{}]:
-                yield functools.partial(_counted, count, options)
-
-
-def _counted(count: Callable[..., Any], options: dict[str, bool], lengths: Tensor) -> list[int]:
-    """Count frames; some models tell several numbers, of which the last is what comes out."""
-    counted = count(lengths, **options)
-    last = counted[-1] if isinstance(counted, tuple) else counted
-    return [int(each) for each in last] if isinstance(last, Tensor) else []
 
 
 def _parameters(model: nn.Module) -> tuple[str, ...]:

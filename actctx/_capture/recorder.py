@@ -129,7 +129,7 @@ class Recorder:
         if site.rows is None:
             self._padding.check_slice(site, activation.shape, frame)
         else:
-            shape = (selected.shape[0], selected.shape[site.rows.dim])
+            shape = (selected.shape[site.rows.batch], selected.shape[site.rows.dim])
             rows = self._padding.rows(site, shape, frame)
             selected = site.rows.keep(selected, rows)
             copied |= not rows.is_all

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,6 +24,9 @@ MANY = 13
 
 _STEP = 4
 """What the positions of a call are a multiple of, where a model does not attend in windows."""
+
+_ANY_SIDE = 64
+"""The height and width of an image for a model that takes any."""
 
 _TARGET, _LONGER = 5, 7
 """The positions of a decoder beside an encoder."""
@@ -54,7 +58,13 @@ def samples_of(model: nn.Module) -> list[Sample]:
     named = [*inspect.signature(whole.forward).parameters]
     if reads not in named:
         reads = next((name for name in named if name in _READERS), "input_ids")
+    if config is None and "decoder_input_ids" in named:
+        config = _CUSTOM_WITH_DECODER
     return [*_READERS.get(reads, _of_tokens)(config)]
+
+
+_CUSTOM_WITH_DECODER = types.SimpleNamespace(is_encoder_decoder=True)
+"""What is known of a custom model that takes tokens for a decoder as well."""
 
 
 def _of_tokens(config: Any) -> Iterator[Sample]:
@@ -73,16 +83,18 @@ def _ids(batch: int, pos: int) -> Int64[Tensor, "batch pos"]:
 
 
 def _of_images(config: Any) -> Iterator[Sample]:
-    side, patch = (
-        _side(getattr(config, "image_size", None)),
-        _side(getattr(config, "patch_size", 1)),
-    )
+    size, patch = getattr(config, "image_size", None), _side(getattr(config, "patch_size", None))
+    side = _ANY_SIDE if size is None else _side(size)
+    if not side:
+        return
+    if patch:
+        sizes, each = (side, side + patch), (side // patch, side // patch + 1)
+    else:  # several stages, each of which divides further
+        sizes, each = (side, 2 * side), (0, 0)
     channels = getattr(config, "num_channels", 3)
-    if side and patch:
-        patches = ((side // patch) ** 2, (side // patch + 1) ** 2)
-        sizes = (side, side + patch)
-        images = _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, patches)
-        yield from (replace(sample, is_of_images=True) for sample in images)
+    positions = (each[0] ** 2, each[1] ** 2)
+    images = _fixed(config, lambda b, s: torch.zeros(b, channels, s, s), sizes, positions)
+    yield from (replace(sample, is_of_images=True) for sample in images)
 
 
 def _of_sound(config: Any) -> Iterator[Sample]:
@@ -151,6 +163,7 @@ def _sample(
     prepare: Callable[[Any], None],
 ) -> Sample:
     usual, larger = sizes
+    is_custom = config is None or config is _CUSTOM_WITH_DECODER
     has_decoder = bool(getattr(config, "is_encoder_decoder", False))
 
     def calls(hollow: Any) -> Iterator[Call]:
@@ -160,13 +173,13 @@ def _sample(
         yield call(more, usual)
         if has_decoder:
             yield call(few, usual, target=_LONGER)
-        if config is None:
+        if is_custom:
             yield call(MANY, usual)
         if larger != usual:
             prepare(hollow)
             yield call(few, larger)
 
-    also = {"target": has_decoder, "many": config is None, "pos": larger != usual}
+    also = {"target": has_decoder, "many": is_custom, "pos": larger != usual}
     return Sample(("batch", *(name for name, is_so in also.items() if is_so)), calls)
 
 
@@ -196,11 +209,12 @@ def _call(
 
 def _stretch(hollow: nn.Module, sizes: tuple[int, int], positions: tuple[int, int]) -> None:
     """Have a copy without values take inputs of another size than its tables are made for."""
-    usual, larger = sizes
+    of = {"image_size": sizes, "max_length": sizes}
+    of |= {"max_source_positions": positions, "num_patches": positions}
     for module in hollow.modules():
         config = getattr(module, "config", None)
-        for name in ("image_size", "max_length", "max_source_positions", "num_patches"):
-            changes = {usual: larger, (usual, usual): (larger, larger), positions[0]: positions[1]}
+        for name, (usual, larger) in of.items():
+            changes = {usual: larger, (usual, usual): (larger, larger)}
             for holder in (module, config):
                 value = vars(holder).get(name) if hasattr(holder, "__dict__") else None
                 value = tuple(value) if isinstance(value, list) else value

@@ -28,12 +28,13 @@ from actctx._cli.texts import (
     tokenize,
 )
 from actctx._errors import OptionError
+from actctx._files import room_beside
 from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
 from actctx._store.layout import import_lance, layout_of, open_lance
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 from actctx.extract import extract as write
 
 _UNBROKEN = 10_000
@@ -204,14 +205,15 @@ def _check_out(out: Path | None, *, force: bool) -> None:
     """Refuse what could not be written before the model runs."""
     if out is None:
         return
-    partial = Path(f"{out}.partial")  # what `Activations.save` writes to
     try:
         found = "it is a directory" if out.is_dir() else ""
         if not out.parent.is_dir():
             found = "it lies in a directory that does not exist"
+        if not found and out.exists() and not out.is_file():
+            found = "it is a device or a pipe"
         if not found:
-            partial.touch()
-            partial.unlink()
+            with room_beside(out):
+                pass
     except OSError as error:
         found = f"the system says {(error.strerror or str(error)).lower()!r}"
     if found:
@@ -225,6 +227,8 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
         both = "both were given" if prompts else "neither was given"
         raise OptionError(f"give either --text FILE or --prompt TEXT to capture from; {both}")
     if file is None:
+        if odd := [prompt for prompt in prompts if not is_utf8(prompt)]:
+            raise OptionError(f"--prompt {odd[0]!r} is not UTF-8; give text that is")
         return list(prompts)
     try:
         text = sys.stdin.read() if file == "-" else Path(file).expanduser().read_text("utf-8")

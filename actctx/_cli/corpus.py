@@ -26,10 +26,10 @@ def read_corpus(path: Path) -> Iterable[Any]:
         OptionError: It is neither.
 
     """
-    if path.is_dir():
-        return _hugging_face(path)
     suffix = path.suffix.lower()
     try:
+        if path.is_dir():
+            return _hugging_face(path)
         path.open("rb").close()
     except OSError as error:
         raise OptionError(

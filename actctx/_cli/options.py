@@ -103,6 +103,33 @@ Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model run
 _SWITCH = re.compile(r" is off: call (model\..*) first")
 
 
+# The options of Python's calls, which the library's messages name, outside of quotes.
+_OPTION = re.compile(
+    r"(?P<quoted>(?<!\w)'[^']*')"
+    r"|give resume=True to go on with it, or (?P<another>another)?"
+    r"|\b(?P<flag>pack|add|equal_lengths|finite|resume)=(?P<set>True|False)\b"
+    r"|\bdrop=\{'(?P<dropped>\w+)': \[(?P<what>\d+)\]\}"
+    r"|\b(?P<name>(?:batch_size|context|dtype|slice|mask|pool|tokenizer)(?==)|max_tokens)"
+    r"(?:=(?:torch\.)?(?P<value>'[^']*'|[\w.-]*\w)?)?"
+)
+
+
+def _as_typed(option: re.Match[str]) -> str:
+    """Write an option of Python's as it is typed."""
+    if option["quoted"]:
+        return option[0]
+    if option["flag"]:
+        negated = "no-" if option["set"] == "False" else ""
+        return f"--{negated}{option['flag'].replace('_', '-')}"
+    if option["dropped"]:
+        return f"--drop {option['dropped']}={option['what']}"
+    if not option["name"]:
+        rest = "give another" if option["another"] else ""
+        return f"leave out --no-resume to go on with it, or {rest}"
+    value = (option["value"] or "").strip("'")
+    return f"--{option['name'].replace('_', '-')} {value}".rstrip()
+
+
 @contextmanager
 def errors_as_messages(model: str) -> Iterator[None]:
     try:
@@ -110,6 +137,7 @@ def errors_as_messages(model: str) -> Iterator[None]:
     except ActctxError as error:
         message = str(error).replace("actctx.hook_names(model)", f"actctx names {model}")
         message = _SWITCH.sub(r" is off, which only Python can change, with \1", message)
+        message = _OPTION.sub(_as_typed, message)
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
         raise typer.Exit(2) from None
     except KeyboardInterrupt as interrupt:

@@ -82,6 +82,13 @@ def add_sites(
     return whole.rows
 
 
+def clear_additions(whole: Target) -> None:
+    """Delete what an addition left that was killed when all was done, or before anything was."""
+    if whole.layout is not None:
+        with contextlib.suppress(DataError, OSError):  # whoever adds is told
+            _clear(whole)
+
+
 def _beside(whole: Target, word: str) -> Path:
     return Path(f"{whole.path}.{word}")
 

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.items import is_elsewhere, is_number
 from actctx._store.marks import Mark

@@ -2,31 +2,29 @@
 
 # NOTE [What is not compared]
 The names of the model and of the tokenizer are noted, but the same weights and the same texts come
-from many paths: the fingerprint and the tokens on disk tell whether they are others. The batch size
-is noted since it orders single sequences, an order that any other keeps; see `Reading.ordered_as`.
+from many paths: the weights and the tokens on disk tell whether they are others. The batch size is
+noted since it orders single sequences, an order that any other keeps; see `Reading.ordered_as`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 from torch import nn
 
 from actctx._capture.watched import WatchedSite
 from actctx._errors import DataError
 from actctx._extract.batching import is_padded_before
+from actctx._extract.inputs import Reading
 from actctx._extract.row_choice import Work
 from actctx._model.absolute_positions import has_bare_table, tables_of
-from actctx._model.fingerprint import ANEW
+from actctx._model.flags import flags_of
+from actctx._model.same_model import ANEW, Fact, differences, is_of_weights, summed_up
 from actctx._select.slices import Positions, Selector
 from actctx._store.destination import Target
 from actctx._store.layout import Layout, StoredSite, column_name
 from actctx._text import dtype_name
 
 _NOTED = {"name", "tokenizer", "batch_size"}
-
-Fact: TypeAlias = tuple[str, Any, Any]
-"""What it is called, what it was, and what it is now."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +93,9 @@ class Facts:
         layout = target.layout
         assert layout is not None  # noqa: S101  as it has rows
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
+        spared = flags_of(site.place for site in self.sites)  # which sites may need that are added
         facts = [
-            *self._of_model(layout),
+            *self._of_model(layout, spared),
             *self._of_rows(layout),
             ("slice along the tokens", _of_tokens(was), _of_tokens(now)),
         ]
@@ -140,10 +139,49 @@ class Facts:
             ]
         _compare(f"cannot go on with '{target.path}'", facts)
 
-    def _of_model(self, layout: Layout) -> Iterator[Fact]:
-        for name, was in layout.model.items():
-            if name not in _NOTED:
-                yield f"model's {name}", was, self.layout.model.get(name)
+    def check_hooks(self, target: Target, changing: Collection[str]) -> None:
+        """Compare the hooks of others, once a forward has told which ones change what passes.
+
+        Args:
+            target: The data set that has the rows, or has none yet.
+            changing: The places of the model whose hooks do.
+
+        Raises:
+            DataError: Other hooks changed what is there.
+
+        """
+        if target.layout is None:
+            return
+        facts = self._of_model(target.layout, flags_of(site.place for site in self.sites), changing)
+        _compare(f"cannot go on with '{target.path}'", facts)
+
+    def on_batch_size(self, target: Target, reading: Reading) -> str | None:
+        """Say that values are the same to rounding only; None where forwards are as they were."""
+        assert target.layout is not None  # noqa: S101  as it is resumed
+        was = target.layout.input.get("batch_size")
+        if was is None or not reading.runs_otherwise(was):
+            return None
+        return (
+            f"the rows in '{target.path}' were run with batch_size={was}, and more are run with "
+            f"batch_size={reading.batch_size}, so values are equal to those of one run up to "
+            f"rounding only; give batch_size={was} for the same bits"
+        )
+
+    def _of_model(
+        self, layout: Layout, spared: Collection[str] = (), changing: Collection[str] = ()
+    ) -> Iterator[Fact]:
+        was, now = layout.model, self.layout.model
+        yield "model's class", was.get("class"), now["class"]
+        has_other_versions = layout.versions != self.layout.versions
+        yield from summed_up(
+            differences(
+                was,
+                now,
+                versions_differ=has_other_versions,
+                changing=changing,
+                spared=spared,
+            )
+        )
 
     def _of_sites(self, layout: Layout) -> Iterator[Fact]:
         stored = {site.name: site for site in layout.sites}
@@ -226,9 +264,10 @@ def _of_tokens(shown: str) -> str:
 
 
 def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path") -> None:
-    for name, was, now in facts:
+    for fact in facts:
+        name, was, now = fact
         if was != now:
-            hint = f" ({ANEW})" if name == "model's fingerprint" else ""
+            hint = f" ({ANEW})" if is_of_weights(fact) else ""
             raise DataError(
                 f"{refusal}: its {name} is {was!r}, not {now!r}; give the same, or {otherwise}"
                 f"{hint}"

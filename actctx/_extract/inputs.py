@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._extract.containers import check_container
 from actctx._extract.items import (
     Item,
     Items,
@@ -38,6 +39,7 @@ from actctx._extract.items import (
 from actctx._extract.packing import Packing
 from actctx._extract.source import Source, fingerprint_of, is_stateful, place
 from actctx._store.marks import START, Mark
+from actctx._text import is_utf8
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
@@ -102,6 +104,8 @@ class Reading:
     limit: int | None = None
     identify: Callable[[], str | None] = lambda: None
     _warned: set[str] = field(default_factory=set, init=False)
+    _made: set[str] = field(default_factory=set, init=False)
+    """How batches are made here of what was read: `cut`, `packed` or `sorted`."""
 
     def batches(self, data: Iterable[Any]) -> Iterator[Batch]:
         """Read an input, batch by batch.
@@ -152,22 +156,11 @@ class Reading:
 
         """
         of = data if of is None else of
+        check_container(data)
         if _is_one(data):
             starts = range(0, len(data), self.batch_size)
             data = [data[start : start + self.batch_size] for start in starts]
-        no_iterable = is_number(data) or not hasattr(data, "__iter__")
-        if isinstance(data, str | bytes | Mapping) or no_iterable:
-            remedy = "give a list, such as [data]"
-            if hasattr(data, "num_rows"):  # splits of a Hugging Face dataset
-                remedy = "give one split, such as data['train']"
-            raise DataError(
-                f"data is one {type(data).__name__}, not an iterable of inputs; {remedy}"
-            )
-        if hasattr(data, "iterrows"):
-            raise DataError(
-                "data is a table, of which going through it gives the names of its columns; give "
-                "its rows, data.to_dict('records')"
-            )
+            self._made.add("cut")
         items = iter(data)
         head = [*itertools.islice(items, 1)]
         if not head and at is START:
@@ -189,8 +182,10 @@ class Reading:
         if source.kind == "batches":
             read = self._as_they_are(source)
         elif source.kind == "packed":
+            self._made.add("packed")
             read = self._packed(source, at)
         else:
+            self._made.add("sorted")
             read = self._sorted(source)
         yield from map(self._telling, read)
 
@@ -202,6 +197,13 @@ class Reading:
         unpadded = batch.unpadded
         told = torch.ones_like(batch.tokens) if unpadded is None else unpadded.long()
         return replace(batch, given={**batch.given, name: told})
+
+    def runs_otherwise(self, batch_size: int) -> bool:
+        """Tell whether another batch size makes other forwards of what was read last."""
+        if "sorted" in self._made:  # the batches of an order run in parts, never joined
+            most = self.ordered_as or self.batch_size
+            return min(batch_size, most) != min(self.batch_size, most)
+        return bool(self._made) and batch_size != self.batch_size
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
         """Tell whether an input is a list of batches, or one, which can be gone through twice."""
@@ -295,7 +297,11 @@ class Reading:
         if texts and self.tokenize is None:
             raise OptionError("data holds texts, and the model has no tokenizer; give tokenizer=")
         numbers = [item.number for item in items if isinstance(item.tokens, str)]
-        found = self.tokenize(texts) if texts and self.tokenize else []
+        try:
+            found = self.tokenize(texts) if texts and self.tokenize else []
+        except Exception:
+            _check_texts(items)
+            raise
         ids = dict(zip(numbers, found, strict=True))
         for item in items:
             if item.number in ids:
@@ -401,6 +407,22 @@ def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
         f"sequence {has} of the input has {name!r}, which the model's forward takes, but sequence "
         f"{lacks} does not; give it to all or none"
     )
+
+
+def _check_texts(items: Iterable[Item]) -> None:
+    """Say which text a tokenizer cannot be given, if there is one.
+
+    Raises:
+        DataError: There is.
+
+    """
+    for item in items:
+        if isinstance(item.tokens, str) and not is_utf8(item.tokens):
+            raise DataError(
+                f"sequence {item.number} of the input has characters that UTF-8 cannot write, "
+                "which the tokenizer does not take; replace them, as text.encode(errors='replace')"
+                ".decode() does"
+            ) from None
 
 
 def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:

@@ -4,17 +4,19 @@ Batches wait to be run, and a caller may fill his tensors anew meanwhile: what i
 """
 
 import numbers
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int64, Shaped
 from torch import Tensor
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError
-from actctx._text import shortened
+from actctx._extract.containers import as_plain, why_no_values
+from actctx._text import is_utf8, shortened
 
 TOKENS = ("input_ids", "tokens", "text")
 """What a dict may hold its tokens, or its text, under."""
@@ -172,14 +174,17 @@ class Items:
             DataError: They are not token ids, or not in the model's vocabulary.
 
         """
+        tokens = as_plain(tokens)
         try:
             ids = torch.as_tensor(tokens)
-        except (TypeError, ValueError, RuntimeError):
+        except Exception:  # noqa: BLE001  whatever somebody's object raises
             raise DataError(_no_ids(tokens, number)) from None
-        if ids.numel() and (ids.is_floating_point() or ids.dtype == torch.bool):
+        # A bytes-like object is a text that was not decoded.
+        is_text = isinstance(tokens, bytes | bytearray | memoryview)
+        if is_text or (ids.numel() and (ids.dtype == torch.bool or not _is_integer(ids))):
             raise DataError(
-                f"from sequence {number} on, the input holds {found(ids)}, which are not token "
-                "ids; give integers"
+                f"from sequence {number} on, the input holds {found(tokens if is_text else ids)}, "
+                f"which are not token ids; give {'text' if is_text else 'integers'}"
             )
         if ids.dim() != rank:
             kind = "batches, of the shape batch pos" if rank > 1 else "single sequences"
@@ -187,7 +192,7 @@ class Items:
                 f"from sequence {number} on, the input holds token ids of the shape "
                 f"{tuple(ids.shape)}; give only {kind}"
             )
-        ids = ids.to("cpu", torch.long, copy=True)
+        ids = _as_long(ids, number)
         if self.vocabulary is not None and ids.numel():
             ends = map(int, ids.aminmax())
             worst = next((end for end in ends if not 0 <= end < self.vocabulary), None)
@@ -260,9 +265,10 @@ def tokens_in(item: Any) -> Any:
     if isinstance(item, Mapping):
         name = next((name for name in TOKENS if name in item), None)
         if name is None:
+            names = f"dicts of {', '.join(map(repr, item))}, none" if item else "empty dicts, none"
             raise DataError(
-                f"data holds dicts of {', '.join(map(repr, item))}, none of which is input_ids, "
-                "tokens or text; rename what holds the tokens"
+                f"data holds {names} of which is input_ids, tokens or text; rename what holds the "
+                "tokens"
             )
         return item[name]
     # As a DataLoader hands over what a TensorDataset holds.
@@ -278,6 +284,8 @@ def tokens_in(item: Any) -> Any:
 
 def is_batch(tokens: Any) -> bool:
     """Tell whether token ids are those of several sequences."""
+    if isinstance(tokens, str):
+        return False
     if hasattr(tokens, "ndim"):  # a tensor, or an array
         return bool(tokens.ndim != 1)
     return isinstance(tokens, list | tuple) and bool(tokens) and not is_number(tokens[0])
@@ -289,7 +297,29 @@ def _has_axes(value: Any) -> bool:
 
 def is_number(value: Any) -> bool:
     """Tell whether a value is one number, of Python, NumPy or torch."""
+    if isinstance(value, str | bytes):  # NumPy's have axes, of which there are none
+        return False
     return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
+
+
+def _is_integer(ids: Tensor) -> bool:
+    return not (ids.is_floating_point() or ids.is_complex())
+
+
+def _as_long(ids: Tensor, number: int) -> Int64[Tensor, "..."]:
+    """Copy token ids, of which unsigned ones must not become negative.
+
+    Raises:
+        DataError: One is too large.
+
+    """
+    own = ids.to("cpu", torch.long, copy=True)
+    if ids.dtype == torch.uint64 and bool((own < 0).any()):
+        raise DataError(
+            f"from sequence {number} on, the input holds token ids of 2**63 and more; give the ids "
+            "of the model's own tokenizer"
+        )
+    return own
 
 
 def ids_of(tokens: Tensor | str) -> Int64[Tensor, "..."]:
@@ -323,7 +353,13 @@ def _no_ids(tokens: Any, number: int) -> str:
             f"from sequence {number} on, the input holds a {type(tokens).__name__} of texts; give "
             "single texts, such as itertools.chain.from_iterable(data), which are put into batches"
         )
-    lengths = [len(each) for each in tokens if isinstance(each, Sized)] if is_list else []
+    if hasattr(tokens, "to_pylist") or hasattr(tokens, "as_py"):
+        way = "to_pylist" if hasattr(tokens, "to_pylist") else "as_py"
+        return (
+            f"from sequence {number} on, the input holds {found(tokens)} of Arrow's; give Python's "
+            f"values, as its {way}() returns them"
+        )
+    lengths = _lengths_in(tokens) if is_list else []
     if len({*lengths}) > 1:
         return (
             f"from sequence {number} on, the input holds a batch of sequences of {min(lengths)} to "
@@ -337,11 +373,17 @@ def _no_ids(tokens: Any, number: int) -> str:
     )
 
 
+def _lengths_in(tokens: Iterable[Any]) -> list[int]:
+    lists = (list, tuple, Tensor, np.ndarray)
+    return [len(each) for each in tokens if isinstance(each, lists) and not is_number(each)]
+
+
 def _as_mask(
     item: Mapping[str, Any], name: str, *, is_binary: bool = False
 ) -> Shaped[Tensor, "..."]:
+    values = as_plain(item[name])
     try:
-        mask = torch.as_tensor(item[name])
+        mask = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(
             f"{name!r} holds {found(item[name])}, which is not a tensor; give one entry, 0 or 1, "
@@ -402,12 +444,16 @@ def _as_given(value: Any) -> Any:
 
 def _scalar(name: str, value: Any, number: int) -> Any:
     """Return what is carried as a value of Python's."""
+    if isinstance(value, Tensor) and (why := why_no_values(value)):
+        raise DataError(f"carry names {name!r}, which is a tensor {why}; give a number or a string")
     if hasattr(value, "tolist") and not getattr(value, "ndim", 0):
         value = value.tolist()
     if type(value) is int and not -_MOST <= value < _MOST:
         wrong = f"{value}, which takes more than 64 bits; give it as a string"
     elif value is None:
         wrong = "None; give a value of the same type as the others, such as -1"
+    elif isinstance(value, str) and not is_utf8(value):
+        wrong = f"{value!r}, which has characters that UTF-8 cannot write; replace them"
     elif not isinstance(value, int | float | str):
         wrong = f"{found(value)}; give one value for each sequence, a number or a string"
     else:

@@ -4,19 +4,19 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
 from importlib.metadata import version
 from typing import Any
 
 from torch import nn
 
-from actctx._capture.masks import MASKS
+from actctx._capture.given_masks import MASKS
 from actctx._errors import OptionError
 from actctx._extract.inputs import Reading
 from actctx._extract.items import TOKENS
 from actctx._model.known_faults import mask_fault
 from actctx._store.indexing import whole_number
-from actctx._text import counted
+from actctx._text import counted, is_utf8
 
 _USUAL = frozenset(
     {
@@ -70,14 +70,22 @@ def reading_of(
             "holds one in each dict of data, or None"
         )
     for name in carry:
-        if not isinstance(name, str) or not name or set(name) & set(_NOT_IN_COLUMNS):
+        if (
+            not isinstance(name, str)
+            or not name
+            or not is_utf8(name)
+            or set(name) & set(_NOT_IN_COLUMNS)
+        ):
             raise OptionError(
                 f"carry names {name!r}, which no column can be called; rename it to a string "
                 f"without {' '.join(_NOT_IN_COLUMNS)}"
             )
     limit = _limit_of(model)
     if context is not None and limit is not None and context > limit:
-        raise OptionError(f"context={context} is more than the {limit} tokens that the model reads")
+        raise OptionError(
+            f"context={context} is more than the {limit} tokens that the model reads; give {limit} "
+            "or less"
+        )
     _check_is_settled(model)
     own = getattr(model, "tokenizer", None)
     using = own if tokenizer is None else tokenizer
@@ -258,7 +266,7 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
     """
     found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
     ids = found.get("input_ids") if isinstance(found, Mapping) else None
-    if ids is None:
+    if not isinstance(ids, Sized) or not isinstance(ids, Iterable):
         raise OptionError(
             f"the tokenizer returned a {type(found).__name__} without 'input_ids'; give one that "
             "returns a dict of them, such as AutoTokenizer.from_pretrained(...)"

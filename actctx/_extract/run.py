@@ -34,10 +34,12 @@ from actctx._extract.pipe import Pipe
 from actctx._extract.progress import count_on, progress_bar, tell_what_is_kept
 from actctx._extract.reader import Reader
 from actctx._extract.row_choice import Choosing, Work, pool_rows
+from actctx._extract.run_model import RunModel
 from actctx._extract.value_checks import ValueChecks
 from actctx._extract.writer import Left, Writer, carried_array
 from actctx._model.axes import axis_sizes
-from actctx._model.fingerprint import describe_model, versions
+from actctx._model.fingerprint import versions
+from actctx._model.known_faults import warn
 from actctx._model.offloaded import input_device
 from actctx._model.places import uncompiled
 from actctx._results.activations import Activations
@@ -55,7 +57,7 @@ from actctx._store.layout import (
     column_name,
     not_floating_point,
 )
-from actctx._text import dtype_name, format_bytes, shortened
+from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 
 _LOG = logging.getLogger("actctx")
 _READ_AHEAD = 4
@@ -111,6 +113,7 @@ class Extraction:
         self._has_sliced_away = False
         self._widest = reading.limit or 0
         self._is_compared = False
+        self._run_model = RunModel(model)
         self._device = torch.device("cpu")
         self._dtype = next((each.dtype for each in model.parameters()), torch.float32)
         check_sides(model, self._sites)
@@ -126,7 +129,7 @@ class Extraction:
             pools=pool is not None,
         )
         self._layout = Layout(
-            model=describe_model(model),
+            model=self._run_model.described,
             sites=(),
             rows="sequence" if is_sequence or pool else "token",
             input={
@@ -147,7 +150,7 @@ class Extraction:
     def _check_names(self) -> None:
         names = [*self._reading.carry, *(site.key for site in self._sites)]
         for name in names:
-            if not name:
+            if not name or not is_utf8(name):
                 raise OptionError(
                     f"a column needs a name, which {name!r} is not; give the site an alias, as in "
                     "{'resid': ...}"
@@ -299,7 +302,8 @@ class Extraction:
         is_compared = self._is_compared or not self._reading.is_told(batch)
         alone = None if is_compared else one_alone(batch, where)
         apart = {} if alone is None else self._run_alone(alone, acts)
-        self._run(batch, where)
+        with self._run_model.forward():
+            self._run(batch, where)
         left = self._left(acts)
         if alone is not None:
             alone.compare({name: wait_for(own) for name, own in left.items()}, apart, self._dtype)
@@ -358,8 +362,10 @@ class Extraction:
             for site in self._sites
             if site.key in left.activations
         )
+        self.facts.check_hooks(self._against or target, self._run_model.changing)
         if target.layout is not None:
             self.facts.check_sites(target, sites)
+            warn(self.facts.on_batch_size(target, self._reading))
         row = sum(site.nbytes for site in sites) + _COUNTED_BYTES
         self._check_room(row, target, bar)
         if target.layout is None:
@@ -367,7 +373,8 @@ class Extraction:
 
             names = self._reading.carry
             kinds = [pa.field(name, carried_array(name, left.work).type) for name in names]
-            target.create(replace(self._layout, sites=sites), pa.schema(kinds))
+            layout = replace(self._layout, model=self._run_model.described, sites=sites)
+            target.create(layout, pa.schema(kinds))
         else:
             target.tidy()
             target.note_finished(finished=False)

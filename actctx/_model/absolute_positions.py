@@ -8,7 +8,7 @@ be of positions are hooked. In a forward whose mask has zeros on the left, a tab
 padding that yields the same rows for sequences whose padding is not the same.
 
 # NOTE [What is not seen]
-Tables that are not modules, such as CTRL's, are known by their name.
+Tables that are not modules, such as CTRL's, are known by their name and their width.
 """
 
 import re
@@ -18,11 +18,11 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._model.sides import core_of
+from actctx._model.sides import core_of, in_towers
 
 _KIND = re.compile("Pos(ition(al)?)?_?Emb")
 _NAME = re.compile("pos|wpe")
-_BARE = ("pos_encoding",)
+_BARE = re.compile("^(pe|wpe|pos|([a-z]+_)?pos(ition(al)?)?s?_?(emb|enc|tab)[a-z]*)$")
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -42,10 +42,20 @@ def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def has_bare_table(model: nn.Module) -> bool:
     """Return whether a model has a table of absolute positions that is not a module."""
+    core, beside = core_of(model), in_towers(core_of(model))
+    widths = widths_of(model) or {
+        module.embedding_dim for module in core.modules() if isinstance(module, nn.Embedding)
+    }
     return any(
-        isinstance({**vars(module), **module._buffers}.get(name), Tensor)
-        for module in core_of(model).modules()
-        for name in _BARE
+        _BARE.search(name)
+        and isinstance(tensor, Tensor)
+        and tensor.is_floating_point()
+        and tensor.dim() in {2, 3}
+        and tensor.shape[-1] in widths
+        for module in core.modules()
+        if id(module) not in beside and not isinstance(module, nn.Embedding)
+        if "Rel" not in type(module).__name__
+        for name, tensor in {**vars(module), **module._parameters, **module._buffers}.items()
     )
 
 

@@ -1,40 +1,37 @@
-"""A fingerprint of a model's weights, so that data of two models are not mixed.
+"""What a model is: its weights, its buffers and its settings, so that data of two are not mixed.
 
 # NOTE [What it covers]
-For every parameter: its name, shape and dtype, the sum of its bits as integers, and a few of its
-elements in their places. Integers sum up alike on every device and in every order, and as fast as
-memory is read. A change of any one element changes it, and so does another dtype. It tells models
-apart that differ by accident; somebody who wants two models to look alike can manage it.
+Every parameter and every buffer that is saved with the weights, to the bit; buffers that a model
+computes when it is made, up to rounding; see the note on digests. Then what it computes with beside
+them: classes and attributes of its modules, its configs, adapters that are on, autocast, and hooks
+of others. A model that was compiled, in parts or as a whole, is the one that it was before.
 
-Buffers are left out: some, such as rotary frequencies, are made anew by each device, a little
-different. A model that was compiled, or in parts, has the fingerprint that it had before.
+The fingerprint is one of what is saved. Where no buffers are, it is that of the parameters alone,
+which is all that data sets of earlier versions have.
 """
 
 import hashlib
+from collections.abc import Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from actctx._model.offloaded import weights_of
+from actctx._model.digest import bits_of, digest_of, is_alike, kind_of, sketched
+from actctx._model.foreign_hooks import list_hooks
+from actctx._model.offloaded import buffers_of, weights_of
 from actctx._model.places import uncompiled
-
-_SAMPLED = 16
-_COMPILED = "_orig_mod."
-"""What `torch.compile` puts before the names of a module that it wraps."""
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-ANEW = (
-    "a model of which a part is initialised at random when it is loaded, such as a head that was "
-    "not saved, is another each time, so call torch.manual_seed() before loading it; a model in "
-    "another dtype is another, too"
-)
-"""What to do where a model is the same and its fingerprint is not."""
+from actctx._model.same_model import packed, unpacked
+from actctx._model.settings import settings_of, without_compiled
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Return what a data set says of the model: its name, its class, its fingerprint."""
+    """Tell what a data set says of the model: its name, class, fingerprint and settings.
+
+    Raises:
+        OptionError: Its weights are on the meta device, and nowhere else.
+
+    """
     model = uncompiled(model)
     configs = [getattr(model, name, None) for name in ("cfg", "config")]
     names = [
@@ -43,47 +40,118 @@ def describe_model(model: nn.Module) -> dict[str, str]:
         for name in ("model_name", "_name_or_path")
     ]
     name = next((name for name in names if isinstance(name, str) and name), "")
-    return {"name": name, "class": type(model).__name__, "fingerprint": fingerprint(model)}
+    weights, buffers = _weights(model), _buffers(model)
+    settings = {
+        "parameters": _hashed(weights),
+        "weights": {each.name: each.shown for each in weights},
+        **buffers.sections,
+        **settings_of(model),
+        "hooks": list_hooks(model),
+    }
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "fingerprint": _hashed([*weights, *buffers.saved]),
+        "settings": packed(settings),
+    }
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest the weights of a model; see the note above.
+    """Digest the weights of a model, and the buffers that are saved with them.
 
     Raises:
-        OptionError: It has none, as on the meta device.
+        OptionError: Its weights are on the meta device, and nowhere else.
 
     """
-    digest = hashlib.sha256()
-    for name, weights in weights_of(model):
-        facts = f"{name.replace(_COMPILED, '')} {tuple(weights.shape)} {weights.dtype}"
-        digest.update(f"{facts} {_bits(weights)}\n".encode())
-    return digest.hexdigest()[:16]
+    model = uncompiled(model)
+    return _hashed([*_weights(model), *_buffers(model).saved])
 
 
-def _bits(weights: Shaped[Tensor, "..."]) -> list[int]:
-    flat = weights.contiguous().reshape(-1)
-    if not flat.numel():
-        return []
-    words = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    words = words.view(_WORDS[words.element_size()])
-    places = torch.linspace(0, len(words) - 1, _SAMPLED, dtype=torch.float64).long()
-    sampled = words[places.to(words.device)].long()
-    return torch.cat([_sum(words), sampled]).tolist()
+def settled(described: Mapping[str, str], model: nn.Module, changing: set[str]) -> dict[str, str]:
+    """Leave out of a description what the first forward changed: that is a state, no setting.
+
+    Args:
+        described: The model before its first forward.
+        model: The model behind it.
+        changing: The places whose hooks changed what passed.
+
+    """
+    model = uncompiled(model)
+    found, hooks = unpacked(described), list_hooks(model)
+    now = {**_buffers(model).sections, **settings_of(model)}
+    states = [
+        name
+        for section in ("buffers", "computed", "attributes")
+        for name in dict.fromkeys((*found[section], *now[section]))
+        if not is_alike(found[section].get(name), now[section].get(name))
+    ]
+    for section in ("buffers", "computed", "attributes"):
+        found[section] = {name: each for name, each in found[section].items() if name not in states}
+    # Of hooks that only look nothing is kept, and of one that holds a state the name alone.
+    found["hooks"] = {
+        place: [each if each in hooks.get(place, []) else [each[0], ""] for each in there]
+        for place, there in found["hooks"].items()
+        if place in changing
+    }
+    settings = packed({**found, "states": states})
+    return {**described, "settings": settings}
 
 
-def _sum(words: Shaped[Tensor, " _"]) -> Shaped[Tensor, " 1"]:
-    """Sum up integers, in wider ones where they divide evenly; an overflow wraps around."""
-    per_long = 8 // words.element_size()
-    if len(words) % per_long == 0:
-        aligned = words.storage_offset() % per_long == 0
-        words = (words if aligned else words.clone()).view(torch.int64)
-    return words.sum(dtype=torch.int64).reshape(1)
+class _Digested(NamedTuple):
+    """A tensor by its name: what is shown of it, and what is digested."""
+
+    name: str
+    shown: str
+    line: str
+
+
+class _Buffers(NamedTuple):
+    """The buffers of a model: those that are saved, and the sections of all."""
+
+    saved: list[_Digested]
+    sections: dict[str, dict[str, Any]]
+
+
+def _weights(model: nn.Module) -> list[_Digested]:
+    return [_digested(name, weights) for name, weights in weights_of(model)]
+
+
+def _buffers(model: nn.Module) -> _Buffers:
+    saved: list[_Digested] = []
+    computed: dict[str, Any] = {}
+    for name, buffer, is_saved in buffers_of(model):
+        if is_saved:
+            saved.append(_digested(name, buffer, kind="buffer "))
+        elif not _is_dynamic(model, name):
+            computed[without_compiled(name)] = sketched(buffer)
+    sections = {"buffers": {each.name: each.shown for each in saved}, "computed": computed}
+    return _Buffers(saved, sections)
+
+
+def _digested(name: str, weights: Tensor, kind: str = "") -> _Digested:
+    name, bits = without_compiled(name), bits_of(weights)
+    line = f"{kind}{name} {tuple(weights.shape)} {weights.dtype} {bits}\n"
+    return _Digested(name, f"{kind_of(weights)} {digest_of(bits)}", line)
+
+
+def _hashed(digested: Iterable[_Digested]) -> str:
+    lines = "".join(each.line for each in digested)
+    return hashlib.sha256(lines.encode()).hexdigest()[:16]
+
+
+def _is_dynamic(model: nn.Module, name: str) -> bool:
+    """Tell whether a buffer is of rotary frequencies that follow the longest sequence so far."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    kind = str(getattr(module, "rope_type", ""))
+    is_kept = hasattr(module, key.replace("inv_freq", "original_inv_freq"))
+    return key.endswith("inv_freq") and is_kept and ("dynamic" in kind or "longrope" in kind)
 
 
 def versions() -> dict[str, str]:
     """Return the versions of what a data set depends on."""
     found = {}
-    for package in ("actctx", "torch", "transformer_lens", "transformers", "pylance"):
+    for package in ("actctx", "torch", "transformer_lens", "transformers", "peft", "pylance"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -2,6 +2,7 @@
 
 import re
 import warnings
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -74,6 +75,12 @@ def is_repeated(model: nn.Module, place: Place) -> bool:
     is_of_norm = place.is_hook_point and ".ln1.hook_" in place.name
     splits = getattr(getattr(model, "cfg", None), "use_split_qkv_input", True)
     return is_of_norm and not splits and not _is_bridge(model)
+
+
+def flags_of(places: Iterable[Place]) -> set[str]:
+    """Name the settings that may have to change so that some places fire."""
+    has_flag = any(_flag_of(place) is not None for place in places)
+    return {f"cfg.{flag}" for flag in _FLAGS.values()} if has_flag else set()
 
 
 def _flag_of(place: Place) -> str | None:

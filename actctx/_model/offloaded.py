@@ -1,10 +1,11 @@
-"""Find weights that are offloaded by `accelerate`, or spread over devices."""
+"""Weights and buffers by name, also where they lie elsewhere, offloaded by `accelerate`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from actctx._errors import OptionError
 
@@ -30,20 +31,71 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """List the parameters of a model by name; offloaded ones are read from where they are kept.
 
     Raises:
-        OptionError: Weights are on the meta device, and nothing says where they are kept.
+        OptionError: Weights are on the meta device, and nothing says where they are kept; or they
+            are not initialised yet.
 
     """
-    if not any(weights.is_meta for weights in model.parameters()):
-        yield from ((name, weights.detach()) for name, weights in model.named_parameters())
-        return
-    modules, tied = dict(model.named_modules()), _tied_in(model)
-    for name, weights in model.named_parameters():
+    listed = [*model.named_parameters()]
+    for name, weights in listed:
+        if isinstance(weights, UninitializedParameter):
+            raise OptionError(
+                f"the weights of {name!r} are not initialised, which the first forward does, so "
+                "data sets cannot tell them from others; run the model once first"
+            )
+    is_offloaded = any(weights.is_meta for _, weights in listed)
+    modules = dict(model.named_modules()) if is_offloaded else {}
+    tied = _tied_in(model) if is_offloaded else set()
+    for name, weights in listed:
         if name not in tied:
             yield name, _kept(modules, name) if weights.is_meta else weights.detach()
 
 
-def _kept(modules: dict[str, nn.Module], name: str) -> Tensor:
-    """Find the weights of an offloaded parameter through the hook of a module around it."""
+def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """List the buffers of a model by name, and whether each is saved with its weights.
+
+    What else a module saves is listed like them, such as the scales of quantised weights.
+
+    Raises:
+        OptionError: A buffer is on the meta device, and nothing says where it is kept.
+
+    """
+    modules = dict(model.named_modules())
+    for prefix, module in modules.items():
+        for key, buffer in module._buffers.items():
+            if buffer is not None and not _is_made_of_config(module, key):
+                name = _joined(prefix, key)
+                found = _kept(modules, name) if buffer.is_meta else buffer.detach()
+                yield name, found, key not in module._non_persistent_buffers_set
+        for key, tensor in _saved_by(module):
+            yield _joined(prefix, key), tensor.detach(), True
+
+
+def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """List the tensors that a module saves in a way of its own."""
+    if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
+        return
+    saved: dict[str, Any] = {}
+    module._save_to_state_dict(saved, "", keep_vars=True)
+    for key, value in saved.items():
+        if key in module._parameters or key in module._buffers:
+            continue
+        parts = {key: value}
+        if isinstance(value, tuple | list):
+            parts = {f"{key}.{number}": part for number, part in enumerate(value)}
+        yield from ((name, part) for name, part in parts.items() if isinstance(part, Tensor))
+
+
+def _is_made_of_config(module: nn.Module, key: str) -> bool:
+    """Tell whether a buffer is a mask of TransformerLens', which its versions make otherwise."""
+    return key in {"mask", "IGNORE"} and type(module).__module__.startswith("transformer_lens.")
+
+
+def _joined(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _kept(modules: Mapping[str, nn.Module], name: str) -> Tensor:
+    """Find the weights of an offloaded parameter, which a module around it knows."""
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module, rest = modules.get(".".join(parts[:end])), ".".join(parts[end:])

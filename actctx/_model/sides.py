@@ -53,7 +53,7 @@ class Sides:
         self._encoder = _inside(encoder) if self.two else set()
         self._decoder = _inside(decoder) if self.two else set()
         self._shared = _inside(_part(core, "get_input_embeddings")) if self.two else set()
-        self._towers = {number for tower in _towers(core, encoder) for number in _inside(tower)}
+        self._towers = in_towers(core)
         self._root = {id(model), id(core)}
 
     def of(self, place: Place, *, io: str = "out", output: int | str | None = None) -> Side | None:
@@ -114,6 +114,18 @@ def core_of(model: nn.Module) -> nn.Module:
     model = uncompiled(model)
     inner = getattr(model, "original_model", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def encoder_of(core: nn.Module) -> nn.Module | None:
+    """Return the encoder of a model that has a decoder behind it."""
+    has_decoder = getattr(getattr(core, "config", None), "is_encoder_decoder", False)
+    return _part(core, "get_encoder") if has_decoder else None
+
+
+def in_towers(core: nn.Module) -> set[int]:
+    """Return the `id` of each module in the parts of a model for images and sound."""
+    towers = _towers(core, _part(core, "get_encoder"))
+    return {number for tower in towers for number in _inside(tower)}
 
 
 def _part(core: nn.Module, getter: str, *args: Any) -> nn.Module | None:

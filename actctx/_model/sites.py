@@ -157,6 +157,11 @@ def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
     """Yield what was asked for, as sites and predicates, with the alias where it has one."""
     if isinstance(names, Mapping):
         for alias, name in names.items():
+            if not isinstance(alias, str):
+                raise OptionError(
+                    f"the alias {alias!r} is not a string; give one, as in "
+                    "{'resid': 'blocks.0.hook_resid_post'}"
+                )
             yield alias, _as_site(name)
     elif isinstance(names, str | nn.Module | Site):
         yield None, _as_site(names)

@@ -49,7 +49,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
 def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
     """List what a structure holds, by name or position."""
     if isinstance(value, Inputs):
-        return _inputs(value, by_position=by_position)
+        return listed_inputs(value, by_position=by_position)
     if isinstance(value, Mapping):
         return value
     if is_dataclass(value):
@@ -60,7 +60,7 @@ def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
     return {0: value}
 
 
-def _inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
+def listed_inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
     """List a module's inputs: as it was called, or by the names of its parameters."""
     module, args, kwargs = inputs
     if not by_position:

@@ -10,14 +10,14 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
-from actctx._files import describe, write_safetensors
 from actctx._model.axes import Axes
 from actctx._model.globs import meant
 from actctx._results.annotations import spec_of
-from actctx._results.column import Column, Kept, wait_for
+from actctx._results.column import Column, Kept, Named, wait_for
 from actctx._results.layers import layers_of, stack_layers
+from actctx._results.saved import Saved, SavedSite, read_saved, write_saved
 from actctx._results.table import Estimate, Row, as_html, as_text, spared, unknown
-from actctx._select.own import Owned, own, plain_mode, read_to
+from actctx._select.own import Owned, device_of, own, plain_mode, read_to
 from actctx._select.values import why_not_moved
 from actctx._text import counted, format_bytes, shortened
 
@@ -359,10 +359,12 @@ class Activations(_Tensors):
         self._kept = Kept()
 
     def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
-        """Write the activations to a safetensors file, the axes of each in its metadata.
+        """Write the activations to a safetensors file, which `actctx.load` reads.
 
-        Read them with `safetensors.torch.load_file(path)`. The metadata holds `axes`, a JSON
-        object of axes by name, `model`, the class of the model, and the versions that wrote it.
+        `safetensors.torch.load_file(path)` reads the tensors as well. The metadata holds `axes`, a
+        JSON object of axes by name, `model`, the class of the model, the versions that wrote it,
+        and what else a buffer knows of its sites. Where `mask=` kept rows, a tensor `positions`
+        lies beside the sites; see `positions`.
 
         Args:
             path: Where to write; an existing file is replaced once all is written.
@@ -370,15 +372,15 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: Nothing was captured.
-            OptionError: The activations are lists (`join=None`), which a file cannot hold.
+            OptionError: The activations are lists (`join=None`), which a file cannot hold, or
+                `metadata` is not a dict of strings, or has a key that the file needs itself.
             DataError: It cannot be written there, or a tensor has no values, or a dtype that
                 safetensors does not have.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         Example:
-            >>> from safetensors.torch import load_file
             >>> acts.save("acts.safetensors")
-            >>> [*load_file("acts.safetensors")]
+            >>> [*load("acts.safetensors")]
             ['blocks.0.hook_resid_post', 'blocks.1.hook_resid_post']
 
         """
@@ -389,8 +391,33 @@ class Activations(_Tensors):
                 "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
                 "capture with join='batch', or save the tensors of the lists yourself"
             )
-        described = describe({key: self.axes(key) for key in self}, self._source)
-        write_safetensors({**self}, path, {**(metadata or {}), **described})
+        sites = {key: self._saved(key) for key in (*self, *self.missing)}
+        saved = Saved(sites, join=self._join, source=self._source, forwards=self._forwards)
+        write_saved(saved, path, {} if metadata is None else metadata)
+
+    def _saved(self, key: str) -> SavedSite:
+        column = self._columns[key]
+        if key not in self._order:
+            return SavedSite(column.names)
+        tensor = self[key]
+        rows = torch.cat(list(column.rows)) if column.rows else None
+        return SavedSite(column.names, self.axes(key), column.fixed_sizes(), tensor, rows)
+
+    @classmethod
+    def of_saved(cls, saved: Saved, device: torch.device | None) -> "Activations":
+        """Make a buffer of what a file holds."""
+        acts = cls(saved.join, source=saved.source)
+        for key, site in saved.sites.items():
+            column = acts.expect(key, site.names)
+            if site.tensor is None:
+                continue
+            column.named = Named(site.axes, site.sizes)
+            with plain_mode():
+                acts.write({key: [own(site.tensor, device=device)]})
+            if site.positions is not None:
+                column.rows.append(site.positions.clone())
+        acts._forwards = saved.forwards  # which may not be known
+        return acts
 
     def __repr__(self) -> str:
         return as_text(*self._summary())
@@ -426,8 +453,9 @@ class Activations(_Tensors):
 
     def _summary(self, spared: str = "", *, drawn: bool = False) -> tuple[str, list[Row]]:
         size = format_bytes(self.nbytes) + spared
-        title = f"Activations: {counted(len(self), 'site')}, {size}, "
-        title += counted(self._forwards, "forward")
+        title = f"Activations: {counted(len(self), 'site')}, {size}"
+        if self._forwards or not self:  # of a file they may not be known
+            title += f", {counted(self._forwards, 'forward')}"
         if self._forwards and self.missing:
             title += f", {len(self.missing)} missing"
         return title, [self._columns[key].row(drawn=drawn) for key in self]
@@ -446,13 +474,42 @@ class Activations(_Tensors):
         if column is not None and column.firings:
             return column
         reason = why_empty(self._source)
-        if self._forwards or self._silent:
+        if self._forwards or self._silent or self._order:
             forwards = self._forwards + self._silent
             reason = why_nothing(self._columns, name, self._order, forwards)
         raise NotCapturedError(f"nothing was captured from {name!r}: {reason}")
 
 
-Activations.__module__ = "actctx"  # where users find it
+def load(path: str | PathLike[str], *, device: torch.device | str | None = None) -> Activations:
+    """Read what `acts.save` wrote.
+
+    The names, axes and positions of the sites are those that were captured, and so is what `stack`,
+    `spec`, `missing` and `forwards` tell. Of a safetensors file that something else wrote, the
+    tensors are read, under their names, with axes that are not known.
+
+    Args:
+        path: The file.
+        device: Where the tensors go; by default to the CPU.
+
+    Returns:
+        The activations. Nothing of them shares memory with the file.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, what it says of its tensors does not
+            fit them, or a later version wrote it.
+        OptionError: There is no such device, or `path` is no path.
+
+    Example:
+        >>> acts.save("acts.safetensors")
+        >>> load("acts.safetensors").stack("hook_resid_post").shape
+        torch.Size([2, 4, 7, 32])
+
+    """
+    to = device_of(device)
+    return Activations.of_saved(read_saved(path), to)
+
+
+Activations.__module__ = load.__module__ = "actctx"  # where users find them
 
 
 def find_column(columns: Mapping[str, Column], name: object) -> Column | None:

@@ -20,12 +20,14 @@ class RowSelector(NamedTuple):
         site: The name of the site, for messages.
         dim: The axis of the positions, after the site's other axes were selected from.
         tokens: What to select along the real tokens of each sequence.
+        batch: The axis of the sequences.
 
     """
 
     site: str
     dim: int
     tokens: Selector
+    batch: int = 0
 
     @property
     def is_one_a_sequence(self) -> bool:
@@ -34,18 +36,19 @@ class RowSelector(NamedTuple):
 
     def axes_after(self, axes: Axes) -> Axes:
         """Name the axes of the kept rows."""
-        rest = [axis for dim, axis in enumerate(axes) if dim not in {0, self.dim}]
+        rest = [axis for dim, axis in enumerate(axes) if dim not in {self.batch, self.dim}]
         return ("batch" if self.is_one_a_sequence else "token", *rest)
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
         """Return the sizes of the axes of the kept rows, as far as they are known before."""
-        return (None, *(size for dim, size in enumerate(sizes) if dim not in {0, self.dim}))
+        dims = {self.batch, self.dim}
+        return (None, *(size for dim, size in enumerate(sizes) if dim not in dims))
 
     def keep(
         self, activation: Shaped[Tensor, "..."], rows: TokenRows
     ) -> Shaped[Tensor, "token ..."]:
         """Take rows of an activation, as a copy; as a view, if possible, where all are taken."""
-        activation = activation.movedim(self.dim, 1)
+        activation = activation.movedim((self.batch, self.dim), (0, 1))
         if rows.is_all:
             return activation.flatten(0, 1)
         sequence, position = rows.where.to(activation.device).unbind(1)
@@ -93,7 +96,7 @@ class Chosen:
         return self._rows
 
 
-def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple[Axes, int]:
+def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple[Axes, int, int]:
     """Make sure that a site has the axes by which rows of tokens are told.
 
     Args:
@@ -102,14 +105,14 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
         chosen: Whether it is for `Chosen` rows, those of a data set, and not for a mask.
 
     Returns:
-        The axes, and which of them is that of the positions.
+        The axes, and which of them are those of the sequences and of the positions.
 
     Raises:
         AxisError: The site has no positions, or its axes are not known.
 
     """
     pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
-    if axes is None or pos is None or axes[0] != "batch":
+    if axes is None or pos is None or "batch" not in axes:
         keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
         if axes is None:
@@ -117,11 +120,12 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
                 f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: its axes "
                 f"are not known; name them with Site(axes='batch pos ...'), or {otherwise}"
             )
+        lacks = "batch" if "batch" not in axes else "pos"
         raise AxisError(
-            f"{keeps}, but the axes of {site!r} are {' '.join(axes)!r}, and not 'batch' first and "
-            f"then 'pos'; {otherwise}"
+            f"{keeps}, but {site!r} has no axis {lacks!r}: its axes are {' '.join(axes)!r}; "
+            f"{otherwise}"
         )
-    return axes, axes.index(pos)
+    return axes, axes.index("batch"), axes.index(pos)
 
 
 def split_rows(
@@ -140,10 +144,10 @@ def split_rows(
 
     """
     site = selector.site
-    axes, dim = check_tokens(site, axes, chosen=chosen)
+    axes, batch, dim = check_tokens(site, axes, chosen=chosen)
     tokens = [step for step in selector.steps if step.dim % len(axes) == dim]
     rest = [step for step in selector.steps if step.dim % len(axes) != dim]
-    if any(step.dim % len(axes) == 0 for step in rest):
+    if any(step.dim % len(axes) == batch for step in rest):
         keeper, left = ("a data set", "data") if chosen else ("mask=", "the mask")
         raise OptionError(
             f"the slice of {site!r} selects along 'batch', which {keeper} does not allow; leave "
@@ -154,9 +158,10 @@ def split_rows(
         if chosen:
             instead = "as long as one batch; give positions, or mask= the name of an entry of data"
         raise OptionError(f"the slice of {site!r} is a mask along {axes[dim]!r}, {instead}")
-    dropped = sum(isinstance(step.pick, int) and step.dim % len(axes) < dim for step in rest)
+    gone = [step.dim % len(axes) for step in rest if isinstance(step.pick, int)]
+    batch, dim = (each - sum(other < each for other in gone) for each in (batch, dim))
     along = Selector(site, tuple(Step(0, step.pick, "the real tokens") for step in tokens), None)
-    return Selector(site, tuple(rest), axes), RowSelector(site, dim - dropped, along)
+    return Selector(site, tuple(rest), axes), RowSelector(site, dim, along, batch)
 
 
 def find_rows(
@@ -212,7 +217,7 @@ def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
     """Read a mask, such as a tokenizer's `attention_mask`, on the CPU.
 
     Raises:
-        OptionError: It is not two-dimensional, or has no values.
+        OptionError: It is not two-dimensional, has no values, or has negative ones.
 
     """
     if mask.is_meta:
@@ -225,4 +230,21 @@ def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
             f"the mask has the shape {tuple(mask.shape)}; give one of the shape batch pos, true "
             "where there are real tokens"
         )
+    if mask.is_floating_point() and bool((mask < 0).any()):
+        raise OptionError(
+            "the mask has negative values, as one that is added to attention scores; give one that "
+            "is true where there are real tokens, such as mask == 0"
+        )
     return mask.detach().bool().cpu()
+
+
+def real_of(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "..."]:
+    """Read which tokens the mask of a forward says are real, on its own device.
+
+    One of floating-point numbers without a positive one is added to attention scores: it is 0 where
+    tokens are real.
+    """
+    mask = mask.detach()
+    if not mask.is_floating_point():
+        return mask.bool()
+    return torch.where((mask > 0).any(), mask > 0, mask >= 0)

@@ -258,8 +258,10 @@ def _as_pick(site: str, index: Any) -> int | slice | Positions:
     if isinstance(index, bool):
         raise _no_index(site, index)
     if isinstance(index, slice):
-        if index.step == 0:
-            raise _no_index(site, index)
+        try:
+            index.indices(1)
+        except (TypeError, ValueError):  # of what is no int, and of a step of 0
+            raise _no_index(site, index) from None
         return index
     try:
         return operator.index(index)
@@ -273,6 +275,8 @@ def _as_pick(site: str, index: Any) -> int | slice | Positions:
 
 
 def _as_positions(site: str, index: Shaped[Tensor, "..."]) -> Positions:
+    if index.is_meta or index.is_sparse or index.is_quantized:
+        raise _no_index(site, index)
     if index.dim() != 1 or (index.numel() and (index.is_floating_point() or index.is_complex())):
         raise _no_index(site, index)
     length = len(index) if index.dtype == torch.bool else None

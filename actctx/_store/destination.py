@@ -22,8 +22,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from actctx._errors import DataError
-from actctx._files import cannot_write, reason_of
-from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, import_lance, layout_of, open_lance
+from actctx._files import cannot_write, clear_leftovers, reason_of
+from actctx._store.layout import (
+    COUNTED,
+    DIGEST,
+    KEY,
+    Layout,
+    import_lance,
+    layout_of,
+    open_lance,
+    unreadable,
+)
 from actctx._store.marks import NAME, Marks
 from actctx._store.origins import Stored
 
@@ -64,6 +73,7 @@ class Target:
 
         self.path = path
         self._lance = import_lance()
+        clear_leftovers(path.parent)
         found = found_at(path)
         if found:
             raise DataError(
@@ -86,7 +96,7 @@ class Target:
         self.rows = 0
         self.schema: pa.Schema = None
         self.closing: Callable[[], None] | None = None
-        self._is_empty = False
+        self._is_empty = self._is_tidy = False
         if _has_manifest(path):
             self._open()
         self.marks = Marks(path, self.rows)
@@ -113,6 +123,7 @@ class Target:
                 delete_unverified=True,
                 error_if_tagged_old_versions=False,
             )
+        self._is_tidy = True
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -136,8 +147,11 @@ class Target:
             fragments=fragments,
             offset=start,
         )
-        for batch in scanner.to_batches():
-            yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        try:
+            for batch in scanner.to_batches():
+                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in batch.columns))
+        except (ValueError, OSError) as error:
+            raise unreadable(str(self.path), error) from error
 
     def create(self, layout: Layout, carried: "pa.Schema") -> None:
         """Make a data set without rows, in the place of one that has none either.
@@ -153,12 +167,15 @@ class Target:
         except OSError as error:
             raise unwritable(self.path, error) from error
         self.layout, self.schema = layout, schema
-        if self._is_empty:
+        if self._is_empty or self._before - {_LOCK}:
             self.tidy()
+        self._is_tidy = True
 
     def note_finished(self, *, finished: bool) -> None:
         """Note whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
+            if not self._is_tidy:  # as where nothing was left to write
+                self.tidy()
             self.layout = self.layout.as_finished(finished=finished)
             dataset = self._lance.dataset(str(self.path))
             with self._writing():
@@ -192,7 +209,7 @@ class Target:
         try:
             dataset.update_schema_metadata({"actctx": metadata})
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
-        except OSError as error:
+        except (ValueError, OSError) as error:  # the first of Arrow, of what it could not read
             raise DataError(
                 f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
                 f"since what is new lies in '{other.path}': make room, and the same call goes on "

@@ -2,9 +2,11 @@
 
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, SupportsIndex, TypeAlias, TypeGuard
 
 import numpy as np
+import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
@@ -20,7 +22,9 @@ def is_int(index: object) -> TypeGuard[SupportsIndex]:
     """Tell whether an index selects one row."""
     if isinstance(index, bool | np.bool_):
         return False
-    if isinstance(index, Tensor | np.ndarray) and index.ndim:
+    if isinstance(index, Tensor) and (index.ndim or index.is_meta or index.dtype == torch.bool):
+        return False
+    if isinstance(index, np.ndarray) and index.ndim:
         return False
     try:
         operator.index(index)  # type: ignore[arg-type]  # that is the question
@@ -69,10 +73,10 @@ def rows_of(index: Index, rows: int) -> range | Int64[np.ndarray, "row"]:
 
 
 def _several(index: Any, rows: int) -> Shaped[np.ndarray, " row"]:
-    try:
-        array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
-    except (TypeError, ValueError):
-        array = np.empty(0, dtype=object)
+    array = np.empty(0, dtype=object)
+    if not isinstance(index, np.ma.MaskedArray | bytearray):  # of which more would be taken
+        with suppress(TypeError, ValueError, RuntimeError):  # the last of tensors without values
+            array = np.asarray(index.cpu() if isinstance(index, Tensor) else index)
     if array.ndim == 1 and array.dtype == bool:
         if len(array) != rows:
             raise SelectionError(

@@ -7,8 +7,10 @@ names that users know are in the metadata, and they never see the others.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +57,7 @@ def import_lance() -> Any:
     """Import Lance, which only data sets need.
 
     Raises:
-        OptionError: It is not installed.
+        OptionError: It is not installed, or the process was forked from one that had used it.
 
     """
     try:
@@ -65,7 +67,19 @@ def import_lance() -> Any:
             f"data sets need {error.name}, which is not installed; install it with: "
             "pip install 'actctx[data]'"
         ) from None
+    if _used_in() != os.getpid():
+        raise OptionError(
+            "data sets cannot be used in a process that was forked from one that had used them, "
+            "since Lance's threads do not survive a fork; start it another way, such as "
+            "multiprocessing.get_context('spawn')"
+        )
     return lance
+
+
+@cache
+def _used_in() -> int:
+    """Tell in which process Lance was used first; one that is forked from it knows as well."""
+    return os.getpid()
 
 
 @dataclass(frozen=True)
@@ -206,11 +220,7 @@ def open_lance(path: str, version: int | None = None) -> Any:
 
     """
     lance = import_lance()
-    local = Path(path)
-    if "://" not in path and not (local / "_versions").is_dir():
-        found = "there is nothing"
-        if local.exists():
-            found = "the directory holds none" if local.is_dir() else "it is a file"
+    if "://" not in path and (found := _why_none(Path(path))):
         raise DataError(
             f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
         )
@@ -224,6 +234,18 @@ def open_lance(path: str, version: int | None = None) -> Any:
             raise
         raise _damaged(path, f"its manifest is damaged ({error})") from None
     return opened
+
+
+def _why_none(path: Path) -> str:
+    """Say why there is no data set at a path; nothing where there may be one."""
+    try:
+        if (path / "_versions").is_dir():
+            return ""
+        if not path.exists():
+            return "there is nothing"
+        return "the directory holds none" if path.is_dir() else "it is a file"
+    except OSError as error:
+        return reason_of(error)
 
 
 def layout_of(schema: "pa.Schema", path: str) -> Layout:
@@ -248,13 +270,22 @@ def _damaged(path: str, found: str) -> DataError:
     )
 
 
+def unreadable(path: str, error: BaseException) -> DataError:
+    """Say why rows of a data set that is there cannot be read."""
+    return DataError(
+        f"rows of {path!r} cannot be read: {reason_of(error)}; open it again, since another "
+        "process may have replaced its files, or write it anew"
+    )
+
+
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
 def column_name(name: str) -> str:
-    """Write a name without dots, so that no two names are written alike."""
-    return name.replace("%", "%25").replace("/", "%2F").replace(".", "/")
+    """Write a name without dots and backticks, so that no two names are written alike."""
+    escaped = name.replace("%", "%25").replace("/", "%2F").replace("`", "%60")
+    return escaped.replace(".", "/")
 
 
 def value_type(dtype: torch.dtype) -> Any:

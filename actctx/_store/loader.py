@@ -4,57 +4,49 @@ import operator
 import reprlib
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int64
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from actctx._errors import OptionError
 from actctx._select.own import device_of
 from actctx._store.indexing import is_int
+from actctx._store.mixing import Mixing, mixing_of
+from actctx._store.pool_memory import PoolMemory, begun
 from actctx._store.rows import StoredBatch, StoredRows
-from actctx._store.shuffle import Order, Pool
+from actctx._store.shuffle import Order
 
 _AHEAD = 2  # batches that are ready before they are asked for
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Filling:
-    """A pool, and the memory that its rows are read to."""
-
-    pool: Pool
-    memory: StoredBatch
-
-    def fill(self, source: StoredRows, start: int) -> None:
-        rows = self.pool.rows[start : start + source.at_once]
-        source.read_into(self.memory, rows, place=slice(start, start + len(rows)))
-
-    def gather(self, which: Int64[np.ndarray, "row"], *, pin: bool) -> StoredBatch:
-        """Copy the rows of a batch."""
-        return {name: _pick(values, which, pin=pin) for name, values in self.memory.items()}
+_SPARE = 2  # batches that are read while the last of a pool are given
+_SCHEME = 2  # of the order; the first one had pools that were too small
 
 
-def _pick(values: Any, which: Int64[np.ndarray, "row"], *, pin: bool) -> Any:
-    if not isinstance(values, Tensor):
-        return values[which].tolist()
-    picked = values.new_empty((len(which), *values.shape[1:]), pin_memory=pin)
-    return torch.index_select(values, 0, torch.from_numpy(which), out=picked)
+@dataclass
+class _Place:
+    """Where an iteration is: how many batches it gave of an epoch."""
+
+    epoch: int = 0
+    batch: int = 0
+    is_loaded: bool = False
 
 
-class Loader:
+class Loader(IterableDataset[StoredBatch]):
     """Batches of a data set, in another random order each epoch; made by `data.loader(...)`.
 
     Each iteration is an epoch. What was read ahead is dropped when an iteration ends early, and
-    the next one begins the next epoch.
+    the next one begins the next epoch. Iterations are independent of each other; `epoch` and
+    `state_dict` are those of the last one that was begun.
+
+    It is an iterable dataset of torch, so `DataLoader(loader, batch_size=None)` gives the same
+    batches. Workers of a `DataLoader` are refused: the loader has threads of its own.
     """
 
     def __init__(
@@ -64,35 +56,63 @@ class Loader:
         self._order = order
         self._workers = workers
         self._device = device_of(device)
-        self._batch = 0
-        self._resumes = False
+        self._place = _Place()
 
     @property
     def epoch(self) -> int:
         """The number of the epoch, from 0; it is the next one once an iteration has ended."""
-        return self._order.epoch
+        return self._place.epoch
+
+    @property
+    def mixing(self) -> Mixing:
+        """How well the batches of this epoch are mixed, and the memory that it takes.
+
+        Reads the sequences of some 32,000 rows.
+
+        Example:
+            >>> mixing = data.loader(8).mixing
+            >>> mixing.pool  # which is all rows, and so a permutation
+            28
+
+        """
+        order = replace(self._order, epoch=self.epoch)
+        return mixing_of(self._source, order, memory=self.memory)
+
+    @property
+    def memory(self) -> int:
+        """The bytes of all rows that an iteration holds at most, the batch in use included.
+
+        Reading needs a few megabytes more for each of the `workers`.
+        """
+        batches = self._ahead + 2  # one more is being copied
+        held = self._room + batches * min(self._order.batch_size, self._order.pool_rows)
+        return held * self._source.memory
 
     def __len__(self) -> int:
         """Count the batches of an epoch."""
         return len(self._order)
 
     def __iter__(self) -> Iterator[StoredBatch]:
-        if self._batch and not self._resumes:  # an epoch was left early
-            self._move_to(self.epoch + 1, 0)
-        self._resumes = False
-        return self._iterate(self._order, self._batch)
+        worker = get_worker_info()
+        if worker is not None:
+            raise OptionError(
+                f"a loader cannot be shared by {worker.num_workers} workers of a DataLoader, each "
+                "of which would give all batches; it reads ahead in threads, so give "
+                "DataLoader(loader, batch_size=None, num_workers=0), or iterate over it"
+            )
+        place = self._place
+        left_early = place.batch and not place.is_loaded
+        place = _Place(place.epoch + 1) if left_early else _Place(place.epoch, place.batch)
+        self._place = place
+        return self._iterate(place)
 
-    def _iterate(self, order: Order, first: int) -> Iterator[StoredBatch]:
+    def _iterate(self, place: _Place) -> Iterator[StoredBatch]:
+        order = replace(self._order, epoch=place.epoch)
         with ExitStack() as stack:
-            batches = self._batches(order, first, stack)
-            for number, batch in enumerate(batches, first + 1):
-                self._move_to(order.epoch, number)
+            for batch in self._batches(order, place.batch, stack):
+                place.batch += 1
                 yield self._moved(batch)
-        self._move_to(order.epoch + 1, 0)
-
-    def _move_to(self, epoch: int, batch: int) -> None:
-        self._order = replace(self._order, epoch=epoch)
-        self._batch = batch
+        place.epoch, place.batch = place.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Tell where the loader is: at the batch after the last one that was given.
@@ -110,7 +130,7 @@ class Loader:
             3
 
         """
-        return {**self._identity(), "epoch": self.epoch, "batch": self._batch}
+        return {**self._identity(), "epoch": self.epoch, "batch": self._place.batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where another loader was, with the batch after the last that it gave.
@@ -128,14 +148,7 @@ class Loader:
                 order.
 
         """
-        if not (
-            isinstance(state, Mapping)
-            and state.keys() >= self.state_dict().keys()
-            and all(is_int(state[name]) for name in ("epoch", "batch"))
-        ):
-            raise OptionError(
-                f"{reprlib.repr(state)} is no state of a loader; give what state_dict() returned"
-            )
+        self._check_scheme(state)
         for name, here in self._identity().items():
             if state[name] != here:
                 raise OptionError(
@@ -154,41 +167,69 @@ class Loader:
                 f"the state is of batch={state['batch']}, but an epoch has no more than {most}; "
                 "give what state_dict() returned"
             )
-        self._move_to(operator.index(state["epoch"]), operator.index(state["batch"]))
-        self._resumes = True
+        epoch, batch = operator.index(state["epoch"]), operator.index(state["batch"])
+        self._place = _Place(epoch, batch, is_loaded=True)
+
+    def _check_scheme(self, state: Any) -> None:
+        """Refuse what is no state, or of another way to shuffle."""
+        names = self.state_dict().keys() - {"scheme"}
+        if not (
+            isinstance(state, Mapping)
+            and state.keys() >= names
+            and all(is_int(state[name]) for name in ("epoch", "batch"))
+        ):
+            raise OptionError(
+                f"{reprlib.repr(state)} is no state of a loader; give what state_dict() returned"
+            )
+        scheme = state.get("scheme", 1)
+        if scheme != _SCHEME:
+            then = operator.index(state["epoch"]) + 1
+            raise OptionError(
+                f"the state is of {'an earlier' if scheme == 1 else 'another'} version of actctx, "
+                "which shuffled in another way, so the rest of its epoch cannot be given; begin "
+                f"the next one: loader.load_state_dict({{**loader.state_dict(), 'epoch': {then}}})"
+            )
 
     def _identity(self) -> dict[str, Any]:
         """What the order depends on, but for the rank."""
         names = (each.name for each in fields(self._order) if each.name not in {"rank", "epoch"})
-        return {name: getattr(self._order, name) for name in names}
+        return {"scheme": _SCHEME, **{name: getattr(self._order, name) for name in names}}
 
     def _batches(self, order: Order, first: int, stack: ExitStack) -> Iterator[StoredBatch]:
-        filled = self._filled(order, first, stack)
-        gathered = (
-            partial(filling.gather, which, pin=self._pins)
-            for filling in filled
-            for which in filling.pool.batches
+        """Copy batches out of the memory that their pools are read to, some ahead."""
+        memory = PoolMemory(
+            self._source,
+            order.pools(first),
+            room=self._room,
+            threads=_threads(stack, self._workers),
         )
-        return in_order(gathered, _threads(stack, min(self._workers, 1)), ahead=_AHEAD)
+        copier = _threads(stack, min(self._workers, 1))
+        copies: deque[tuple[Future[StoredBatch], np.ndarray]] = deque()
 
-    def _filled(self, order: Order, first: int, stack: ExitStack) -> Iterator[_Filling]:
-        """Read the pools, the next one while one is in use."""
-        at_once = self._source.at_once
-        fillings: deque[_Filling] = deque()
+        def copied() -> StoredBatch:
+            copy, slots = copies.popleft()
+            batch = copy.result()
+            memory.release(slots)
+            return batch
 
-        def tasks() -> Iterator[Callable[[], None]]:
-            for pool in order.pools(first):
-                fillings.append(_Filling(pool, self._source.empty(len(pool.rows))))
-                for start in range(0, len(pool.rows), at_once):
-                    yield partial(fillings[-1].fill, self._source, start)
+        for slots in memory.slots():
+            copies.append((begun(copier, partial(memory.copy, slots, pin=self._pins)), slots))
+            if len(copies) > self._ahead:
+                yield copied()
+        while copies:
+            yield copied()
 
-        ahead = -(-order.pool * order.batch_size // at_once)
-        done = in_order(tasks(), _threads(stack, self._workers), ahead=ahead)
-        for _ in done:
-            filling = fillings[0]
-            for _ in range(at_once, len(filling.pool.rows), at_once):
-                next(done)
-            yield fillings.popleft()
+    @property
+    def _ahead(self) -> int:
+        return _AHEAD if self._workers else 0
+
+    @property
+    def _room(self) -> int:
+        """The rows that pools are read to: one, and some of the next while its last are given."""
+        order, rows = self._order, self._order.pool_rows
+        if order.pool_count <= 1 or not self._workers:
+            return rows
+        return rows + (_AHEAD + _SPARE) * order.batch_size + min(self._source.at_once, rows)
 
     def _moved(self, batch: StoredBatch) -> StoredBatch:
         if self._device is None:
@@ -217,20 +258,3 @@ def _threads(stack: ExitStack, count: int) -> ThreadPoolExecutor | None:
 def _end(threads: ThreadPoolExecutor) -> None:
     if not sys.is_finalizing():  # then they have ended, and so has what would end them
         threads.shutdown(cancel_futures=True)
-
-
-def in_order(
-    tasks: Iterable[Callable[[], T]], threads: ThreadPoolExecutor | None, *, ahead: int
-) -> Iterator[T]:
-    """Run tasks in threads, some ahead, and give their results in the order of the tasks."""
-    if threads is None:
-        for task in tasks:
-            yield task()
-        return
-    begun: deque[Future[T]] = deque()
-    for task in tasks:
-        begun.append(threads.submit(task))
-        if len(begun) > ahead:
-            yield begun.popleft().result()
-    while begun:
-        yield begun.popleft().result()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance
+from actctx._store.layout import DIGEST, Layout, StoredSite, as_tensor, open_lance, unreadable
 from actctx._store.where import as_lance_reads, why_refused
 from actctx._text import dtype_name
 
@@ -109,7 +109,9 @@ class StoredRows:
         try:
             scanned = self.lance.scanner(columns=["_rowoffset"], filter=condition)
             found = scanned.to_table()["_rowoffset"].to_numpy()
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:  # the last where Lance panics
+            if "LanceError(IO)" in str(error):
+                raise unreadable(self.path, error) from error
             reason = why_refused(reason_of(error), sites, self.others)
             raise OptionError(f"where={where!r} is not a condition on rows: {reason}") from None
         self.matching = np.sort(found.astype(np.int64))
@@ -158,20 +160,17 @@ class StoredRows:
         repeated = None if len(once) == len(rows) else back
         for name, dtype in self.others.items():
             values = self._numbers(table, name, dtype) if dtype else _objects(table[name])
-            batch[name][place] = values if repeated is None else values[repeated]
+            _put(batch[name], place, values if repeated is None else values[repeated])
         for name, site in self.sites.items():
             tensor = as_tensor(table[site.column], site)
-            batch[name][place] = tensor if repeated is None else tensor[repeated]
+            _put(batch[name], place, tensor if repeated is None else tensor[repeated])
 
     def _take(self, rows: Int64[np.ndarray, "row"], columns: list[str]) -> Any:
         lance = self.lance
         try:
             return lance.take(rows, columns=columns)
         except (ValueError, OSError) as error:
-            raise DataError(
-                f"rows of {self.path!r} cannot be read: {reason_of(error)}; open it again, since "
-                "another process may have replaced its files, or write it anew"
-            ) from error
+            raise unreadable(self.path, error) from error
 
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
@@ -183,6 +182,15 @@ class StoredRows:
         if dtype == torch.int64:  # also of what has fewer bits, and no sign
             return torch.from_numpy(values.astype(np.int64))
         return torch.from_numpy(values.copy())
+
+
+def _put(memory: Any, place: slice | Int64[np.ndarray, "row"], values: Any) -> None:
+    """Write rows to their places: to scattered ones by NumPy, which is faster than torch."""
+    if isinstance(place, slice) or not isinstance(memory, Tensor) or memory.dtype != values.dtype:
+        memory[place] = values
+        return
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[memory.itemsize]
+    memory.view(bits).numpy()[place] = values.view(bits).numpy()
 
 
 def _ascending(

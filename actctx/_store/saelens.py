@@ -2,15 +2,17 @@
 
 # NOTE [SAELens' directories]
 SAELens caches activations in a directory of Hugging Face's `datasets`: a row is a run of `context`
-tokens, and each hook has a column `Array2D((context, d))` beside `token_ids`. SAELens reads the
-runs in their order and mixes the tokens itself, and does not mind where a sequence begins, so that
-any rows can be cut into runs. Its dtypes are NumPy's, so there is no bfloat16.
+tokens, and each hook has a column `Array2D((context, d))` beside `token_ids`. SAELens does not mind
+where a sequence begins, so that any rows can be cut into runs. It reads the runs in their order and
+mixes the rows of a buffer, `n_batches_in_buffer * context_size` of them, half of which it keeps: so
+rows that are sorted stay so, but for that. Its dtypes are NumPy's, so there is no bfloat16.
 """
 
 import json
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +27,11 @@ from actctx._files import cannot_write, expanded, local_path, refuse_existing, w
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
 from actctx._store.layout import TAKEN, Layout, StoredSite, as_array, column_name, import_lance
-from actctx._store.rows import StoredRows
+from actctx._store.loader import Loader
+from actctx._store.rows import StoredBatch, StoredRows
+from actctx._store.shuffle import shuffled
 from actctx._store.where import meant_sites
-from actctx._text import counted, dtype_name, shortened
+from actctx._text import counted, dtype_name, is_utf8, shortened
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -44,9 +48,23 @@ _UNFORMATTED: dict[str, Any] = {
 
 
 def write_saelens(
-    rows: StoredRows, path: str | PathLike[str], *, context: int, rename: Mapping[str, str]
+    rows: StoredRows,
+    path: str | PathLike[str],
+    *,
+    context: int,
+    rename: Mapping[str, str],
+    seed: int | None,
 ) -> None:
-    """Write rows as SAELens caches them; see `ActivationDataset.to_saelens`."""
+    """Write rows as SAELens caches them; see `ActivationDataset.to_saelens`.
+
+    Args:
+        rows: What to write.
+        path: Where to.
+        context: The rows of a run.
+        rename: The names of columns, by those of sites.
+        seed: What the order depends on, if it is to be random.
+
+    """
     datasets = _import_datasets()
     runs = len(rows) // context
     if not runs:
@@ -70,8 +88,9 @@ def write_saelens(
         with datasets.arrow_writer.ArrowWriter(
             path=str(partial / _FILE), features=features
         ) as writer:
-            for table in _runs(
-                rows, runs, context=context, dtypes=dtypes, schema=features.arrow_schema
+            batches = _runs(rows, runs, context=context, seed=seed)
+            for table in _tables(
+                batches, context=context, dtypes=dtypes, schema=features.arrow_schema
             ):
                 writer.write_table(table)
             writer.finalize()
@@ -99,8 +118,17 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
         OptionError: A name is of no site, or two columns would have one name.
 
     """
+    if not isinstance(rename, Mapping):
+        raise OptionError(
+            f"rename={rename!r} is not a dict; give SAELens' hook_name for sites, as in "
+            "rename={'resid': 'blocks.3.hook_resid_post'}"
+        )
     names = {name: name for name in sites}
     for name, new in rename.items():
+        if not (isinstance(name, str) and isinstance(new, str) and new and is_utf8(new)):
+            raise OptionError(
+                f"rename has {new!r} for {name!r}, which are not both names; give strings"
+            )
         found = meant_sites(sites, name)
         if len(found) != 1:
             what = "several sites that are read" if found else "no site that is read"
@@ -128,21 +156,31 @@ def _writable(site: StoredSite) -> torch.dtype:
     return torch.float32
 
 
-def _runs(
-    rows: StoredRows,
-    runs: int,
+def _runs(rows: StoredRows, runs: int, *, context: int, seed: int | None) -> Iterator[StoredBatch]:
+    """Read some runs at a time, in the order of the rows or in a random one."""
+    rows = replace(rows, others={"token": rows.others["token"]})
+    size = max(1, rows.at_once // context) * context
+    if seed is None:
+        for first in range(0, runs * context, size):
+            yield rows.read(range(first, min(first + size, runs * context)))
+        return
+    order = shuffled(len(rows), size, seed=seed)
+    for batch in Loader(rows, order, workers=1, device=None):
+        whole = len(batch["token"]) // context * context
+        if whole:
+            yield {name: values[:whole] for name, values in batch.items()}
+
+
+def _tables(
+    batches: Iterator[StoredBatch],
     *,
     context: int,
     dtypes: Mapping[str, torch.dtype],
     schema: "pa.Schema",
 ) -> Iterator["pa.Table"]:
-    """Read some runs at a time."""
     import pyarrow as pa
 
-    some = max(1, rows.at_once // context)
-    for first in range(0, runs, some):
-        count = min(some, runs - first)
-        batch = rows.read(range(first * context, (first + count) * context))
+    for batch in batches:
         columns = [
             _as_arrays(batch[name].to(dtype), field.type, context=context)
             for (name, dtype), field in zip(dtypes.items(), schema, strict=False)

@@ -2,10 +2,12 @@
 
 # NOTE [The shuffle]
 Rows that lie together are read many times faster than rows that lie apart, so they are read in
-blocks of 32. An epoch permutes the blocks of the whole file, reads them pool by pool, and permutes
-the rows of each pool. A pool holds thousands of blocks from everywhere in the file, so that a batch
-meets few neighbours; a file that fits into one pool is permuted row by row. Where the blocks begin
-is drawn anew for each epoch, so that the same rows do not travel together forever.
+blocks of 32. An epoch permutes the blocks of the whole file and divides them into pools of one
+size: at least 16 batches and 2048 blocks, unless somebody bounds them. The rows of a pool are dealt
+to its batches as cards are, so that those of a block go to as many batches as they can, and no
+batch is mixed less than another, the last ones included. What fits into one pool is permuted row by
+row. Where the blocks begin is drawn anew for each epoch, so that the same rows do not travel
+together forever.
 
 The order is a function of the seed, the epoch and the sizes, and of nothing that was read before:
 an epoch is resumed by its number and that of a batch, whoever reads, with however many threads.
@@ -19,19 +21,21 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from actctx._errors import OptionError
 from actctx._store.indexing import is_int, whole_number
+from actctx._store.permutation import permuted
 from actctx._text import counted
 
-_BLOCK = 32
-_MOST_BLOCKS = 2**22  # 32 MiB of block numbers; larger files are read in larger blocks
+BLOCK = 32
+LEAST_BATCHES = 16  # of a pool that nobody bounds
+LEAST_ROWS = 2048 * BLOCK
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Some batches, whose rows are read together.
+    """Some batches, whose rows are shuffled among each other.
 
     Attributes:
         rows: The rows to read, as they lie in the file.
@@ -50,7 +54,8 @@ class Order:
     Attributes:
         rows: The rows of the data set.
         batch_size: The rows of a batch.
-        pool: The batches of a pool.
+        pool: The most batches of a pool. All pools have as many, but for one, and so more than half
+            of it, if there are as many.
         shuffle: Whether the order is random; otherwise it is that of the file.
         drop_last: Whether to leave out a last batch that is not full, and what only some ranks
             have, so that all have as many batches.
@@ -78,24 +83,51 @@ class Order:
         first, end = self._share
         return math.ceil((end - first) / self.batch_size)
 
+    @property
+    def pool_count(self) -> int:
+        """The number of pools."""
+        return -(-len(self) // self.pool)
+
+    @property
+    def pool_rows(self) -> int:
+        """The most rows of a pool."""
+        first, end = self._share
+        largest = -(-len(self) // max(self.pool_count, 1))
+        return min(largest * self.batch_size, end - first)
+
     def pools(self, batch: int) -> Iterator[Pool]:
         """Give what is left from a batch on: nothing, where the epoch has no more."""
-        if batch >= len(self):
+        count, pools = len(self), self.pool_count
+        if batch >= count:
             return
-        for number in range(batch // self.pool, -(-len(self) // self.pool)):
-            pool = self._pool(number)
-            yield Pool(pool.rows, pool.batches[max(batch - number * self.pool, 0) :])
+        for number in range(((batch + 1) * pools - 1) // count, pools):
+            first, end = number * count // pools, (number + 1) * count // pools
+            yield self._pool(first, end, given=max(batch - first, 0))
 
-    def _pool(self, number: int) -> Pool:
-        first, end = self._share
-        end = min(end, first + len(self) * self.batch_size)
-        first += number * self.pool * self.batch_size
-        places = np.arange(first, min(end, first + self.pool * self.batch_size))
-        order = np.arange(len(places))
-        if self.shuffle:
-            order = self._random(2 + first).permutation(order)
+    def _pool(self, first: int, end: int, *, given: int) -> Pool:
+        """Make the pool of some batches, without those that were given."""
+        start, stop = self._share
+        places = np.arange(
+            start + first * self.batch_size, min(start + end * self.batch_size, stop)
+        )
+        turns = self._turns(places, alone=end - first == len(self))
+        left = turns >= given * self.batch_size
+        rows, turns = self._rows_at(places[left]), turns[left]
+        by_row = np.argsort(rows)
+        order = np.empty_like(by_row)
+        order[turns[by_row] - given * self.batch_size] = np.arange(len(order))
         cuts = range(self.batch_size, len(order), self.batch_size)
-        return Pool(np.sort(self._rows_at(places)), np.split(order, cuts))
+        return Pool(rows[by_row], np.split(order, cuts))
+
+    def _turns(self, places: Int64[np.ndarray, "row"], *, alone: bool) -> Int64[np.ndarray, "row"]:
+        """Tell the turn of each row of a pool, which may be the only one."""
+        if not self.shuffle:
+            return np.arange(len(places))
+        random = self._random(2 + int(places[0]))
+        if alone:
+            return random.permutation(len(places))
+        batch = dealt(places, self.batch_size, random)
+        return _ranks(batch + random.random(len(places)))
 
     @property
     def _share(self) -> tuple[int, int]:
@@ -106,19 +138,14 @@ class Order:
     def _rows_at(self, places: Int64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
         if not self.shuffle:
             return places
-        number, within = np.divmod(places, self._block)
-        whole = number < len(self._blocks)  # the rows that fill no block come last
+        number, within = np.divmod(places, BLOCK)
+        blocks = self.rows // BLOCK
+        whole = number < blocks  # the rows that fill no block come last
+        those = np.arange(number[0], min(number[-1] + 1, blocks))
+        starts = permuted(those, blocks, self._random(0)) * BLOCK
         places = places.copy()
-        places[whole] = self._blocks[number[whole]] * self._block + within[whole]
+        places[whole] = starts[number[whole] - number[0]] + within[whole]
         return (places + self._shift) % self.rows
-
-    @property
-    def _block(self) -> int:
-        return max(_BLOCK, -(-self.rows // _MOST_BLOCKS))
-
-    @cached_property
-    def _blocks(self) -> Int64[np.ndarray, "block"]:
-        return self._random(0).permutation(self.rows // self._block)
 
     @cached_property
     def _shift(self) -> int:
@@ -126,6 +153,63 @@ class Order:
 
     def _random(self, what: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, self.epoch, what])
+
+
+def dealt(
+    places: Int64[np.ndarray, "row"], batch_size: int, random: np.random.Generator
+) -> Int64[np.ndarray, "row"]:
+    """Tell the batch of each row of a pool, so that each takes as few of a block as can be.
+
+    Batches are taken in turns, which a last one that is not full misses now and then. A block is
+    given what comes next, in random order; where there are fewer batches than rows in it, in random
+    order from turn to turn, which keeps its neighbours apart.
+
+    Args:
+        places: The places of the rows in the order of the blocks, ascending.
+        batch_size: The rows of a batch.
+        random: What is drawn from.
+
+    """
+    batches = -(-len(places) // batch_size)
+    last = len(places) - (batches - 1) * batch_size
+    names = random.permutation(batches - (last < batch_size))
+    names = np.append(names, np.arange(len(names), batches))  # one that is not full comes last
+    turns = np.tile(names, (batch_size, 1))
+    number = np.arange(batch_size)
+    taken = np.ones_like(turns, dtype=bool)
+    taken[:, -1] = (number + 1) * last // batch_size > number * last // batch_size
+    run = places // BLOCK * BLOCK + places % BLOCK // batches
+    found = np.empty_like(places)
+    found[np.argsort(run - run[0] + random.random(len(places)))] = turns[taken]
+    return found
+
+
+def _ranks(keys: Float64[np.ndarray, "row"]) -> Int64[np.ndarray, "row"]:
+    ranks = np.empty(len(keys), dtype=np.int64)
+    ranks[np.argsort(keys)] = np.arange(len(keys))
+    return ranks
+
+
+def shuffled(rows: int, batch_size: int, *, seed: int) -> Order:
+    """Shuffle all rows once."""
+    return Order(
+        rows=rows,
+        batch_size=batch_size,
+        pool=batches_of(None, batch_size, rows=rows),
+        shuffle=True,
+        drop_last=False,
+        rank=0,
+        world_size=1,
+        seed=seed,
+        epoch=0,
+    )
+
+
+def batches_of(pool: int | None, batch_size: int, *, rows: int) -> int:
+    """Tell the most batches of a pool of so many rows; of all rows, where it has as many."""
+    if pool is None:  # all pools have more than half of it, so they have the least at least
+        return 2 * max(LEAST_BATCHES, -(-LEAST_ROWS // batch_size))
+    return max(1, pool // batch_size if pool < rows else -(-rows // batch_size))
 
 
 def rank_of(rank: int | None, world_size: int | None) -> tuple[int, int]:

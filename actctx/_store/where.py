@@ -10,7 +10,9 @@ from actctx._store.layout import StoredSite
 from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`([^`]*)`")
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`((?:[^`]|``)*)`")
+# What stands for a value that is given elsewhere.
+_PLACEHOLDER = re.compile(r"\?|\$\w|(?<!:):[A-Za-z_]")
 
 
 def find_site(
@@ -27,7 +29,7 @@ def find_site(
         NotCapturedError: It is not there, or there are several of the hook.
 
     """
-    found = meant_sites(sites, str(name))
+    found = meant_sites(sites, name) if isinstance(name, str) else {}
     if len(found) == 1:
         return sites[next(iter(found))]
     if found:
@@ -105,7 +107,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
         if part[1] is None or part[1] in others:
             return part[0]
         try:
-            site = find_site(sites, part[1], others)
+            site = find_site(sites, part[1].replace("``", "`"), others)
         except NotCapturedError as error:
             raise OptionError(f"where={where!r} is not a condition on rows: {error}") from None
         _refuse_bfloat16(where, site)
@@ -116,12 +118,41 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
         if not re.search(rf"(?<![\w.]){re.escape(name)}(?!\w)", bare):
             continue
         if name != sites[name].column:
+            what = "dots" if "." in name else "such characters"
             raise OptionError(
-                f"where={where!r} names {name!r} without backticks, which names with dots need; "
-                f"write `{name}`"
+                f"where={where!r} names {name!r} without backticks, which names with {what} need; "
+                f"write {_in_backticks(name)}"
             )
         _refuse_bfloat16(where, sites[name])
-    return _QUOTED.sub(column, where)
+    _check_whole(where, bare)
+    end = "\n" if "--" in bare else ""  # where a comment ends
+    return f"({_QUOTED.sub(column, where)}{end})"  # without parentheses, Lance may read a part
+
+
+def _in_backticks(name: str) -> str:
+    return "`" + name.replace("`", "``") + "`"
+
+
+def _check_whole(where: str, bare: str) -> None:
+    """Refuse what would end before its end, or what has no value.
+
+    Raises:
+        OptionError: It closes more parentheses than it has opened, or has a placeholder.
+
+    """
+    depth = 0
+    for character in bare:
+        depth += (character == "(") - (character == ")")
+        if depth < 0:
+            raise OptionError(
+                f"where={where!r} is not a condition on rows: it closes a parenthesis that it does "
+                "not open"
+            )
+    if found := _PLACEHOLDER.search(bare):
+        raise OptionError(
+            f"where={where!r} has the placeholder {found[0]!r}; write the value itself, as in an "
+            "f-string"
+        )
 
 
 def _refuse_bfloat16(where: str, site: StoredSite) -> None:
@@ -134,10 +165,10 @@ def _refuse_bfloat16(where: str, site: StoredSite) -> None:
 
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
     """Say what is wrong with a condition, in place of what Lance says."""
-    unknown = re.match(r".*No field named (.+?)\. Valid fields are", reason)
+    unknown = re.match(r".*No field named (.+?)\. (?:Valid fields are|Did you mean)", reason)
     if unknown is None:
         return as_users_write(reason, sites)
-    there = ", ".join([*others, *(f"`{name}`" for name in sites)])
+    there = ", ".join([*others, *map(_in_backticks, sites)])
     return (
         f"there is no column {unknown[1]}; there are {there}; a string stands in single quotes, as "
         "in label = 'yes'"

@@ -6,12 +6,13 @@ from typing import assert_type
 import torch
 from torch import Tensor, nn
 
-from actctx import Activations, Capture, Site, capture, captures, hook_names
+from actctx import Activations, Capture, Site, capture, captures, hook_names, load
 
 model = nn.Linear(1, 1)
 
 assert_type(capture(model, "weight"), Capture[Activations])
 assert_type(hook_names(model, "blocks.*"), list[str])
+assert_type(load("acts.safetensors", device="cpu"), Activations)
 
 with capture(
     model,

@@ -1,0 +1,246 @@
+"""Captured activations in a safetensors file: what is written beside the tensors, and read back.
+
+The metadata has `axes`, for whoever reads the file by other means, and `activations`: the rest of
+what a buffer knows of its sites, in the order in which they ran. What a mask kept has a tensor of
+positions beside it. A file that says less, or nothing, is read as far as it goes.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int64, Shaped
+from torch import Tensor
+
+from actctx._errors import DataError, OptionError
+from actctx._files import describe, expanded, reason_of, write_safetensors
+from actctx._model.axes import Axes
+from actctx._results.annotations import Sizes
+from actctx._text import is_utf8
+
+_KEY = "activations"
+_FORMAT = 1
+_TAKEN = {"axes", "model", "actctx", "torch", _KEY}
+_JOINS = ("batch", "pos")
+
+
+@dataclass(frozen=True, eq=False)
+class SavedSite:
+    """What a file holds of one site.
+
+    Attributes:
+        names: Every name that it answers to.
+        axes: The axes of its tensor; `"_"` where they are not known.
+        sizes: Their sizes, None for those that depend on the input.
+        tensor: What it left; None where it never fired.
+        positions: The sequences and positions of the rows that a mask kept.
+
+    """
+
+    names: tuple[str, ...]
+    axes: Axes = ()
+    sizes: Sizes = ()
+    tensor: Shaped[Tensor, "..."] | None = None
+    positions: Int64[Tensor, "token 2"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What a file holds.
+
+    Attributes:
+        sites: The sites, by the name that each is read under, in the order in which they ran.
+        join: The axis along which forwards were joined.
+        source: The class of the model.
+        forwards: The forwards that left something; 0 where that is not known.
+
+    """
+
+    sites: Mapping[str, SavedSite]
+    join: str = "batch"
+    source: str = ""
+    forwards: int = 0
+
+
+def write_saved(saved: Saved, path: str | PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Write what was captured to a file; see `Activations.save`."""
+    _check_metadata(metadata)
+    tensors = {key: site.tensor for key, site in saved.sites.items() if site.tensor is not None}
+    shared: list[str] = []
+    sites: dict[str, dict[str, Any]] = {}
+    for key, site in saved.sites.items():
+        sites[key] = {"names": site.names, "sizes": site.sizes}
+        if site.tensor is None:
+            sites[key] = {"names": site.names, "fired": False}
+        if site.positions is not None:  # often those of all sites
+            there = [name for name in shared if torch.equal(tensors[name], site.positions)]
+            name = there[0] if there else _unused("positions", {*saved.sites, *shared})
+            shared += [] if there else [name]
+            tensors[name] = site.positions
+            sites[key]["positions"] = name
+    known = {
+        "format": _FORMAT,
+        "join": saved.join,
+        "forwards": saved.forwards,
+        "sites": sites,
+    }
+    axes = {key: site.axes for key, site in saved.sites.items() if site.tensor is not None}
+    described = {**describe(axes, saved.source), _KEY: json.dumps(known)}
+    write_safetensors(tensors, path, {**metadata, **described})
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += " of rows"
+    return name
+
+
+def _check_metadata(metadata: object) -> None:
+    """Refuse metadata that a file cannot hold, or that would be lost.
+
+    Raises:
+        OptionError: It is not a dict of strings, or has one of the file's own keys.
+
+    """
+    if not isinstance(metadata, Mapping):
+        raise OptionError(f"metadata={metadata!r} is not a dict of strings; give one, or None")
+    for key, value in metadata.items():
+        if not all(isinstance(each, str) and is_utf8(each) for each in (key, value)):
+            raise OptionError(
+                f"metadata has {value!r} under {key!r}, but a file holds text under text; give "
+                "strings, such as json.dumps(value)"
+            )
+        if key in _TAKEN:
+            raise OptionError(
+                f"metadata has {key!r}, which the file says itself; give it another name"
+            )
+
+
+def read_saved(path: str | PathLike[str]) -> Saved:
+    """Read a file whose tensors share the memory into which the system maps it.
+
+    Raises:
+        DataError: There is no such file, it cannot be read, or what it says does not fit it.
+
+    """
+    from safetensors import SafetensorError, safe_open
+
+    place = _readable(path)
+    try:
+        with safe_open(place, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise _unreadable(place, reason_of(error)) from None
+    if "actctx" not in metadata:
+        return Saved({name: _plain(name, tensor) for name, tensor in tensors.items()})
+    try:
+        return _understood(metadata, tensors)
+    except DataError as error:
+        raise DataError(f"cannot read '{place}': {error}") from None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise _unreadable(place, "its metadata is damaged") from None
+
+
+def _readable(path: str | PathLike[str]) -> Path:
+    """Give the path of a file that is there.
+
+    Raises:
+        DataError: There is none.
+
+    """
+    written_out = expanded(path)
+    if "://" in written_out:
+        raise DataError(
+            f"cannot read '{path}': it is an address; give the path of a copy on this machine"
+        )
+    place = Path(written_out)
+    try:
+        is_directory, is_there, is_file = place.is_dir(), place.exists(), place.is_file()
+    except OSError as error:
+        raise _unreadable(place, reason_of(error)) from None
+    if is_directory:
+        raise DataError(
+            f"cannot read '{place}': it is a directory; a data set is read with "
+            "actctx.dataset.ActivationDataset"
+        )
+    if not is_file:
+        raise _unreadable(place, "it is a device or a pipe" if is_there else "there is nothing")
+    return place
+
+
+def _unreadable(place: Path, reason: str) -> DataError:
+    return DataError(
+        f"cannot read '{place}': {reason}; give a file that acts.save wrote, or another "
+        "safetensors file"
+    )
+
+
+def _plain(name: str, tensor: Tensor) -> SavedSite:
+    """Describe a tensor of which the file says nothing."""
+    return SavedSite((name,), ("_",) * tensor.dim(), (None,) * tensor.dim(), tensor)
+
+
+def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Saved:
+    """Make sense of metadata that this or another version of actctx wrote.
+
+    Raises:
+        DataError: It is of a later version.
+        ValueError, TypeError, LookupError, AttributeError: It makes none.
+
+    """
+    known: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
+    if known.get("format", _FORMAT) > _FORMAT:
+        raise DataError(
+            f"it was written by actctx {metadata['actctx']!r}, whose files this version does not "
+            "know; upgrade actctx to read it"
+        )
+    axes: dict[str, str] = json.loads(metadata["axes"])
+    said: dict[str, dict[str, Any]] = known.get("sites", {key: {} for key in axes})
+    sites = {_text(name): _site(name, each, axes.get(name), tensors) for name, each in said.items()}
+    positions = {each["positions"] for each in said.values() if "positions" in each}
+    others = [name for name in tensors if name not in sites and name not in positions]
+    return Saved(
+        sites | {name: _plain(name, tensors[name]) for name in others},
+        join=_JOINS[_JOINS.index(known.get("join", "batch"))],
+        source=_text(metadata["model"]),
+        forwards=_count(known.get("forwards", 0)),
+    )
+
+
+def _site(
+    name: str, said: Mapping[str, Any], axes: str | None, tensors: Mapping[str, Tensor]
+) -> SavedSite:
+    names = tuple(map(_text, said.get("names", [name])))
+    if said.get("fired", True) is False:
+        return SavedSite(names)
+    tensor = tensors[name]
+    plain = _plain(name, tensor)
+    found = plain.axes if axes is None else tuple(axes.split())
+    sizes = tuple(said.get("sizes", plain.sizes))
+    if len(found) != tensor.dim() or len(sizes) != tensor.dim():
+        raise ValueError
+    if any(size not in (None, there) for size, there in zip(sizes, tensor.shape, strict=True)):
+        raise ValueError
+    positions = tensors[said["positions"]] if "positions" in said else None
+    if positions is not None and (
+        positions.dtype != torch.int64 or positions.shape != (len(tensor), 2)
+    ):
+        raise ValueError
+    return SavedSite(names, found, sizes, tensor, positions)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _count(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
