@@ -70,7 +70,7 @@ def test_without_a_terminal_a_line_goes_to_stderr_now_and_then(model, out, capfd
 def test_who_listens_to_the_logger_gets_the_lines_there(model, out, caplog, capfd):
     with caplog.at_level(logging.INFO, "actctx"):
         extract(model, slow(lambda: caplog.messages), RESID, out, max_tokens=42)
-    assert sum(bool(LINE.fullmatch(message)) for message in caplog.messages) >= 2
+    assert any(LINE.fullmatch(message) for message in caplog.messages)
     assert capfd.readouterr().err == ""
 
 

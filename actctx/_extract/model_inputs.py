@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import json
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from importlib.metadata import version
 from typing import Any
 
@@ -87,13 +87,7 @@ def reading_of(
             "or less"
         )
     _check_is_settled(model)
-    own = getattr(model, "tokenizer", None)
-    using = own if tokenizer is None else tokenizer
-    tokenize = None if using is None else functools.partial(_tokenize, using)
-    bos = None
-    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
-        tokenize = functools.partial(_to_tokens, model)
-        bos = [getattr(model.cfg, name, None) for name in _OF_BOS]
+    using, tokenize, identify = _tokenizing(model, tokenizer)
     taken = taken_by(model)
     takes_mask = next((name for name in MASKS if name in taken), None)
     uncached = "use_cache" in taken and not _is_hooked(model)
@@ -117,7 +111,7 @@ def reading_of(
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=_padding_of(model, using, vocabulary),
         always={"use_cache": False} if uncached else {},
-        identify=functools.partial(_identity_of, using, bos),
+        identify=identify,
     )
 
 
@@ -277,6 +271,20 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
             f"{counted(len(texts), 'text')}; give one that returns one for each"
         )
     return [*ids]
+
+
+def _tokenizing(
+    model: Any, tokenizer: Any
+) -> tuple[Any, Callable[[list[str]], list[Any]] | None, Callable[[], str | None]]:
+    """Return the tokenizer, what turns texts into tokens, and what tells it apart."""
+    own = getattr(model, "tokenizer", None)
+    using = own if tokenizer is None else tokenizer
+    tokenize = None if using is None else functools.partial(_tokenize, using)
+    bos = None
+    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
+        tokenize = functools.partial(_to_tokens, model)
+        bos = [getattr(model.cfg, name, None) for name in _OF_BOS]
+    return using, tokenize, functools.partial(_identity_of, using, bos)
 
 
 def _identity_of(tokenizer: Any, bos: list[Any] | None) -> str | None:
