@@ -16,8 +16,10 @@ from actctx._capture.watched import Options
 from actctx._errors import OptionError
 from actctx._extract.add_sites import add_sites, clear_additions
 from actctx._extract.model_inputs import reading_of
+from actctx._extract.order import check_order
 from actctx._extract.row_choice import dropping
 from actctx._extract.run import Extraction
+from actctx._extract.signals import signals_raised
 from actctx._files import local_path
 from actctx._model.sites import Names
 from actctx._results.activations import Activations
@@ -38,6 +40,8 @@ class Extracted:
         new_rows: The rows that were written now.
         cut: The tokens that were cut off the ends of the sequences that ran now, to fit into the
             context.
+        empty: The sequences that were read now and left no rows: those without tokens, and those of
+            which `mask`, `drop` or the slice leaves none.
         seconds: The time it took.
 
     """
@@ -46,6 +50,7 @@ class Extracted:
     rows: int
     new_rows: int
     cut: int
+    empty: int
     seconds: float
 
 
@@ -124,7 +129,8 @@ def extract(
         carry: The names of what comes along with the sequences in dicts, such as labels and ids:
             a column each, of numbers or strings. Strings are stored once a sequence.
         finite: Whether NaN and infinite values are refused.
-        resume: Whether to resume a data set that is there; otherwise it is refused.
+        resume: Whether to resume a data set that is there; otherwise it is refused. An input that
+            is shuffled without a seed could not be resumed, so it needs False.
         add: Whether the sites are added to the rows of the data set that is there, which are not
             rewritten. The input has to be the one that they came from. Until all is done, what is
             new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
@@ -133,7 +139,8 @@ def extract(
             call goes on after the newest that is whole.
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook.
+        progress: Whether a progress bar is shown, on a terminal or in a notebook; elsewhere a line
+            a minute, by the logger `actctx` if it listens at INFO, else on stderr.
 
     Returns:
         What was written.
@@ -144,6 +151,8 @@ def extract(
             another extraction does; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option is not valid.
         ActctxError: As `capture`.
+        SystemExit: In the main thread, at SIGTERM or SIGHUP, once what is whole is committed;
+            unless you have a handler for it.
 
     Example:
         >>> done = extract(model, tokens, "blocks.1.hook_resid_post", "acts.lance")
@@ -157,6 +166,8 @@ def extract(
         raise OptionError(f"pool={pool!r} is not a way to pool; give 'mean', 'max' or None")
     if max_tokens is not None:
         max_tokens = whole_number("max_tokens", max_tokens, least=1)
+    if resume or add:
+        check_order(data)
     chosen = Chosen()
     options = Options(stop=stop, join="batch", grad=False, mask=chosen, capacity=None)
     capturing: Capture[Activations] = Capture(
@@ -181,21 +192,28 @@ def extract(
         pool=pool,
         finite=finite,
     )
-    target = Target(local_path(out), sync=sync)
-    try:
-        before = target.rows
-        if add:
-            rows = add_sites(
-                extraction, data, whole=target, most=max_tokens, resume=resume, progress=progress
-            )
-        else:
-            clear_additions(target)
-            extraction.facts.check(target, resume=resume)
-            rows = extraction.run(data, target, most=max_tokens, progress=progress)
-        seconds = time.monotonic() - begun
-        return Extracted(target.path, rows, rows - before, extraction.cut, seconds)
-    finally:
-        target.release()
+    with signals_raised():
+        target = Target(local_path(out), sync=sync)
+        try:
+            before = target.rows
+            if add:
+                rows = add_sites(
+                    extraction,
+                    data,
+                    whole=target,
+                    most=max_tokens,
+                    resume=resume,
+                    progress=progress,
+                )
+            else:
+                clear_additions(target)
+                extraction.facts.check(target, resume=resume)
+                rows = extraction.run(data, target, most=max_tokens, progress=progress)
+        finally:
+            target.release()
+    seconds = time.monotonic() - begun
+    new, cut, empty = rows - before, extraction.cut, extraction.empty
+    return Extracted(target.path, rows, new, cut, empty, seconds)
 
 
 def _names_of(carry: str | Iterable[str]) -> tuple[str, ...]:

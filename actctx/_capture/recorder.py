@@ -133,6 +133,8 @@ class Recorder:
             rows = self._padding.rows(site, shape, frame)
             selected = site.rows.keep(selected, rows)
             copied |= not rows.is_all
+        if site.cast_loss is not None:
+            site.cast_loss.add(selected)
         room = seen.column.room(
             0 if site.firing == -1 else number, selected, site.dtype, site.device
         )

@@ -18,6 +18,7 @@ from actctx._model.structure import tensor_of
 from actctx._model.translation import Readout
 from actctx._results.annotations import Sizes
 from actctx._results.column import Column, Named
+from actctx._select.cast_loss import CastLoss
 from actctx._select.own import device_of, dtype_of
 from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select.slices import Selector, Slice, parse_slice
@@ -42,6 +43,7 @@ class WatchedSite:
     options: "Options"
     pattern: str | None = None
     told_axes: Axes | None = None
+    cast_loss: CastLoss | None = None
 
     @property
     def shown(self) -> str:

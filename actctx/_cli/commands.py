@@ -140,6 +140,8 @@ def extract(
             f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
             "only so many at once"
         )
+    if done.empty:
+        _note(f"{done.empty} of the inputs left no rows: they have no tokens, or none that is kept")
     new = "now with what was added" if add else f"{done.new_rows} of them new"
     typer.echo(f"{done.rows} rows in {done.path}, {new}")
 

@@ -140,6 +140,10 @@ def errors_as_messages(model: str) -> Iterator[None]:
         message = _OPTION.sub(_as_typed, message)
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {message}", err=True)
         raise typer.Exit(2) from None
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", ()):
+            typer.echo(note, err=True)
+        raise
 
 
 Data = Annotated[

@@ -21,6 +21,7 @@ from torch import Tensor
 from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
 from actctx._extract.items import is_elsewhere, is_number
+from actctx._store.marks import Mark
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,8 @@ class Batch:
         kept: Where a token that is no padding leaves a row; None where all do.
         cut: The number of tokens that were cut off the ends of its sequences.
         attended: Where tokens are no padding, if padding leaves rows; else None, as `real` says it.
+        mark: The place in the input where its first sequence begins, if it can be resumed there.
+        empty: The sequences before it in the input that have no tokens.
 
     """
 
@@ -47,6 +50,8 @@ class Batch:
     kept: Bool[Tensor, "batch pos"] | None = None
     cut: int = 0
     attended: Bool[Tensor, "batch pos"] | None = None
+    mark: Mark | None = None
+    empty: int = 0
 
     @property
     def unpadded(self) -> Bool[Tensor, "batch pos"] | None:

@@ -208,13 +208,16 @@ class Facts:
                 yield name, was, self.layout.input.get(name)
 
 
-def check_padding(works: Iterable[Work], there: Target, model: nn.Module) -> Iterator[Work]:
+def check_padding(
+    works: Iterable[Work], there: Target, model: nn.Module, *, before: int = 0
+) -> Iterator[Work]:
     """Pass on what is run, unless rows on disk may have counted padding as positions.
 
     Args:
-        works: All there is, from the start of the input.
+        works: All there is, from a mark in the input on.
         there: The data set that has the rows.
         model: The model.
+        before: The rows before the mark.
 
     Raises:
         DataError: They are of sequences with padding before their tokens, which versions that did
@@ -223,7 +226,7 @@ def check_padding(works: Iterable[Work], there: Target, model: nn.Module) -> Ite
     """
     is_older = there.layout is not None and "equal_lengths" not in there.layout.input
     may_count = is_older and (any(tables_of(model)) or has_bare_table(model))
-    count = 0
+    count = before
     for work in works:
         is_there = may_count and count < there.rows
         if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):

@@ -10,17 +10,17 @@ the same input always leaves the same rows in the same order, which is what resu
 is resumed with another batch size keeps the order, and its batches run in parts.
 """
 
+import contextlib
 import functools
 import itertools
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from actctx._capture.given_masks import MASKS
@@ -36,10 +36,19 @@ from actctx._extract.items import (
     is_number,
     tokens_in,
 )
+from actctx._extract.packing import Packing
+from actctx._extract.source import Source, fingerprint_of, is_stateful, place
+from actctx._store.marks import START, Mark
 from actctx._text import is_utf8
 
 _WINDOW = 64
 """The batches whose sequences are sorted by length together."""
+
+_OF_ANOTHER_PLACE = (
+    *(DataError, LookupError, TypeError, ValueError),
+    *(AttributeError, AssertionError, RuntimeError),
+)
+"""What inputs raise that were put at a place of another one; no errors of the system."""
 
 _AT_ONCE = 256
 """The texts that a tokenizer is given at once."""
@@ -71,6 +80,7 @@ class Reading:
         always: What each forward is given, by name, where the input does not give it.
         ordered_as: The batch size that makes the order of single sequences, which is that of the
             data set that is resumed; None where it is the batch size itself.
+        identify: Returns what tells the tokenizer apart from others; None where that is not known.
 
     """
 
@@ -92,6 +102,7 @@ class Reading:
     tells_all: bool = False
     equal_lengths: bool = False
     limit: int | None = None
+    identify: Callable[[], str | None] = lambda: None
     _warned: set[str] = field(default_factory=set, init=False)
     _made: set[str] = field(default_factory=set, init=False)
     """How batches are made here of what was read: `cut`, `packed` or `sorted`."""
@@ -103,6 +114,48 @@ class Reading:
             DataError: It is empty, or holds what is no input.
 
         """
+        return self.batches_of(self.source(data))
+
+    def ways(self, data: Iterable[Any], marks: Sequence[Mark]) -> Iterator[tuple[Source, Mark]]:
+        """Yield the ways to go on with an input, each with the mark that it begins at.
+
+        A way is asked for where the one before came to other rows than those on disk; the last one
+        reads all of the input. See the note of `Source`.
+        """
+        last = next((mark for mark in reversed(marks) if mark.state is not None), START)
+        is_stateful_too = last is not START and is_stateful(data)
+        if is_stateful_too and not (last.tokenizer and self._is_another(last.tokenizer)):
+            placed = place(data, last)
+            if placed is not None:
+                own, put_back = placed
+                with contextlib.suppress(*_OF_ANOTHER_PLACE):
+                    yield self.source(own, last), last
+                put_back()
+        last = marks[-1] if marks else START
+        is_same = last is not START and last.dataset == fingerprint_of(data) is not None
+        if is_same and (last.tokenizer == "" or last.tokenizer == self._identity()):
+            dataset: Any = data
+            rest = dataset.select(range(last.items, len(dataset)))
+            yield self.source(rest, last, of=data), last
+        source = self.source(data)
+        yield source, source.skip(marks)
+
+    def _is_another(self, tokenizer: str) -> bool:
+        return self._identity() not in {None, tokenizer}
+
+    def source(self, data: Iterable[Any], at: Mark = START, *, of: Any = None) -> Source:
+        """Open an input.
+
+        Args:
+            data: The input, from the mark on.
+            at: The mark.
+            of: What the input is a part of; itself by default.
+
+        Raises:
+            DataError: It is empty, or holds what is no input.
+
+        """
+        of = data if of is None else of
         check_container(data)
         if _is_one(data):
             starts = range(0, len(data), self.batch_size)
@@ -110,22 +163,30 @@ class Reading:
             self._made.add("cut")
         items = iter(data)
         head = [*itertools.islice(items, 1)]
-        if not head:
+        if not head and at is START:
             raise DataError("data has nothing in it, so there is nothing to run; give some input")
-        first, items = head[0], itertools.chain(head, items)
-        if is_number(first):
+        if head and is_number(head[0]):
             raise DataError(
                 "data holds single numbers, as one sequence of token ids does; give a list of "
                 "sequences, such as [data]"
             )
-        if is_batch(tokens_in(first)):
-            read = self._as_they_are(items)
-        elif self.pack:
-            read = self._packed(self._sequences(items))
+        kind = at.kind
+        if head:
+            kind = "packed" if self.pack else "sequences"
+            kind = "batches" if is_batch(tokens_in(head[0])) else kind
+        read = self._items.batch if kind == "batches" else self._items.sequence
+        return Source(items, head, read, kind=kind, at=at, of=of, tokenizer=self._identity)
+
+    def batches_of(self, source: Source, at: Mark = START) -> Iterator[Batch]:
+        """Make batches of what comes from a source, which is at a mark."""
+        if source.kind == "batches":
+            read = self._as_they_are(source)
+        elif source.kind == "packed":
             self._made.add("packed")
+            read = self._packed(source, at)
         else:
             self._made.add("sorted")
-            read = self._sorted(self._sequences(items))
+            read = self._sorted(source)
         yield from map(self._telling, read)
 
     def _telling(self, batch: Batch) -> Batch:
@@ -172,32 +233,35 @@ class Reading:
         return len(tokens) if self.pack or self.context is None else min(len(tokens), self.context)
 
     @functools.cached_property
+    def _identity(self) -> Callable[[], str | None]:
+        return functools.cache(self.identify)
+
+    @functools.cached_property
     def _items(self) -> Items:
         return Items(self.carry, self.takes, self.mask, self.vocabulary)
 
-    def _as_they_are(self, items: Iterable[Any]) -> Iterator[Batch]:
+    def _as_they_are(self, source: Source) -> Iterator[Batch]:
         if self.pack or self.cuts:
             option = "pack=True joins" if self.pack else "context= cuts"
             raise OptionError(
                 f"{option} sequences, but data holds batches; give texts or sequences of token ids "
                 "instead"
             )
-        read, count = self._items, 0
-        for each in items:
-            item = read.batch(each, count)
-            tokens = ids_of(item.tokens)
+        for mark, item in _marked(source):
+            tokens, count = ids_of(item.tokens), mark.sequences
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
             batch = Batch(
                 tokens, item.real, numbers, given, item.carried, item.kept, attended=item.attended
             )
             if self.equal_lengths:
-                yield from in_equal_lengths(batch)
-            else:
-                if batch.unpadded is not None and not self.is_told(batch):
-                    _check_unmasked(batch.unpadded, count, self._warned)
-                yield batch
-            count += len(tokens)
+                parts = [*in_equal_lengths(batch)]
+                empty = len(tokens) - sum(len(part.tokens) for part in parts)
+                yield from _beginning(mark, parts, empty=empty)
+                continue
+            if batch.unpadded is not None and not self.is_told(batch):
+                _check_unmasked(batch.unpadded, count, self._warned)
+            yield replace(batch, mark=mark)
 
     def is_told(self, batch: Batch) -> bool:
         """Tell whether the model's forward is told of padding, under any name."""
@@ -212,25 +276,21 @@ class Reading:
             for name, value in given.items()
         }
 
-    def _sequences(self, items: Iterable[Any]) -> Iterator[Item]:
-        read, first = map(self._items.sequence, items, itertools.count()), None
-        while chunk := [*itertools.islice(read, _AT_ONCE)]:
+    def _sequences(self, source: Source, most: int) -> Iterator[Item]:
+        """Read single sequences, so many at most."""
+        while chunk := [*itertools.islice(source, min(_AT_ONCE, most))]:
             for item in self._tokenized(chunk):
                 sequence = item.of_single_tokens()
                 if not self.pack:  # a window of them is held
                     sequence = sequence.first(self.context)
-                first = first or sequence
-                if sequence.given.keys() != first.given.keys():
-                    self._refuse_some(sequence, first)
+                names = tuple(sorted(sequence.given))
+                source.given = names if source.given is None else source.given
+                if names != source.given:
+                    _refuse_some(sequence.number, {*names}, {*source.given})
                 yield sequence
-
-    def _refuse_some(self, sequence: Item, first: Item) -> None:
-        name = min(sequence.given.keys() ^ first.given.keys())
-        here, there = (sequence, first) if name in sequence.given else (first, sequence)
-        raise DataError(
-            f"sequence {here.number} of the input has {name!r}, which the model's forward takes, "
-            f"but sequence {there.number} does not; give it to all or none"
-        )
+            most -= len(chunk)
+            if not most:
+                return
 
     def _tokenized(self, items: list[Item]) -> Iterator[Item]:
         texts = [item.tokens for item in items if isinstance(item.tokens, str)]
@@ -249,21 +309,27 @@ class Reading:
                 item = replace(item, tokens=tokens)  # noqa: PLW2901
             yield item
 
-    def _sorted(self, sequences: Iterator[Item]) -> Iterator[Batch]:
+    def _sorted(self, source: Source) -> Iterator[Batch]:
         size = self.ordered_as or self.batch_size
-        while window := [*itertools.islice(sequences, min(_WINDOW * size, sys.maxsize))]:
+        mark = source.mark()
+        while window := [*self._sequences(source, _WINDOW * size)]:
             kept = [sequence for sequence in window if len(sequence.tokens)]
-            kept.sort(key=_length, reverse=True)
-            batches = [
-                together[start : start + size]
-                for together in self._together(kept)
-                for start in range(0, len(together), size)
-            ]
-            # Whoever stops early is not left with the longest.
-            chance = torch.Generator().manual_seed(0)
-            for number in torch.randperm(len(batches), generator=chance).tolist():
-                for start in range(0, len(batches[number]), self.batch_size):
-                    yield self._padded(batches[number][start : start + self.batch_size])
+            batches = self._of_window(kept, size)
+            yield from _beginning(mark, batches, empty=len(window) - len(kept))
+            mark = source.mark()
+
+    def _of_window(self, sequences: list[Item], size: int) -> Iterator[Batch]:
+        sequences.sort(key=_length, reverse=True)
+        batches = [
+            together[start : start + size]
+            for together in self._together(sequences)
+            for start in range(0, len(together), size)
+        ]
+        # Whoever stops early is not left with the longest.
+        chance = torch.Generator().manual_seed(0)
+        for number in torch.randperm(len(batches), generator=chance).tolist():
+            for start in range(0, len(batches[number]), self.batch_size):
+                yield self._padded(batches[number][start : start + self.batch_size])
 
     def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
         """Divide sequences by length where padding would be attended to, or none was asked for."""
@@ -294,7 +360,7 @@ class Reading:
             cut=sum(sequence.cut for sequence in sequences),
         )
 
-    def _packed(self, sequences: Iterator[Item]) -> Iterator[Batch]:
+    def _packed(self, source: Source, at: Mark) -> Iterator[Batch]:
         if self.carry:
             raise OptionError(
                 "carry= goes with whole sequences, which pack=True joins; leave one of them out"
@@ -305,47 +371,42 @@ class Reading:
             )
         if self.context is None:
             raise OptionError("pack=True needs context=, since the model has no limit of its own")
-        number, size = 0, self.batch_size * self.context
-        waiting, count = list[Tensor](), 0
-        for part in self._joined(sequences):
-            waiting.append(part)
-            count += len(part)
-            if count >= size:
-                stream = torch.cat(waiting)
-                for tokens in torch.split(stream[: count - count % size], size):
-                    yield self._of_stream(tokens, number)
-                    number += self.batch_size
-                waiting = [stream[count - count % size :].clone()]
-                count = len(waiting[0])
-        rest = torch.cat([torch.empty(0, dtype=torch.long), *waiting])
-        whole = len(rest) - len(rest) % self.context
-        if whole:
-            yield self._of_stream(rest[:whole], number)
-        if len(rest) > whole:
-            number += whole // self.context
-            yield Batch(rest[None, whole:], None, torch.tensor([number]))
+        packing = Packing(self.batch_size, self.context, self.separator)
+        yield from packing.batches(self._chunks(source), at)
 
-    def _of_stream(self, tokens: Int64[Tensor, " _"], number: int) -> Batch:
-        rows = tokens.view(-1, self.context or 1)
-        return Batch(rows, None, torch.arange(number, number + len(rows)))
+    def _chunks(self, source: Source) -> Iterator[tuple[Mark, list[Item]]]:
+        mark = source.mark()
+        while chunk := [*self._sequences(source, _AT_ONCE)]:
+            yield mark, chunk
+            mark = source.mark()
 
-    def _joined(self, sequences: Iterator[Item]) -> Iterator[Int64[Tensor, " _"]]:
-        """Pass on tokens, and what parts texts, unless the tokenizer has put it there itself."""
-        last: int | None = None
-        for sequence in sequences:
-            tokens = ids_of(sequence.tokens)
-            if sequence.given:
-                raise OptionError(
-                    f"pack=True joins sequences, but they come with {min(sequence.given)!r}, which "
-                    "the model's forward takes; leave it out, or give pack=False"
-                )
-            if not len(tokens):
-                continue
-            is_parted = self.separator in {None, last, int(tokens[0])}
-            if sequence.is_text and last is not None and not is_parted:
-                yield torch.tensor([self.separator])
-            yield tokens
-            last = int(tokens[-1])
+
+def _marked(source: Source) -> Iterator[tuple[Mark, Item]]:
+    """Go through items, each with the mark before it."""
+    mark = source.mark()
+    for item in source:
+        yield mark, item
+        mark = source.mark()
+
+
+def _beginning(mark: Mark, batches: Iterable[Batch], *, empty: int) -> Iterator[Batch]:
+    """Note in the first of some batches what comes before it: a mark, and empty sequences."""
+    first = True
+    for batch in batches:
+        yield replace(batch, mark=mark, empty=empty) if first else batch
+        first = False
+    if first and empty:
+        none = torch.empty(0, dtype=torch.long)
+        yield Batch(none.view(0, 0), None, none, mark=mark, empty=empty)
+
+
+def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
+    name = min(here ^ first)
+    has, lacks = (number, 0) if name in here else (0, number)
+    raise DataError(
+        f"sequence {has} of the input has {name!r}, which the model's forward takes, but sequence "
+        f"{lacks} does not; give it to all or none"
+    )
 
 
 def _check_texts(items: Iterable[Item]) -> None:

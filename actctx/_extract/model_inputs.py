@@ -1,8 +1,11 @@
 """What a model reads: its tokenizer, its context, its vocabulary, the arguments of its forward."""
 
 import functools
+import hashlib
 import inspect
-from collections.abc import Iterable, Mapping, Sized
+import json
+from collections.abc import Callable, Iterable, Mapping, Sized
+from importlib.metadata import version
 from typing import Any
 
 from torch import nn
@@ -30,6 +33,9 @@ _NOT_GIVEN = {*TOKENS, "labels"}
 """The tokens, which are given first, and what only a loss needs."""
 
 _NOT_IN_COLUMNS = "./`"
+
+_OF_BOS = ("default_prepend_bos", "tokenizer_prepends_bos")
+"""What decides, in the config of a model of TransformerLens, where `to_tokens` puts a BOS token."""
 
 
 def reading_of(
@@ -81,11 +87,7 @@ def reading_of(
             "or less"
         )
     _check_is_settled(model)
-    own = getattr(model, "tokenizer", None)
-    using = own if tokenizer is None else tokenizer
-    tokenize = None if using is None else functools.partial(_tokenize, using)
-    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
-        tokenize = functools.partial(_to_tokens, model)
+    using, tokenize, identify = _tokenizing(model, tokenizer)
     taken = taken_by(model)
     takes_mask = next((name for name in MASKS if name in taken), None)
     uncached = "use_cache" in taken and not _is_hooked(model)
@@ -109,6 +111,7 @@ def reading_of(
         tokenizer=getattr(using, "name_or_path", "") or type(using).__name__,
         padding=_padding_of(model, using, vocabulary),
         always={"use_cache": False} if uncached else {},
+        identify=identify,
     )
 
 
@@ -268,6 +271,42 @@ def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
             f"{counted(len(texts), 'text')}; give one that returns one for each"
         )
     return [*ids]
+
+
+def _tokenizing(
+    model: Any, tokenizer: Any
+) -> tuple[Any, Callable[[list[str]], list[Any]] | None, Callable[[], str | None]]:
+    """Return the tokenizer, what turns texts into tokens, and what tells it apart."""
+    own = getattr(model, "tokenizer", None)
+    using = own if tokenizer is None else tokenizer
+    tokenize = None if using is None else functools.partial(_tokenize, using)
+    bos = None
+    if tokenizer is None and own is not None and hasattr(model, "to_tokens"):
+        tokenize = functools.partial(_to_tokens, model)
+        bos = [getattr(model.cfg, name, None) for name in _OF_BOS]
+    return using, tokenize, functools.partial(_identity_of, using, bos)
+
+
+def _identity_of(tokenizer: Any, bos: list[Any] | None) -> str | None:
+    """Digest all that decides which tokens a tokenizer makes of a text; None if that is not known.
+
+    Only the fast tokenizers of transformers say so.
+    """
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    if not hasattr(backend, "to_str") or not type(tokenizer).__module__.startswith("transformers."):
+        return None
+    told = json.loads(backend.to_str())
+    for changed in ("truncation", "padding"):  # which each call sets anew
+        told.pop(changed, None)
+    settings = [
+        type(tokenizer).__name__,
+        tokenizer.special_tokens_map,
+        getattr(tokenizer, "split_special_tokens", None),
+        bos,
+        [version(package) for package in ("transformers", "tokenizers")],
+    ]
+    shown = json.dumps([told, settings], sort_keys=True, default=str)
+    return hashlib.blake2b(shown.encode(), digest_size=16).hexdigest()
 
 
 def _takes(function: Any, name: str) -> bool:

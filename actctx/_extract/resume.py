@@ -1,6 +1,7 @@
 """Resume an extraction: what of the input is still to run, and whether the rest is on disk."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,30 +12,41 @@ from actctx._store.origins import Stored
 
 
 def remaining(
-    works: Iterable[Work], stored: "Iterator[Stored]", *, most: int | None, skip: int
+    works: Iterable[Work],
+    stored: "Iterator[Stored]",
+    *,
+    most: int | None,
+    skip: int,
+    before: int = 0,
 ) -> Iterator[Work]:
     """Leave out what is on disk, and what is beyond the number of rows that was asked for.
 
     Args:
-        works: All there is, from the start of the input.
-        stored: The rows on disk, chunk by chunk.
+        works: All there is, from a mark in the input on.
+        stored: The rows on disk from there on, chunk by chunk.
         most: The number of rows, at most.
         skip: The number of rows on disk.
+        before: The number of rows before the mark.
 
     Raises:
         DataError: What is on disk came from another input.
 
     """
     known = _Known(stored)
-    count = 0
+    count, mark = before, None
     for work in works:
         here = len(work.token) if most is None else min(len(work.token), most - count)
         there = min(max(0, skip - count), here)
+        if work.batch.mark is not None:
+            mark = replace(work.batch.mark, rows=count)
         if there:
             known.check(work.rows(0, there), count)
-        if there < here:
-            yield work.rows(there, here)
+        if there < here or (not here and count >= skip):
+            yield work.rows(there, here)._replace(
+                mark=mark if here else None, empty=work.without_rows(there, here)
+            )
         count += here
+        mark = None if here else mark
         if most is not None and count >= most:
             return
     if count < skip:
@@ -44,15 +56,17 @@ def remaining(
         )
 
 
-def held_against(works: Iterable[Work], stored: "Iterator[Stored]", *, rows: int) -> Iterator[Work]:
-    """Pass on what leaves the rows that are on disk.
+def held_against(
+    works: Iterable[Work], stored: "Iterator[Stored]", *, rows: int, before: int = 0
+) -> Iterator[Work]:
+    """Pass on what leaves the rows that are on disk, of which so many are before it.
 
     Raises:
         DataError: What is on disk came from another input.
 
     """
     known = _Known(stored)
-    count = 0
+    count = before
     for work in works:
         here = min(len(work.token), rows - count)
         known.check(work.rows(0, here), count)

@@ -2,10 +2,11 @@
 
 # NOTE [Resuming]
 How many rows a batch leaves follows from its tokens and its mask alone. So how far an extraction
-has come is told by the number of rows on disk, and by nothing else: to go on, the input is read
-from its start, the batches whose rows are all there are not run, and of the one in whose middle the
-last commit ended only the rows that are missing are kept. What is skipped is held against what is
-on disk: the token of each row, and a digest of all that the model was given of its sequence.
+has come is told by the number of rows on disk, and by nothing else: to resume, the input is read
+from its start, or from a mark with a number of rows, the batches whose rows are all there are not
+run, and of the one in whose middle the last commit ended only the rows that are missing are kept.
+What is skipped behind the mark is compared with what is on disk: the token of each row, and a
+digest of all that the model was given of its sequence.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from actctx._errors import OptionError
 from actctx._extract.batching import Batch
+from actctx._select.cast_loss import CastLoss
 from actctx._select.padding import RowSelector, find_rows
 from actctx._select.slices import Selector
 from actctx._store.layout import not_held
+from actctx._store.marks import Mark
 
 _MOST = 2**63
 
@@ -37,6 +40,8 @@ class Work(NamedTuple):
         pooled: The row that each token goes into, where rows are pooled; `where` is of tokens then,
             and the others are of the last token of each row.
         is_sliced_away: Whether tokens were left, of which the slice selected none.
+        mark: A place in the input, and the rows before it, which are on disk when this is.
+        empty: The sequences that leave no rows, of it and before it.
 
     """
 
@@ -47,6 +52,8 @@ class Work(NamedTuple):
     position: Int[Tensor, " row"]
     pooled: Int64[Tensor, " token"] | None = None
     is_sliced_away: bool = False
+    mark: Mark | None = None
+    empty: int = 0
 
     @property
     def within(self) -> Int64[Tensor, " row"]:
@@ -58,6 +65,15 @@ class Work(NamedTuple):
     def digest(self) -> Int64[Tensor, " row"]:
         """What tells apart of what input each row is; see `Batch.digests`."""
         return self.batch.digests[self.within]
+
+    def without_rows(self, start: int, stop: int) -> int:
+        """Count the sequences that leave no rows, about some of those that do."""
+        within = self.within
+        first = int(within[start - 1]) + 1 if start else 0
+        last = int(within[stop]) if stop < len(within) else len(self.batch.tokens)
+        behind = {*within[(within >= first) & (within < last)].tolist()}
+        before = 0 if start else self.batch.empty
+        return last - first - len(behind) + before
 
     def rows(self, start: int, stop: int) -> "Work":
         """Return it with some of its rows only."""
@@ -137,6 +153,7 @@ def pool_rows(
     *,
     how: str,
     dtype: torch.dtype | None,
+    loss: CastLoss | None = None,
 ) -> Shaped[Tensor, "row ..."]:
     """Join the rows of each sequence: their `"mean"`, or along each axis their `"max"`.
 
@@ -148,6 +165,7 @@ def pool_rows(
         work: The forward, whose rows are pooled.
         how: How.
         dtype: The dtype of floating-point rows; by default that of the activations.
+        loss: Counts what the cast loses.
 
     Raises:
         OptionError: They are complex or quantized.
@@ -167,6 +185,8 @@ def pool_rows(
         pooled = torch.stack([part.mean(0) for part in parts]).float()
     if not pooled.is_floating_point():
         return pooled
+    if loss is not None:
+        loss.add(pooled)
     return pooled.to(dtype or (activations.dtype if is_floating else torch.float32))
 
 

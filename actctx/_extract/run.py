@@ -25,16 +25,17 @@ from actctx._capture.capture import Capture
 from actctx._capture.watched import WatchedSite, why_silent
 from actctx._errors import DataError, NeverFiredError, OptionError, SeveralFiringsError
 from actctx._extract.batching import Batch, with_padding_behind
-from actctx._extract.compatibility import Facts, check_padding, picks_of, slice_of, taken_of
+from actctx._extract.compatibility import Facts, picks_of, slice_of, taken_of
 from actctx._extract.context_length import Positions
 from actctx._extract.decoder_sites import check_sides
 from actctx._extract.inputs import Reading
 from actctx._extract.leaks import Alone, one_alone
 from actctx._extract.pipe import Pipe
-from actctx._extract.progress import progress_bar
-from actctx._extract.resume import held_against, remaining
+from actctx._extract.progress import count_on, progress_bar, tell_what_is_kept
+from actctx._extract.reader import Reader
 from actctx._extract.row_choice import Choosing, Work, pool_rows
 from actctx._extract.run_model import RunModel
+from actctx._extract.value_checks import ValueChecks
 from actctx._extract.writer import Left, Writer, carried_array
 from actctx._model.axes import axis_sizes
 from actctx._model.fingerprint import versions
@@ -43,6 +44,7 @@ from actctx._model.offloaded import input_device
 from actctx._model.places import uncompiled
 from actctx._results.activations import Activations
 from actctx._results.column import wait_for
+from actctx._select.cast_loss import loss_of
 from actctx._select.own import Owned
 from actctx._select.padding import Chosen
 from actctx._select.slices import Selector
@@ -78,6 +80,7 @@ class Extraction:
     Attributes:
         facts: What a data set must have in common with it.
         cut: The tokens that were cut off the ends of the sequences that ran so far.
+        empty: The sequences that left no rows so far.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -99,13 +102,12 @@ class Extraction:
         self._capturing = capturing
         self._chosen = chosen
         self._reading = reading
-        self._most: int | None = None
         self._expected: int | None = None
         self._is_planned = False
         self._against: Target | None = None
         self._finite = finite
         self._pool = pool
-        self.cut = 0
+        self.cut = self.empty = 0
         self._sites = capturing.sites
         self._has_sliced_away = False
         self._widest = reading.limit or 0
@@ -169,13 +171,17 @@ class Extraction:
                     "have the same rows; give them one slice along 'pos', or a data set each"
                 )
         self._sites = [
-            replace(site, rows=site.rows._replace(tokens=Selector(site.key, (), None)))
+            replace(
+                site,
+                rows=site.rows._replace(tokens=Selector(site.key, (), None)),
+                cast_loss=loss_of(site.dtype),
+            )
             for site in self._sites
             if site.rows is not None
         ]
         watched = self._sites
         if self._pool is not None:  # what is pooled is cast afterwards
-            watched = [replace(site, dtype=None) for site in watched]
+            watched = [replace(site, dtype=None, cast_loss=None) for site in watched]
         self._capturing.watch(watched)
         return first.rows.tokens, first.rows.is_one_a_sequence
 
@@ -209,42 +215,43 @@ class Extraction:
                 f"'{target.path}' has {target.rows} rows, more than max_tokens={most}; give "
                 f"max_tokens={target.rows} or more, or another path"
             )
-        self._most, self._against = most, against
+        self._against = against
         there = (against or target).layout
         if there is not None:
             order = there.input.get("batch_size")
             self._reading = replace(self._reading, ordered_as=order)
-        self._expected = self._count(data)
+        reader = Reader(self._reading, self._choose, self._model, target, against, most)
+        self._expected = reader.count(data)
         pipe: Pipe[Work] = Pipe(_READ_AHEAD)
-        reader = threading.Thread(
-            target=self._read, args=(data, target, pipe), name="actctx reader", daemon=True
+        thread = threading.Thread(
+            target=self._read, args=(reader.works(data), pipe), name="actctx reader", daemon=True
         )
-        reader.start()
+        thread.start()
         try:
-            unit = f" {self._layout.rows}s"
-            counts: dict[str, Any] = {"total": self._expected, "initial": target.rows}
-            with (
-                self._capturing as acts,
-                progress_bar(shown=progress, unit=unit, **counts) as bar,
-            ):
+            bar_of = progress_bar(
+                shown=progress,
+                name=target.path.name,
+                total=self._expected,
+                initial=target.rows,
+                unit=f" {self._layout.rows}s",
+            )
+            with self._capturing as acts, bar_of as bar:
                 row = self._row_bytes()
                 if row is not None:
                     self._check_room(row, target, bar)
                 rows = self._forwards(pipe, acts, target, bar)
+        except BaseException as error:
+            tell_what_is_kept(error, target.path, target.rows)
+            raise
         finally:
             pipe.abandon()
-            reader.join(timeout=1)  # it may be waiting for an input that never comes
+            thread.join(timeout=1)  # it may be waiting for an input that never comes
         target.note_finished(finished=True)
         return rows
 
-    def _read(self, data: Iterable[Any], target: Target, pipe: Pipe[Work]) -> None:
+    def _read(self, works: Iterable[Work], pipe: Pipe[Work]) -> None:
         try:
-            works: Iterable[Work] = map(self._choose, self._reading.batches(data))
-            works = check_padding(works, self._against or target, self._model)
-            if self._against is not None:
-                works = held_against(works, self._against.stored(), rows=self._against.rows)
-            stored = target.stored() if target.rows else iter(())
-            for work in remaining(works, stored, most=self._most, skip=target.rows):
+            for work in works:
                 if not pipe.put(work):
                     return
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
@@ -259,25 +266,28 @@ class Extraction:
 
     def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
         self._device = input_device(self._model)
-        writer: Writer | None = None
+        writer, checks = None, ValueChecks(self._sites)
         try:
             for work in works:
+                self.empty += work.empty
                 if not len(work.token):
                     continue
                 left = self._forward(work, acts)
                 if writer is None:
                     self._begin(left, acts, target, bar)
-                    writer = Writer(target, finite=self._finite)
+                    writer = Writer(target, finite=self._finite, seen=checks.see)
                 acts.clear()
                 if not writer.put(left):
                     break
                 del left
-                _show(bar, len(work.token))
+                checks.tell()
+                count_on(bar, len(work.token))
         finally:
             if writer is not None:
                 writer.close()
         if writer is not None and writer.error is not None:
             raise writer.error
+        checks.tell(ended=True)
         if target.layout is None:
             reason = "it has no sequences, or all of its tokens are padding or dropped; keep some"
             if self._has_sliced_away:
@@ -300,7 +310,12 @@ class Extraction:
             left = {
                 site.key: Owned(
                     pool_rows(
-                        site.key, wait_for(left[site.key]), work, how=self._pool, dtype=site.dtype
+                        site.key,
+                        wait_for(left[site.key]),
+                        work,
+                        how=self._pool,
+                        dtype=site.dtype,
+                        loss=site.cast_loss,
                     )
                 )
                 for site in self._sites
@@ -383,14 +398,6 @@ class Extraction:
             reason = why_silent(uncompiled(self._model), self._sites[0])
             raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
-    def _count(self, data: Iterable[Any]) -> int | None:
-        """Count the rows to come, where all batches are at hand; else as many as can be."""
-        if not self._reading.is_at_hand(data):
-            return None if self._most is None else self._reading.bound(data, self._most)
-        batches = self._reading.batches(data)
-        rows = sum(len(self._choosing.choose(batch).token) for batch in batches)
-        return rows if self._most is None else min(rows, self._most)
-
     def _row_bytes(self) -> int | None:
         """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""
         total = _COUNTED_BYTES
@@ -439,9 +446,3 @@ class Extraction:
             slice=self.facts.slices[site.key],
             taken=taken_of(site),
         )
-
-
-def _show(bar: Any, rows: int) -> None:
-    bar.update(rows)
-    if not bar.disable:
-        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)

@@ -11,11 +11,11 @@ What a crash leaves is a file that no manifest knows, which the next writer dele
 import math
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError
@@ -50,14 +50,21 @@ class Writer:
     Args:
         target: The data set, which has a layout.
         finite: Whether values that are no numbers, or infinite, are refused.
+        seen: Looks at the rows of each site, and their tokens.
 
     Attributes:
         error: What ended the writing, if something did.
 
     """
 
-    def __init__(self, target: Target, *, finite: bool) -> None:
-        self._target = target
+    def __init__(
+        self,
+        target: Target,
+        *,
+        finite: bool,
+        seen: Callable[[str, Shaped[Tensor, "row ..."], Int[Tensor, " row"]], None],
+    ) -> None:
+        self._target, self._seen = target, seen
         self._finite = finite
         self._pipe: Pipe[Left] = Pipe(_WAITING)
         self._taken = target.rows
@@ -66,6 +73,7 @@ class Writer:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
         target.closing = self.close
+        target.marks.begin()
         self._thread.start()
 
     def put(self, left: Left) -> bool:
@@ -97,6 +105,7 @@ class Writer:
         try:
             while (first := self._next()) is not None:
                 self._target.append(self._commit(first))
+                self._target.marks.save()
         except OSError as error:
             self.error = self.error or unwritable(self._target.path, error, self._target.rows)
             self.error.__cause__ = error
@@ -120,6 +129,7 @@ class Writer:
             self.error = error
             return None
         self._taken += batch.num_rows
+        self._target.marks.reach(left.work.mark)
         return batch
 
     def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
@@ -157,6 +167,7 @@ class Writer:
             values = _alike(site, left, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
+            self._seen(site.name, values, work.token)
             columns.append(as_array(values))
         return pa.RecordBatch.from_arrays(columns, schema=schema)
 

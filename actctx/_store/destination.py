@@ -31,6 +31,7 @@ from actctx._model.known_faults import warn
 from actctx._store.commits import Commits
 from actctx._store.digests import DIGESTS, Commit, read_digests
 from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, layout_of
+from actctx._store.marks import NAME, Marks
 from actctx._store.origins import Stored
 from actctx._store.validation import REOPEN, Files, check_fragments, elements_of, reading
 from actctx._store.versions import manifests, newest_whole, torn_frame
@@ -42,7 +43,7 @@ _KEPT = timedelta(hours=1)
 """How long a version can be read after it was replaced, at least."""
 
 _LOCK = "writing.lock"
-_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK, DIGESTS}
+_OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK, DIGESTS, NAME}
 """What a directory holds in which a data set was begun: no `data` before there is a manifest."""
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -65,6 +66,7 @@ class Target:
             rows, as where the first commit failed: that fixes nothing, and is made anew.
         lost: What is damaged of the newest versions; empty where nothing is.
         closing: What waits until all is written that was handed over.
+        marks: Where its rows end in the input.
 
     Raises:
         DataError: There is something else, or somebody else is writing, or nobody can.
@@ -99,6 +101,7 @@ class Target:
             raise unwritable(path, error) from None
         if _has_manifest(path):
             self._open()
+        self.marks = Marks(path, self.rows)
 
     @property
     def rows(self) -> int:
@@ -163,15 +166,16 @@ class Target:
         except OSError as error:
             raise unwritable(self.path, error, self.rows) from error
 
-    def stored(self) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk.
+    def stored(self, start: int = 0) -> Iterator[Stored]:
+        """Read where the rows on disk come from, chunk by chunk, beginning at one of them.
 
         Raises:
             DataError: They cannot be read.
 
         """
         with reading(str(self.path), "rows of", remedy=REOPEN):
-            for table in Files(self.dataset, str(self.path)).take_all([*COUNTED, DIGEST]):
+            files = Files(self.dataset, str(self.path))
+            for table in files.take_all([*COUNTED, DIGEST], start):
                 if empty := [name for name in table.column_names if table[name].null_count]:
                     raise ValueError(f"rows have nothing in its column {empty[0]!r}")
                 yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))

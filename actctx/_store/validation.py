@@ -240,10 +240,10 @@ class Files:
         table.validate()
         return table
 
-    def take_all(self, columns: list[str]) -> Iterator["pa.Table"]:
-        """Read columns of all rows, some at a time; see the note on takes."""
+    def take_all(self, columns: list[str], start: int = 0) -> Iterator["pa.Table"]:
+        """Read columns of all rows, or of those from one on, some at a time."""
         rows = count_rows(self._dataset)
-        for first in range(0, rows, _TAKEN):
+        for first in range(start, rows, _TAKEN):
             yield self.take(np.arange(first, min(first + _TAKEN, rows)), columns)
 
     def check(self, rows: Int64[np.ndarray, "row"] | None = None) -> None:

@@ -1,0 +1,72 @@
+"""What a cast to a dtype of a smaller range loses: values that become zero, or infinite."""
+
+import math
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+_NARROW = (
+    torch.float16,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+)
+"""The dtypes of a smaller range than those that models run in."""
+
+_LEAST = 0.01
+"""The share of values other than 0 that become 0, from which it is worth a word."""
+
+
+class CastLoss:
+    """Counts what casts to a dtype lose; on the device of the values, and without waiting for it.
+
+    Args:
+        dtype: The dtype.
+
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        told = torch.finfo(dtype)
+        self._to_zero = told.smallest_normal * told.eps / 2
+        self._end = told.max + told.eps * 2 ** math.floor(math.log2(told.max)) / 2
+        self._counts: Tensor | None = None
+
+    def add(self, values: Shaped[Tensor, "..."]) -> None:
+        """Count what a cast of some values loses."""
+        if not values.is_floating_point() or values.dtype == self.dtype:
+            return
+        sizes = values.detach().abs()
+        zeros = (sizes == 0).sum()
+        counts = torch.stack(
+            [
+                (sizes <= self._to_zero).sum() - zeros,
+                (sizes >= self._end).sum() - sizes.isinf().sum(),
+                sizes.numel() - zeros,
+            ]
+        )
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def shown(self) -> str:
+        """Say what was lost, if it is worth a word."""
+        if self._counts is None:
+            return ""
+        zeros, infinite, nonzero = self._counts.tolist()
+        name = str(self.dtype).removeprefix("torch.")
+        if infinite:
+            return (
+                f"{infinite:,} values are beyond the end of {name}, {torch.finfo(self.dtype).max:g}"
+            )
+        if zeros > _LEAST * nonzero:
+            return (
+                f"{zeros / nonzero:.0%} of the values other than 0 are 0 in {name}, whose smallest "
+                f"is {2 * self._to_zero:.1g}"
+            )
+        return ""
+
+
+def loss_of(dtype: torch.dtype | None) -> CastLoss | None:
+    """Make what counts the loss of a cast; None where the dtype has the range of float32."""
+    return CastLoss(dtype) if dtype is not None and dtype in _NARROW else None
