@@ -78,7 +78,7 @@ def expanded(path: str | PathLike[str]) -> str:
 
 
 def local_path(path: str | PathLike[str]) -> Path:
-    """Give the path of what is to be written.
+    """Return the path of what is to be written.
 
     Raises:
         DataError: It is the address of an object store.
@@ -252,7 +252,7 @@ def room_beside(path: Path) -> Iterator[Path]:
     """Make a directory for what is to be at a path, and delete it in the end.
 
     Raises:
-        OSError: The system does not let it.
+        OSError: The file system refuses it.
 
     """
     clear_leftovers(path.parent)
@@ -313,7 +313,7 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def _is_ours(room: Path) -> bool:
-    """Tell whether a directory holds what `room_beside` puts into one, and nothing else."""
+    """Return whether a directory holds what `room_beside` puts into one, and nothing else."""
     try:
         names = {each.name for each in room.iterdir()}
     except OSError:

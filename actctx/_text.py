@@ -37,7 +37,7 @@ def shortened(names: list[str], most: int = 8) -> str:
 
 
 def is_utf8(text: str) -> bool:
-    """Tell whether a text can be written to a file, which lone surrogates cannot."""
+    """Return whether a text can be written to a file, which lone surrogates cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

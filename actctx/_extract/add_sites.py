@@ -1,4 +1,4 @@
-"""More sites for the rows of a data set, without rewriting what is there.
+"""Add sites to the rows of a data set without rewriting what is there.
 
 # NOTE [Adding]
 The new sites are extracted to a data set beside the other, `acts.lance.adding`, resumed as any,
@@ -33,7 +33,7 @@ def add_sites(
     """Extract sites for the rows that a data set has, and add them to it.
 
     Args:
-        extraction: What is run, and what is kept of it.
+        extraction: One extraction: what is run, and what is kept of it.
         data: The input that the rows came from.
         whole: The data set.
         most: The number of rows to stop at, which nobody may give.
@@ -147,7 +147,7 @@ def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
 
 
 def _has_them(facts: Facts, whole: Target) -> bool:
-    """Tell whether all that was asked for is there already.
+    """Return whether all that was asked for is there already.
 
     Raises:
         DataError: Some of it is, or a site is there as another.

@@ -1,4 +1,4 @@
-"""What one forward is given, and its padding: moved behind the tokens, or left out.
+"""Make batches of sequences, with their padding behind the tokens or left out.
 
 # NOTE [Padding before tokens]
 Many models number the positions of a batch from its left end, padding included, so that what they
@@ -127,7 +127,7 @@ def with_padding_behind(
 
 
 def is_padded_before(batch: Batch) -> bool:
-    """Tell whether a batch has padding before its tokens that is to be moved."""
+    """Return whether a batch has padding before its tokens that is to be moved."""
     unpadded = batch.unpadded
     if unpadded is None or _has_positions_of_its_own(batch):
         return False
@@ -135,7 +135,7 @@ def is_padded_before(batch: Batch) -> bool:
 
 
 def _has_positions_of_its_own(batch: Batch) -> bool:
-    """Tell whether positions are given that go with the batch as it is, such as `3 batch pos`."""
+    """Return whether positions are given that go with the batch as it is, such as `3 batch pos`."""
     positions = batch.given.get("position_ids")
     return isinstance(positions, Tensor) and not is_of_tokens("position_ids", positions, batch)
 
@@ -207,7 +207,7 @@ def given_at(
 
 
 def _has_places(name: str, value: Any, batch: Batch) -> bool:
-    """Tell whether what a forward is given may lie along the tokens."""
+    """Return whether what a forward is given may lie along the tokens."""
     if not isinstance(value, Tensor) or not value.dim() or is_elsewhere(name):
         return False
     count, width = batch.tokens.shape
@@ -235,7 +235,7 @@ def _at(
 
 
 def is_of_tokens(name: str, value: Tensor, batch: Batch) -> bool:
-    """Tell whether what a forward is given has an entry for each token."""
+    """Return whether what a forward is given has an entry for each token."""
     is_one_each = value.shape[:2] == batch.tokens.shape and value.dim() <= 3  # noqa: PLR2004
     # not one for each pair of tokens, as in a mask of the attention
     is_of_pairs = value.dim() > 2 and value.shape[2] == batch.tokens.shape[1]  # noqa: PLR2004

@@ -1,4 +1,4 @@
-"""What an extraction has to have in common with a data set that it resumes or adds to.
+"""Compare an extraction with the data set that it resumes or adds to.
 
 # NOTE [What is not compared]
 The names of the model and of the tokenizer are noted, but the same weights and the same texts come

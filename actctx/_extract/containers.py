@@ -37,7 +37,7 @@ def check_container(data: Any) -> None:
 
 
 def _rows_of(data: Any) -> str:
-    """Say how the rows of a table or an array of Arrow's or Polars' are had; nothing of others."""
+    """Say how to get the rows of an Arrow or Polars table; nothing for other data."""
     if hasattr(data, "iter_rows"):
         return "data.iter_rows(named=True)"
     if not type(data).__module__.startswith("pyarrow"):
@@ -70,7 +70,7 @@ def _remedy_of_mapping(data: Mapping[Any, Any]) -> str:
 
 
 def why_no_values(tensor: Tensor) -> str:
-    """Say why the values of a tensor cannot be read as numbers; nothing where they can."""
+    """Explain why the values of a tensor cannot be read as numbers; nothing where they can."""
     if tensor.is_meta:
         return "on the meta device, which has no values"
     if tensor.is_nested:

@@ -1,4 +1,4 @@
-"""How many positions a model has, as its look-ups tell while it runs.
+"""Refuse batches that are longer than a model's table of positions, as its look-ups show.
 
 # NOTE [Positions]
 A forward that looks up a position beyond the end of a table fails deep in the model, on a GPU in a

@@ -1,4 +1,4 @@
-"""Which sites leave no rows of a data set: those that run on the tokens of a decoder."""
+"""Refuse sites that leave no rows of a data set: those that run on a decoder's tokens."""
 
 import inspect
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
 
 
 def _is_named_for_both(model: Any) -> bool:
-    """Tell whether a forward takes the tokens of a decoder beside those that it is given first."""
+    """Return whether a forward also takes the tokens of a decoder, beside its first argument."""
     names = [*inspect.signature(model.forward).parameters][1:]
     is_both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
     has_decoder = any("decoder" in name for name, _ in model.named_children())

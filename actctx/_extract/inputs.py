@@ -1,4 +1,4 @@
-"""What a model is run on: batches of token ids, out of whatever holds texts or tokens.
+"""Read inputs: batches of token ids from whatever holds texts or tokens.
 
 # NOTE [Batches of sequences]
 Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
@@ -199,14 +199,14 @@ class Reading:
         return replace(batch, given={**batch.given, name: told})
 
     def runs_otherwise(self, batch_size: int) -> bool:
-        """Tell whether another batch size makes other forwards of what was read last."""
+        """Return whether another batch size makes other forwards of what was read last."""
         if "sorted" in self._made:  # the batches of an order run in parts, never joined
             most = self.ordered_as or self.batch_size
             return min(batch_size, most) != min(self.batch_size, most)
         return bool(self._made) and batch_size != self.batch_size
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
-        """Tell whether an input is a list of batches, or one, which can be gone through twice."""
+        """Return whether an input is a list of batches, or one, which can be gone through twice."""
         if _is_one(data):
             return True
         return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
@@ -264,13 +264,13 @@ class Reading:
             yield replace(batch, mark=mark)
 
     def is_told(self, batch: Batch) -> bool:
-        """Tell whether the model's forward is told of padding, under any name."""
+        """Return whether the model's forward is told of padding, under any name."""
         shape = tuple(batch.tokens.shape)
         masks = (is_mask_of_tokens(name, mask, shape) for name, mask in batch.given.items())
         return self.takes_mask is not None or any(masks)
 
     def _renamed(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Give the attention mask under the name that the model has for it."""
+        """Return the attention mask under the name that the model has for it."""
         return {
             self.takes_mask or name if name in MASKS else name: value
             for name, value in given.items()
@@ -426,7 +426,7 @@ def _check_texts(items: Iterable[Item]) -> None:
 
 
 def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
-    """Tell whether an input is one tensor, or array, of token ids."""
+    """Return whether an input is one tensor, or array, of token ids."""
     return isinstance(data, Tensor | np.ndarray) and data.ndim == 2  # noqa: PLR2004  batch and pos
 
 

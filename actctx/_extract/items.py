@@ -1,4 +1,4 @@
-"""What each item of an input holds: token ids or a text, and what comes along with them.
+"""Read the items of an input: token ids or a text, and what comes along with them.
 
 Batches wait to be run, and a caller may fill his tensors anew meanwhile: what is read is copied.
 """
@@ -283,7 +283,7 @@ def tokens_in(item: Any) -> Any:
 
 
 def is_batch(tokens: Any) -> bool:
-    """Tell whether token ids are those of several sequences."""
+    """Return whether token ids are those of several sequences."""
     if isinstance(tokens, str):
         return False
     if hasattr(tokens, "ndim"):  # a tensor, or an array
@@ -296,7 +296,7 @@ def _has_axes(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is one number, of Python, NumPy or torch."""
+    """Return whether a value is one number, of Python, NumPy or torch."""
     if isinstance(value, str | bytes):  # NumPy's have axes, of which there are none
         return False
     return isinstance(value, numbers.Number) or getattr(value, "ndim", None) == 0
@@ -329,7 +329,7 @@ def ids_of(tokens: Tensor | str) -> Int64[Tensor, "..."]:
 
 
 def found(value: object) -> str:
-    """Tell what was found where something else should be."""
+    """Return what was found where something else should be."""
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
     return "nothing" if value is None else f"a {type(value).__name__}"
@@ -421,14 +421,14 @@ def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> 
 
 
 def is_mask_of_tokens(name: str, mask: Any, shape: tuple[int, ...]) -> bool:
-    """Tell whether what a forward is given, beside the usual masks, can tell padding."""
+    """Return whether what a forward is given, beside the usual masks, can tell padding."""
     is_mask = name.endswith("mask") and name != "global_attention_mask"
     has_shape = isinstance(mask, Tensor) and mask.shape == shape and mask.numel() > 0
     return is_mask and has_shape and not is_elsewhere(name) and name not in MASKS
 
 
 def is_elsewhere(name: str) -> bool:
-    """Tell whether an argument of a forward is about other things than its tokens."""
+    """Return whether an argument of a forward is about other things than its tokens."""
     return name.startswith(_ELSEWHERE)
 
 

@@ -1,4 +1,4 @@
-"""Whether padding reaches the tokens beside it, as one sequence that runs alone tells.
+"""Find out whether padding reaches the tokens beside it, by running one sequence alone.
 
 # NOTE [Leaks]
 Some models let padding into the tokens beside it whatever the mask says: a convolution runs over

@@ -1,4 +1,4 @@
-"""What a model reads: its tokenizer, its context, its vocabulary, the arguments of its forward."""
+"""Find out what a model reads: its tokenizer, context, vocabulary and the forward's arguments."""
 
 import functools
 import hashlib
@@ -146,12 +146,12 @@ def _takes_anything(model: Any) -> bool:
 
 
 def is_hugging_face(model: Any) -> bool:
-    """Tell whether a model is one of transformers', whose forwards say all that they take."""
+    """Return whether a model is one of transformers', whose forwards say all that they take."""
     return isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
 
 
 def _is_hooked(model: Any) -> bool:
-    """Tell whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
+    """Return whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
     while model is not None:
         if hasattr(model, "hook_dict"):
             return True
@@ -206,7 +206,7 @@ def _limit_of(model: Any) -> int | None:
 
 
 def _numbered_behind_padding(model: nn.Module) -> list[int]:
-    """Tell the positions of models like RoBERTa, whose numbers begin behind that of padding."""
+    """Return the positions of models like RoBERTa, whose numbers begin behind that of padding."""
     return [
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
@@ -310,7 +310,7 @@ def _identity_of(tokenizer: Any, bos: list[Any] | None) -> str | None:
 
 
 def _takes(function: Any, name: str) -> bool:
-    """Tell whether a function takes an argument by name, as far as it says what it takes."""
+    """Return whether a function takes an argument by name, as far as it says what it takes."""
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""A bounded way from one thread to another, along which errors travel as well."""
+"""A bounded queue between two threads that also passes on errors."""
 
 import threading
 from collections import deque

@@ -1,4 +1,4 @@
-"""Which rows of a data set each forward leaves, which is known before it runs.
+"""Choose the rows of a data set that each forward leaves, before it runs.
 
 # NOTE [Resuming]
 How many rows a batch leaves follows from its tokens and its mask alone. So how far an extraction

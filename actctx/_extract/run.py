@@ -66,7 +66,7 @@ _COUNTED_BYTES = 24
 
 
 class Extraction:
-    """What is run, and what is kept of it.
+    """One extraction: what is run, and what is kept of it.
 
     Args:
         model: The model.
@@ -399,7 +399,7 @@ class Extraction:
             raise NeverFiredError(f"{names} never fired in 1 forward: {reason}")
 
     def _row_bytes(self) -> int | None:
-        """Tell the bytes of a row before any forward, where all sites fire and have known sizes."""
+        """Return the bytes of a row before any forward, if all sites fire and have known sizes."""
         total = _COUNTED_BYTES
         known = axis_sizes(self._model)
         for site in self._sites:
@@ -411,7 +411,7 @@ class Extraction:
         return total
 
     def _check_room(self, row: int, target: Target, bar: Any) -> None:
-        """Say how much there will be, before anything is written, and refuse what does not fit."""
+        """Report how much will be written, and refuse what does not fit on the disk."""
         free = shutil.disk_usage(target.path).free
         if self._expected is None or self._expected <= target.rows or self._is_planned:
             return

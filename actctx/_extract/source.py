@@ -140,7 +140,7 @@ class Source:
 
 
 def is_stateful(data: Any) -> bool:
-    """Tell whether an input knows its place."""
+    """Return whether an input knows its place."""
     return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))
 
 

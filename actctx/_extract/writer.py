@@ -173,7 +173,7 @@ class Writer:
 
 
 def _each_row(name: str, values: Any, within: Any) -> Any:
-    """Give each row what its sequence carries.
+    """Return each row what its sequence carries.
 
     Raises:
         DataError: It is more than a column holds.
@@ -192,7 +192,7 @@ def _each_row(name: str, values: Any, within: Any) -> Any:
 
 
 def commit_seconds(elapsed: float) -> float:
-    """Tell how long a commit waits for more, so many seconds after the first rows."""
+    """Return how long a commit waits for more, so many seconds after the first rows."""
     return max(_COMMIT_SECONDS, elapsed / 100)
 
 

@@ -62,7 +62,7 @@ def is_alike(was: Any, now: Any) -> bool:
 
 
 def is_sketch(described: Any) -> bool:
-    """Tell whether a description is one that `sketched` makes of a tensor that is computed anew."""
+    """Return whether a description is one that `sketched` makes of a recomputed tensor."""
     return isinstance(described, list) and [type(each) for each in described] == [str, float]
 
 

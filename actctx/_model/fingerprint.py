@@ -26,7 +26,7 @@ from actctx._model.settings import settings_of, without_compiled
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Tell what a data set says of the model: its name, class, fingerprint and settings.
+    """Return what a data set says of the model: its name, class, fingerprint and settings.
 
     Raises:
         OptionError: Its weights are on the meta device, and nowhere else.
@@ -140,7 +140,7 @@ def _hashed(digested: Iterable[_Digested]) -> str:
 
 
 def _is_dynamic(model: nn.Module, name: str) -> bool:
-    """Tell whether a buffer is of rotary frequencies that follow the longest sequence so far."""
+    """Return whether a buffer is of rotary frequencies that follow the longest sequence so far."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     kind = str(getattr(module, "rope_type", ""))

@@ -27,7 +27,7 @@ _CACHES = ("past_key_values", "cache")  # what a forward is given one as, in old
 
 
 def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """Say what is wrong with a bridge, whatever its forwards are given.
+    """Explain what is wrong with a bridge, whatever its forwards are given.
 
     Args:
         model: The model that is captured.
@@ -52,7 +52,7 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
 
 
 def mask_fault(model: nn.Module) -> str | None:
-    """Say what is wrong with a bridge whose forward is given a mask; None if nothing is."""
+    """Explain what is wrong with a bridge whose forward is given a mask; None if nothing is."""
     if _bridged_config(model, "openai-gpt") is None:
         return None
     return (

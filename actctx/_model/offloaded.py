@@ -86,7 +86,7 @@ def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_made_of_config(module: nn.Module, key: str) -> bool:
-    """Tell whether a buffer is a mask of TransformerLens', which its versions make otherwise."""
+    """Return whether a buffer is a mask of TransformerLens', which its versions make otherwise."""
     return key in {"mask", "IGNORE"} and type(module).__module__.startswith("transformer_lens.")
 
 

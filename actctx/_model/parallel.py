@@ -134,7 +134,7 @@ class Pieces:
         return module
 
     def _beside(self, module: nn.Module) -> list[_Cut]:
-        """Give the cut layers that a module has of its own, not of modules inside it."""
+        """Return the cut layers that a module has of its own, not of modules inside it."""
         inner = [getattr(child, "original_component", child) for child in module.children()]
         return [self._cuts[each] for each in inner if each in self._cuts]
 

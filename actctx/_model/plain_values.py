@@ -91,7 +91,7 @@ def _of_list(values: Iterable[Any], *, tensors: bool) -> Any:
 
 
 def is_foreign(function: Any) -> bool:
-    """Tell whether a function, or what a library wrapped, is from outside of the libraries."""
+    """Return whether a function, or what a library wrapped, is from outside of the libraries."""
     return any(map(_is_own, _wrapped(function)))
 
 
@@ -128,7 +128,7 @@ def _wrapped(function: Any) -> Iterator[Any]:
 
 
 def _is_own(function: Any) -> bool:
-    """Tell whether somebody else than a library wrote a function, or the class of an object."""
+    """Return whether somebody else than a library wrote a function, or the class of an object."""
     kind = getattr(function, "__func__", function)
     return package_of(kind if inspect.isroutine(kind) else type(kind)) not in LIBRARIES
 
@@ -148,7 +148,7 @@ def _cells(function: types.FunctionType) -> list[Any]:
 
 
 def _told(value: Any, depth: int) -> Iterator[str]:
-    """Tell what a function computes with."""
+    """Return what a function computes with."""
     if depth > _DEEPEST or isinstance(value, list | nn.Module):
         return
     parts: list[Any] = []

@@ -99,7 +99,7 @@ def summed_up(facts: Iterator[Fact]) -> Iterator[Fact]:
 
 
 def is_of_weights(fact: Fact) -> bool:
-    """Tell whether a difference is one of weights, which may be initialised at random."""
+    """Return whether a difference is one of weights, which may be initialised at random."""
     return fact[0] == FINGERPRINT or fact[0].startswith("weight ")
 
 

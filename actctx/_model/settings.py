@@ -201,7 +201,7 @@ def _matmul_precision() -> str:
 
 
 def _is_training(module: nn.Module) -> bool:
-    """Tell whether a module computes as in training, dropout aside, which is refused."""
+    """Return whether a module computes as in training, dropout aside, which is refused."""
     if not module.training or any("drop" in key for key in vars(module)):
         return False
     code = getattr(type(module).forward, "__code__", None)

@@ -298,7 +298,7 @@ class Activations(_Tensors):
         return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
 
     def spec(self, name: str) -> type:
-        """Give the jaxtyping annotation of a captured tensor, from site, slice and config.
+        """Return the jaxtyping annotation of a captured tensor, from site, slice and config.
 
         Returns:
             An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes whose size the

@@ -147,7 +147,7 @@ def read_saved(path: str | PathLike[str]) -> Saved:
 
 
 def _readable(path: str | PathLike[str]) -> Path:
-    """Give the path of a file that is there.
+    """Return the path of a file that is there.
 
     Raises:
         DataError: There is none.

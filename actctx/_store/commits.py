@@ -1,4 +1,4 @@
-"""The commits of one writer: on the disk in a safe order, and each right behind the last.
+"""Commit the rows of one writer in an order that survives a cut of power.
 
 # NOTE [Order]
 A commit is on the disk in an order by which a cut of power leaves it whole or not at all: data
@@ -70,7 +70,7 @@ class Commits:
             version: The version that is about to be made, where that is known.
 
         Raises:
-            DataError: Somebody did.
+            DataError: Another writer committed since.
 
         """
         own = self.dataset.version
@@ -115,8 +115,8 @@ class Commits:
         """Add rows.
 
         Raises:
-            DataError: Somebody else wrote to the data set, too.
-            OSError: The system does not let it.
+            DataError: Another writer wrote to the data set.
+            OSError: The file system refuses it.
 
         """
         import pyarrow as pa

@@ -1,4 +1,4 @@
-"""The place of a data set on disk: one writer at a time, and what is there already.
+"""The place of a data set on disk: locked for one writer, and what is there already.
 
 # NOTE [The lock]
 It is one of the system's, on a file that stays in the data set's directory: the system lets go of
@@ -184,7 +184,7 @@ class Target:
         """Make a data set without rows, in the place of one that has none either.
 
         Raises:
-            DataError: The system does not let it.
+            DataError: The file system refuses it.
 
         """
         schema = layout.schema(carried)
@@ -198,7 +198,7 @@ class Target:
         self._is_tidy = True
 
     def note_finished(self, *, finished: bool) -> None:
-        """Note whether more rows are to come."""
+        """Record whether more rows are to come."""
         if self.layout is not None and self.layout.finished != finished:
             if not self._is_tidy:  # as where nothing was left to write
                 self.tidy()
@@ -210,8 +210,8 @@ class Target:
         """Add rows in one commit, and count them.
 
         Raises:
-            DataError: Somebody else wrote to the data set, too.
-            OSError: The system does not let it.
+            DataError: Another writer wrote to the data set.
+            OSError: The file system refuses it.
 
         """
         self._commits.append(batches, self.schema)
@@ -326,7 +326,7 @@ def _digests_of(other: Target, columns: list[str]) -> list[str]:
 
 
 def _was_cut_at_birth(path: Path) -> bool:
-    """Tell whether all there is are manifests that are torn, and no rows."""
+    """Return whether all there is are manifests that are torn, and no rows."""
     has_data = (path / "data").is_dir() and any((path / "data").iterdir())
     return not has_data and all(map(torn_frame, manifests(path).values()))
 
@@ -366,12 +366,12 @@ def _names(path: Path) -> set[str]:
 
 
 def _has_manifest(path: Path) -> bool:
-    """Tell whether a Lance dataset is at a path, of whomever."""
+    """Return whether a Lance dataset is at a path, of whomever."""
     return any((path / "_versions").glob("*.manifest"))
 
 
 def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
-    """Say why nothing can be written."""
+    """Explain why nothing can be written."""
     remedy = "give another path"
     if rows:
         remedy = f"{rows} rows are on disk, and running it again goes on after them"

@@ -1,4 +1,4 @@
-"""Digests of what each commit wrote, by which damage is found later.
+"""Digest what each commit writes, so that damage is found later.
 
 # NOTE [Digests]
 They lie beside the data, in `digests.txt`, a line for each commit: the rows, a digest of each

@@ -1,4 +1,4 @@
-"""Whole numbers as users write them: of an option, and of the rows that an index selects."""
+"""Read whole numbers as users write them: options, and the rows that an index selects."""
 
 import operator
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ Index: TypeAlias = (
 
 
 def is_int(index: object) -> TypeGuard[SupportsIndex]:
-    """Tell whether an index selects one row."""
+    """Return whether an index selects one row."""
     if isinstance(index, bool | np.bool_):
         return False
     if isinstance(index, Tensor) and (index.ndim or index.is_meta or index.dtype == torch.bool):
@@ -49,7 +49,7 @@ def whole_number(option: str, value: object, *, least: int) -> int:
 
 
 def rows_of(index: Index, rows: int) -> range | Int64[np.ndarray, "row"]:
-    """Give the numbers of the rows that an index selects of so many; those of a slice are a range.
+    """Return the numbers of the rows that an index selects; those of a slice are a range.
 
     Raises:
         SelectionError: There is no such row, or a mask is of another length.

@@ -306,7 +306,7 @@ class Layout:
         return pa.schema(fields, metadata={KEY: self.as_metadata()})
 
     def kinds(self) -> "dict[str, pa.DataType]":
-        """Tell the types of the columns, but for those that came with the input."""
+        """Return the types of the columns, but for those that came with the input."""
         import pyarrow as pa
 
         counted = zip(
@@ -410,7 +410,7 @@ def value_type(dtype: torch.dtype) -> Any:
 
 
 def is_known_to_others(dtype: torch.dtype) -> bool:
-    """Tell whether Lance and NumPy know the values of a dtype, and not only their bits."""
+    """Return whether Lance and NumPy know the values of a dtype, and not only their bits."""
     return dtype != torch.bfloat16 and dtype not in FLOAT8
 
 
@@ -437,7 +437,7 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
 
 
 def not_held(name: str, dtype: torch.dtype) -> str:
-    """Say why a site that yields complex numbers, or the like, leaves no rows."""
+    """Explain why a site that yields complex numbers, or the like, leaves no rows."""
     # dtype= would not help, since it casts floating-point activations only.
     return (
         f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point numbers, bools, "

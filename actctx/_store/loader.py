@@ -115,7 +115,7 @@ class Loader(IterableDataset[StoredBatch]):
         place.epoch, place.batch = place.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Tell where the loader is: at the batch after the last one that was given.
+        """Return where the loader is: at the batch after the last one that was given.
 
         Returns:
             Plain numbers, which `torch.save` or JSON can write.

@@ -64,7 +64,7 @@ class Matching:
         return self._bits.nbytes + self._before.nbytes
 
     def __getitem__(self, numbers: Int64[np.ndarray, " row"]) -> Int64[np.ndarray, " row"]:
-        """Tell which rows the matching ones are that have these numbers, in any order."""
+        """Return which rows the matching ones are that have these numbers, in any order."""
         block = np.searchsorted(self._before, numbers, side="right") - 1
         once, at = np.unique(block, return_inverse=True)
         found = np.empty_like(numbers)

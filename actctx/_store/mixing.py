@@ -1,4 +1,4 @@
-"""How well the batches of a loader are mixed, beside those of a permutation of all rows."""
+"""Measure how well the batches of a loader are mixed, beside a permutation of all rows."""
 
 import os
 import warnings
@@ -78,7 +78,7 @@ def mixing_of(source: StoredRows, order: Order, *, memory: int) -> Mixing:
 
 
 def neighbours(rows: Int64[np.ndarray, "row"]) -> float:
-    """Tell the share of some rows that have the row before or after them among them."""
+    """Return the share of some rows that have the row before or after them among them."""
     follows = np.diff(np.sort(rows)) == 1
     return float(np.mean(np.append(follows, [False]) | np.append([False], follows)))
 
@@ -124,7 +124,7 @@ def warn_of_pool(order: Order, pool: int | None, *, memory: int) -> None:
 
 
 def _machine_memory() -> int:
-    """Tell the bytes of memory of the machine; 0 where it does not say."""
+    """Return the bytes of memory of the machine; 0 where it does not say."""
     try:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):

@@ -19,6 +19,6 @@ class Stored(NamedTuple):
         return Stored(*(each[start:stop] for each in self))
 
     def shown(self, row: int) -> str:
-        """Say where a row comes from."""
+        """Explain where a row comes from."""
         token, sequence, position, _ = (int(each[row]) for each in self)
         return f"token {token} of sequence {sequence}, position {position}"

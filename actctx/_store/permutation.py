@@ -19,7 +19,7 @@ _ROUNDS = 12
 def permuted(
     numbers: Int64[np.ndarray, "_"], size: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "_"]:
-    """Tell where a random permutation of the numbers below a size puts some of them.
+    """Return where a random permutation of the numbers below a size puts some of them.
 
     Args:
         numbers: The numbers, each below `size`.

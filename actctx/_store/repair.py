@@ -9,7 +9,7 @@ from actctx._store.versions import manifests, open_lance
 
 
 def repair(path: Path, *, dry_run: bool) -> tuple[int, int, list[str]]:
-    """Keep the rows before the first that is damaged; see the note on repair.
+    """Keep the rows before the first that is damaged, and drop the rest.
 
     Args:
         path: Where the data set is.

@@ -358,7 +358,7 @@ def _ascending(
 
 
 def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype | None]:
-    """Tell the dtypes of the columns that are no sites; None for what is read into a list.
+    """Return the dtypes of the columns that are no sites; None for what is read into a list.
 
     Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
     integers and booleans with nulls, which only somebody else's columns have: these are looked at.

@@ -122,7 +122,7 @@ def _import_datasets() -> Any:
 
 
 def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
-    """Tell the name of each site's column.
+    """Return the name of each site's column.
 
     Raises:
         OptionError: A name is of no site, or two columns would have one name.

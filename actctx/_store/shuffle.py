@@ -1,4 +1,4 @@
-"""The order in which the rows of a data set are given: shuffled, divided among ranks, resumable.
+"""The order of the rows of a data set: shuffled, divided among ranks, resumable.
 
 # NOTE [The shuffle]
 Rows that lie together are read many times faster than rows that lie apart, so they are read in
@@ -120,7 +120,7 @@ class Order:
         return Pool(rows[by_row], np.split(order, cuts))
 
     def _turns(self, places: Int64[np.ndarray, "row"], *, alone: bool) -> Int64[np.ndarray, "row"]:
-        """Tell the turn of each row of a pool, which may be the only one."""
+        """Return the turn of each row of a pool, which may be the only one."""
         if not self.shuffle:
             return np.arange(len(places))
         random = self._random(2 + int(places[0]))
@@ -172,7 +172,7 @@ class Order:
 def dealt(
     places: Int64[np.ndarray, "row"], batch_size: int, random: np.random.Generator
 ) -> Int64[np.ndarray, "row"]:
-    """Tell the batch of each row of a pool, so that each takes as few of a block as can be.
+    """Return the batch of each row of a pool, so that each takes as few of a block as can be.
 
     Batches are taken in turns, which a last one that is not full misses now and then. A block is
     given what comes next, in random order; where there are fewer batches than rows in it, in random
@@ -214,7 +214,7 @@ def shuffled(rows: int, batch_size: int, *, seed: int) -> Order:
 
 
 def batches_of(pool: int | None, batch_size: int, *, rows: int) -> int:
-    """Tell the most batches of a pool of so many rows; of all rows, where it has as many."""
+    """Return the most batches of a pool of so many rows; of all rows, where it has as many."""
     if pool is None:  # each has at least half of it
         return 2 * max(LEAST_BATCHES, -(-LEAST_ROWS // batch_size))
     return max(1, pool // batch_size if pool < rows else -(-rows // batch_size))

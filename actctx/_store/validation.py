@@ -1,4 +1,4 @@
-"""What a data set says of itself, compared with what it holds: nothing is read on trust.
+"""Compare what a data set says of itself with what it holds, before anything is read by it.
 
 # NOTE [Trust]
 The metadata is text that anybody can edit, and the columns are Arrow's, which other tools alter and
@@ -40,7 +40,7 @@ MOST_ELEMENTS = 2**31
 """Arrow counts the elements of a row in 32 bits."""
 
 _DEEPEST = 16
-"""So many lists in lists nothing of ours has."""
+"""The depth of nesting that no metadata of ours has."""
 
 _EXPECTED = {
     str: "a text",
@@ -76,7 +76,7 @@ def damaged(path: str, found: str, remedy: str = _COPY) -> DataError:
 
 @contextmanager
 def reading(path: str, what: str = "the data set at", *, remedy: str = _COPY) -> Iterator[None]:
-    """Say of what Lance, Arrow and torch raise in the block that it cannot be read.
+    """Turn what Lance, Arrow and torch raise in the block into a `DataError`.
 
     Raises:
         DataError: Something was raised, or Lance panicked, as it does of some damage.
@@ -100,7 +100,7 @@ def read_json(text: bytes) -> dict[str, Any]:
     """Read an object of JSON, in which no name comes twice.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not an object, or a name comes twice.
 
     """
 
@@ -172,7 +172,7 @@ def _check_text(value: Any, where: str, depth: int = 0) -> None:
     """Refuse halves of characters, which JSON can write and nothing can show.
 
     Raises:
-        ValueError: There are some, or lists in lists without end.
+        ValueError: It has such halves, or lists nested too deeply.
 
     """
     if depth > _DEEPEST:
@@ -298,7 +298,7 @@ def _check_deleted(place: Path, deleted: Any) -> None:
 
 
 def _ends_of_tables(place: Path) -> tuple[int, int]:
-    """Tell where the two tables at the end of a file of Lance's end, which lists how long they are.
+    """Return where the two tables at the end of a Lance file end, from the lengths in its footer.
 
     A table of columns, and one of what else there is, have 16 bytes for each.
     """
@@ -317,7 +317,7 @@ def check_fragments(dataset: Any, columns: Mapping[str, str], path: str) -> None
         path: Where it is.
 
     Raises:
-        DataError: Some were.
+        DataError: There are such rows.
 
     """
     numbers = {each.name(): each.id() for each in dataset.lance_schema.fields()}

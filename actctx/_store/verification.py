@@ -1,4 +1,4 @@
-"""What is on disk compared with what was written, and what is damaged dropped.
+"""Compare what is on disk with what was written.
 
 # NOTE [Repair]
 How far an extraction has come is told by the number of rows, so what is kept is a whole beginning:
@@ -172,7 +172,7 @@ def _without(rows: list[_Rows], others: list[_Rows]) -> list[_Rows]:
 
 
 def _differs(files: Files, kind: Any, column: str, digest: str, commit: Commit) -> str:
-    """Say how a column differs from its digest; nothing where it is as it was written."""
+    """Explain how a column differs from its digest; nothing where it is as it was written."""
     made = Digest()
     some = _rows_at_once(kind)
     try:
@@ -189,7 +189,7 @@ def _differs(files: Files, kind: Any, column: str, digest: str, commit: Commit) 
 
 
 def _rows_at_once(kind: Any) -> int:
-    """Tell how many rows of a column are read fastest."""
+    """Return how many rows of a column are read fastest."""
     import pyarrow as pa
 
     if not pa.types.is_fixed_size_list(kind):
@@ -235,7 +235,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
 
 
 def numbered(fragments: list[Any]) -> Iterator[tuple[int, int, Any]]:
-    """Give each fragment with its first row, and the row behind its last."""
+    """Return each fragment with its first row, and the row behind its last."""
     start = 0
     for fragment in fragments:
         stop = start + fragment.metadata.num_rows

@@ -1,4 +1,4 @@
-"""The versions of a data set on a local disk, and which of them are whole.
+"""Find the newest version of a data set on a local disk that is whole.
 
 # NOTE [Power cuts]
 A cut of power leaves what was not synced in any state: a manifest that is empty, ends early or
@@ -92,7 +92,7 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
 
 
 def torn_frame(file: Path) -> str:
-    """Say what is wrong with the frame of a manifest; nothing where it is whole."""
+    """Explain what is wrong with the frame of a manifest; nothing where it is whole."""
     with file.open("rb") as manifest:
         size = manifest.seek(0, os.SEEK_END)
         if not size:
@@ -185,7 +185,7 @@ def open_lance(path: str, version: int | None = None) -> Any:
 
 
 def _why_none(path: Path) -> str:
-    """Say why there is no data set at a path; nothing where there may be one."""
+    """Explain why there is no data set at a path; nothing where there may be one."""
     try:
         if (path / "_versions").is_dir():
             return ""
@@ -253,7 +253,7 @@ def _read_of(path: str) -> Iterator[None]:
     """Say of errors what could not be read.
 
     Raises:
-        DataError: There was one.
+        DataError: The block raised one.
 
     """
     try:

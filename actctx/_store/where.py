@@ -1,4 +1,4 @@
-"""The names of a data set's columns: as users write them, and as Lance does, in conditions too."""
+"""Translate the names of a data set's columns between users and Lance, also in conditions."""
 
 import difflib
 import re
@@ -205,7 +205,7 @@ def rows_where(
 
 
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
-    """Say what is wrong with a condition, in place of what Lance says."""
+    """Explain what is wrong with a condition, in place of what Lance says."""
     unknown = re.match(r".*No field named (.+?)\. (?:Valid fields are|Did you mean)", reason)
     if unknown is None:
         return as_users_write(reason, sites)
