@@ -87,6 +87,8 @@ def test_no_line_is_shown_where_none_is_wanted(model, out, capfd):
 CHILD = f"""
 import signal, sys, threading
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a background job ignores
+for number in (signal.SIGTERM, signal.SIGHUP):  # the second is one that nohup ignores
+    signal.signal(number, signal.SIG_DFL)
 sys.path.insert(0, {TESTS!r})
 import torch
 torch.set_num_threads(1)
@@ -126,7 +128,7 @@ def ended_by(number, out, before=""):
     )
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(number)
-    left, said = process.communicate()
+    left, said = process.communicate(timeout=120)
     rows = len(Read(out))
     assert rows in {28, 42}
     return process.returncode, left, said, rows

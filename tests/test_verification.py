@@ -71,7 +71,17 @@ def refused(out):
 def test_what_is_whole_is_said_to_be(out):
     verified = ActivationDataset(out, sites=Z, where="token > 3").verify()
     assert verified.rows == 210
-    assert verified.columns == ("token", "sequence", "position", "_input", "label", RESID, Z, MLP)
+    assert verified.columns == (
+        "token",
+        "sequence",
+        "position",
+        "_input",
+        "_back",
+        "label",
+        RESID,
+        Z,
+        MLP,
+    )
     assert verified.unchecked == ()
 
 
@@ -243,7 +253,7 @@ def test_what_saelens_cached_is_compared(tmp_path):
 def test_the_command_line_verifies_and_repairs(out):
     whole = actctx("verify", out)
     assert (whole.stdout, whole.exit_code) == (
-        "8 columns of 210 rows are as they were written\n",
+        "9 columns of 210 rows are as they were written\n",
         0,
     )
     damage(file_of(out, 1), ActivationDataset(out)[90][RESID])

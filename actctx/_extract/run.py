@@ -266,7 +266,7 @@ class Extraction:
 
     def _forwards(self, works: Iterable[Work], acts: Activations, target: Target, bar: Any) -> int:
         self._device = input_device(self._model)
-        writer, checks = None, ValueChecks(self._sites)
+        writer, checks = None, ValueChecks(self._sites, finite=self._finite)
         try:
             for work in works:
                 self.empty += work.empty

@@ -27,10 +27,12 @@ class ValueChecks:
 
     Args:
         sites: The sites, of which those with a `cast_loss` are cast.
+        finite: Whether infinite values are refused.
 
     """
 
-    def __init__(self, sites: Iterable[WatchedSite]) -> None:
+    def __init__(self, sites: Iterable[WatchedSite], *, finite: bool) -> None:
+        self._finite = finite
         self._losses = {site.key: site.cast_loss for site in sites if site.cast_loss is not None}
         self._firsts = dict[str, Tensor]()
         self._rows = dict[str, int]()
@@ -72,7 +74,7 @@ class ValueChecks:
                 )
 
     def _warn_loss(self, name: str, loss: CastLoss) -> None:
-        if lost := loss.shown():
+        if lost := loss.shown(refuses_infinite=self._finite):
             del self._losses[name]
             warn(
                 f"{name!r} loses values in its cast: {lost}; give dtype=torch.bfloat16 or "

@@ -49,13 +49,18 @@ class CastLoss:
         )
         self._counts = counts if self._counts is None else self._counts + counts
 
-    def shown(self) -> str:
-        """Say what was lost, if it is worth a word."""
+    def shown(self, *, refuses_infinite: bool = False) -> str:
+        """Say what was lost, if it is worth a word.
+
+        Args:
+            refuses_infinite: Whether what became infinite is refused anyway.
+
+        """
         if self._counts is None:
             return ""
         zeros, infinite, nonzero = self._counts.tolist()
         name = str(self.dtype).removeprefix("torch.")
-        if infinite:
+        if infinite and not refuses_infinite:
             return (
                 f"{infinite:,} values are beyond the end of {name}, {torch.finfo(self.dtype).max:g}"
             )

@@ -198,7 +198,7 @@ def rows_where(
         scanner.count_rows()  # see the note on takes and scans
         for found in scanner.to_batches():
             yield found["_rowoffset"].to_numpy().astype(np.int64)
-    except OSError as error:
+    except (ValueError, OSError) as error:
         if "Execution error" not in str(error):  # but one of reading
             raise
         raise refused(error) from None
