@@ -225,7 +225,8 @@ def test_what_eight_bits_do_not_reach_is_refused(out, dtype, value, shown, remed
         f"'part' is {shown} in row 3: token 5 of sequence 1, position 1; {remedy}, beyond which "
         "dtype=torch.bfloat16 goes; finite=False writes it as it is"
     )
-    extract(Beyond(value), data, site, out, dtype=dtype, finite=False)
+    with pytest.warns(UserWarning, match="'part' loses values in its cast: 1 value is beyond"):
+        extract(Beyond(value), data, site, out, dtype=dtype, finite=False)
     wanted = torch.tensor([0.0, 0, 0, value]).to(dtype).float()
     assert torch.equal(
         ActivationDataset(out).read("part").float().isnan().flatten(), wanted.isnan()

@@ -61,9 +61,8 @@ class CastLoss:
         zeros, infinite, nonzero = self._counts.tolist()
         name = str(self.dtype).removeprefix("torch.")
         if infinite and not refuses_infinite:
-            return (
-                f"{infinite:,} values are beyond the end of {name}, {torch.finfo(self.dtype).max:g}"
-            )
+            values = "1 value is" if infinite == 1 else f"{infinite:,} values are"
+            return f"{values} beyond the end of {name}, {torch.finfo(self.dtype).max:g}"
         if zeros > _LEAST * nonzero:
             return (
                 f"{zeros / nonzero:.0%} of the values other than 0 are 0 in {name}, whose smallest "
