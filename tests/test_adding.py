@@ -125,6 +125,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("step", "when", "number"), STEPS)
 def test_what_was_killed_has_the_sites_or_not_and_goes_on(out, tmp_path, step, when, number):
     run = subprocess.run(
@@ -166,6 +167,7 @@ extract(bridge(), batches, {[Z, MLP]!r}, sys.argv[1], drop={DROP!r}, add=True)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 def test_a_disk_that_is_full_while_sites_are_added_loses_nothing(out, tmp_path):
     extract(bridge(), batches(60), RESID, out, drop=DROP)  # one file, so that one is added to it

@@ -225,6 +225,7 @@ def test_coroutines_that_start_in_a_block_belong_to_it(mlp, ids):
 compiler = pytest.mark.filterwarnings("ignore")
 
 
+@pytest.mark.thorough
 @compiler
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("stop", [False, True])

@@ -475,6 +475,7 @@ def test_a_bar_is_shown_on_a_terminal_when_there_are_several_batches(tiny):
 # models
 
 
+@pytest.mark.thorough
 def test_a_hub_name_without_a_network_names_the_offline_choice():
     result = command("-m", "actctx", "names", "no-such/model", HF_HUB_OFFLINE="1")
     assert result.returncode == 2
@@ -485,6 +486,7 @@ def test_a_hub_name_without_a_network_names_the_offline_choice():
     )
 
 
+@pytest.mark.thorough
 def test_a_hub_name_is_loaded_from_the_cache_when_offline(tiny, tmp_path):
     cached = tmp_path / "models--org--tiny"
     (cached / "refs").mkdir(parents=True)

@@ -240,6 +240,7 @@ def loader_of(data, method):
     return DataLoader(data, batch_size=30, num_workers=2, multiprocessing_context=context)
 
 
+@pytest.mark.thorough
 def test_spawned_workers_of_a_dataloader_read_it(data):
     data[:10]
     batches = list(loader_of(data, "spawn"))
@@ -260,6 +261,7 @@ def test_workers_that_were_forked_are_told_to_be_spawned(data):
     ) in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_a_dataloader_reads_batches_at_once(data):
     sampler = BatchSampler(RandomSampler(data), 32, drop_last=False)
     batches = list(DataLoader(data, sampler=sampler, batch_size=None))

@@ -150,6 +150,7 @@ SECOND = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
 FIRST = "blocks.0.hook_resid_post"
 
 
+@pytest.mark.thorough
 def test_batches_give_a_forward_all_that_it_takes(bert, out):
     ids = tokens(2)
     extract(bert, [{"input_ids": ids, "token_type_ids": SECOND}], FIRST, out)
@@ -160,6 +161,7 @@ def test_batches_give_a_forward_all_that_it_takes(bert, out):
     assert not torch.allclose(read, other, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_sequences_give_a_forward_what_has_an_entry_for_each_token(bert, out):
     ids = tokens(2)
     rows = [

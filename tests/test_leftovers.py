@@ -130,6 +130,7 @@ def check_kills(folder, kind, *, least):
     assert kills >= left >= least  # or nothing was tested
 
 
+@pytest.mark.thorough
 def test_a_killed_save_leaves_nothing_behind_the_next_one(tmp_path):
     check_kills(tmp_path, "save", least=5)
 

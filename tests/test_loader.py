@@ -233,6 +233,7 @@ def test_threads_end_with_the_iteration(data):
     assert threading.active_count() == before
 
 
+@pytest.mark.thorough
 def test_a_script_may_end_in_the_middle_of_an_epoch(data):
     code = (
         "from actctx.dataset import ActivationDataset\n"
@@ -421,6 +422,7 @@ def test_the_workers_of_a_dataloader_are_refused(data):
     ) in str(caught.value)
 
 
+@pytest.mark.thorough
 def test_two_iterations_of_a_loader_share_no_state(data):
     loader = data.loader(64, seed=2)
     both = [

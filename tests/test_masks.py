@@ -644,6 +644,7 @@ def test_forwards_that_continue_each_other_join_by_position_in_silence(llama, id
     assert acts.tensor.shape == (3, 7, 32)
 
 
+@pytest.mark.thorough
 def test_generate_batch_is_said_to_run_elsewhere():
     if not hasattr(transformers.GenerationMixin, "generate_batch") and not hasattr(
         transformers.PreTrainedModel, "generate_batch"

@@ -217,6 +217,7 @@ def test_a_loader_that_takes_most_of_the_memory_is_warned_of(data, monkeypatch):
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
 def test_a_loader_holds_the_memory_that_it_says(large):
     code = (

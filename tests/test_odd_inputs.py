@@ -474,6 +474,7 @@ def in_a_forked_process(folder, used):
     return done.stdout.splitlines()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_process_that_was_forked_after_a_data_set_was_used_uses_none(tmp_path):
     anew = (
@@ -490,6 +491,7 @@ def test_a_process_that_was_forked_after_a_data_set_was_used_uses_none(tmp_path)
     assert not (tmp_path / "b.lance").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_process_that_was_forked_before_uses_them(tmp_path):
     assert in_a_forked_process(tmp_path, "unused") == ["done", "done"]

@@ -217,6 +217,7 @@ import beartype
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", [("nnsight", "actctx"), ("actctx", "nnsight")])
 def test_nnsight_may_be_imported_first_or_last(order):
     """It adds a method to every object, among which beartype, when imported, finds no hash."""

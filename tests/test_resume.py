@@ -123,6 +123,7 @@ def check_kills(tmp_path, seed, kills):
     return counts
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(2))
 def test_what_was_killed_is_whole_and_goes_on_where_it_ended(tmp_path, seed):
     check_kills(tmp_path, seed, kills=2)
@@ -226,6 +227,7 @@ time.sleep(1)  # for what would still be written
 """
 
 
+@pytest.mark.thorough
 def test_after_an_interrupt_of_a_commit_the_same_process_goes_on(tmp_path):
     out = tmp_path / "acts.lance"
     process = subprocess.Popen(
@@ -575,6 +577,7 @@ def whole_and_in_parts(path, data, **options):
     return Read(whole), out
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("size", [3, 16])
 @pytest.mark.parametrize(
     ("data", "options"),
@@ -755,6 +758,7 @@ def test_who_opened_a_data_set_can_read_it_while_it_grows(out):
     assert lance.dataset(str(out), version=opened.version).to_table().num_rows == 60
 
 
+@pytest.mark.thorough
 def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, monkeypatch):
     unbroken(out, 2)
     first = lance.dataset(str(out)).version
@@ -833,6 +837,7 @@ def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
     assert len(Read(out)) == BATCHES * 35
 
 
+@pytest.mark.thorough
 def test_two_writers_at_once_are_refused(tmp_path):
     out = tmp_path / "acts.lance"
     process = child(out)
@@ -869,6 +874,7 @@ extract(bridge(), batches(), {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit is one of Linux")
 def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     out = tmp_path / "acts.lance"

@@ -217,6 +217,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_sharded_weights_have_the_fingerprint_of_the_whole(tmp_path, world):
     command = [sys.executable, "-W", "ignore", "-c", _SHARDED]
@@ -376,6 +377,7 @@ print(*(describe_model(model)["settings"] for model in made))
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("more", [[], pytest.param(["bridge"], marks=pytest.mark.slow)])
 def test_equal_models_agree_in_other_processes(more):
     found = {

@@ -317,6 +317,7 @@ def test_a_wrong_hook_name_is_told_the_closest():
     )
 
 
+@pytest.mark.thorough
 def test_transformer_lens_is_imported_only_for_its_names():
     code = (
         "import sys, transformers\n"
