@@ -140,7 +140,7 @@ def extract(
         stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
             several times in a forward, a row has the first firing then, if it is the last site.
         progress: Whether a progress bar is shown, on a terminal or in a notebook; elsewhere a line
-            a minute, by the logger `actctx` if it listens at INFO, else on stderr.
+            a minute, by the logger "actctx" if it listens at INFO, else on stderr.
 
     Returns:
         What was written.
