@@ -133,7 +133,7 @@ class Padding:
                 self._lines.end(start, frame.inputs, returned)
 
     def finish(self) -> None:
-        """Return the warnings that had to wait until the forwards had run."""
+        """Give the warning that had to wait until the forwards had run."""
         if self._later is not None and bool(self._later):
             self._warn_slice()
         self._later = None

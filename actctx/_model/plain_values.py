@@ -148,7 +148,7 @@ def _cells(function: types.FunctionType) -> list[Any]:
 
 
 def _told(value: Any, depth: int) -> Iterator[str]:
-    """Return what a function computes with."""
+    """Yield what a function computes with."""
     if depth > _DEEPEST or isinstance(value, list | nn.Module):
         return
     parts: list[Any] = []

@@ -80,7 +80,7 @@ class PoolMemory:
         self._free_count = room
 
     def slots(self) -> Iterator[Int64[np.ndarray, "row"]]:
-        """Return the slots of each batch, once its pool is read."""
+        """Yield the slots of each batch, once its pool is read."""
         while reading := self._first():
             for read in reading.reads:
                 read.result()

@@ -235,7 +235,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
 
 
 def numbered(fragments: list[Any]) -> Iterator[tuple[int, int, Any]]:
-    """Return each fragment with its first row, and the row behind its last."""
+    """Yield each fragment with its first row, and the row behind its last."""
     start = 0
     for fragment in fragments:
         stop = start + fragment.metadata.num_rows

@@ -173,12 +173,12 @@ def open_lance(path: str, version: int | None = None) -> Any:
         raise DataError(
             f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
         )
-    with _read_of(path):
-        if version is not None or "://" in path:
+    if version is not None or "://" in path:
+        with _read_of(path):
             opened = lance.dataset(path, version=version)
             _ = opened.schema  # which is read from the manifest as well
             return opened
-        newest = newest_whole(path)
+    newest = newest_whole(path)
     if newest.lost:
         warn(f"{newest.lost}; {newest.remedy}")
     return newest.opened
