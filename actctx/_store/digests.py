@@ -13,13 +13,14 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from actctx._errors import OptionError
 from actctx._files import expanded
+from actctx._store.layout import not_installed
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -102,7 +103,13 @@ class Digest:
 
 
 def _new(value: bytes = b"") -> Any:
-    """Make the hash of bytes.
+    """Make the hash of bytes."""
+    return _hash()(value)
+
+
+@cache  # since each text has a digest of its own
+def _hash() -> Any:
+    """Return what makes a hash.
 
     Raises:
         OptionError: The library for it is not installed.
@@ -111,11 +118,8 @@ def _new(value: bytes = b"") -> Any:
     try:
         from xxhash import xxh3_128
     except ModuleNotFoundError as error:
-        raise OptionError(
-            f"data sets need {error.name}, which is not installed; install it with: "
-            "pip install 'actctx[data]'"
-        ) from None
-    return xxh3_128(value)
+        raise not_installed(error) from None
+    return xxh3_128
 
 
 def _is_fixed(kind: Any) -> bool:

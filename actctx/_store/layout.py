@@ -101,10 +101,7 @@ def import_lance() -> Any:
         import lance
         import lance.arrow  # by which Arrow knows the type of bfloat16
     except ModuleNotFoundError as error:
-        raise OptionError(
-            f"data sets need {error.name}, which is not installed; install it with: "
-            "pip install 'actctx[data]'"
-        ) from None
+        raise not_installed(error) from None
     if _used_in() != os.getpid():
         raise OptionError(
             "data sets cannot be used in a process that was forked from one that had used them, "
@@ -112,6 +109,14 @@ def import_lance() -> Any:
             "multiprocessing.get_context('spawn')"
         )
     return lance
+
+
+def not_installed(error: ModuleNotFoundError) -> OptionError:
+    """Say which library of the extra for data sets is not installed."""
+    return OptionError(
+        f"data sets need {error.name}, which is not installed; install it with: "
+        "pip install 'actctx[data]'"
+    )
 
 
 @cache
