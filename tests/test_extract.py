@@ -13,7 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import DataError, HookNameError, NeverFiredError, OptionError, SelectionError, Site
-from actctx._store.layout import Layout, as_tensor
+from actctx._store.layout import Layout
+from actctx._store.site_columns import as_tensor
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
