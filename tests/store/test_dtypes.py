@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from extracted import refusal
 from models import huggingface
-from test_extract import refusal
 from torch import nn
 from transformers.models.mixtral import modeling_mixtral
 

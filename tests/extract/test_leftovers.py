@@ -5,9 +5,9 @@ import shutil
 import stat
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from extracted import TESTS
 from safetensors.torch import load_file
 from stored import Z, write
 
@@ -21,7 +21,6 @@ RESID = "blocks.1.hook_resid_post"
 if sys.platform == "win32":
     pytest.skip("a process is forked for each kill", allow_module_level=True)
 
-TESTS = str(Path(__file__).parent)
 # Children of one process, each killed at another of the calls by which it changes the disk; behind
 # each comes the same call, unbroken.
 CHILD = f"""

@@ -26,7 +26,7 @@ ROWS = 40
 
 def run(directory, *, first, cases, seconds):
     """Read damaged data sets in a process of its own; return the cases that were tried."""
-    script = Path(__file__).with_name("flipped.py")
+    script = Path(__file__).parents[1] / "flipped.py"
     command = [sys.executable, "-X", "faulthandler", script, directory]
     numbers = [str(first), str(cases), str(int(seconds))]
     done = subprocess.run([*command, *numbers], capture_output=True, text=True, check=False)

@@ -25,15 +25,6 @@ from actctx import AxisError, capture
 pytestmark = pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning")
 Failures = Iterator[tuple[str, str]]
 # Parts of the names where a bridge is wrong itself, as docs/known-wrong-bridges.md says.
-WRONG = {
-    "FalconForCausalLM/grouped": "",  # all of them
-    # Queries and their gates, as twice as many heads.
-    "Qwen3NextForCausalLM": "attn.q.hook_out",
-    "Qwen3_5ForCausalLM": "attn.q.hook_out",
-    "Qwen3_5MoeForCausalLM": "attn.q.hook_out",
-    "RwkvForCausalLM": "channel_mix.in.hook_in",
-    "SwitchTransformersForConditionalGeneration": "hook_pattern",
-}
 CASES = [(name, kind) for kind in ("plain", "bridge") for name in architectures.built(kind)]
 # Keys and values that a decoder takes from its encoder.
 _ACROSS = re.compile(r"cross_attn|EncDecAttention|encoder_attn")
@@ -353,16 +344,6 @@ def _shapes(firings: list[Tensor]) -> list[tuple[int, ...]]:
 def _alike(one: Tensor, other: Tensor) -> bool:
     """Whether shapes agree: a bridge repeats a batch of one, and unflattens flattened rows."""
     return one.numel() == other.numel() or one[0].shape == other[0].shape
-
-
-def apart(one: Tensor, other: Tensor) -> float:
-    """How far two tensors are apart, of the size of the other's largest element."""
-    if other.numel() == 0:
-        return 0.0
-    one, other = (value.double().nan_to_num(0, 0, 0) for value in (one, other))
-    if one.numel() == other.numel():
-        one = one.reshape(other.shape)
-    return float((one - other).abs().max() / other.abs().max().clamp(min=1))
 
 
 def _with_pos(matrix: Matrix) -> list[str]:

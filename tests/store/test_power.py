@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 
 import pytest
+from extracted import RESID, TESTS, Read, Z
 from models import bridge, tokens
 from power import Disk, Image, has_images
-from test_extract import RESID, Read, Z
 
 from actctx import DataError
 from actctx._extract import writer
@@ -285,7 +285,7 @@ def check_image(where: Path, seed: int, cuts: int, *, syncs: bool = True) -> Non
 def test_cuts_of_a_real_file_system_lose_nothing_that_was_committed(tmp_path):
     if not has_images():
         pytest.skip("it takes root and loop devices")
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), TESTS]!r}\n"
     code += "from pathlib import Path\nfrom test_power import check_image\n"
     code += f"check_image(Path({str(tmp_path)!r}), seed=0, cuts=50)"
     run = subprocess.run(

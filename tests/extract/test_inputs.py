@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from extracted import RESID, Read, refusal, resid, sequences
 from models import HAS_T5, Mlp, bridge, huggingface, plainly_hooked, tokens
-from test_extract import RESID, Read, refusal, resid, sequences
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 

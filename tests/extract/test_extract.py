@@ -8,47 +8,20 @@ import threading
 
 import pytest
 import torch
+from extracted import RESID, Read, Z, refusal, resid, sequences
 from models import plainly_hooked, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import DataError, HookNameError, NeverFiredError, OptionError, SelectionError, Site
-from actctx._store.layout import Layout
-from actctx._store.site_columns import as_tensor
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
-
-RESID = "blocks.1.hook_resid_post"
-Z = "blocks.0.attn.hook_z"
 
 
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "acts.lance"
-
-
-class Read:
-    """A data set, read the plain way."""
-
-    def __init__(self, path):
-        dataset = lance.dataset(str(path))
-        self.layout = Layout.of(dataset.schema, path)
-        self.table = dataset.to_table()
-        self.commits = len(dataset.get_fragments())
-
-    def __getitem__(self, name):
-        for site in self.layout.sites:
-            if site.name == name:
-                return as_tensor(self.table.column(site.column), site)
-        return self.table.column(name).to_pylist()
-
-    def __len__(self):
-        return self.table.num_rows
-
-
-def resid(model, ids, **given):
-    return plainly_hooked(model, ids, "blocks.1.hook_out", **given)["blocks.1.hook_out"][0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -211,12 +184,6 @@ def test_a_dataloader_whose_workers_were_spawned_is_an_input(gpt2, out):
     assert torch.equal(Read(out)[RESID], resid(gpt2, ids).flatten(0, 1))
 
 
-def sequences(count=40, most=12):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, most, (count,), generator=generator)
-    return [tokens(1, int(length), seed=n)[0] for n, length in enumerate(lengths)]
-
-
 def test_sequences_leave_what_each_leaves_alone(gpt2, out):
     given = sequences()
     extract(gpt2, given, RESID, out, batch_size=4)
@@ -311,12 +278,6 @@ def test_gradients_hooks_and_threads_are_left_as_they_were(gpt2, out):
     extract(gpt2, tokens(), RESID, out)
     assert threading.active_count() == before
     assert torch.is_grad_enabled()
-
-
-def refusal(error, *arguments, **options):
-    with pytest.raises(error) as refused:
-        extract(*arguments, **options)
-    return str(refused.value)
 
 
 def test_no_sites_are_refused(gpt2, out):

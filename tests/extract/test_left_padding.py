@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 import transformers
+from extracted import Read, lance, refusal
 from models import ARCHITECTURES, bridge, huggingface, tokens
-from test_extract import Read, lance, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site
@@ -57,26 +57,6 @@ def first_block(model):
     return next(
         module[0] for _, module in inner.named_modules() if isinstance(module, nn.ModuleList)
     )
-
-
-def bart():
-    """Build a tiny BART, whose logits are as long as what its encoder is given."""
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = transformers.BartConfig(
-        d_model=32,
-        vocab_size=50,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        **sizes,
-        **heads,
-    )
-    config.architectures = ["BartForConditionalGeneration"]
-    torch.manual_seed(0)
-    return transformers.BartForConditionalGeneration(config).eval()
 
 
 ONE_SIDED = [name for name in ARCHITECTURES if not name.startswith("T5")]

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_extract import refusal
+from extracted import refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site

@@ -5,8 +5,8 @@ import os
 import threading
 
 import pytest
+from extracted import RESID, Z, refusal
 from models import bridge, tokens
-from test_extract import RESID, Z, refusal
 
 from actctx import DataError
 from actctx._extract import writer

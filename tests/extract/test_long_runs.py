@@ -7,19 +7,16 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
+from commands import actctx
+from extracted import RESID, TESTS, Read
 from models import huggingface, tokens
-from test_cli import actctx, tiny  # noqa: F401  a fixture
-from test_extract import RESID, Read
 
 from actctx._extract.signals import signals_raised
 from actctx.extract import extract
 
 pytest.importorskip("lance")
-
-TESTS = str(Path(__file__).parent)
 
 
 @pytest.fixture
@@ -217,7 +214,7 @@ def test_an_interrupt_before_the_first_rows_says_so(model, out):
     assert ended.value.__notes__ == [f"no rows are in '{out}' yet; the same call begins anew"]
 
 
-def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monkeypatch):  # noqa: F811
+def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monkeypatch):
     text = tmp_path / "texts.txt"
     text.write_text("one two\n\nthree")
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from extracted import Read, refusal
 from models import huggingface, tokens
-from test_extract import Read, refusal
 
 from actctx import OptionError, capture, hook_names
 from actctx._model.fingerprint import fingerprint

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from commands import RESID, actctx
+from extracted import Read
 from models import plainly_hooked
-from test_cli import RESID, actctx, loaded, tiny  # noqa: F401  fixtures
-from test_extract import Read
 
 from actctx import OptionError
 from actctx._cli.corpus import read_corpus
@@ -47,7 +47,7 @@ def refused(*arguments):
     return result.stderr
 
 
-def test_a_file_of_texts_goes_to_disk(tiny, loaded, text, out):  # noqa: F811
+def test_a_file_of_texts_goes_to_disk(tiny, loaded, text, out):
     result = run(tiny, RESID, "--data", text, "--out", out)
     assert result.stdout == f"13 rows in {out}, 13 of them new\n"
     read = Read(out)
@@ -59,13 +59,13 @@ def test_a_file_of_texts_goes_to_disk(tiny, loaded, text, out):  # noqa: F811
         torch.testing.assert_close(read[RESID][rows], wanted, atol=1e-5, rtol=0)
 
 
-def test_the_same_command_goes_on(tiny, text, out):  # noqa: F811
+def test_the_same_command_goes_on(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5)
     result = run(tiny, RESID, "--data", text, "--out", out)
     assert result.stdout == f"13 rows in {out}, 8 of them new\n"
 
 
-def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out):  # noqa: F811
+def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
     stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
     assert stderr == (
@@ -74,14 +74,14 @@ def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out
     assert len(Read(out)) == 5
 
 
-def test_sites_are_added(tiny, text, out):  # noqa: F811
+def test_sites_are_added(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out)
     result = run(tiny, "blocks.0.hook_mlp_out", "--data", text, "--out", out, "--add")
     assert result.stdout == f"13 rows in {out}, now with what was added\n"
     assert [site.name for site in Read(out).layout.sites] == [RESID, "blocks.0.hook_mlp_out"]
 
 
-def test_a_model_without_a_tokenizer_is_given_one(tiny, text, tmp_path, out):  # noqa: F811
+def test_a_model_without_a_tokenizer_is_given_one(tiny, text, tmp_path, out):
     bare, words = tmp_path / "bare", tmp_path / "words"
     for made in (bare, words):
         made.mkdir()
@@ -96,7 +96,7 @@ def test_a_model_without_a_tokenizer_is_given_one(tiny, text, tmp_path, out):  #
     )
 
 
-def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):  # noqa: F811
+def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     result = run(tiny, RESID, f"--data=~/{text.name}", "--out=~/acts.lance")
     assert result.stdout == f"13 rows in {tmp_path}/acts.lance, 13 of them new\n"
@@ -104,13 +104,13 @@ def test_paths_may_begin_at_home(tiny, text, tmp_path, monkeypatch):  # noqa: F8
     assert len(ActivationDataset("~/acts.lance")) == 13
 
 
-def test_object_stores_are_not_written_to(tiny, text):  # noqa: F811
+def test_object_stores_are_not_written_to(tiny, text):
     assert refused(tiny, RESID, "--data", text, "--out", "s3://bucket/a.lance").startswith(
         "error: cannot write to 's3://bucket/a.lance': object stores cannot be written to; "
     )
 
 
-def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
+def test_options_are_those_of_the_function(tiny, text, out):
     options = ["--slice", "pos=-1", "--dtype", "bfloat16", "--drop", "token=3", "--batch-size", 2]
     run(tiny, RESID, "--data", text, "--out", out, *options)
     read = Read(out)
@@ -120,26 +120,26 @@ def test_options_are_those_of_the_function(tiny, text, out):  # noqa: F811
     assert read.layout.input["drop"] == {"token": [3]}
 
 
-def test_rows_are_pooled(tiny, text, out):  # noqa: F811
+def test_rows_are_pooled(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--pool", "mean")
     assert sorted(Read(out)["sequence"]) == [0, 1, 2, 3]
 
 
-def test_texts_of_one_length_run_together(tiny, text, out):  # noqa: F811
+def test_texts_of_one_length_run_together(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--equal-lengths")
     assert Read(out).layout.input["equal_lengths"] is True
     shown = actctx("info", out).stdout
     assert "equal_lengths: True" in shown
 
 
-def test_a_mask_is_named(tiny, tmp_path, out):  # noqa: F811
+def test_a_mask_is_named(tiny, tmp_path, out):
     path = tmp_path / "tokens.jsonl"
     path.write_text(json.dumps({"input_ids": [1, 2, 3], "loss_mask": [0, 1, 1]}))
     run(tiny, RESID, "--data", path, "--out", out, "--mask", "loss_mask")
     assert Read(out)["token"] == [2, 3]
 
 
-def test_a_byte_order_mark_is_no_text(tiny, tmp_path, text, out):  # noqa: F811
+def test_a_byte_order_mark_is_no_text(tiny, tmp_path, text, out):
     path = tmp_path / "marked.txt"
     path.write_bytes(b"\xef\xbb\xbf" + text.read_bytes())
     run(tiny, RESID, "--data", path, "--out", out)
@@ -151,7 +151,7 @@ def test_the_corpus_is_looked_at_before_the_model_is_loaded(tmp_path, out):
     assert message.startswith("error: cannot read --data")
 
 
-def test_max_tokens_beyond_the_texts_take_no_room(loaded, out):  # noqa: F811
+def test_max_tokens_beyond_the_texts_take_no_room(loaded, out):
     assert extract(loaded, TEXTS, RESID, out, max_tokens=10**15).rows == 13
 
 
@@ -163,7 +163,7 @@ def test_lance_is_looked_for_before_the_model_is_loaded(text, out, monkeypatch):
     )
 
 
-def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_path, out):  # noqa: F811
+def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_path, out):
     model = transformers.GPT2LMHeadModel.from_pretrained(tiny)
     model.transformer.h[1].mlp.c_proj.bias.data[0] = float("nan")
     model.save_pretrained(tmp_path / "poisoned")
@@ -173,12 +173,12 @@ def test_what_is_not_finite_is_written_where_that_is_asked_for(tiny, text, tmp_p
     assert Read(out)[RESID][:, 0].isnan().all()
 
 
-def test_texts_are_packed(tiny, text, out):  # noqa: F811
+def test_texts_are_packed(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--pack", "--context", 8)
     assert set(Read(out)["position"]) == {*range(8)}
 
 
-def test_objects_bring_their_labels(tiny, tmp_path, out):  # noqa: F811
+def test_objects_bring_their_labels(tiny, tmp_path, out):
     path = tmp_path / "texts.jsonl"
     lines = [json.dumps({"text": words, "label": len(words)}) for words in TEXTS]
     path.write_text("\n".join(lines))
@@ -216,7 +216,7 @@ def test_a_hugging_face_dataset_that_is_damaged_is_refused(tmp_path, out, state)
     assert stderr.endswith("; write it anew with Dataset.save_to_disk\n")
 
 
-def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):  # noqa: F811
+def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):
     datasets = pytest.importorskip("datasets")
     path = tmp_path / "corpus"
     datasets.Dataset.from_dict({"text": TEXTS}).save_to_disk(path)
@@ -224,7 +224,7 @@ def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):  # noqa: F811
     assert len(Read(out)) == 13
 
 
-def test_tokens_that_are_cut_off_are_noted(tiny, tmp_path, out):  # noqa: F811
+def test_tokens_that_are_cut_off_are_noted(tiny, tmp_path, out):
     path = tmp_path / "long.txt"
     path.write_text("one two three four five six seven eight nine ten")
     result = run(tiny, RESID, "--data", path, "--out", out)
@@ -234,7 +234,7 @@ def test_tokens_that_are_cut_off_are_noted(tiny, tmp_path, out):  # noqa: F811
     )
 
 
-def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
+def test_a_data_set_is_described(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out, "--dtype", "float16")
     result = actctx("info", out)
     assert result.exit_code == 0
@@ -247,14 +247,14 @@ def test_a_data_set_is_described(tiny, text, out):  # noqa: F811
     assert "  drop: {}" in lines
 
 
-def test_an_address_is_no_path(tiny, text, out):  # noqa: F811
+def test_an_address_is_no_path(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out)
     result = actctx("info", f"file://{out}")
     assert result.exit_code == 0
     assert result.stdout == actctx("info", out).stdout
 
 
-def test_a_data_set_says_what_it_came_from(tiny, loaded, tmp_path, out):  # noqa: F811
+def test_a_data_set_says_what_it_came_from(tiny, loaded, tmp_path, out):
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "one", "label": 1, "source": "a"}))
     run(tiny, RESID, "--data", path, "--out", out, "--carry", "label", "--carry", "source")
@@ -287,12 +287,12 @@ def test_what_is_no_data_set_is_refused(tmp_path):
         ),
     ],
 )
-def test_options_that_make_no_sense_are_refused(tiny, text, out, option, message):  # noqa: F811
+def test_options_that_make_no_sense_are_refused(tiny, text, out, option, message):
     stderr = refused(tiny, RESID, "--data", text, "--out", out, *option)
     assert stderr == f"error: {message}\n"
 
 
-def test_a_corpus_that_is_not_there_is_refused(tiny, tmp_path, out):  # noqa: F811
+def test_a_corpus_that_is_not_there_is_refused(tiny, tmp_path, out):
     path = tmp_path / "missing.txt"
     assert refused(tiny, RESID, "--data", path, "--out", out) == (
         f"error: cannot read --data '{path}': No such file or directory; give a text file, a "
@@ -319,7 +319,7 @@ def test_a_line_that_is_no_json_is_named(tmp_path, line, reason):
 
 
 @pytest.mark.parametrize("line", ["word\n", "word "])
-def test_what_has_no_blank_lines_is_not_taken_for_one_text(tiny, tmp_path, out, line):  # noqa: F811
+def test_what_has_no_blank_lines_is_not_taken_for_one_text(tiny, tmp_path, out, line):
     path = tmp_path / "texts.txt"
     path.write_text("one\n\n" + line * 300_000)
     assert refused(tiny, RESID, "--data", path, "--out", out) == (
@@ -334,7 +334,7 @@ def test_a_paragraph_may_be_long(tmp_path):
     assert [len(text) for text in read_corpus(path)] == [999_999] * 2
 
 
-def test_a_file_that_is_no_text_is_refused(tiny, tmp_path, out):  # noqa: F811
+def test_a_file_that_is_no_text_is_refused(tiny, tmp_path, out):
     path = tmp_path / "texts.txt"
     path.write_bytes(b"\xff\xfe\xff")
     assert refused(tiny, RESID, "--data", path, "--out", out) == (
@@ -342,7 +342,7 @@ def test_a_file_that_is_no_text_is_refused(tiny, tmp_path, out):  # noqa: F811
     )
 
 
-def test_a_directory_of_other_things_is_no_corpus(tiny, tmp_path, out):  # noqa: F811
+def test_a_directory_of_other_things_is_no_corpus(tiny, tmp_path, out):
     pytest.importorskip("datasets")
     (tmp_path / "corpus").mkdir()
     assert refused(tiny, RESID, "--data", tmp_path / "corpus", "--out", out) == (

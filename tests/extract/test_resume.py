@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from extracted import RESID, TESTS, Read, Z, refusal, sequences
 from models import Mlp, bridge, huggingface, tokens
-from test_extract import RESID, Read, Z, refusal, sequences
 
 from actctx import DataError, Site
 from actctx._extract.inputs import Batch
@@ -26,7 +26,6 @@ from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
 
-TESTS = str(Path(__file__).parent)
 BATCHES = 60
 # What is killed: a batch a hundredth of a second, a commit every few of them.
 CHILD = f"""
@@ -68,18 +67,9 @@ def commits(monkeypatch):
     monkeypatch.setattr("actctx._extract.writer._COMMIT_BYTES", 5000)
 
 
-def batches(count=BATCHES):
-    return [tokens(5, 7, seed) for seed in range(count)]
-
-
 def unbroken(path, count=BATCHES, **options):
     extract(bridge(), batches(count), [RESID, Z], path, drop={"position": [0]}, **options)
     return Read(path)
-
-
-def same(first, second):
-    """Whether two data sets have the same rows, to the bit, and say the same about themselves."""
-    return first.table.equals(second.table) and first.layout == second.layout
 
 
 def child(out):
@@ -427,13 +417,6 @@ def test_a_shorter_input_is_refused(out):
         "the input leaves 60 rows, but 90 are on disk already, so they came from another one; "
         "give the same input, or another path"
     )
-
-
-def other_weights():
-    model = bridge()
-    with torch.no_grad():
-        next(model.parameters())[3, 5] += 1
-    return model
 
 
 def test_a_change_of_one_weight_is_refused(out):

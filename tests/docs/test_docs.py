@@ -22,7 +22,7 @@ from actctx._model import places, sites
 from actctx._results import activations, schema
 from actctx._store import loader
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md"]
 # Pages whose `py` blocks use another library, and the TransformerLens that it is installed beside.

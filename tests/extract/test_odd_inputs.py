@@ -10,9 +10,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from extracted import TESTS, refusal
 from models import tokens
 from stored import RESID, Z, write
-from test_extract import refusal
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import actctx
@@ -22,7 +22,6 @@ from actctx.extract import extract
 
 datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("unchecked")
-TESTS = str(Path(__file__).parent)
 LAYER = "blocks.1.hook_resid_post"
 CLEAR = "a list of texts, or of sequences of token ids"
 THROUGH = "what goes through it, such as torch.utils.data.DataLoader(data, batch_size=None)"

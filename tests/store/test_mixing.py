@@ -240,7 +240,7 @@ def test_a_loader_holds_the_memory_that_it_says(large):
 
 
 def test_the_figures_of_the_docs():
-    page = (Path(__file__).parent.parent / "docs" / "read-data-sets.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "read-data-sets.md").read_text()
     page = " ".join(page.split())
     order = shuffled(LARGE, 4096, seed=0)
     found = batches_from(order, 0, 64)

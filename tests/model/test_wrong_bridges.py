@@ -8,9 +8,8 @@ if GENERATION < 4:
     pytest.skip("the architectures of TransformerLens 4 and later", allow_module_level=True)
 
 import architectures
-from architectures import bridge, inputs, plain, run
+from architectures import WRONG, apart, bridge, inputs, plain, run
 from grown import Matrix
-from test_every_architecture import WRONG, apart
 
 NEVER = {
     "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out"],

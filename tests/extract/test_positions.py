@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers
-from models import VOCAB, bridge, huggingface, tiny_transformer, tokens
-from test_extract import Read, refusal
-from test_left_padding import bart
+from extracted import Read, refusal
+from models import VOCAB, bart, bridge, huggingface, tiny_transformer, tokens
 from torch import nn
 
 from actctx import DataError, Site

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from extracted import Read, refusal
 from models import Mlp, bridge, bridge_of, huggingface, tokens
-from test_extract import Read, refusal
 from torch import nn
 
 from actctx import DataError, OptionError, Site, capture
@@ -193,6 +194,7 @@ def test_weights_that_are_not_initialised_are_refused(out):
 
 _SHARDED = """
 import sys
+from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -382,7 +384,7 @@ print(*(describe_model(model)["settings"] for model in made))
 def test_equal_models_agree_in_other_processes(more):
     found = {
         subprocess.run(
-            [sys.executable, "-c", _DESCRIBED, os.path.dirname(__file__), *more],  # noqa: PTH120
+            [sys.executable, "-c", _DESCRIBED, str(Path(__file__).parents[1]), *more],
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)},
             capture_output=True,
             text=True,

@@ -7,8 +7,8 @@ import tempfile
 
 import pytest
 import torch
+from extracted import RESID, Read, refusal
 from models import huggingface, tokens
-from test_extract import RESID, Read, refusal
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast

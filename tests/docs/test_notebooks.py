@@ -15,7 +15,7 @@ from shown import alike
 from actctx import capture
 from actctx.plot import colour_tokens
 
-FOLDER = Path(__file__).parent.parent / "docs" / "notebooks"
+FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # What the others print depends on the machine, as times do, or on texts that come with Python.
 STEADY = ["find-directions", "fine-tune-and-see-what-moved"]

@@ -3,9 +3,8 @@
 import pytest
 import torch
 import transformers
-from models import GENERATION, HAS_T5, bridge_of, hooked_config, huggingface, tokens
-from test_extract import Read, refusal
-from test_left_padding import bart
+from extracted import Read, refusal
+from models import GENERATION, HAS_T5, bart, bridge_of, hooked_config, huggingface, tokens
 from torch import nn
 
 from actctx import OptionError, Site
