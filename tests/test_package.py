@@ -17,6 +17,8 @@ ROOMS = (
     ("_errors", "_text", "_files"),
     ("_model",),
     ("_select",),
+    ("_stats",),
+    ("stats",),
     ("_results",),
     ("_capture",),
     ("notebook", "__init__"),
