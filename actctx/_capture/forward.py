@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 from actctx._errors import StoppedError
+from actctx._select.transforms import is_differentiated
 
 
 @runtime_checkable
@@ -245,6 +246,7 @@ class Interceptor:
             _FRAME.set(frame)
             # One capture with `grad=True`, here or around, is enough to keep the graph.
             graph = any(watcher.grad for outer in frame.chain() for watcher in outer.staged)
+            graph = graph or is_differentiated(*args, *kwargs.values())
             with torch.set_grad_enabled(graph):
                 for watcher in frame.staged:
                     watcher.receive((args, kwargs), "in")
