@@ -16,7 +16,7 @@ if GENERATION < 4:
     pytest.skip("the factory of TransformerLens 4 and later", allow_module_level=True)
 
 import architectures
-from architectures import BATCH, HEADS, POS
+from architectures import BATCH, HEADS, POS, WRONG, apart
 from grown import MORE_BATCH, Matrix, Truth, captured
 
 from actctx import AxisError, capture
