@@ -339,3 +339,24 @@ def _first_of_each_kind(lists: list[list[object]]) -> list[int]:
         kinds.setdefault(kind, layer)
     layers = list(kinds.values())
     return layers if len(layers) > 1 else [0, 1]
+
+
+WRONG = {
+    "FalconForCausalLM/grouped": "",  # all of them
+    # Queries and their gates, as twice as many heads.
+    "Qwen3NextForCausalLM": "attn.q.hook_out",
+    "Qwen3_5ForCausalLM": "attn.q.hook_out",
+    "Qwen3_5MoeForCausalLM": "attn.q.hook_out",
+    "RwkvForCausalLM": "channel_mix.in.hook_in",
+    "SwitchTransformersForConditionalGeneration": "hook_pattern",
+}
+
+
+def apart(one: Tensor, other: Tensor) -> float:
+    """How far two tensors are apart, of the size of the other's largest element."""
+    if other.numel() == 0:
+        return 0.0
+    one, other = (value.double().nan_to_num(0, 0, 0) for value in (one, other))
+    if one.numel() == other.numel():
+        one = one.reshape(other.shape)
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1))

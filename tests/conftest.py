@@ -83,6 +83,23 @@ def ids():
     return tokens()
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The directory of a tiny GPT-2 with a tokenizer."""
+    from commands import save_gpt2
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_gpt2(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def loaded(tiny):
+    from actctx._cli.load_model import load
+
+    return load(tiny)
+
+
 @pytest.fixture
 def unchecked():
     """Switch off the type checks that the tests add, to see what users see who pass nonsense."""

@@ -237,3 +237,30 @@ def hooks_of(model: nn.Module) -> list[tuple[str, list[int], list[int], int]]:
         )
         for name, module in model.named_modules()
     ] + [("forward", [id(model.__dict__.get("forward"))], [], 0)]
+
+
+def other_weights():
+    model = bridge()
+    with torch.no_grad():
+        next(model.parameters())[3, 5] += 1
+    return model
+
+
+def bart():
+    """Build a tiny BART, whose logits are as long as what its encoder is given."""
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    config = transformers.BartConfig(
+        d_model=32,
+        vocab_size=50,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+        **sizes,
+        **heads,
+    )
+    config.architectures = ["BartForConditionalGeneration"]
+    torch.manual_seed(0)
+    return transformers.BartForConditionalGeneration(config).eval()

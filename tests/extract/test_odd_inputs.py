@@ -1,0 +1,513 @@
+"""Odd inputs and options: each is read, or refused in words; and processes that were forked."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+import torch
+from extracted import TESTS, refusal
+from models import tokens
+from stored import RESID, Z, write
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+
+import actctx
+from actctx import DataError, OptionError, capture
+from actctx.dataset import ActivationDataset
+from actctx.extract import extract
+
+datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("unchecked")
+LAYER = "blocks.1.hook_resid_post"
+CLEAR = "a list of texts, or of sequences of token ids"
+THROUGH = "what goes through it, such as torch.utils.data.DataLoader(data, batch_size=None)"
+
+
+@pytest.fixture
+def out(tmp_path):
+    return tmp_path / "acts.lance"
+
+
+class Mapped(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return {"input_ids": torch.tensor([1, 2, 3 + index])}
+
+
+class Iterated(IterableDataset):
+    def __iter__(self):
+        return iter(Mapped()[index] for index in range(3))
+
+
+def split():
+    return datasets.Dataset.from_dict({"input_ids": [[1, 2], [3]]})
+
+
+TABLE = pa.table({"input_ids": [[1, 2], [3]]})
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (Mapped(), f"data is one Mapped, not an iterable of inputs; give {THROUGH}"),
+        (
+            TensorDataset(tokens()),
+            f"data is one TensorDataset, not an iterable of inputs; give {THROUGH}",
+        ),
+        (
+            datasets.DatasetDict({"dev": split()}),
+            "data is one DatasetDict, not an iterable of inputs; give one split, such as "
+            "data['dev']",
+        ),
+        (
+            datasets.IterableDatasetDict({"dev": split().to_iterable_dataset()}),
+            "data is one IterableDatasetDict, not an iterable of inputs; give one split, such as "
+            "data['dev']",
+        ),
+        (
+            TABLE,
+            "data is one Table, of which going through it does not give its rows; give "
+            "data.to_pylist()",
+        ),
+        (
+            TABLE["input_ids"],
+            "data is one ChunkedArray, of which going through it does not give its rows; give "
+            "data.to_pylist()",
+        ),
+        (
+            TABLE.to_reader(),
+            "data is one RecordBatchReader, of which going through it does not give its rows; give "
+            "those of its batches, (row for batch in data for row in batch.to_pylist())",
+        ),
+        (
+            TABLE.to_batches(),
+            "from sequence 0 on, the input holds a RecordBatch of Arrow's; give Python's values, "
+            "as its to_pylist() returns them",
+        ),
+        (
+            [pa.scalar([1, 2])],
+            "from sequence 0 on, the input holds a ListScalar of Arrow's; give Python's values, as "
+            "its as_py() returns them",
+        ),
+        (
+            pd.DataFrame({"input_ids": [[1]]}),
+            "data is a table, of which going through it gives the names of its columns; give its "
+            "rows, data.to_dict('records')",
+        ),
+        (
+            pd.DataFrame({"input_ids": [[1]]}).iterrows(),
+            "from sequence 0 on, the input holds a tuple, which is not a tensor of token ids; give "
+            "a tensor, or lists of ints",
+        ),
+        (None, f"data is one NoneType, not an iterable of inputs; give {CLEAR}"),
+        (Path("x"), f"data is one PosixPath, not an iterable of inputs; give {CLEAR}"),
+        (list, "data is the class 'list'; give an object of it"),
+        (
+            b"text",
+            "data is one bytes, not an iterable of inputs; give texts, such as [data.decode()]",
+        ),
+        (
+            {"text": ["a", "b"]},
+            "data is one dict, not an iterable of inputs; give the texts, data['text']",
+        ),
+        (
+            [{}],
+            "data holds empty dicts, none of which is input_ids, tokens or text; rename what holds "
+            "the tokens",
+        ),
+        (
+            tokens().to("meta"),
+            "data is a tensor on the meta device, which has no values; give token ids as a plain "
+            "tensor",
+        ),
+        (
+            tokens().to_sparse(),
+            "data is a tensor that is sparse; give token ids as a plain tensor",
+        ),
+        (
+            torch.nested.nested_tensor([torch.ones(2).long()], layout=torch.jagged),
+            "data is a tensor that is nested; give token ids as a plain tensor",
+        ),
+        (
+            [tokens().to("meta")],
+            "the input holds a tensor on the meta device, which has no values; give a plain tensor",
+        ),
+        (
+            [[1j]],
+            "from sequence 0 on, the input holds a tensor of complex64 (1,), which are not token "
+            "ids; give integers",
+        ),
+        (
+            tokens().cfloat(),
+            "from sequence 0 on, the input holds a tensor of complex64 (3, 7), which are not token "
+            "ids; give integers",
+        ),
+        (
+            np.ma.masked_array([[1, 2]], [[False, True]]),
+            "the input holds a masked array, of which torch would take what is masked as well; "
+            "give array.data, with an attention_mask",
+        ),
+        (
+            np.full((1, 2), 2**63, dtype=np.uint64),
+            "from sequence 0 on, the input holds token ids of 2**63 and more; give the ids of the "
+            "model's own tokenizer",
+        ),
+        (
+            [bytearray(b"ab")],
+            "from sequence 0 on, the input holds a bytearray, which are not token ids; give text",
+        ),
+        (
+            [[np.array(1)]],
+            "from sequence 0 on, the input holds a list, which is not a tensor of token ids; give "
+            "a tensor, or lists of ints",
+        ),
+        (
+            [{"input_ids": tokens(2), "attention_mask": torch.ones(2, 7, device="meta")}],
+            "the input holds a tensor on the meta device, which has no values; give a plain tensor",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_no_input_is_refused_with_its_remedy(gpt2, out, data, message):
+    assert refusal(DataError, gpt2, data, LAYER, out) == message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("data", "rows"),
+    [
+        (DataLoader(Mapped(), batch_size=None), 9),
+        (DataLoader(TensorDataset(tokens()), batch_size=None), 21),
+        (Iterated(), 9),
+        (split(), 3),
+        (datasets.IterableDatasetDict({"dev": split().to_iterable_dataset()})["dev"], 3),
+        (TABLE.to_pylist(), 3),
+        ((row for batch in TABLE.to_reader() for row in batch.to_pylist()), 3),
+        (pd.DataFrame({"input_ids": [[1, 2], [3]]}).to_dict("records"), 3),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_the_remedies_work(gpt2, out, data, rows):
+    assert extract(gpt2, data, LAYER, out, progress=False).rows == rows
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        lambda ids: ids[:, ::-1],
+        lambda ids: ids.astype(">i8"),
+        np.asfortranarray,
+        lambda ids: ids.astype(object),
+        lambda ids: ids.astype(np.uint16),
+        lambda ids: [*ids[:, ::-1]],
+        lambda ids: np.broadcast_to(ids[:1], ids.shape),
+    ],
+)
+def test_arrays_of_any_layout_are_read(gpt2, out, data):
+    data = data(tokens().numpy())
+    extract(gpt2, data, LAYER, out, progress=False)
+    wanted = [int(token) for row in data for token in row]
+    stored = ActivationDataset(out)
+    found = stored.tokens[torch.argsort(stored.read("sequence"), stable=True)]
+    assert found.tolist() == wanted
+
+
+def test_numpys_strings_are_texts(gpt2, out):
+    def tokenizer(texts):
+        return {"input_ids": [[len(word) for word in text.split()] for text in texts]}
+
+    data = np.array(["a bb", "ccc"])
+    extract(gpt2, data, LAYER, out, tokenizer=tokenizer, progress=False)
+    assert sorted(ActivationDataset(out).tokens.tolist()) == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"slice": {"pos": slice("a")}},
+            f"the slice of {LAYER!r} cannot select with slice(None, 'a', None); give an int, a "
+            "slice, a range, a list of ints, a one-dimensional index tensor or a bool mask of the "
+            "whole axis",
+        ),
+        (
+            {"names": {5: LAYER}},
+            "the alias 5 is not a string; give one, as in {'resid': 'blocks.0.hook_resid_post'}",
+        ),
+        (
+            {"names": {"\ud800": LAYER}},
+            "a column needs a name, which '\\ud800' is not; give the site an alias, as in "
+            "{'resid': ...}",
+        ),
+        (
+            {"carry": ["\ud800"]},
+            "carry names '\\ud800', which no column can be called; rename it to a string without "
+            ". / `",
+        ),
+        (
+            {"tokenizer": lambda _: {"input_ids": 5}, "data": ["a"]},
+            "the tokenizer returned a dict without 'input_ids'; give one that returns a dict of "
+            "them, such as AutoTokenizer.from_pretrained(...)",
+        ),
+        (
+            {"out": "\ud800"},
+            "'\\ud800' is not a path: it has characters that the system cannot write; give another",
+        ),
+        (
+            {"out": "a\0b"},
+            "'a\\x00b' is not a path; give a string, or a pathlib.Path, without NUL characters",
+        ),
+    ],
+)
+def test_odd_options_are_refused(gpt2, out, options, message):
+    given = {"data": tokens(), "names": LAYER, "out": out, **options}
+    data, names, place = (given.pop(name) for name in ("data", "names", "out"))
+    assert refusal(OptionError, gpt2, data, names, place, **given) == message
+    assert not out.exists()
+
+
+def test_a_carried_text_that_cannot_be_written_is_refused(gpt2, out):
+    data = [{"input_ids": [1, 2], "name": "\ud800"}]
+    assert refusal(DataError, gpt2, data, LAYER, out, carry="name") == (
+        "carry names 'name', which in sequence 0 of the input is '\\ud800', which has characters "
+        "that UTF-8 cannot write; replace them"
+    )
+
+
+def test_numpys_truth_values_are_options(gpt2, out):
+    done = extract(gpt2, [[1, 2]], LAYER, out, equal_lengths=np.bool_(True), progress=False)  # noqa: FBT003
+    assert done.rows == 2
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("data") / "a.lance", 100)
+
+
+@pytest.fixture
+def data(path):
+    return ActivationDataset(path)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        torch.tensor(True),  # noqa: FBT003
+        torch.tensor([1], device="meta"),
+        torch.tensor(1, device="meta"),
+        np.ma.masked_array([1, 2], [False, True]),
+        bytearray(b"a"),
+    ],
+    ids=repr,
+)
+def test_odd_indices_are_refused(data, index):
+    with pytest.raises(OptionError, match=r"^cannot select rows by "):
+        data[index]
+
+
+@pytest.mark.parametrize("name", [None, 5, ["token"], b"token"])
+def test_what_is_no_name_is_not_there(data, name):
+    with pytest.raises(actctx.NotCapturedError, match=r"^the data set has no "):
+        data.read(name)
+
+
+@pytest.mark.parametrize("model", [5, "gpt2", torch.nn.Linear])
+def test_what_is_no_model_is_refused(path, data, model):
+    for ask in (data.check, lambda model: ActivationDataset(path, model=model)):
+        with pytest.raises(OptionError, match=r" is not a model; give a torch\.nn\.Module$"):
+            ask(model)
+
+
+def test_a_local_address_is_a_path(gpt2, path, tmp_path):
+    assert len(ActivationDataset(f"file://{path}")) == 100
+    done = extract(gpt2, tokens(), LAYER, f"file://{tmp_path}/a%20b.lance", progress=False)
+    assert done.path == tmp_path / "a b.lance"
+
+
+def test_a_path_that_is_too_long_holds_no_data_set(tmp_path):
+    with pytest.raises(
+        DataError, match=r"File name too long; give the path that extract\(\) wrote"
+    ):
+        ActivationDataset(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            5,
+            "rename=5 is not a dict; give SAELens' hook_name for sites, as in rename={'resid': "
+            "'blocks.3.hook_resid_post'}",
+        ),
+        ({Z: 5}, f"rename has 5 for {Z!r}, which are not both names; give strings"),
+        ({5: "z"}, "rename has 'z' for 5, which are not both names; give strings"),
+        ({Z: "\ud800"}, f"rename has '\\ud800' for {Z!r}, which are not both names; give strings"),
+    ],
+)
+def test_names_for_saelens_are_strings(path, tmp_path, rename, message):
+    with pytest.raises(OptionError) as caught:
+        ActivationDataset(path, sites=Z).to_saelens(tmp_path / "a", context=10, rename=rename)
+    assert str(caught.value) == message
+
+
+def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out):
+    extract(gpt2, ids, LAYER, out, progress=False)
+    kind = b"/lance.encodings.ColumnEncoding"
+    for file in (out / "data").iterdir():
+        file.write_bytes(file.read_bytes().replace(kind, kind[:-4] + b"\0" + kind[-3:]))
+    for read in (
+        lambda: ActivationDataset(out)[:],
+        lambda: next(iter(ActivationDataset(out).loader(4))),
+        lambda: ActivationDataset(out, where="token > 3"),
+        lambda: extract(gpt2, [ids, ids], LAYER, out, progress=False),
+        lambda: extract(gpt2, ids, "blocks.0.hook_resid_post", out, add=True, progress=False),
+    ):
+        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it anew$"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("python", "typed"),
+    [
+        (
+            "'a' exists; give resume=True to go on with it, or another path",
+            "'a' exists; leave out --no-resume to go on with it, or give another path",
+        ),
+        (
+            "'a' exists; give resume=True to go on with it, or delete that directory",
+            "'a' exists; leave out --no-resume to go on with it, or delete that directory",
+        ),
+        ("finite=False writes it as it is", "--no-finite writes it as it is"),
+        (
+            "pack=True joins, context= cuts, slice= selects",
+            "--pack joins, --context cuts, --slice selects",
+        ),
+        (
+            "max_tokens=3 does not go with add=True; leave max_tokens out",
+            "--max-tokens 3 does not go with --add; leave --max-tokens out",
+        ),
+        (
+            "give dtype=torch.float16, such as drop={'position': [0]}",
+            "give --dtype float16, such as --drop position=0",
+        ),
+        ("'/a/dtype=x/pool=mean' is a file", "'/a/dtype=x/pool=mean' is a file"),
+        (
+            "the model's 'max_tokens' and the texts' tokens",
+            "the model's 'max_tokens' and the texts' tokens",
+        ),
+    ],
+)
+def test_the_command_line_names_options_as_they_are_typed(capsys, python, typed):
+    typer = pytest.importorskip("typer")
+    from actctx._cli.options import errors_as_messages
+
+    with pytest.raises(typer.Exit), errors_as_messages("model"):
+        raise OptionError(python)
+    assert capsys.readouterr().err == f"error: {typed}\n"
+
+
+def test_a_batch_may_be_as_large_as_one_likes(gpt2, out):
+    assert extract(gpt2, [[1, 2]], LAYER, out, batch_size=10**30, progress=False).rows == 2
+
+
+def test_a_text_that_a_tokenizer_does_not_take_is_said(gpt2, out):
+    data = ["one", "\ud800"]
+    assert refusal(DataError, gpt2, data, LAYER, out, tokenizer=in_utf8) == (
+        "sequence 1 of the input has characters that UTF-8 cannot write, which the tokenizer does "
+        "not take; replace them, as text.encode(errors='replace').decode() does"
+    )
+
+
+def in_utf8(texts):
+    return {"input_ids": [[len(text.encode())] for text in texts]}
+
+
+# Processes that were forked.
+
+FORKED = f"""
+import os, sys, warnings
+sys.path.insert(0, {TESTS!r})
+warnings.simplefilter("ignore")
+import torch
+torch.set_num_threads(1)
+from models import Mlp, tokens
+from torch.utils.data import DataLoader
+from actctx import OptionError
+from actctx.dataset import ActivationDataset
+from actctx.extract import extract
+
+folder, used = sys.argv[1], sys.argv[2] == "used"
+data = ActivationDataset(folder + "/a.lance") if used else None
+
+def tries():
+    yield lambda: extract(Mlp(), tokens(), "block", folder + "/b.lance", mask=None, progress=False)
+    yield lambda: ActivationDataset(folder + "/a.lance")
+    if used:
+        yield lambda: data[0]
+        yield lambda: next(iter(data.loader(4)))
+
+child = os.fork()
+if child:
+    os.waitpid(child, 0)
+    sys.exit()
+for each in tries():
+    try:
+        each()
+        print("done", flush=True)
+    except OptionError as error:
+        print(error, flush=True)
+os._exit(0)
+"""
+
+
+def in_a_forked_process(folder, used):
+    write(folder / "a.lance", 16)
+    run = [sys.executable, "-c", FORKED, str(folder), used]
+    done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
+    return done.stdout.splitlines()
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_that_was_forked_after_a_data_set_was_used_uses_none(tmp_path):
+    anew = (
+        "data sets cannot be used in a process that was forked from one that had used them, since "
+        "Lance's threads do not survive a fork; start it another way, such as "
+        "multiprocessing.get_context('spawn')"
+    )
+    opened = (
+        f"'{tmp_path / 'a.lance'}' cannot be read in a process that was forked, since Lance's "
+        "threads do not survive a fork; start workers another way: DataLoader(..., "
+        "multiprocessing_context='spawn')"
+    )
+    assert in_a_forked_process(tmp_path, "used") == [anew, anew, opened, opened]
+    assert not (tmp_path / "b.lance").exists()
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_process_that_was_forked_before_uses_them(tmp_path):
+    assert in_a_forked_process(tmp_path, "unused") == ["done", "done"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+@pytest.mark.filterwarnings("ignore:lance is not fork-safe")
+def test_forked_workers_of_a_dataloader_say_how_to_start_them(path):
+    loader = DataLoader(
+        ActivationDataset(path, sites=RESID), num_workers=1, multiprocessing_context="fork"
+    )
+    with pytest.raises(OptionError, match="multiprocessing_context='spawn'"):
+        next(iter(loader))
+
+
+def test_an_alias_may_have_backticks(gpt2, ids, out):
+    extract(gpt2, ids, {"a`b": LAYER}, out, progress=False)
+    with capture(gpt2, LAYER) as acts:
+        gpt2(ids)
+    assert torch.equal(ActivationDataset(out).read("a`b"), acts.tensor.flatten(0, 1))
