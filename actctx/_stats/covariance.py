@@ -11,7 +11,7 @@ from actctx._stats.accumulator import Accumulator, float_dtype, result_dtype
 from actctx._stats.moments import merged_means
 from actctx._stats.rows import Rows
 
-_PART = 2**10
+_PART = 2**9
 """The rows of one matrix product, so that single precision adds up few numbers."""
 
 
@@ -26,7 +26,7 @@ class Covariance(Accumulator):
     """The covariance of the features along the last axis.
 
     Other axes that are kept, such as heads, have a covariance each. Rows are centred on the mean of
-    some thousand of them, multiplied in single precision, or double where the activations are, and
+    their forward, multiplied in single precision (those of half or double precision in double), and
     added up in double (Chan, Golub and LeVeque 1983). It holds 8 bytes for each pair of features.
     A feature with NaN or infinite values has a covariance of NaN with all others.
 
@@ -59,16 +59,7 @@ class Covariance(Accumulator):
             )
 
     def _of_rows(self, rows: Rows) -> dict[str, Tensor]:
-        whole: dict[str, Tensor] = {}
-        done = 0
-        parts = (
-            torch.split(rows.values, _PART) if rows.values.device.type == "cpu" else [rows.values]
-        )
-        for part in parts:
-            found = _of_part(part)
-            whole = self._merged(whole, found, (done, len(part))) if done else found
-            done += len(part)
-        return whole
+        return _of_values(rows.values)
 
     def _merged(
         self, one: dict[str, Tensor], two: dict[str, Tensor], counts: tuple[int, int]
@@ -77,9 +68,7 @@ class Covariance(Accumulator):
         mean, _ = merged_means(one["mean"], two["mean"], counts)
         apart = two["mean"] - one["mean"]
         scaled = apart * (first * (second / (first + second)))
-        products = scaled.unsqueeze(-1) * apart.unsqueeze(-2)
-        products += two["products"]
-        products += one["products"]
+        products = _with_outer(one["products"], scaled, apart).add_(two["products"])
         dtype = torch.promote_types(one["dtype"].dtype, two["dtype"].dtype)
         return {"mean": mean, "products": products, "dtype": one["dtype"].to(dtype)}
 
@@ -128,20 +117,33 @@ class Covariance(Accumulator):
         return exact.to(self._held.tensors["dtype"].dtype, copy=True)
 
 
-def _of_part(part: Shaped[Tensor, "row ... feature"]) -> dict[str, Tensor]:
-    count, exact = len(part), float_dtype(part)
-    single = result_dtype(part)
-    # Other settings than "highest" round what is multiplied to fewer digits.
-    precise = torch.get_float32_matmul_precision() == "highest"
-    dtype = single if precise else exact
-    mean = part.sum(0, dtype=exact) / count
+def _of_values(values: Shaped[Tensor, "row ... feature"]) -> dict[str, Tensor]:
+    count, exact, single = len(values), float_dtype(values), result_dtype(values)
+    parts = torch.split(values, _PART if values.device.type == "cpu" else _PART * 16)
+    mean = torch.stack([part.sum(0, dtype=exact) for part in parts]).sum(0) / count
+    # Other settings than "highest" round what is multiplied to fewer digits. Values of half
+    # precision lie on a grid, so that rounding in single precision goes the same way each time.
+    is_precise = torch.get_float32_matmul_precision() == "highest" and values.itemsize > 2  # noqa: PLR2004
+    dtype = single if is_precise else exact
     shift = mean.to(dtype)
-    centred = (part.to(dtype) - shift).movedim(0, -2)
-    products = (centred.mT @ centred).to(exact)
+    products = torch.zeros((), dtype=exact, device=values.device)
+    for number, part in enumerate(parts):
+        centred = (part.to(dtype) - shift).movedim(0, -2)
+        found = centred.mT @ centred
+        products = products.add_(found) if number else found.to(exact)
     left = mean - shift  # what rounding the mean left
-    products -= (left * count).unsqueeze(-1) * left.unsqueeze(-2)
+    products = _with_outer(products, left * -count, left)
     return {
         "mean": mean,
         "products": products,
-        "dtype": torch.empty(0, dtype=single, device=part.device),
+        "dtype": torch.empty(0, dtype=single, device=values.device),
     }
+
+
+def _with_outer(
+    products: Float[Tensor, "... feature feature"],
+    one: Float[Tensor, "... feature"],
+    two: Float[Tensor, "... feature"],
+) -> Float[Tensor, "... feature feature"]:
+    """Add an outer product to a matrix."""
+    return torch.addcmul(products, one.unsqueeze(-1), two.unsqueeze(-2))
