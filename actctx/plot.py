@@ -15,13 +15,13 @@ from torch import Tensor
 
 from actctx._errors import OptionError
 from actctx._plot.arguments import check_count, read_integers, read_tokens
-from actctx._plot.coloured import ColouredTokens
 from actctx._plot.norms import norms_at_positions, norms_of_rows
 from actctx._plot.patterns import read_pattern
 from actctx._plot.similarity import compare_layers
 from actctx._plot.sources import layer_numbers, source_of
 from actctx._results.activations import Activations
 from actctx._select.values import check_readable
+from actctx._stats.coloured import ColouredTokens
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:

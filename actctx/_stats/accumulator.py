@@ -75,7 +75,13 @@ class Accumulator(ABC):
 
     def empty(self: Like) -> Like:  # noqa: PYI019  see above
         """Make a new one of the same options, which has seen nothing."""
-        return type(self)(over=self._over, device=self._device, **self._options())
+        return type(self)(
+            over=self._over, device=self._device, **self._options(), **self._unsaved()
+        )
+
+    def _unsaved(self) -> dict[str, Any]:
+        """Return the options that are no part of the result, such as what draws it."""
+        return {}
 
     def update(self, observation: Observation, /) -> None:
         """Add the values of an observation.
