@@ -20,9 +20,11 @@ from actctx._results.annotations import Sizes
 from actctx._results.column import Column, ColumnOptions
 from actctx._results.label import Named
 from actctx._select.cast_loss import CastLoss
+from actctx._select.mapped import Mapped, read_map
 from actctx._select.own import device_of, dtype_of
 from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
 from actctx._select.slices import Selector, Slice, parse_slice
+from actctx._stats.statistic import Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +47,8 @@ class WatchedSite:
     pattern: str | None = None
     told_axes: Axes | None = None
     cast_loss: CastLoss | None = None
+    mapped: Mapped | None = None
+    reduce: Statistic | None = None
 
     @property
     def shown(self) -> str:
@@ -71,7 +75,8 @@ class WatchedSite:
     @property
     def column_options(self) -> ColumnOptions:
         """What becomes of what it yields."""
-        return ColumnOptions(self.options.join, self.options.capacity, self.dtype, self.device)
+        options = self.options
+        return ColumnOptions(options.join, options.capacity, self.dtype, self.device, self.reduce)
 
     @functools.cached_property
     def reader(self) -> Callable[[Any], Tensor]:
@@ -108,8 +113,8 @@ class WatchedSite:
     @property
     def takes_all(self) -> bool:
         """Whether all of an activation is captured, as it is and where it is."""
-        changes = self.selector.steps, self.rows, self.dtype, self.device
-        return changes == ((), None, None, None)
+        changes = self.selector.steps, self.rows, self.mapped, self.dtype, self.device
+        return changes == ((), None, None, None, None)
 
     def check_axes(self, shape: torch.Size) -> None:
         """Refuse axes that the user named but that the activation does not have.
@@ -157,13 +162,36 @@ class WatchedSite:
             sizes: Their sizes, None for those that are not the same in all forwards.
 
         """
-        return _selected(self.selector, self.rows, whole, sizes)
+        axes, left = self.selector.axes_after(whole), self.selector.sizes_after(sizes)
+        if self.rows is not None:
+            axes, left = self.rows.axes_after(axes), self.rows.sizes_after(left)
+        if self.mapped is not None:
+            axes, left = self.mapped.axes_after(axes), self.mapped.sizes_after(left)
+        return axes, left
+
+    @property
+    def joins_by_name(self) -> bool:
+        """Whether its forwards are joined along an axis that is found by its name."""
+        return self.reduce is None and self.options.join not in {None, "batch"}
 
     @property
     def needs_axes(self) -> bool:
         """Whether it has to be known, from the first activation on, where its axes lie."""
-        joins = self.options.join not in {None, "batch"}
-        return self.rows is not None or self.selects_by_name or joins
+        return (
+            self.rows is not None
+            or self.reduce is not None
+            or self.selects_by_name
+            or self.joins_by_name
+        )
+
+    @property
+    def may_lack_axes(self) -> bool:
+        """Whether activations of which nothing names the axes are taken to be rows.
+
+        A statistic takes them so. Axes that a name proposes, but that nothing confirms, are not.
+        """
+        is_named = self.place.axes is not None or self.rows is not None
+        return not (is_named or self.selects_by_name or self.joins_by_name)
 
     def refuse_axes(self, shape: torch.Size) -> AxisError:
         """Say that nothing tells where the axes lie that are needed."""
@@ -177,22 +205,11 @@ class WatchedSite:
         )
 
 
-def _selected(
-    selector: Selector, rows: RowSelector | None, whole: Axes, sizes: Sizes
-) -> tuple[Axes, Sizes]:
-    axes, left = selector.axes_after(whole), selector.sizes_after(sizes)
-    if rows is None:
-        return axes, left
-    return rows.axes_after(axes), rows.sizes_after(left)
-
-
-def named_after(
-    selector: Selector, rows: RowSelector | None, whole: Axes, shape: tuple[int, ...]
-) -> Named:
+def named_after(site: WatchedSite, whole: Axes, shape: tuple[int, ...]) -> Named:
     """Name the axes of what is left of activations of this shape."""
     sizes = fixed_sizes(whole, shape)
     own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
-    return Named(*_selected(selector, rows, whole, sizes), own)
+    return Named(*site.selected(whole, sizes), own)
 
 
 def _found(site: str, output: int | str | None, readout: Readout | None, value: Any) -> Tensor:
@@ -258,7 +275,7 @@ class Seen:
     def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
         """Name the axes of what it leaves of activations of this shape; None where nothing does."""
         named = axes if axes is not None else ("_",) * len(shape)
-        found = named_after(self.site.selector, self.site.rows, named, shape)
+        found = named_after(self.site, named, shape)
         # Axes that only the user names are checked against the config, not against themselves.
         label = self.column.label
         label.named = found._replace(whole={}) if self.site.named_axes else found
@@ -319,8 +336,11 @@ def watch_site(
         asked=defaults.slice if asked.slice is None else asked.slice,
         options=options,
         pattern=request.pattern,
+        reduce=asked.reduce if asked.reduce is not None else defaults.reduce,
     )
+    site = replace(site, mapped=_map_of(site.shown, asked, defaults))
     _check_firing(site, options)
+    check_reduce(site)
     try:
         return _checked(site, axes, sizes)
     except (AxisError, SelectionError):
@@ -393,6 +413,46 @@ def check_capacity(options: Options) -> None:
         )
 
 
+def _map_of(shown: str, asked: Site, defaults: Site) -> Mapped | None:
+    """Read what is to be computed of a site; the function and its axis belong together."""
+    given = defaults if asked.map is None else asked
+    return read_map(shown, given.map, given.map_axis)
+
+
+def check_reduce(site: WatchedSite) -> None:
+    """Refuse what is not a statistic, and options that make no sense beside one.
+
+    Raises:
+        OptionError: It is not a statistic, or another option rules it out.
+
+    """
+    recipe, options = site.reduce, site.options
+    if recipe is None:
+        return
+    if isinstance(recipe, type):
+        raise OptionError(
+            f"reduce={recipe.__name__} of {site.shown} is a class; give one of its objects, as in "
+            f"reduce={recipe.__name__}()"
+        )
+    if not isinstance(recipe, Statistic):
+        raise OptionError(
+            f"reduce={recipe!r} of {site.shown} is not a statistic; give one of actctx.stats, such "
+            "as Moments(), or an object with the methods of actctx.stats.Statistic"
+        )
+    if options.join is None or options.grad or options.capacity is not None:
+        other, why = (
+            ("join=None", "keeps the forwards apart")
+            if options.join is None
+            else ("grad=True", "keeps the graph of tensors")
+            if options.grad
+            else ("capacity=", "makes room for tensors")
+        )
+        raise OptionError(
+            f"reduce= of {site.shown} keeps a statistic of all forwards, and {other} {why}; leave "
+            "one of them out"
+        )
+
+
 def _check_firing(site: WatchedSite, options: Options) -> None:
     if site.is_known_at_once:
         return
@@ -411,7 +471,7 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
 def _check_join(site: WatchedSite, join: str | None) -> None:
     """Refuse to join along an axis that the site cannot have. The batch axis is checked later."""
     kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
-    if join is None or join == "batch" or kept_as_tokens:
+    if join is None or join == "batch" or kept_as_tokens or site.reduce is not None:
         return
     if not isinstance(join, str):
         raise OptionError(f"join={join!r} is not an axis; give 'batch', 'pos' or None for a list")

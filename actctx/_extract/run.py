@@ -111,6 +111,7 @@ class Extraction:
         self._device = torch.device("cpu")
         self._dtype = next((each.dtype for each in model.parameters()), torch.float32)
         check_sides(model, self._sites)
+        _check_options(self._sites)
         self._check_names()
         slices = {site.key: slice_of(site) for site in self._sites}
         tokens, is_sequence = self._tokens_of_all()
@@ -441,3 +442,23 @@ class Extraction:
             slice=self.facts.slices[site.key],
             taken=taken_of(site),
         )
+
+
+def _check_options(sites: Iterable[WatchedSite]) -> None:
+    """Refuse sites with options that rows on disk do not have.
+
+    Raises:
+        OptionError: One has.
+
+    """
+    for site in sites:
+        if site.reduce is not None:
+            raise OptionError(
+                f"reduce= of {site.shown} keeps a statistic, but a data set has rows; leave it "
+                "out, or compute it with capture"
+            )
+        if site.mapped is not None:
+            raise OptionError(
+                f"map= of {site.shown} is a function, which a data set cannot tell from another "
+                "when it is resumed; leave it out, and compute it of the rows that are read"
+            )

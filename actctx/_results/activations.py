@@ -163,7 +163,8 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: No site was captured, or more than one.
-            OptionError: With `join=None` there is a list of tensors instead.
+            OptionError: With `join=None` there is a list of tensors instead, and with `reduce=` a
+                statistic.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         """
@@ -180,7 +181,9 @@ class Activations(_Tensors):
                 f"acts.tensor is for exactly one site, but {len(self)} were captured: "
                 f"{listed(self._order)}; read acts[name]"
             )
-        tensor: Tensor = self[next(iter(self))]
+        (name,) = self
+        self._check_tensor("acts.tensor is for a tensor", name, "read acts[name]")
+        tensor: Tensor = self[name]
         return tensor
 
     @property
@@ -272,7 +275,7 @@ class Activations(_Tensors):
             NotCapturedError: No captured site has this name in any layer.
             HookNameError: The name means sites of several stacks of layers.
             JoinError: The layers do not have one shape.
-            OptionError: With `join=None` there are lists of tensors.
+            OptionError: With `join=None` there are lists of tensors, and with `reduce=` statistics.
 
         Example:
             >>> acts.stack("hook_resid_post").shape
@@ -284,7 +287,19 @@ class Activations(_Tensors):
                 "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
-        return stack_layers({key: self[key] for key in self._layers(name)})
+        layers = self._layers(name)
+        instead = (
+            "stack what you read of each, as in torch.stack([acts[name].mean for name in acts])"
+        )
+        for key in layers:
+            self._check_tensor("acts.stack(name) stacks tensors", key, instead)
+        return stack_layers({key: self[key] for key in layers})
+
+    def _check_tensor(self, purpose: str, key: str, instead: str) -> None:
+        column = self._columns[key]
+        if not column.is_tensor:
+            kind = column.spec().__name__
+            raise OptionError(f"{purpose}, but {key!r} is a {kind}; {instead}")
 
     def _layers(self, name: str) -> list[str]:
         if not self:
@@ -520,7 +535,7 @@ def why_nothing(
 def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:
     """Return whether what a name means can be stacked over layers."""
     fired = {key: column for key, column in columns.items() if column.firings}
-    if not all(column.stacks for column in fired.values()):
+    if not all(column.is_tensor for column in fired.values()):
         return False
     try:
         return bool(layers_of({key: column.label.names for key, column in fired.items()}, name))

@@ -216,12 +216,12 @@ class StatisticColumn:
                 f"a {self._kind} of your own; save what its state_dict() returns yourself"
             )
         label = self.label
-        state = self.firings[0].state_dict()
-        return SavedSite(label.names, label.settle(), self.fixed_sizes(), state=state)
+        sizes = self.fixed_sizes()
+        return SavedSite(label.names, label.settle(), sizes, statistic=self.firings[0])
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> Column[Any]:  # noqa: ARG002  its numbers are no activations
         """Return a copy on another device. Its numbers keep their dtype."""
-        return self._with([_moved(each, device) for each in self.firings])
+        return self._with([moved_statistic(each, device) for each in self.firings])
 
     def copied(self) -> Column[Any]:
         """Return a copy that shares no memory with it."""
@@ -255,7 +255,7 @@ def _tensors_of(statistic: Statistic) -> list[Tensor]:
     return [each for each in statistic.state_dict().values() if isinstance(each, Tensor)]
 
 
-def _moved(statistic: Statistic, device: torch.device | None) -> Statistic:
+def moved_statistic(statistic: Statistic, device: torch.device | None) -> Statistic:
     state = copy.deepcopy(statistic.state_dict())
     for name, each in state.items():
         if isinstance(each, Tensor):
