@@ -7,13 +7,13 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from actctx._errors import OptionError
-from actctx._stats.accumulator import Accumulator
+from actctx._stats.accumulator import RowAccumulator
 from actctx._stats.arguments import read_count
 from actctx._stats.drawing import bars, thinned
 from actctx._stats.rows import Over, Rows
 
 
-class Counts(Accumulator):
+class Counts(RowAccumulator):
     """How often each integer came, such as token ids or the experts that were chosen.
 
     Args:

@@ -8,12 +8,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from actctx._errors import OptionError
-from actctx._stats.accumulator import Accumulator, result_dtype
+from actctx._stats.accumulator import RowAccumulator, result_dtype
 from actctx._stats.drawing import bars
 from actctx._stats.rows import Over, Rows
 
 
-class Frequency(Accumulator):
+class Frequency(RowAccumulator):
     """How often each element is above a value, such as how often a feature fires.
 
     NaN is above nothing, but counts as a row.

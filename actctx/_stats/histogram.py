@@ -15,7 +15,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from actctx._errors import OptionError
-from actctx._stats.accumulator import Accumulator, result_dtype
+from actctx._stats.accumulator import RowAccumulator, result_dtype
 from actctx._stats.arguments import read_count
 from actctx._stats.drawing import bars, thinned
 from actctx._stats.rows import Over, Rows
@@ -26,7 +26,7 @@ _LEAST, _MOST = -1000, 1000
 """The exponents that widths may have."""
 
 
-class Histogram(Accumulator):
+class Histogram(RowAccumulator):
     """How often the values of each element lie in each of a number of bins.
 
     Each element has bins of its own, all of one width. Their range is found as values come: where

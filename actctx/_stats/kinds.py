@@ -13,6 +13,7 @@ from actctx._stats.counts import Counts
 from actctx._stats.covariance import Covariance
 from actctx._stats.frequency import Frequency
 from actctx._stats.histogram import Histogram
+from actctx._stats.linear_cka import LinearCKA
 from actctx._stats.moments import Moments
 from actctx._stats.sample import Sample
 from actctx._stats.saving import damaged, read_state
@@ -20,7 +21,7 @@ from actctx._stats.topk import TopK
 
 _KINDS: dict[str, type[Accumulator]] = {
     kind.__name__: kind
-    for kind in (Counts, Covariance, Frequency, Histogram, Moments, Sample, TopK)
+    for kind in (Counts, Covariance, Frequency, Histogram, LinearCKA, Moments, Sample, TopK)
 }
 
 

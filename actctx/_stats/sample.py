@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Int64, Shaped
 from torch import Tensor
 
-from actctx._stats.accumulator import Accumulator
+from actctx._stats.accumulator import RowAccumulator
 from actctx._stats.arguments import read_count
 from actctx._stats.rows import Over, Rows
 
 
-class Sample(Accumulator):
+class Sample(RowAccumulator):
     """A number of rows, drawn uniformly from all, without replacement.
 
     The same rows are drawn whatever the order in which they come, as long as their sequences and

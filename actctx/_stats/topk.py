@@ -14,7 +14,7 @@ from jaxtyping import Float, Int, Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import OptionError
-from actctx._stats.accumulator import Accumulator
+from actctx._stats.accumulator import RowAccumulator
 from actctx._stats.arguments import read_count
 from actctx._stats.contexts import Contexts, Decode, contexts_of, read_decode
 from actctx._stats.rows import Over, Rows
@@ -23,7 +23,7 @@ _SHOWN = 5
 """The features that a notebook shows by itself."""
 
 
-class TopK(Accumulator):
+class TopK(RowAccumulator):
     """The largest values of each element, and where they are.
 
     NaN is taken for the smallest value. Of equal values the earlier ones are taken.
