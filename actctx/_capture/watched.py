@@ -336,11 +336,11 @@ def watch_site(
         asked=defaults.slice if asked.slice is None else asked.slice,
         options=options,
         pattern=request.pattern,
-        reduce=asked.reduce if asked.reduce is not None else defaults.reduce,
     )
-    site = replace(site, mapped=_map_of(site.shown, asked, defaults))
+    recipe = _recipe(site.shown, asked.reduce if asked.reduce is not None else defaults.reduce)
+    site = replace(site, mapped=_map_of(site.shown, asked, defaults), reduce=recipe)
     _check_firing(site, options)
-    check_reduce(site)
+    _check_reduce(site)
     try:
         return _checked(site, axes, sizes)
     except (AxisError, SelectionError):
@@ -419,27 +419,39 @@ def _map_of(shown: str, asked: Site, defaults: Site) -> Mapped | None:
     return read_map(shown, given.map, given.map_axis)
 
 
-def check_reduce(site: WatchedSite) -> None:
-    """Refuse what is not a statistic, and options that make no sense beside one.
+def _recipe(shown: str, given: object) -> Statistic | None:
+    """Read what `reduce=` was given.
 
     Raises:
-        OptionError: It is not a statistic, or another option rules it out.
+        OptionError: It is not a statistic.
 
     """
-    recipe, options = site.reduce, site.options
-    if recipe is None:
-        return
-    if isinstance(recipe, type):
+    if given is None:
+        return None
+    if isinstance(given, type):
         raise OptionError(
-            f"reduce={recipe.__name__} of {site.shown} is a class; give one of its objects, as in "
-            f"reduce={recipe.__name__}()"
+            f"reduce={given.__name__} of {shown} is a class; give one of its objects, as in "
+            f"reduce={given.__name__}()"
         )
-    if not isinstance(recipe, Statistic):
+    if not isinstance(given, Statistic):
         raise OptionError(
-            f"reduce={recipe!r} of {site.shown} is not a statistic; give one of actctx.stats, such "
-            "as Moments(), or an object with the methods of actctx.stats.Statistic"
+            f"reduce={given!r} of {shown} is not a statistic; give one of actctx.stats, such as "
+            "Moments(), or an object with the methods of actctx.stats.Statistic"
         )
-    if options.join is None or options.grad or options.capacity is not None:
+    return given
+
+
+def _check_reduce(site: WatchedSite) -> None:
+    """Refuse options that make no sense beside a statistic.
+
+    Raises:
+        OptionError: There is one.
+
+    """
+    options = site.options
+    if site.reduce is not None and (
+        options.join is None or options.grad or options.capacity is not None
+    ):
         other, why = (
             ("join=None", "keeps the forwards apart")
             if options.join is None

@@ -112,7 +112,8 @@ class Activations(_Tensors):
             name: Its name, an alias, or an ending or a glob that means no other captured site.
 
         Returns:
-            The tensor, joined over the forwards; with `join=None` a list, one per forward.
+            The tensor, joined over the forwards; with `join=None` a list, one per forward; with
+            `reduce=` the statistic of all forwards, which the next forward changes.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -204,6 +205,8 @@ class Activations(_Tensors):
     def axes(self, name: str) -> Axes:
         """Name the axes of a captured tensor, such as `("batch", "pos", "d_model")`.
 
+        Of a statistic they are those of what it is computed of, and its own say what it keeps.
+
         An axis whose name is not known is `"_"`, as in jaxtyping.
 
         Raises:
@@ -212,12 +215,12 @@ class Activations(_Tensors):
         """
         return self._column(name).label.settle()
 
-    def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
+    def firings(self, name: str) -> list[Any]:
         """Read a site that fires more than once in a forward, such as a shared module.
 
         Returns:
             A tensor for each firing of a forward, in the order in which they came, each joined
-            over the forwards.
+            over the forwards; with `reduce=` a statistic of all forwards.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -313,7 +316,8 @@ class Activations(_Tensors):
 
         Returns:
             An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes whose size the
-            config or the slice fixes have that size; the others are free.
+            config or the slice fixes have that size; the others are free. Of a statistic it is
+            its class.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.

@@ -118,7 +118,9 @@ class StatisticColumn:
         """
         if number >= len(self.firings) or (number, shape) in self.shapes:
             return
-        copy.deepcopy(self.firings[number]).merge(partial)
+        trial = self.recipe.empty()
+        trial.merge(self.firings[number])
+        trial.merge(partial)
         if len(self.shapes) >= _MOST_SHAPES:
             self.shapes.clear()
         self.shapes.add((number, shape))
@@ -225,7 +227,7 @@ class StatisticColumn:
 
     def copied(self) -> Column[Any]:
         """Return a copy that shares no memory with it."""
-        return self._with(copy.deepcopy(self.firings))
+        return self._with([moved_statistic(each, None) for each in self.firings])
 
     def _with(self, firings: list[Statistic]) -> "StatisticColumn":
         return StatisticColumn(
@@ -256,6 +258,7 @@ def _tensors_of(statistic: Statistic) -> list[Tensor]:
 
 
 def moved_statistic(statistic: Statistic, device: torch.device | None) -> Statistic:
+    """Copy a statistic to a device; None where it stays."""
     state = copy.deepcopy(statistic.state_dict())
     for name, each in state.items():
         if isinstance(each, Tensor):
