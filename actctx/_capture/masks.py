@@ -38,7 +38,8 @@ from actctx._model.absolute_positions import (
     widths_of,
 )
 from actctx._model.axes import position_dims
-from actctx._model.known_faults import mask_fault, warn
+from actctx._model.known_faults import decoder_fault, mask_fault, warn
+from actctx._model.rotated import is_rotated
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._select.own import TokenRows
@@ -314,11 +315,13 @@ class Padding:
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
+        if side == "decoder":
+            self._warn("fault", decoder_fault(core_of(self._model), frame.inputs))
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if self._asked == "attention" and not before and is_padded_left(given):
-            self._check_bare_table(frame)
+            self._check_counted(site, frame)
         is_whole = side == "encoder" or ran in {None, pos}
         if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
@@ -408,15 +411,18 @@ class Padding:
         given = self.inputs(frame)
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
-    def _check_bare_table(self, frame: Frame) -> None:
-        is_new = "left" not in self._warned and not self._has_positions(frame)
-        if is_new and has_bare_table(self._model):
+    def _check_counted(self, site: WatchedSite, frame: Frame) -> None:
+        """Warn of padding on the left that no table shows to be counted."""
+        if "left" in self._warned or self._has_positions(frame):
+            return
+        turned = is_rotated(core_of(self._model), site.place.module)
+        if turned or has_bare_table(self._model):
             self._warn_left()
 
     # What is said, once for each capture.
 
-    def _warn(self, what: str, said: str) -> None:
-        if what in self._warned:
+    def _warn(self, what: str, said: str | None) -> None:
+        if said is None or what in self._warned:
             return
         self._warned.add(what)
         warn(said)

@@ -1,0 +1,66 @@
+"""Find modules that are given queries or keys behind a rotary embedding.
+
+# NOTE [What depends on positions by itself]
+A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
+scores, such as a norm of the queries, is given vectors that are turned by their own position: they
+differ if padding is counted. No value tells that, so the source of the attention does: what it
+assigns from `apply_rotary_pos_emb` and its like, and hands to a module.
+"""
+
+import ast
+import functools
+import inspect
+import textwrap
+
+from torch import nn
+
+
+def is_rotated(core: nn.Module, place: nn.Module) -> bool:
+    """Return whether a module of a model is given what a rotary embedding has turned."""
+    return any(
+        child is place and name in _rotated_in(type(module))
+        for module in core.modules()
+        for name, child in module.named_children()
+    )
+
+
+@functools.lru_cache
+def _rotated_in(kind: type[nn.Module]) -> frozenset[str]:
+    """List the attributes of a module that its forward calls on what was turned."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    turned: set[str] = set()
+    found: set[str] = set()
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    for node in sorted(assigned, key=lambda each: each.lineno):
+        targets, given = _names(node.targets[0]), _names(node.value)
+        if _turns(node.value):
+            turned |= targets
+        elif given & turned:
+            found |= _called_on(turned, node.value)
+        else:
+            turned -= targets
+    return frozenset(found)
+
+
+def _turns(value: ast.expr) -> bool:
+    function = value.func if isinstance(value, ast.Call) else None
+    return isinstance(function, ast.Name) and function.id.startswith("apply_rot")
+
+
+def _called_on(turned: set[str], value: ast.expr) -> set[str]:
+    """List the attributes of `self` that are called on a name that was turned."""
+    return {
+        node.func.attr
+        for node in ast.walk(value)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and _names(node.func.value) == {"self"}
+        and any(_names(each) & turned for each in node.args)
+    }
+
+
+def _names(tree: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
