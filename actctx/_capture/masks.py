@@ -39,7 +39,7 @@ from actctx._model.absolute_positions import (
 )
 from actctx._model.axes import position_dims
 from actctx._model.known_faults import decoder_fault, mask_fault, warn
-from actctx._model.rotated import is_rotated
+from actctx._model.turned import depends_on_positions
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._select.own import TokenRows
@@ -415,8 +415,8 @@ class Padding:
         """Warn of padding on the left that no table shows to be counted."""
         if "left" in self._warned or self._has_positions(frame):
             return
-        turned = is_rotated(core_of(self._model), site.place.module)
-        if turned or has_bare_table(self._model):
+        by_itself = depends_on_positions(core_of(self._model), site.place)
+        if by_itself or has_bare_table(self._model):
             self._warn_left()
 
     # What is said, once for each capture.

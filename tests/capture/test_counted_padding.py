@@ -88,6 +88,18 @@ def test_norms_before_rotary_embeddings_do_not_warn(norm):
     torch.testing.assert_close(acts.tensor, alone(model, site, ids), atol=1e-5, rtol=1e-5)
 
 
+def test_rotary_tables_of_each_sequence_warn_of_padding_on_the_left():
+    rotary = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+    sizes = {name: size for name, size in _SIZES.items() if name != "pad_token_id"}
+    config = transformers.Qwen3VLTextConfig(**sizes, rope_parameters=rotary)
+    model = transformers.Qwen3VLTextModel(config).eval()
+    with (
+        pytest.warns(UserWarning, match="padded on the left"),
+        capture(model, "rotary_emb", mask="attention"),
+    ):
+        model(padded_left(tokens(3)), attention_mask=MASK.long())
+
+
 @pytest.fixture
 def fsmt():
     sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
@@ -97,7 +109,11 @@ def fsmt():
         tgt_vocab_size=VOCAB,
         d_model=32,
         max_position_embeddings=64,
-        **{f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in sides.items()},
+        **{
+            f"{side}_{name}": size
+            for side in ("encoder", "decoder")
+            for name, size in sides.items()
+        },
     )
     torch.manual_seed(0)
     return transformers.FSMTForConditionalGeneration(config).eval()

@@ -11,8 +11,15 @@ import architectures
 from architectures import WRONG, apart, bridge, inputs, plain, run
 from grown import Matrix
 
+_TURNED = ["blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_rot_k"]
+_JOINT = ["blocks.0.attn.qkv.hook_in", "blocks.0.attn.qkv.hook_out"]
 NEVER = {
-    "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out"],
+    **dict.fromkeys(["Gemma4ForCausalLM", "GPTJForCausalLM", "NanoChatForCausalLM"], _TURNED),
+    **dict.fromkeys(["GPTNeoXForCausalLM", "FalconForCausalLM"], [*_TURNED, *_JOINT]),
+    **dict.fromkeys(["CodeGenForCausalLM", "Phi3ForCausalLM"], [*_TURNED, *_JOINT]),
+    **dict.fromkeys(["GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM"], _JOINT),
+    "LlamaForCausalLM": ["rotary_emb.hook_out", "blocks.0.attn.hook_hidden_states"],
+    "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out", *_JOINT],
     "LEDForConditionalGeneration": [
         "encoder_blocks.0.attn.hook_pattern",
         "decoder_blocks.1.self_attn.hook_attn_scores",

@@ -1,4 +1,4 @@
-"""Find modules that are given queries or keys behind a rotary embedding.
+"""Find places whose values depend on positions by themselves: rotary tables, and what they turn.
 
 # NOTE [What depends on positions by itself]
 A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
@@ -10,22 +10,28 @@ assigns from `apply_rotary_pos_emb` and its like, and hands to a module.
 import ast
 import functools
 import inspect
+import re
 import textwrap
 
 from torch import nn
 
+from actctx._model.places import Place
 
-def is_rotated(core: nn.Module, place: nn.Module) -> bool:
-    """Return whether a module of a model is given what a rotary embedding has turned."""
-    return any(
-        child is place and name in _rotated_in(type(module))
+
+_NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
+
+
+def depends_on_positions(core: nn.Module, place: Place) -> bool:
+    """Return whether a place of a model holds a rotary table, or what one has turned."""
+    return bool(_NAMED.search(place.name)) or any(
+        child is place.module and name in _turned_in(type(module))
         for module in core.modules()
         for name, child in module.named_children()
     )
 
 
 @functools.lru_cache
-def _rotated_in(kind: type[nn.Module]) -> frozenset[str]:
+def _turned_in(kind: type[nn.Module]) -> frozenset[str]:
     """List the attributes of a module that its forward calls on what was turned."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
