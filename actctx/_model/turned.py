@@ -12,11 +12,11 @@ import functools
 import inspect
 import re
 import textwrap
+from typing import Any
 
 from torch import nn
 
 from actctx._model.places import Place
-
 
 _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 
@@ -31,7 +31,7 @@ def depends_on_positions(core: nn.Module, place: Place) -> bool:
 
 
 @functools.lru_cache
-def _turned_in(kind: type[nn.Module]) -> frozenset[str]:
+def _turned_in(kind: Any) -> frozenset[str]:
     """List the attributes of a module that its forward calls on what was turned."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))

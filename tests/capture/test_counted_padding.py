@@ -103,17 +103,14 @@ def test_rotary_tables_of_each_sequence_warn_of_padding_on_the_left():
 @pytest.fixture
 def fsmt():
     sides = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
+    sizes = {f"{of}_{name}": sides[name] for of in ("encoder", "decoder") for name in sides}
     config = transformers.FSMTConfig(
         langs=["en", "de"],
         src_vocab_size=VOCAB,
         tgt_vocab_size=VOCAB,
         d_model=32,
         max_position_embeddings=64,
-        **{
-            f"{side}_{name}": size
-            for side in ("encoder", "decoder")
-            for name, size in sides.items()
-        },
+        **sizes,
     )
     torch.manual_seed(0)
     return transformers.FSMTForConditionalGeneration(config).eval()

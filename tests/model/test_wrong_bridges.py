@@ -14,10 +14,16 @@ from grown import Matrix
 _TURNED = ["blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_rot_k"]
 _JOINT = ["blocks.0.attn.qkv.hook_in", "blocks.0.attn.qkv.hook_out"]
 NEVER = {
-    **dict.fromkeys(["Gemma4ForCausalLM", "GPTJForCausalLM", "NanoChatForCausalLM"], _TURNED),
-    **dict.fromkeys(["GPTNeoXForCausalLM", "FalconForCausalLM"], [*_TURNED, *_JOINT]),
-    **dict.fromkeys(["CodeGenForCausalLM", "Phi3ForCausalLM"], [*_TURNED, *_JOINT]),
-    **dict.fromkeys(["GPT2LMHeadModel", "BloomForCausalLM", "MptForCausalLM"], _JOINT),
+    "Gemma4ForCausalLM": _TURNED,
+    "GPTJForCausalLM": _TURNED,
+    "NanoChatForCausalLM": _TURNED,
+    "GPTNeoXForCausalLM": [*_TURNED, *_JOINT],
+    "FalconForCausalLM": [*_TURNED, *_JOINT],
+    "CodeGenForCausalLM": [*_TURNED, *_JOINT],
+    "Phi3ForCausalLM": [*_TURNED, *_JOINT],
+    "GPT2LMHeadModel": _JOINT,
+    "BloomForCausalLM": _JOINT,
+    "MptForCausalLM": _JOINT,
     "LlamaForCausalLM": ["rotary_emb.hook_out", "blocks.0.attn.hook_hidden_states"],
     "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out", *_JOINT],
     "LEDForConditionalGeneration": [
