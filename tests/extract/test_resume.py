@@ -20,7 +20,7 @@ from actctx import DataError, Site
 from actctx._extract.inputs import Batch
 from actctx._extract.writer import commit_seconds
 from actctx._model.fingerprint import describe_model
-from actctx._store.destination import Target
+from actctx._store.contents import Contents
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
@@ -37,13 +37,13 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 writer._COMMIT_BYTES = 10_000
-append = writer.Target.append
+append = writer.Contents.append
 
 def told(self, batches):
     append(self, batches)
     print("committed", flush=True)
 
-writer.Target.append = told
+writer.Contents.append = told
 
 def batches():
     print("begun", flush=True)
@@ -195,7 +195,7 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 
-append, model = writer.Target.append, bridge()
+append, model = writer.Contents.append, bridge()
 
 def slow(self, batches):
     print("committing", flush=True)
@@ -206,12 +206,12 @@ def run():
     batches = [tokens(5, 7, seed) for seed in range(6)]
     return extract(model, batches, {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
 
-writer.Target.append = slow
+writer.Contents.append = slow
 try:
     run()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-writer.Target.append = append
+writer.Contents.append = append
 run()
 time.sleep(1)  # for what would still be written
 """
@@ -287,7 +287,7 @@ def killed_before_the_note(out, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._store.destination.Target.note_finished", dies)
+        patch.setattr("actctx._store.contents.Contents.record_finished", dies)
         with pytest.raises(KeyboardInterrupt):
             unbroken(out, 3, max_tokens=70)
     assert (len(Read(out)), Read(out).layout.finished) == (70, False)
@@ -612,7 +612,7 @@ def test_what_has_no_rows_fixes_nothing(out, tmp_path, monkeypatch, names):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._store.destination.Target.append", fails)
+        patch.setattr("actctx._store.contents.Contents.append", fails)
         refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
     assert len(Read(out)) == 0
     options = {"drop": {"token": [0]}, "dtype": torch.bfloat16}
@@ -750,7 +750,7 @@ def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, m
     unbroken(out, 3)
     second = lance.dataset(str(out)).version
     time.sleep(1.1)
-    monkeypatch.setattr("actctx._store.destination._KEPT", timedelta(seconds=1))
+    monkeypatch.setattr("actctx._store.contents._KEPT", timedelta(seconds=1))
     unbroken(out, 4)
     kept = [version["version"] for version in lance.dataset(str(out)).versions()]
     assert first not in kept
@@ -801,7 +801,7 @@ def test_a_directory_that_cannot_be_written_to_is_named(out, monkeypatch, number
 
 
 def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
-    append, read, seen = Target.append, [], []
+    append, read, seen = Contents.append, [], []
 
     def slow(self, rows):
         while not seen or len(read) > seen[-1]:
@@ -814,7 +814,7 @@ def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
             read.append(batch)
             yield batch
 
-    monkeypatch.setattr(Target, "append", slow)
+    monkeypatch.setattr(Contents, "append", slow)
     extract(bridge(), counted(), [RESID, Z], out)
     assert max(seen) <= 12  # 4 and 4 that wait, and those that are being read, run and written
     assert len(Read(out)) == BATCHES * 35
