@@ -7,7 +7,7 @@ import torch
 from stored import lance, pa, tokens, write
 
 from actctx import DataError, OptionError
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.validation import check_columns
 from actctx.dataset import ActivationDataset
 
@@ -84,10 +84,10 @@ def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
     with pytest.raises(DataError) as caught:
         ActivationDataset(path, where="position > 3")
     assert str(caught.value).startswith(f"rows of '{path}' cannot be read: ")
-    target = Target(path)
+    destination = Destination(path)
     with pytest.raises(DataError, match="cannot be read: "):
-        next(target.stored())
-    target.release()
+        next(destination.contents.origins())
+    destination.release()
 
 
 def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
@@ -158,7 +158,7 @@ def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
     lance.dataset(path).update({"token": "null"}, where="position = 3")
     with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32"):
         ActivationDataset(path)[:]
-    target = Target(path)
+    destination = Destination(path)
     with pytest.raises(DataError, match="cannot be read: rows have nothing in its column 'token'"):
-        next(target.stored())
-    target.release()
+        next(destination.contents.origins())
+    destination.release()
