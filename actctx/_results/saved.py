@@ -226,7 +226,10 @@ def _statistic(
     found = said["statistic"]
     parts = {part: tensors[name] for part, name in found["parts"].items()}
     axes, sizes = tuple(_text(found["axes"]).split()), tuple(said["sizes"])
-    return SavedSite(names, axes, sizes, statistic=of_state({**found["rest"], **parts}))
+    statistic = of_state({**found["rest"], **parts})
+    if not isinstance(statistic, Statistic):
+        raise TypeError
+    return SavedSite(names, axes, sizes, statistic=statistic)
 
 
 def _text(value: object) -> str:

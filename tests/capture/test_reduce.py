@@ -168,7 +168,10 @@ def test_places_of_a_pattern_are_those_of_its_queries(gpt2, ids):
 
 def test_places_of_real_tokens_are_those_that_positions_tells(gpt2):
     options = {"mask": "attention"}
-    with capture(gpt2, RESID, **options) as kept, capture(gpt2, RESID, reduce=Seen(), **options) as acts:
+    with (
+        capture(gpt2, RESID, **options) as kept,
+        capture(gpt2, RESID, reduce=Seen(), **options) as acts,
+    ):
         for seed in range(2):
             gpt2(tokens(seed=seed), attention_mask=RIGHT)
     seen = acts[RESID].observations
