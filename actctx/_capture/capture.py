@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from actctx._capture.axis_layout import axes_before
 from actctx._capture.opening import B, Opening, Scope
-from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
+from actctx._capture.settled import check_capacity, checked_mask, watch_site
+from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import (
     CaptureStateError,
     HookNameError,
