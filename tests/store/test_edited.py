@@ -115,6 +115,17 @@ def test_a_file_of_deleted_rows_that_is_another_is_not_read(tmp_path):
         ActivationDataset(path)[:]
 
 
+def test_a_file_of_deleted_rows_that_says_a_buffer_is_longer_than_memory_is_not_read(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    lance.dataset(path).delete("position = 5")
+    (file,) = (path / "_deletions").iterdir()
+    found = file.read_bytes()
+    nulls = found.index(b"\xff" * 9)  # the length of a bitmap that is not compressed, and its bits
+    file.write_bytes(found[: nulls + 7] + b"\x7f" + found[nulls + 8 :])
+    with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
+        ActivationDataset(path)[:]
+
+
 def test_columns_of_one_name_are_said():
     twice = pa.schema([("token", pa.int32()), ("label", pa.int64()), ("label", pa.string())])
     with pytest.raises(ValueError, match=r"^it has several columns 'label'$"):
