@@ -54,8 +54,8 @@ def test_an_unknown_module(mlp):
 def test_a_hook_name_that_another_architecture_has():
     assert _said(capture, bridge("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid") == (
         "no hook point matches 'blocks.0.hook_resid_mid'; closest: 'blocks.0.hook_resid_pre', "
-        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has names that "
-        "end so, but this architecture may not (see actctx.hook_names(model))"
+        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has names with "
+        "this ending, but this architecture may not (see actctx.hook_names(model))"
     )
     plain = _said(capture, huggingface("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid")
     assert "but this architecture may not, or only in a TransformerBridge (see" in plain
@@ -89,8 +89,8 @@ def test_a_firing_that_is_no_number():
 def test_a_model_of_a_decorated_call_that_is_none():
     decorated = captures("block", model="model")(lambda: None)
     assert _said(decorated) == (
-        "@captures(..., model='model') is no model; give one, or what finds it among the arguments "
-        "of a call, as in model=lambda self, *args, **kwargs: self.model"
+        "@captures(..., model='model') is not a model; give one, or a function that finds it among "
+        "the arguments of a call, as in model=lambda self, *args, **kwargs: self.model"
     )
 
 
@@ -110,7 +110,7 @@ def test_a_pattern_that_matches_nothing(gpt2):
 
 def test_names_that_ask_for_nothing(gpt2):
     assert _said(capture, gpt2, []) == (
-        "no hook point was asked for: the names are empty, or the predicate accepts none (see "
+        "no hook point was requested: the names are empty, or the predicate accepts none (see "
         "actctx.hook_names(model))"
     )
 
@@ -133,21 +133,21 @@ def test_an_alias_of_several_places_that_is_read_as_one(gpt2):
     acts = _run(gpt2, {"resid": "*hook_resid_post"})
     several = "'resid.blocks.0.hook_resid_post', 'resid.blocks.1.hook_resid_post'"
     assert _said(acts.__getitem__, "resid") == (
-        f"nothing was captured from 'resid': it means 2 of the captured sites, so read one of "
+        "nothing was captured from 'resid': it matches 2 of the captured sites, so read one of "
         f"{several}, or acts.stack('resid') for its layers"
     )
     with pytest.raises(AttributeError) as caught:
         acts.resid  # noqa: B018
     assert str(caught.value) == (
-        f"'resid' stands for several sites, so read acts.stack('resid') or one of {several}"
+        f"'resid' matches several sites, so read acts.stack('resid') or one of {several}"
     )
 
 
 @pytest.mark.parametrize("alias", ["tensor", "items", "save", "to"])
 def test_an_alias_that_the_buffer_has_already(gpt2, alias):
     assert _said(capture, gpt2, {alias: RESID}) == (
-        f"the alias {alias!r} is an attribute that the buffer has already, so acts.{alias} could "
-        "not read the site; give another alias"
+        f"the alias {alias!r} is already an attribute of the buffer, so acts.{alias} could not "
+        "read the site; give another alias"
     )
 
 
@@ -162,7 +162,7 @@ def test_a_module_that_is_named_like_an_attribute_of_the_buffer_is_captured():
 def test_one_place_with_two_sets_of_options(gpt2):
     glob = "blocks.*.hook_resid_post"
     assert _said(capture, gpt2, [Site(glob, slice=0), Site(RESID, slice=1)]) == (
-        "'blocks.1.hook_resid_post' is asked for twice with different options; name each with a "
+        "'blocks.1.hook_resid_post' is requested twice with different options; name each with a "
         "mapping, such as {'first': Site('blocks.*.hook_resid_post', ...), 'second': "
         "Site('blocks.1.hook_resid_post', ...)}"
     )
@@ -187,8 +187,8 @@ def test_an_io_that_is_neither():
 
 def test_axes_that_name_one_twice():
     assert _said(Site, RESID, axes="pos pos") == (
-        "Site(axes='pos pos') names an axis twice; give each axis a name of its own, in their "
-        "order, as in axes='batch pos d_model'"
+        "Site(axes='pos pos') names an axis twice; give each axis its own name, in order, as in "
+        "axes='batch pos d_model'"
     )
 
 
@@ -304,7 +304,7 @@ def test_what_does_not_select(gpt2):
 def test_a_site_that_fires_with_other_axes_than_were_named(mlp):
     assert _said(_run, mlp, Site("block", axes="batch pos head d_head")) == (
         "'block' fired with the shape (3, 7, 8), but Site(axes='batch pos head d_head') names 4 "
-        "axes; name each axis that it has"
+        "axes; name all axes that it has"
     )
 
 
@@ -326,19 +326,19 @@ def test_entering_twice(gpt2):
     opened = capture(gpt2, RESID)
     with opened:
         assert _said(opened.__enter__) == (
-            "this capture is open already; leave its block first, or make another capture"
+            "this capture is already open; leave its block first, or create another capture"
         )
 
 
 def test_reading_from_a_capture_instead_of_its_buffer(gpt2):
     assert _said(capture(gpt2, RESID).__getitem__, RESID) == (
-        "a capture holds nothing under 'blocks.1.hook_resid_post'; what it captures is in the "
-        "buffer: `with capture(...) as acts`"
+        "a capture has no item 'blocks.1.hook_resid_post'; captured tensors are in the buffer: "
+        "`with capture(...) as acts`"
     )
     with pytest.raises(AttributeError) as caught:
         capture(gpt2, RESID).tensor  # noqa: B018
     assert str(caught.value) == (
-        "a capture has no 'tensor'; what it captures is in the buffer: `with capture(...) as acts`"
+        "a capture has no 'tensor'; captured tensors are in the buffer: `with capture(...) as acts`"
     )
 
 
@@ -382,8 +382,8 @@ def test_a_module_that_was_not_called(mlp):
 
 def test_a_list_of_modules(llama):
     assert _said(_run, llama, "model.layers") == (
-        "'model.layers' never fired in 1 forward: a ModuleList is never called itself; capture "
-        "what it holds: 'model.layers.*'"
+        "'model.layers' never fired in 1 forward: a ModuleList is never called itself; capture the "
+        "modules inside it: 'model.layers.*'"
     )
 
 
@@ -403,9 +403,9 @@ def test_a_stopped_output(mlp, ids):
     with capture(mlp, "block", stop=True):
         output = mlp(ids)
     assert _said(lambda: output.logits) == (
-        "this forward of Mlp was stopped after 'block', the last site that was asked for, so it "
-        "has no output; to use the output, or to call generate(), run_with_cache() or a parent "
-        "module, capture with stop=False"
+        "this forward of Mlp was stopped after 'block', the last requested site, so it has no "
+        "output; to use the output, or to call generate(), run_with_cache() or a parent module, "
+        "capture with stop=False"
     )
 
 
@@ -447,7 +447,7 @@ def test_an_attribute_that_is_not_there(gpt2):
 def test_one_tensor_of_several(gpt2):
     acts = _run(gpt2, "*hook_resid_post")
     assert _said(lambda: acts.tensor) == (
-        "acts.tensor is for exactly one site, but 2 were captured: 'blocks.0.hook_resid_post', "
+        "acts.tensor needs exactly one site, but 2 were captured: 'blocks.0.hook_resid_post', "
         "'blocks.1.hook_resid_post'; read acts[name]"
     )
 
@@ -463,15 +463,15 @@ def test_one_tensor_of_none(gpt2):
 def test_a_stack_of_lists(gpt2):
     acts = _run(gpt2, RESID, join=None)
     assert _said(acts.stack, "hook_resid_post") == (
-        "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the tensors "
-        "of the lists yourself"
+        "acts.stack(name) needs joined forwards, but join=None keeps lists; stack the tensors of "
+        "the lists yourself"
     )
 
 
 def test_one_tensor_of_lists(gpt2):
     acts = _run(gpt2, RESID, join=None)
     assert _said(lambda: acts.tensor) == (
-        "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+        "acts.tensor needs joined forwards, but join=None keeps a list; read acts[name]"
     )
 
 
@@ -479,7 +479,7 @@ def test_several_firings():
     acts = _run(Mlp(twice=True), "block")
     assert _said(acts.__getitem__, "block") == (
         "'block' fired 2 times in one forward, so it is not one tensor; acts.firings('block') "
-        "has them all, and Site('block', firing=-1) keeps the last"
+        "returns all of them, and Site('block', firing=-1) keeps the last"
     )
 
 
@@ -523,13 +523,13 @@ def test_an_axis_to_join_along_that_is_gone(gpt2):
 def test_a_stack_of_nothing(gpt2):
     acts = _run(gpt2, RESID)
     assert _said(acts.stack, "hook_resid_pre") == (
-        "no captured site is 'hook_resid_pre' in some layer; closest: 'hook_resid_post'; the "
+        "no captured site is 'hook_resid_pre' within a layer; closest: 'hook_resid_post'; the "
         "captured names are 'blocks.1.hook_resid_post'; give a name within a layer, as in "
         "stack('attn.hook_z'), or a pattern of whole names, as in stack('model.layers.*')"
     )
     assert _said(acts.stack, RESID) == (
-        "'blocks.1.hook_resid_post' is one site, but layers are to be put side by side; give a "
-        "name within a layer, such as 'hook_resid_post'"
+        "'blocks.1.hook_resid_post' is one site, but stacking needs layers; give a name within a "
+        "layer, such as 'hook_resid_post'"
     )
 
 
@@ -561,7 +561,7 @@ def test_saving_nothing(tmp_path):
 def test_saving_lists(gpt2, tmp_path):
     acts = _run(gpt2, RESID, join=None)
     assert _said(acts.save, tmp_path / "x") == (
-        "acts.save(path) writes one tensor a site, but join=None keeps a list of them; capture "
+        "acts.save(path) writes one tensor per site, but join=None keeps a list of them; capture "
         "with join='batch', or save the tensors of the lists yourself"
     )
 
@@ -575,8 +575,8 @@ def test_a_decorator_without_names(gpt2):
         return model
 
     assert _said(study, gpt2) == (
-        "@captures wants to decorate a function but got a TransformerBridge; name what to "
-        "capture, as in @captures('blocks.0.hook_resid_post')"
+        "@captures decorates a function, but got a TransformerBridge; give the names to capture "
+        "first, as in @captures('blocks.0.hook_resid_post')"
     )
 
 
@@ -617,8 +617,8 @@ def test_two_buffers_compared_with_an_operator(gpt2):
     first, second = _run(gpt2, RESID), _run(gpt2, RESID)
     for other in (second, dict(second)):
         assert _said(lambda other=other: first == other) == (
-            "buffers are not compared with ==, since tensors have no one truth value; compare "
-            "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+            "buffers cannot be compared with ==, since a tensor does not have a single truth "
+            "value; compare their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
             "atol=0), or one with torch.equal(acts[name], other[name])"
         )
         torch.testing.assert_close(first, other, rtol=0, atol=0)
@@ -644,19 +644,19 @@ def test_a_buffer_whose_forwards_left_nothing(gpt2):
 
 def test_a_pattern_of_what_is_switched_off(gpt2):
     assert _said(capture(gpt2, ["hook_result", "hook_z"]).__enter__) == (
-        "'hook_result' would never fire, since it means only 'blocks.0.attn.hook_result', "
-        "'blocks.1.attn.hook_result': use_attn_result is off: call "
-        "model.set_use_attn_result(True) first"
+        "'hook_result' would never fire, since it matches only 'blocks.0.attn.hook_result', "
+        "'blocks.1.attn.hook_result': use_attn_result is off: call model.set_use_attn_result(True) "
+        "first"
     )
     off = capture(gpt2, lambda name: name.endswith("hook_mlp_in"))
-    assert _said(off.__enter__).startswith("what was asked for would never fire, since it means ")
+    assert _said(off.__enter__).startswith("the request would never fire, since it matches ")
 
 
 def test_a_name_of_several_captured_sites(gpt2):
     acts = _run(gpt2, "hook_z")
     for name in ("hook_z", "attn.hook_z", "blocks.*.attn.hook_z", "blocks.[0-1].**"):
         assert _said(acts.__getitem__, name) == (
-            f"nothing was captured from {name!r}: it means 2 of the captured sites, so read one of "
-            f"'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
+            f"nothing was captured from {name!r}: it matches 2 of the captured sites, so read one "
+            f"of 'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
             "layers"
         )

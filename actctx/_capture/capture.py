@@ -300,7 +300,7 @@ class Capture(Generic[B]):
     def _begin(self, scope: Scope) -> B:
         if self._opening is not None:
             raise CaptureStateError(
-                "this capture is open already; leave its block first, or make another capture"
+                "this capture is already open; leave its block first, or create another capture"
             )
         opening = self.prepared(scope)
         try:
@@ -313,14 +313,14 @@ class Capture(Generic[B]):
 
     def __getattr__(self, name: str) -> Never:
         raise AttributeError(
-            f"a capture has no {name!r}; what it captures is in the buffer: "
-            "`with capture(...) as acts`"
+            f"a capture has no {name!r}; captured tensors are in the buffer: `with capture(...) as "
+            "acts`"
         )
 
     def __getitem__(self, name: object) -> Never:
         raise CaptureStateError(
-            f"a capture holds nothing under {name!r}; what it captures is in the buffer: "
-            "`with capture(...) as acts`"
+            f"a capture has no item {name!r}; captured tensors are in the buffer: `with "
+            "capture(...) as acts`"
         )
 
     def __repr__(self) -> str:
@@ -401,10 +401,10 @@ def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
     for pattern, silent in off.items():
         if pattern in awake or (pattern is None and awake):
             continue
-        asked = "what was asked for" if pattern is None else repr(pattern)
+        asked = "the request" if pattern is None else repr(pattern)
         names = shortened([site.shown for site in silent])
         reason = why_it_never_fires(model, silent[0].place)
-        raise NeverFiredError(f"{asked} would never fire, since it means only {names}: {reason}")
+        raise NeverFiredError(f"{asked} would never fire, since it matches only {names}: {reason}")
 
 
 def _check_alias(request: Request) -> None:
@@ -412,6 +412,6 @@ def _check_alias(request: Request) -> None:
     alias = request.key.partition(".")[0]
     if request.key not in request.place.names and hasattr(Activations, alias):
         raise HookNameError(
-            f"the alias {alias!r} is an attribute that the buffer has already, so "
-            f"acts.{alias} could not read the site; give another alias"
+            f"the alias {alias!r} is already an attribute of the buffer, so acts.{alias} could not "
+            "read the site; give another alias"
         )

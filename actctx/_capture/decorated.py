@@ -112,16 +112,15 @@ def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
         shown = repr(wanted) if isinstance(wanted, str) else "names"
         given = ", ".join(type(each).__name__ for each in (names, *misplaced))
         raise OptionError(
-            f"@captures takes the names alone, and all else by keyword, but got ({given}); write "
-            f"@captures({shown}, model=model), or leave the model out where it is an argument of "
-            "the calls"
+            f"@captures takes only the names by position, but got ({given}); write "
+            f"@captures({shown}, model=model), or omit the model if it is an argument of the calls"
         )
     if inspect.isfunction(names) and names.__name__ != "<lambda>":
         parameters = inspect.signature(names).parameters
         if len(parameters) != 1:
             raise OptionError(
-                f"@captures got the function {names.__name__!r} for the names to capture; name "
-                "them, as in @captures('blocks.0.hook_resid_post')"
+                f"@captures got the function {names.__name__!r} instead of the names to capture; "
+                "give names, as in @captures('blocks.0.hook_resid_post')"
             )
 
 
@@ -129,8 +128,8 @@ def check_function(function: Any) -> None:
     """Refuse what cannot be wrapped, and say what to do instead."""
     if isinstance(function, nn.Module):
         raise OptionError(
-            f"@captures wants to decorate a function but got a {type(function).__name__}; name "
-            "what to capture, as in @captures('blocks.0.hook_resid_post')"
+            f"@captures decorates a function, but got a {type(function).__name__}; give the names "
+            "to capture first, as in @captures('blocks.0.hook_resid_post')"
         )
     if isinstance(function, type):
         raise OptionError(
@@ -187,7 +186,7 @@ def _buffer_parameter(
     hint = hints.get("acts")
     if isinstance(hint, type) and issubclass(hint, Activations | Schema):
         raise OptionError(
-            f"the parameter 'acts' is annotated {hint.__name__}, but what it receives here is "
+            f"the parameter 'acts' is annotated {hint.__name__}, but it receives "
             f"{handed.__name__}; annotate it so"
         )
     return "acts"
@@ -198,8 +197,9 @@ def _check_readable(function: Any, hints: Mapping[str, Any]) -> None:
     for name, hint in hints.items():
         if isinstance(hint, str) and "Tensor" in hint:
             raise OptionError(
-                f"the annotation {hint} of {name!r} cannot be read, so it could not be held to a "
-                f"Schema; import what it names where the module of {_name_of(function)} can see it"
+                f"the annotation {hint} of {name!r} cannot be read, so it could not be checked "
+                f"against a Schema; import what it names where the module of {_name_of(function)} "
+                "can see it"
             )
 
 
@@ -222,8 +222,9 @@ def model_of(
         return model(*args, **kwargs)
     if model is not None:
         raise OptionError(
-            f"@captures(..., model={model!r}) is no model; give one, or what finds it among the "
-            "arguments of a call, as in model=lambda self, *args, **kwargs: self.model"
+            f"@captures(..., model={model!r}) is not a model; give one, or a function that finds "
+            "it among the arguments of a call, as in model=lambda self, *args, **kwargs: "
+            "self.model"
         )
     for value in arguments.values():
         nested = value if isinstance(value, tuple) else (value,)

@@ -67,7 +67,7 @@ class StopForward(Exception):  # noqa: N818  a signal, not an error; torch only 
     """Unwinds a forward whose rest nobody needs, up to its outermost frame."""
 
     def __init__(self, frame: "Frame", site: str) -> None:
-        super().__init__("actctx stopped this forward early, which its caller catches")
+        super().__init__("actctx stopped this forward early; its caller catches this")
         self.frame = frame
         self.site = site
 
@@ -304,14 +304,14 @@ class Stopped:
 
     def __repr__(self) -> str:
         model, site = self.__dict__["_why"]
-        return f"<Stopped: {model}.forward ended after {site!r}, as capture(stop=True) asked>"
+        return f"<Stopped: {model}.forward ended after {site!r}, as capture(stop=True) requested>"
 
     def _refuse(self, *_args: object, **_kwargs: object) -> Never:
         model, site = self.__dict__["_why"]
         raise StoppedError(
-            f"this forward of {model} was stopped after {site!r}, the last site that was asked "
-            "for, so it has no output; to use the output, or to call generate(), "
-            "run_with_cache() or a parent module, capture with stop=False"
+            f"this forward of {model} was stopped after {site!r}, the last requested site, so it "
+            "has no output; to use the output, or to call generate(), run_with_cache() or a "
+            "parent module, capture with stop=False"
         )
 
     def __getattr__(self, name: str) -> Never:

@@ -96,11 +96,11 @@ class _SiteHook:
         """
         if module is not self._module():
             raise CaptureStateError(
-                f"a shallow copy of the {type(module).__name__} that is captured ran, as a replica "
-                "of DataParallel is one; it shares the forward and the hooks of the original, so "
+                f"a shallow copy of the {type(module).__name__} that is captured ran, such as a "
+                "replica of DataParallel; it shares the forward and the hooks of the original, so "
                 "it can neither be captured nor run by itself; capture from the module that "
-                "DataParallel wraps, on one device, or run one process a device; elsewhere use "
-                "copy.deepcopy"
+                "DataParallel wraps, on one device, or run one process per device; for other "
+                "copies use copy.deepcopy"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:

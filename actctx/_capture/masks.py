@@ -252,16 +252,15 @@ class Padding:
             return _Given(as_mask(self._asked), before)
         if frame is None:
             raise OptionError(
-                f"mask='attention' takes the attention_mask of a forward of "
+                "mask='attention' uses the attention_mask of a forward of "
                 f"{type(self._model).__name__}, but a part of it that holds {site.place.name!r} "
-                "was called by itself, as generate() calls an encoder; capture from that part, as "
-                "in capture(model.encoder, ...), or give capture the mask itself"
+                "was called directly, as generate() calls an encoder; capture from that part, as "
+                "in capture(model.encoder, ...), or pass the mask to capture"
             )
         if side == "tower":
             raise SelectionError(
-                f"{site.shown} runs on pictures or sound, not on the tokens that the forward's "
-                "attention_mask is for; capture it without mask=, or give capture a mask of its "
-                "own positions"
+                f"{site.shown} runs on images or sound, not on the tokens of the forward's "
+                "attention_mask; capture it without mask=, or pass a mask of its own positions"
             )
         if side == "shared":
             return self._given_of_either(site, shape, frame)
@@ -271,9 +270,9 @@ class Padding:
         if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
-                f"mask='attention' takes the forward's {name}, but this forward of "
-                f"{type(self._model).__name__} got none; pass it to the model, or give capture the "
-                "mask itself"
+                f"mask='attention' uses the forward's {name}, but this forward of "
+                f"{type(self._model).__name__} was given none; pass it to the model, or pass the "
+                "mask to capture"
             )
         return self._aligned(mask, site, side, shape, frame)
 
@@ -288,9 +287,9 @@ class Padding:
                 continue
         if not fitting or any(not torch.equal(each.real, fitting[0].real) for each in fitting):
             raise SelectionError(
-                f"{site.shown} is run by the encoder and the decoder, and its {shape[1]} positions "
-                f"do not tell by which; give a decoder_attention_mask and sequences of another "
-                "length, or capture from a module of one of them"
+                f"{site.shown} is run by both the encoder and the decoder, and its {shape[1]} "
+                "positions do not determine which one; give a decoder_attention_mask and "
+                "sequences of another length, or capture from a module of one of them"
             )
         return fitting[0]
 
@@ -341,8 +340,7 @@ class Padding:
             why = f", and {holds}" if width > pos else ""
             raise SelectionError(
                 f"{site.shown} has {pos} positions, but the forward's mask has {width}{why}: they "
-                "count different things; capture it without mask=, or give capture a mask of its "
-                "positions"
+                "count different things; capture it without mask=, or pass a mask of its positions"
             )
         return _Given(given if frames is None else frames, 0)
 
@@ -423,7 +421,7 @@ class Padding:
 
     def _warn_left(self) -> None:
         takes = "position_ids" in _parameters(self._model)
-        ids = ", or pass position_ids that begin at each first token" if takes else ""
+        ids = ", or pass position_ids that start at the first token of each" if takes else ""
         self._warn(
             "left",
             f"the sequences are padded on the left, and {type(self._model).__name__} counts the "
@@ -435,8 +433,8 @@ class Padding:
         self._tells_slices = False
         self._warn(
             "slice",
-            "a slice along 'pos' selects padding of a forward that was given a mask; capture with "
-            "mask='attention', so that positions count real tokens, of which -1 is the last",
+            "a slice along 'pos' selects padding, by the mask that the forward was given; capture "
+            "with mask='attention', so that positions count real tokens and -1 is the last",
         )
 
     def warn_positions(self, site: WatchedSite) -> None:
@@ -444,19 +442,19 @@ class Padding:
         if self._side(site, None) != "tower" and reads_tokens(core_of(self._model)):
             self._warn(
                 "positions",
-                f"{site.shown} has not one position for each token of the forward, so a slice "
-                "along 'pos' may select what the model adds, such as padding to a multiple, or "
-                "patches; look at the whole site first, or select by position with a tuple, as in "
-                "slice=np.s_[:, -1], which says nothing of tokens",
+                f"{site.shown} does not have one position per token of the forward, so a slice "
+                "along 'pos' may select what the model adds, such as patches or padding to a "
+                "multiple; look at the whole site first, or select by position with a tuple, as "
+                "in slice=np.s_[:, -1], which does not count tokens",
             )
 
     def _warn_repeats(self) -> None:
         self._warn(
             "repeats",
-            "generate() takes back tokens that it guessed and runs their positions again, and what "
-            "it took back is captured, too; of the rows of one position, which acts.positions() "
-            "tells, only the last is of the text, and none is behind its end; or generate without "
-            "guesses of an assistant or a prompt lookup",
+            "generate() takes back wrong guesses and runs their positions again, but the guesses "
+            "are captured too; if acts.positions() has several rows of one position, keep only the "
+            "last, and drop those after the end of the text; or generate without an assistant "
+            "model or a prompt lookup",
         )
 
     def _check_joined(self, start: Start, previous: Start) -> None:
@@ -466,9 +464,10 @@ class Padding:
             self._warn(
                 "joined",
                 "join='pos' joins a forward to one that it does not continue, so positions repeat "
-                "or are of other sequences, as under guidance, assisted decoding, without a KV "
-                "cache, or in a second generate(); capture with join=None for a list, or with "
-                "mask='attention', where acts.positions() tells sequence and position of each row",
+                "or belong to other sequences, as with guidance, with assisted decoding, without a "
+                "KV cache, or in a second generate(); capture with join=None for a list, or with "
+                "mask='attention', where acts.positions() gives the sequence and position of each "
+                "row",
             )
 
 

@@ -307,7 +307,7 @@ class Opening(Generic[B]):
         if self._misses_batches and not self._ran:
             raise NeverFiredError(
                 f"no forward of {type(self._model).__name__} was captured: generate_batch() runs "
-                "them in a thread of its own, and a capture sees those of the thread that opened "
+                "them in its own thread, and a capture only sees those of the thread that opened "
                 "it; call generate(), or the model itself"
             )
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]

@@ -63,7 +63,7 @@ class Recorder:
             return self._settled(seen, activation, frame, number)
         if seen.site.rows is not None and is_mapped(activation):
             raise SelectionError(
-                f"{seen.site.shown} fired inside of torch.vmap, where mask= cannot tell which "
+                f"{seen.site.shown} fired inside torch.vmap, where mask= cannot determine which "
                 "rows are tokens; capture it without a mask, and select afterwards"
             )
         with outside():

@@ -123,14 +123,14 @@ class WatchedSite:
             if isinstance(chosen, Chosen) and len(shape) == len(self.named_axes) - 1:
                 sequences, positions = chosen.shape
                 raise AxisError(
-                    f"a data set has rows of tokens, but {self.shown} fired with the shape "
-                    f"{tuple(shape)} for {sequences} x {positions} tokens, so it has not one row "
-                    "for each; leave it out"
+                    f"a data set has one row per token, but {self.shown} fired with the shape "
+                    f"{tuple(shape)} for {sequences} x {positions} tokens, so it does not have one "
+                    "row for each; leave it out"
                 )
             raise AxisError(
                 f"{self.shown} fired with the shape {tuple(shape)}, but "
                 f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
-                "each axis that it has"
+                "all axes that it has"
             )
 
     def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
@@ -170,10 +170,10 @@ class WatchedSite:
         proposed = self.place.axes
         named = "" if proposed is None else f", which its name says are {' '.join(proposed)!r},"
         return AxisError(
-            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be told "
-            "from the sizes of the forward, nor from a run of the model with other sizes; name "
-            "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, "
-            "as in slice=np.s_[:, -1]"
+            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be "
+            "determined from the sizes of the forward, nor from a run of the model with other "
+            "sizes; name them, as in Site(..., axes='batch pos d_model'), or select by position "
+            "with a tuple, as in slice=np.s_[:, -1]"
         )
 
 
@@ -389,7 +389,8 @@ def check_capacity(options: Options) -> None:
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
         raise OptionError(
-            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+            f"capacity= fills one tensor in place, which does not work with {other}; leave one of "
+            "them out"
         )
 
 
@@ -403,8 +404,8 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
         )
     if options.capacity is not None and site.firing != -1:
         raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
-            "count firings from the first"
+            f"{site.shown} asks for firing={site.firing}, which capacity= cannot store; count "
+            "firings from the first"
         )
 
 
@@ -438,7 +439,9 @@ def why_silent(model: nn.Module, site: WatchedSite) -> str:
         return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
     if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
         kind = type(site.place.module).__name__
-        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
+        return (
+            f"a {kind} is never called itself; capture the modules inside it: '{site.place.name}.*'"
+        )
     if site.place.is_hook_point:
         return "the forwards did not reach this hook point; see actctx.hook_names(model)"
     return "the forwards did not call this module, or only its .forward, which skips hooks"

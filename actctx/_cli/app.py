@@ -49,7 +49,7 @@ except ModuleNotFoundError as error:
     )
 
 app = typer.Typer(
-    help="Capture activations from chosen places of a transformer model, and only those.",
+    help="Capture chosen activations of a transformer model, and nothing else.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",

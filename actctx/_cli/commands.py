@@ -138,12 +138,14 @@ def extract(
     )
     if done.cut:
         _note(
-            f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
-            "only so many at once"
+            f"{counted(done.cut, 'token')} cut off at the ends of texts, which are longer than the "
+            "model reads at once"
         )
     if done.empty:
-        _note(f"{done.empty} of the inputs left no rows: they have no tokens, or none that is kept")
-    new = "now with what was added" if add else f"{done.new_rows} of them new"
+        _note(
+            f"{done.empty} of the inputs left no rows: they have no tokens, or none of them is kept"
+        )
+    new = "with the new columns" if add else f"{done.new_rows} of them new"
     typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
@@ -166,7 +168,7 @@ def info(path: str) -> None:
     _print(table)
     state = "finished" if layout.finished else "not finished"
     name = printable(layout.model["name"] or layout.model["class"])
-    typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
+    typer.echo(f"{rows} rows, one per {layout.rows}, {state}, from {name}")
     carried = [f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried]
     written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
     facts = {"fingerprint": layout.model["fingerprint"], **layout.input}
@@ -217,7 +219,8 @@ def _slices(asked: Sequence[str]) -> dict[str, Index]:
     for option in asked:
         if option.partition("=")[0] == "batch":
             raise OptionError(
-                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
+                f"--slice {option} is not supported: the command line makes the batches; give "
+                "fewer texts"
             )
     return parse_words(asked)
 
@@ -252,7 +255,7 @@ def _check_out(out: Path | None, *, force: bool) -> None:
     try:
         found = "it is a directory" if out.is_dir() else ""
         if not out.parent.is_dir():
-            found = "it lies in a directory that does not exist"
+            found = "its directory does not exist"
         if not found and out.exists() and not out.is_file():
             found = "it is a device or a pipe"
         if not found:
@@ -282,7 +285,7 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
             f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
         ) from None
     if not (texts := [*paragraphs(io.StringIO(text))]):
-        raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
+        raise OptionError(f"--text {file!r} contains no text; give a file that does")
     return texts
 
 

@@ -38,8 +38,9 @@ def read_corpus(path: Path) -> Iterable[Any]:
         ) from None
     if suffix in _DATA:
         raise OptionError(
-            f"--data '{path}' holds data, not text; write it as a .jsonl file, an object a line, "
-            "or read it with datasets.load_dataset, and give the directory that save_to_disk writes"
+            f"--data '{path}' contains data, not text; write it as a .jsonl file, one object per "
+            "line, or read it with datasets.load_dataset, and give the directory that "
+            "save_to_disk writes"
         )
     return _objects(path) if suffix in _LINES else _paragraphs(path)
 
@@ -49,8 +50,8 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         from datasets import Dataset, load_from_disk
     except ModuleNotFoundError:
         raise OptionError(
-            f"--data '{path}' is a directory, which is read with datasets, which is not installed; "
-            "install it with: pip install datasets"
+            f"--data '{path}' is a directory, and reading it needs datasets, which is not "
+            "installed; install it with: pip install datasets"
         ) from None
     try:
         found: Any = load_from_disk(str(path))
@@ -61,7 +62,7 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         ) from None
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise OptionError(
-            f"the Hugging Face dataset --data '{path}' is damaged: {error}; write it anew with "
+            f"the Hugging Face dataset --data '{path}' is damaged: {error}; write it again with "
             "Dataset.save_to_disk"
         ) from None
     if not isinstance(found, Dataset):
@@ -79,8 +80,8 @@ def _objects(path: Path) -> Iterator[Any]:
             except (ValueError, RecursionError) as error:  # too many digits are no JSONDecodeError
                 reason = getattr(error, "msg", str(error)).partition(";")[0]
                 raise OptionError(
-                    f"--data '{path}' has no JSON that can be read in line {number}: {reason}; "
-                    "give an object a line"
+                    f"--data '{path}' has invalid JSON in line {number}: {reason}; give one object "
+                    "per line"
                 ) from None
 
 
@@ -90,7 +91,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
     except OverflowError:
         raise OptionError(
             f"--data '{path}' has a paragraph of more than {_MOST} characters, which would be one "
-            "text; put blank lines between texts, or write a .jsonl file, an object a line"
+            "text; put blank lines between texts, or write a .jsonl file, one object per line"
         ) from None
 
 

@@ -76,8 +76,8 @@ def _directory(name: str) -> Path | None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LoadError(
-                f"the directory {name!r} holds no model: it has no config.json; "
-                "give the directory that save_pretrained wrote"
+                f"the directory {name!r} does not contain a model: it has no config.json; give the "
+                "directory that save_pretrained wrote"
             )
         return path
     # A hub name has one slash at most, and begins with none of these.
@@ -92,8 +92,8 @@ def _directory(name: str) -> Path | None:
 
 def _without_tokenizer(name: str) -> str:
     return (
-        f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
-        "save its tokenizer to the same directory, or give --tokenizer"
+        f"{name!r} was saved without a tokenizer, so it cannot take text; save its tokenizer to "
+        "the same directory, or give --tokenizer"
     )
 
 
@@ -115,8 +115,8 @@ def _tokenizer(name: str) -> Any:
         _check_hub(name)
     elif not _has_tokenizer(directory):
         raise LoadError(
-            f"the directory --tokenizer {name!r} holds none; give the one that its save_pretrained "
-            "wrote"
+            f"the directory --tokenizer {name!r} does not contain one; give the one that its "
+            "save_pretrained wrote"
         )
     try:
         return AutoTokenizer.from_pretrained(str(directory if directory.is_dir() else name))

@@ -86,8 +86,8 @@ class Activations(_Tensors):
         if len(column.firings) > 1 and not column.is_one:
             raise SeveralFiringsError(
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
-                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
-                "keeps the last"
+                f"tensor; acts.firings({name!r}) returns all of them, and Site({name!r}, "
+                "firing=-1) keeps the last"
             )
         return column
 
@@ -130,7 +130,7 @@ class Activations(_Tensors):
             if several:
                 stacked = f"acts.stack({name!r}) or " * are_layers(self._columns, name)
                 raise AttributeError(
-                    f"{name!r} stands for several sites, so read {stacked}one of {listed(several)}"
+                    f"{name!r} matches several sites, so read {stacked}one of {listed(several)}"
                 )
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are "
@@ -169,7 +169,7 @@ class Activations(_Tensors):
         """
         if self._join is None:
             raise OptionError(
-                "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+                "acts.tensor needs joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
             raise NotCapturedError(
@@ -177,7 +177,7 @@ class Activations(_Tensors):
             )
         if len(self) > 1:
             raise NotCapturedError(
-                f"acts.tensor is for exactly one site, but {len(self)} were captured: "
+                f"acts.tensor needs exactly one site, but {len(self)} were captured: "
                 f"{listed(self._order)}; read acts[name]"
             )
         tensor: Tensor = self[next(iter(self))]
@@ -281,7 +281,7 @@ class Activations(_Tensors):
         """
         if self._join is None:
             raise OptionError(
-                "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
+                "acts.stack(name) needs joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
         return stack_layers({key: self[key] for key in self._layers(name)})
@@ -408,9 +408,9 @@ class Activations(_Tensors):
         """
         if self is not other and isinstance(other, Mapping):
             raise OptionError(
-                "buffers are not compared with ==, since tensors have no one truth value; compare "
-                "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
-                "atol=0), or one with torch.equal(acts[name], other[name])"
+                "buffers cannot be compared with ==, since a tensor does not have a single truth "
+                "value; compare their tensors, with torch.testing.assert_close(acts, other, "
+                "rtol=0, atol=0), or one with torch.equal(acts[name], other[name])"
             )
         return self is other
 
@@ -508,13 +508,17 @@ def why_nothing(
     found = _meant(columns, name)
     if not found:
         names = [*fired]
-        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
+        return (
+            f"the captured names are {listed(names)}"
+            if names
+            else "nothing else was captured either"
+        )
     # By the names that were meant, where these tell them apart.
     alike = listed(found.values() if len({*found.values()}) == len(found) else found)
     if any(name in columns[key].label.names for key in found):
         return f"it is captured several times, so read one of {alike}"
     stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
-    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
+    return f"it matches {len(found)} of the captured sites, so read one of {alike}{stacked}"
 
 
 def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:

@@ -149,7 +149,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 if is_array_type(hint):  # what beartype asks for as well
                     reason = type(hint).__instancecheck_str__(hint, value)
                 else:
-                    reason = "" if _fits(value, hint) else "its type is another"
+                    reason = "" if _fits(value, hint) else "it has a different type"
             except AnnotationError as error:
                 waiting.append(claim)
                 put_off += 1
@@ -158,7 +158,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 continue
             if reason:
                 raise TypedError(
-                    f"{claim.what} is {_described(value)}, which is no {shown(hint)}: "
+                    f"{claim.what} is {_described(value)}, which does not match {shown(hint)}: "
                     f"{_explained(claim, found) or reason}"
                 )
             put_off = 0
@@ -201,8 +201,8 @@ def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:
 
 def _incalculable(claim: Claim, error: AnnotationError) -> str:
     return (
-        f"{claim.what} is annotated {shown(claim.hint)}, which calculates with an axis that no "
-        f"other annotation names: {str(error).partition('. ')[0]}"
+        f"{claim.what} is annotated {shown(claim.hint)}, which computes with an axis that no other "
+        f"annotation names: {str(error).partition('. ')[0]}"
     )
 
 
@@ -234,8 +234,8 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
         known, where = found.get(name, (size, ""))
         if size != known:
             return (
-                f"{name} is {size} here, but {known} {where}; where they are two things, give "
-                "one of them another name"
+                f"{name} is {size} here, but {known} {where}; if these are different things, "
+                "rename one of them"
             )
     return None
 

@@ -73,7 +73,7 @@ def moved_chunks(
 
     def moved(chunk: Owned) -> Owned:
         if why := why_not_moved(chunk.value, dtype, device):
-            raise OptionError(f"what was captured cannot be copied {why}")
+            raise OptionError(f"captured tensors cannot be copied {why}")
         return own(wait_for(chunk), dtype=dtype, device=device)
 
     return _mapped(firings, moved)

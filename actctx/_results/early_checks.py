@@ -116,6 +116,6 @@ def refuse_dtype(what: str, hint: Any, dtype: torch.dtype | None) -> None:
     fits = {kind for kind in kinds if isinstance(torch.empty(0, dtype=kind), unshaped)}
     if fits and dtype not in fits:
         raise TypedError(
-            f"{what} is annotated {shown(hint)}, but dtype={dtype} was asked for; write "
+            f"{what} is annotated {shown(hint)}, but dtype={dtype} was requested; write "
             f"{word_of(dtype).__name__}, or leave the dtype out"
         )

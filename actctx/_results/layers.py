@@ -37,17 +37,17 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
     if not found:
         if any(wanted in (key, *every) for key, every in names.items()):
             raise NotCapturedError(
-                f"{wanted!r} is one site, but layers are to be put side by side; give a name "
-                f"within a layer, such as {_within(wanted)!r}"
+                f"{wanted!r} is one site, but stacking needs layers; give a name within a layer, "
+                f"such as {_within(wanted)!r}"
             )
         within = {_within(name): None for every in names.values() for name in every}
         closest = difflib.get_close_matches(wanted, within, n=3, cutoff=0.5)
         hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
         listed = shortened([repr(key) for key in names])
         raise NotCapturedError(
-            f"no captured site is {wanted!r} in some layer; {hint}the captured names are {listed}; "
-            "give a name within a layer, as in stack('attn.hook_z'), or a pattern of whole names, "
-            "as in stack('model.layers.*')"
+            f"no captured site is {wanted!r} within a layer; {hint}the captured names are "
+            f"{listed}; give a name within a layer, as in stack('attn.hook_z'), or a pattern of "
+            "whole names, as in stack('model.layers.*')"
         )
     double = several_in(found)
     if double is not None:

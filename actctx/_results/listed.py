@@ -107,7 +107,7 @@ class ListColumn:
 
         """
         raise OptionError(
-            "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
+            "acts.save(path) writes one tensor per site, but join=None keeps a list of them; "
             "capture with join='batch', or save the tensors of the lists yourself"
         )
 

@@ -74,9 +74,9 @@ class PreallocatedColumn:
         check_joinable(key, [room, selected], dim, join)
         if used + count > self.capacity:
             raise CapacityError(
-                f"{key!r} has room for capacity={self.capacity} along {join!r}, of which {used} "
-                f"are taken, but a forward left {count} more; give a larger capacity, or read and "
-                "clear the buffer in between"
+                f"{key!r} has space for capacity={self.capacity} along {join!r}, of which {used} "
+                f"are used, but a forward yielded {count} more; give a larger capacity, or read "
+                "and clear the buffer in between"
             )
         return room.narrow(dim, used, count)
 

@@ -111,12 +111,12 @@ def _check_metadata(metadata: object) -> None:
     for key, value in metadata.items():
         if not all(isinstance(each, str) and is_utf8(each) for each in (key, value)):
             raise OptionError(
-                f"metadata has {value!r} under {key!r}, but a file holds text under text; give "
+                f"metadata has {value!r} under {key!r}, but a file maps text to text; give "
                 "strings, such as json.dumps(value)"
             )
         if key in _TAKEN:
             raise OptionError(
-                f"metadata has {key!r}, which the file says itself; give it another name"
+                f"metadata has {key!r}, which the file defines itself; give it another name"
             )
 
 
@@ -196,8 +196,8 @@ def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> S
     known: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
     if known.get("format", _FORMAT) > _FORMAT:
         raise DataError(
-            f"it was written by actctx {metadata['actctx']!r}, whose files this version does not "
-            "know; upgrade actctx to read it"
+            f"it was written by actctx {metadata['actctx']!r}, whose files this version cannot "
+            "read; upgrade actctx to read it"
         )
     axes: dict[str, str] = json.loads(metadata["axes"])
     said: dict[str, dict[str, Any]] = known.get("sites", {key: {} for key in axes})

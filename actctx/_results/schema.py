@@ -54,7 +54,7 @@ class Field:
         return self if schema is None else schema._read(self)
 
     def __set__(self, schema: "Schema", value: object) -> Never:
-        raise AttributeError(f"{self.what} is what was captured, and cannot be set")
+        raise AttributeError(f"{self.what} is a captured value, and cannot be set")
 
     def apart(self) -> str:
         """Write the annotation that keeps stacked layers apart."""
@@ -265,8 +265,8 @@ class Schema:
                 raise AttributeError(name)
             raise AttributeError(
                 f"{type(self).__name__} has no field {name!r}; its fields are "
-                f"{', '.join(map(repr, self._fields))}, and the buffer behind them, with its axes, "
-                "its bytes and the rest, is acts.activations"
+                f"{', '.join(map(repr, self._fields))}, and the underlying buffer is "
+                "acts.activations"
             )
 
     def __repr__(self) -> str:
@@ -307,7 +307,7 @@ def _check_body(schema: type[Schema], hints: Mapping[str, Any], own: Mapping[str
             )
         if name.startswith("_") or hasattr(Schema, name) or name == "activations":
             raise OptionError(
-                f"{schema.__name__}.{name} has a name that a Schema uses; choose another"
+                f"{schema.__name__}.{name} has a name that Schema uses itself; choose another"
             )
 
 
@@ -327,7 +327,7 @@ def parts_of(schema: type[Schema], model: nn.Module) -> list[tuple[Part, list[Re
     """
     if not schema._fields:
         raise OptionError(
-            f"{schema.__name__} has no fields, so there is nothing to capture; write, for one, "
+            f"{schema.__name__} has no fields, so there is nothing to capture; write, for example, "
             'resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")'
         )
     fields = schema._fields

@@ -143,8 +143,8 @@ def test_a_site_that_is_shorter_than_the_mask_without_a_cache_is_refused(ids):
         model(ids, attention_mask=RIGHT)
     assert str(caught.value) == (
         "'encoder.blocks.1.0' has 4 positions, but the forward's mask has 7, and no cache holds "
-        "the rest: they count different things; capture it without mask=, or give capture a mask "
-        "of its positions"
+        "the rest: they count different things; capture it without mask=, or pass a mask of its "
+        "positions"
     )
 
 
@@ -235,9 +235,8 @@ def test_a_tower_for_pictures_is_not_masked_by_the_mask_of_tokens():
         # as many tokens as patches, and one for the class
         model(tokens(3, 5), torch.randn(3, 3, 16, 16), attention_mask=RIGHT[:, :5])
     assert str(caught.value) == (
-        "'vision_model.encoder.layers.1' runs on pictures or sound, not on the tokens that the "
-        "forward's attention_mask is for; capture it without mask=, or give capture a mask of its "
-        "own positions"
+        "'vision_model.encoder.layers.1' runs on images or sound, not on the tokens of the "
+        "forward's attention_mask; capture it without mask=, or pass a mask of its own positions"
     )
 
 
@@ -310,7 +309,7 @@ def test_a_hook_point_is_masked_by_the_mask_of_its_side(name, mask):
 
 def test_logits_of_a_decoder_without_a_mask_of_its_own_are_refused():
     model, site = _bart(), Site("lm_head", axes="batch pos d_vocab")
-    with pytest.raises(OptionError, match="takes the forward's decoder_attention_mask"):  # noqa: SIM117
+    with pytest.raises(OptionError, match="uses the forward's decoder_attention_mask"):  # noqa: SIM117
         with capture(model, site, mask="attention"):
             model(tokens(3, 7), attention_mask=RIGHT, decoder_input_ids=tokens(3, 7))
 
@@ -336,9 +335,9 @@ def test_what_both_sides_run_is_told_by_the_number_of_its_positions():
     with pytest.raises(SelectionError) as caught, capture(model, site, mask="attention"):
         model(tokens(3, 7), RIGHT, tokens(3, 7), OTHER)
     assert str(caught.value) == (
-        "'table' is run by the encoder and the decoder, and its 7 positions do not tell by which; "
-        "give a decoder_attention_mask and sequences of another length, or capture from a module "
-        "of one of them"
+        "'table' is run by both the encoder and the decoder, and its 7 positions do not determine "
+        "which one; give a decoder_attention_mask and sequences of another length, or capture from "
+        "a module of one of them"
     )
 
 
@@ -382,7 +381,7 @@ def test_masks_without_values_are_refused_and_warn_of_nothing(ids):
         model(ids, attention_mask=mask)
     assert acts.tensor.shape == (3, 8)
     with (
-        pytest.raises(OptionError, match="the mask is on the meta device, so it does not tell"),
+        pytest.raises(OptionError, match="the mask is on the meta device, so it does not say"),
         capture(model, "embed", mask="attention"),
     ):
         model(ids, attention_mask=mask)
@@ -598,7 +597,7 @@ def test_guidance_runs_sequences_of_its_own(llama, ids):
 
 def test_tokens_that_generate_takes_back_are_told_of(llama):
     given = tokens(1, 4).repeat(1, 3)
-    with pytest.warns(UserWarning, match="takes back tokens that it guessed") as caught:  # noqa: SIM117
+    with pytest.warns(UserWarning, match="takes back wrong guesses") as caught:  # noqa: SIM117
         with capture(llama, LAYER, mask="attention") as acts:
             whole = llama.generate(
                 given,
@@ -626,10 +625,10 @@ def test_forwards_that_do_not_continue_each_other_are_told_of_when_joined_by_pos
         with capture(llama, LAYER, join="pos"):
             llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
     assert [str(each.message) for each in caught] == [
-        "join='pos' joins a forward to one that it does not continue, so positions repeat or are "
-        "of other sequences, as under guidance, assisted decoding, without a KV cache, or in a "
-        "second generate(); capture with join=None for a list, or with mask='attention', where "
-        "acts.positions() tells sequence and position of each row"
+        "join='pos' joins a forward to one that it does not continue, so positions repeat or "
+        "belong to other sequences, as with guidance, with assisted decoding, without a KV cache, "
+        "or in a second generate(); capture with join=None for a list, or with mask='attention', "
+        "where acts.positions() gives the sequence and position of each row"
     ]
 
 
@@ -659,9 +658,9 @@ def test_generate_batch_is_said_to_run_elsewhere():
         with capture(model, "model.layers.*"):
             model.generate_batch(inputs=[[5, 6, 7], [8, 9]], generation_config=options)
     assert str(caught.value) == (
-        "no forward of LlamaForCausalLM was captured: generate_batch() runs them in a thread of "
-        "its own, and a capture sees those of the thread that opened it; call generate(), or the "
-        "model itself"
+        "no forward of LlamaForCausalLM was captured: generate_batch() runs them in its own "
+        "thread, and a capture only sees those of the thread that opened it; call generate(), or "
+        "the model itself"
     )
 
 
@@ -679,7 +678,7 @@ def test_left_padding_that_is_counted_is_told_of_once(ids):
     assert [str(each.message) for each in caught] == [
         "the sequences are padded on the left, and GPT2LMHeadModel counts the padding as "
         "positions, so the activations differ from those of the sequences alone; pad on the right, "
-        "or pass position_ids that begin at each first token"
+        "or pass position_ids that start at the first token of each"
     ]
     assert caught[0].filename == __file__
 
@@ -837,8 +836,8 @@ def test_a_slice_that_takes_padding_is_told_of_once(gpt2, ids):
             gpt2(ids, attention_mask=RIGHT)
             gpt2(ids, attention_mask=RIGHT)
     assert [str(each.message) for each in caught] == [
-        "a slice along 'pos' selects padding of a forward that was given a mask; capture with "
-        "mask='attention', so that positions count real tokens, of which -1 is the last"
+        "a slice along 'pos' selects padding, by the mask that the forward was given; capture with "
+        "mask='attention', so that positions count real tokens and -1 is the last"
     ]
 
 
@@ -906,7 +905,7 @@ def test_a_tower_with_as_many_patches_as_there_are_tokens_is_refused():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     tower = "git.image_encoder.vision_model.encoder.layers.0"
     with (
-        pytest.raises(SelectionError, match="runs on pictures or sound"),
+        pytest.raises(SelectionError, match="runs on images or sound"),
         capture(model, tower, mask="attention"),
     ):
         model(tokens(2, 5), attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))

@@ -704,7 +704,7 @@ def test_what_has_no_positions_leaves_no_rows(out, options):
     with pytest.raises(ActctxError) as refused:
         extract(Pooled(), tokens(), "mean", out, **options)
     assert str(refused.value) == (
-        "a data set has rows of tokens, but 'mean' has no axis 'pos': its axes are 'batch _'; "
+        "a data set has one row per token, but 'mean' has no axis 'pos': its axes are 'batch _'; "
         "leave it out"
     )
 
@@ -888,7 +888,7 @@ def test_a_site_whose_axes_nothing_tells_leaves_no_rows(out, options):
     with pytest.raises(AxisError) as refused:
         extract(model, tokens(), "0", out, **options)
     assert str(refused.value) == (
-        "a data set has rows of tokens, but '0' has no 'batch' and 'pos' axes to find them by: its "
-        "axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
+        "a data set has one row per token, but '0' has no 'batch' and 'pos' axes to find them by: "
+        "its axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
     )
     assert not out.exists()
