@@ -1,4 +1,4 @@
-"""What `actctx extract` reads: texts of a file, objects of a file, a Hugging Face dataset."""
+"""The input of `actctx extract`: texts of a file, objects of a file, or a Hugging Face dataset."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,22 +8,22 @@ from typing import Any
 from actctx._errors import OptionError
 
 _LINES = {".jsonl", ".ndjson"}
-"""What files with an object a line are called."""
+"""Suffixes of files with one object per line."""
 _MOST = 2**20
-"""The characters of a paragraph, at most: without blank lines a whole file would be one."""
+"""The most characters in a paragraph: without blank lines a whole file would be one."""
 _DATA = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
-"""What files of objects or rows are called that are not read here."""
+"""Suffixes of files with objects or rows that are not supported."""
 
 
 def read_corpus(path: Path) -> Iterable[Any]:
-    """Read what is at a path, bit by bit.
+    """Read the input at a path, piece by piece.
 
     Args:
-        path: A text file, whose paragraphs are texts; a `.jsonl` file, with an object a line; or
+        path: A text file, whose paragraphs are texts; a `.jsonl` file, with one object per line; or
             the directory of a Hugging Face dataset.
 
     Raises:
-        OptionError: It is neither.
+        OptionError: It is none of these.
 
     """
     suffix = path.suffix.lower()
@@ -77,7 +77,10 @@ def _objects(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except (ValueError, RecursionError) as error:  # too many digits are no JSONDecodeError
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # of too many digits
                 reason = getattr(error, "msg", str(error)).partition(";")[0]
                 raise OptionError(
                     f"--data '{path}' has invalid JSON in line {number}: {reason}; give one object "
@@ -100,7 +103,7 @@ def paragraphs(lines: Iterable[str], *, most: int | None = None) -> Iterator[str
 
     Args:
         lines: The lines, or parts of them.
-        most: The number of characters of a paragraph, at most.
+        most: The most characters in a paragraph.
 
     Raises:
         OverflowError: One has more.
@@ -122,7 +125,7 @@ def paragraphs(lines: Iterable[str], *, most: int | None = None) -> Iterator[str
 
 
 def _lines(path: Path, most: int = -1) -> Iterator[str]:
-    """Read lines, of which a longer one comes in parts."""
+    """Read lines; long ones come in parts."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from iter(lambda: file.readline(most), "")

@@ -1,4 +1,4 @@
-"""What the commands take: their arguments and options, and how what is refused is said."""
+"""The arguments and options of the commands, and how errors are printed."""
 
 import re
 import sys
@@ -31,12 +31,12 @@ class Pooling(StrEnum):
 
 
 def _path(given: str) -> Path:
-    """Read a path, of which a shell leaves `~` as it is behind a `=`."""
+    """Read a path, and expand `~`, which a shell does not expand after a `=`."""
     return Path(given).expanduser()
 
 
 def _expanded(given: str) -> str:
-    """Read the path, or the address, of a data set."""
+    """Read the path or address of a data set."""
     from actctx._files import expanded
 
     return expanded(given)
@@ -100,11 +100,11 @@ BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="The most texts
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="The device to run the model on.")]
 
 
-# Where the library says how to switch a hook point on.
+# How the library's messages say how to switch a hook point on.
 _SWITCH = re.compile(r" is off: call (model\..*) first")
 
 
-# The options of Python's calls, which the library's messages name, outside of quotes.
+# The options of Python calls in the library's messages, outside quotes.
 _OPTION = re.compile(
     r"(?P<quoted>(?<!\w)'[^']*')"
     r"|give resume=True to go on with it, or (?P<another>another)?"
@@ -116,7 +116,7 @@ _OPTION = re.compile(
 
 
 def _as_typed(option: re.Match[str]) -> str:
-    """Write an option of Python's as it is typed."""
+    """Convert a Python option to a command-line option."""
     if option["quoted"]:
         return option[0]
     if option["flag"]:

@@ -1,7 +1,7 @@
-"""Warn of bridges that are known to compute something other than the model that they wrap.
+"""Warn of models that are known to compute something other than expected.
 
-A capture records what a bridge computes, so it warns. Each fault lists the versions in which it was
-observed; later versions are assumed to be fixed.
+Most are bridges. A capture records what they compute, so it warns. Each fault of a bridge lists the
+versions in which it was observed; later versions are assumed to be fixed.
 """
 
 import inspect
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 _WRONG_UP_TO = (4, 3)  # TransformerLens
 _LIBRARIES = (
@@ -59,6 +59,30 @@ def mask_fault(model: nn.Module) -> str | None:
         f"{_lens()} lets the tokens of OpenAI GPT attend to later ones if a forward is given an "
         "attention_mask, even one without padding, so captures are wrong; run sequences of one "
         "length without a mask, or capture from the Hugging Face model itself"
+    )
+
+
+def decoder_fault(core: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """Explain what is wrong with the decoder of a plain model; None if nothing is.
+
+    Args:
+        core: The model.
+        given: What its forward is given.
+
+    """
+    config = getattr(core, "config", None)
+    if getattr(config, "model_type", None) != "fsmt":
+        return None
+    tokens, asked = given.get("decoder_input_ids"), given.get("use_cache")
+    is_single = isinstance(tokens, Tensor) and tokens.shape[-1] == 1
+    makes_own = given.get("labels") is not None or tokens is None
+    caches = not makes_own and (getattr(config, "use_cache", True) if asked is None else asked)
+    if is_single or (not caches and given.get("input_ids") is not None):
+        return None
+    return (
+        "the decoder of FSMT attends to every token that it is given, also to padding and to those "
+        "behind, unless it is given input_ids and use_cache=False, so the activations differ from "
+        "those of the sequences alone; pass both"
     )
 
 

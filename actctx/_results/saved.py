@@ -1,15 +1,14 @@
-"""Captured activations in a safetensors file: what is written beside the tensors, and read back.
+"""Save captured activations to a safetensors file, and read them back.
 
-The metadata has `axes`, for whoever reads the file by other means, and `activations`: the rest of
-what a buffer knows of its sites, in the order in which they ran. What a mask kept has a tensor of
-positions beside it. A file that says less, or nothing, is read as far as it goes.
+The metadata has `axes`, for other readers, and `activations`: everything else that a buffer knows
+about its sites, in the order in which they ran. Sites with a mask also have a tensor of positions.
+A file with less metadata, or none, is read as far as possible.
 """
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
-from actctx._files import describe, expanded, reason_of, write_safetensors
+from actctx._files import describe, read_safetensors, unreadable, write_safetensors
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
 from actctx._text import is_utf8
@@ -26,17 +25,18 @@ _KEY = "activations"
 _FORMAT = 1
 _TAKEN = {"axes", "model", "actctx", "torch", _KEY}
 _JOINS = ("batch", "pos")
+_INSTEAD = "give a file that acts.save wrote, or another safetensors file"
 
 
 @dataclass(frozen=True, eq=False)
 class SavedSite:
-    """What a file holds of one site.
+    """One site in a file.
 
     Attributes:
-        names: Every name that it answers to.
-        axes: The axes of its tensor; `"_"` where they are not known.
+        names: All of its names.
+        axes: The axes of its tensor; `"_"` for unknown ones.
         sizes: Their sizes, None for those that depend on the input.
-        tensor: What it left; None where it never fired.
+        tensor: Its value; None if it never fired.
         positions: The sequences and positions of the rows that a mask kept.
 
     """
@@ -50,13 +50,13 @@ class SavedSite:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        sites: The sites, by the name that each is read under, in the order in which they ran.
+        sites: The sites by key, in the order in which they ran.
         join: The axis along which forwards were joined.
         source: The class of the model.
-        forwards: The forwards that left something; 0 where that is not known.
+        forwards: The number of forwards that yielded something; 0 if unknown.
 
     """
 
@@ -67,7 +67,7 @@ class Saved:
 
 
 def write_saved(saved: Saved, path: str | PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write what was captured to a file; see `Activations.save`."""
+    """Write captured activations to a file; see `Activations.save`."""
     _check_metadata(metadata)
     tensors = {key: site.tensor for key, site in saved.sites.items() if site.tensor is not None}
     shared: list[str] = []
@@ -100,7 +100,7 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _check_metadata(metadata: object) -> None:
-    """Refuse metadata that a file cannot hold, or that would be lost.
+    """Refuse metadata that a file cannot store, or that would be overwritten.
 
     Raises:
         OptionError: It is not a dict of strings, or has one of the file's own keys.
@@ -121,21 +121,13 @@ def _check_metadata(metadata: object) -> None:
 
 
 def read_saved(path: str | PathLike[str]) -> Saved:
-    """Read a file whose tensors share the memory into which the system maps it.
+    """Read a file; its tensors share the memory-mapped file.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or what it says does not fit it.
+        DataError: There is no such file, it cannot be read, or its metadata does not fit it.
 
     """
-    from safetensors import SafetensorError, safe_open
-
-    place = _readable(path)
-    try:
-        with safe_open(place, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise _unreadable(place, reason_of(error)) from None
+    place, tensors, metadata = read_safetensors(path, _INSTEAD)
     if "actctx" not in metadata:
         return Saved({name: _plain(name, tensor) for name, tensor in tensors.items()})
     try:
@@ -143,54 +135,20 @@ def read_saved(path: str | PathLike[str]) -> Saved:
     except DataError as error:
         raise DataError(f"cannot read '{place}': {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise _unreadable(place, "its metadata is damaged") from None
-
-
-def _readable(path: str | PathLike[str]) -> Path:
-    """Return the path of a file that is there.
-
-    Raises:
-        DataError: There is none.
-
-    """
-    written_out = expanded(path)
-    if "://" in written_out:
-        raise DataError(
-            f"cannot read '{path}': it is an address; give the path of a copy on this machine"
-        )
-    place = Path(written_out)
-    try:
-        is_directory, is_there, is_file = place.is_dir(), place.exists(), place.is_file()
-    except OSError as error:
-        raise _unreadable(place, reason_of(error)) from None
-    if is_directory:
-        raise DataError(
-            f"cannot read '{place}': it is a directory; a data set is read with "
-            "actctx.dataset.ActivationDataset"
-        )
-    if not is_file:
-        raise _unreadable(place, "it is a device or a pipe" if is_there else "there is nothing")
-    return place
-
-
-def _unreadable(place: Path, reason: str) -> DataError:
-    return DataError(
-        f"cannot read '{place}': {reason}; give a file that acts.save wrote, or another "
-        "safetensors file"
-    )
+        raise unreadable(place, "its metadata is damaged", _INSTEAD) from None
 
 
 def _plain(name: str, tensor: Tensor) -> SavedSite:
-    """Describe a tensor of which the file says nothing."""
+    """Describe a tensor without metadata."""
     return SavedSite((name,), ("_",) * tensor.dim(), (None,) * tensor.dim(), tensor)
 
 
 def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Saved:
-    """Make sense of metadata that this or another version of actctx wrote.
+    """Read metadata that this or another version of actctx wrote.
 
     Raises:
         DataError: It is of a later version.
-        ValueError, TypeError, LookupError, AttributeError: It makes none.
+        ValueError, TypeError, LookupError, AttributeError: It is not valid.
 
     """
     known: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))

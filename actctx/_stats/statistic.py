@@ -2,13 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
 ROW_AXES = ("batch", "pos", "query", "token")
 """The axes along which values come from one sequence and position after the other."""
+
+
+# Not `Self`, which beartype takes only where it decorates the class.
+Kind = TypeVar("Kind", bound="Statistic")
+Joint = TypeVar("Joint", bound="JointStatistic")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,7 +37,8 @@ class Observation:
         first_sequence: The number of the sequence that `tokens[0]` is.
         first_position: The number of the position that `tokens[:, 0]` are at.
         number: How many observations of this site came before, in this forward and earlier ones.
-            It tells rows apart whose sequence and position are not known, or are the same.
+            It tells rows apart whose sequence and position are not known.
+        site: The name of the site, for messages.
 
     """
 
@@ -45,6 +51,7 @@ class Observation:
     first_sequence: int = 0
     first_position: int = 0
     number: int = 0
+    site: str = ""
 
     @property
     def row_dims(self) -> tuple[int, ...]:
@@ -62,7 +69,7 @@ class Statistic(Protocol):
     site. So a forward that raised leaves no trace.
     """
 
-    def empty(self) -> Self:
+    def empty(self: Kind) -> Kind:  # noqa: PYI019  see above
         """Make a new one of the same options, which has seen nothing."""
         ...
 
@@ -70,7 +77,7 @@ class Statistic(Protocol):
         """Add the values of one firing, of which no memory is kept."""
         ...
 
-    def merge(self, other: Self, /) -> None:
+    def merge(self: Kind, other: Kind, /) -> None:  # noqa: PYI019
         """Add all that another one has seen, which stays as it is.
 
         The result is that of one statistic that has seen everything, in whatever order.
@@ -86,4 +93,40 @@ class Statistic(Protocol):
         ...
 
 
-Observation.__module__ = Statistic.__module__ = "actctx.stats"  # where users find them
+@runtime_checkable
+class JointStatistic(Protocol):
+    """A statistic of several sites at once, such as how alike layers are.
+
+    A capture makes one `empty` for each forward, and gives it what all sites left in it.
+    """
+
+    def empty(self: Joint) -> Joint:  # noqa: PYI019  see above
+        """Make a new one of the same options, which has seen nothing."""
+        ...
+
+    def update_all(self, observations: Mapping[str, Observation], /) -> None:
+        """Add what each site left in one forward, of which no memory is kept.
+
+        Args:
+            observations: What each left, by the name under which the site is read, in the order
+                in which they ran.
+
+        """
+        ...
+
+    def merge(self: Joint, other: Joint, /) -> None:  # noqa: PYI019
+        """Add all that another one has seen, which stays as it is."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that it holds: tensors, and values that JSON has."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take what `state_dict` returned in place of what it holds."""
+        ...
+
+
+for _each in (Observation, Statistic, JointStatistic):
+    _each.__module__ = "actctx.stats"  # where users find them
+del _each

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from extracted import Read, lance, refusal
-from models import ARCHITECTURES, bridge, huggingface, tokens
+from models import ARCHITECTURES, bart, bridge, huggingface, tokens
 from torch import nn
 
 from actctx import DataError, OptionError, Site
@@ -20,11 +20,6 @@ LENGTHS = (5, 2, 7)
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
 IDS = tokens(3)
 FIRST = "blocks.0.hook_resid_post"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
 
 
 def left(entries, padding=0):

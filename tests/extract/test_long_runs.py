@@ -19,11 +19,6 @@ from actctx.extract import extract
 pytest.importorskip("lance")
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 @pytest.fixture(scope="module")
 def model():
     return huggingface("GPT2LMHeadModel")

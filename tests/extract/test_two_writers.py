@@ -25,11 +25,6 @@ def commits(monkeypatch):
     monkeypatch.setattr(writer, "_COMMIT_BYTES", 5000)
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 def batches(count=BATCHES):
     return [tokens(5, 7, seed) for seed in range(count)]
 

@@ -274,7 +274,7 @@ def test_a_model_without_its_head_has_the_same_names(name):
 def test_each_name_is_refused_for_its_own_reason():
     scales, model = ["blocks.0.ln1.hook_scale", "blocks.1.ln1.hook_scale"], "LlamaForCausalLM"
     said = _refused(huggingface(model, "sdpa"), [scales[0], PATTERN, scales[1]])
-    assert said.startswith(f"no hook point matches {scales[0]!r}, {scales[1]!r}: a module of ")
+    assert said.startswith(f"no hook point matches {scales[0]!r}, {scales[1]!r}: Hugging ")
     assert f"; no hook point matches {PATTERN!r}: the attention of this {model} is 'sdpa'" in said
 
 
