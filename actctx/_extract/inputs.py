@@ -55,8 +55,8 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """How an input is read.
+class Reader:
+    """Reads an input: how it is opened, and how batches are made of what it holds.
 
     Attributes:
         tokenize: Turns texts into token ids.

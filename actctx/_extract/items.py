@@ -122,7 +122,7 @@ class Items:
     Attributes:
         carry: The names of what comes along with each sequence.
         takes: The names of what the model's forward can be given beside the tokens.
-        mask: See `Reading`.
+        mask: See `Reader`.
         vocabulary: The number of token ids that the model knows; None where that is not known.
 
     """

@@ -12,7 +12,7 @@ from torch import nn
 
 from actctx._capture.given_masks import MASKS
 from actctx._errors import OptionError
-from actctx._extract.inputs import Reading
+from actctx._extract.inputs import Reader
 from actctx._extract.items import TOKENS
 from actctx._model.known_faults import mask_fault
 from actctx._store.indexing import whole_number
@@ -38,7 +38,7 @@ _OF_BOS = ("default_prepend_bos", "tokenizer_prepends_bos")
 """What decides, in the config of a model of TransformerLens, where `to_tokens` puts a BOS token."""
 
 
-def reading_of(
+def reader_of(
     model: Any,
     *,
     tokenizer: Any,
@@ -48,7 +48,7 @@ def reading_of(
     carry: tuple[str, ...],
     mask: str | None,
     equal_lengths: bool = False,
-) -> Reading:
+) -> Reader:
     """Settle how an input is read for a model; see `actctx.extract.extract`.
 
     Raises:
@@ -93,7 +93,7 @@ def reading_of(
     uncached = "use_cache" in taken and not _is_hooked(model)
     takes = taken | {*MASKS} if takes_mask else taken | _passed_on_by(model)
     vocabulary = _vocabulary_of(model)
-    return Reading(
+    return Reader(
         tokenize=tokenize,
         batch_size=batch_size,
         context=context or limit,

@@ -138,7 +138,7 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 
-append, model = writer.Target.append, bridge()
+append, model = writer.Contents.append, bridge()
 
 def slow(self, batches):
     print("committing", flush=True)
@@ -149,12 +149,12 @@ def run():
     batches = [tokens(5, 7, seed) for seed in range(6)]
     return extract(model, batches, {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
 
-writer.Target.append = slow
+writer.Contents.append = slow
 try:
     run()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-writer.Target.append = append
+writer.Contents.append = append
 run()
 time.sleep(1)  # for what would still be written
 """

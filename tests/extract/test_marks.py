@@ -12,7 +12,7 @@ from marked import check_same, ids
 from models import tokens
 
 from actctx import DataError
-from actctx._extract.run import Extraction
+from actctx._extract.row_choice import RowChoice
 from actctx._store.marks import Mark, Marks, decoded, encoded
 from actctx.extract import extract
 
@@ -195,13 +195,13 @@ def test_other_inputs_are_read_but_the_rows_of_known_ones_are_not_chosen(
 ):
     make, options = KINDS[kind]
     whole = half_done(model, kind, out, wrap(make()))
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
 
     def counted(self, batch):
         chosen.append(batch.tokens.numel())
         return choose(self, batch)
 
-    monkeypatch.setattr(Extraction, "_choose", counted)
+    monkeypatch.setattr(RowChoice, "choose", counted)
     extract(model, wrap(make()), RESID, out, **options)
     check_same(out, whole)
     assert sum(chosen) < 0.8 * len(whole) * (1 + (kind == "batches" and wrap is list))
@@ -292,9 +292,9 @@ def test_sites_are_added_from_marks(model, out, monkeypatch):
     with pytest.raises(ConnectionError) as broken:
         extract(model, breaks(), site, out, batch_size=8, add=True)
     assert "acts.lance.adding' keeps " in broken.value.__notes__[0]
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
     monkeypatch.setattr(
-        Extraction, "_choose", lambda self, batch: chosen.append(1) or choose(self, batch)
+        RowChoice, "choose", lambda self, batch: chosen.append(1) or choose(self, batch)
     )
     extract(model, ids(), site, out, batch_size=8, add=True)
     assert len(chosen) < 160

@@ -12,7 +12,7 @@ from stored import LENGTH, RESID, Z, heads, lance, pa, resid, write
 
 from actctx import DataError, OptionError
 from actctx._cli.commands import info
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.site_columns import StoredSite, as_array, as_tensor, column_name
 from actctx._store.validation import Files
 from actctx._text import printable
@@ -46,7 +46,7 @@ def rewrite(path, metadata):
 def refusal(path):
     """What whoever reads, whoever resumes and the command line say, which is one thing."""
     said = set()
-    for move in (ActivationDataset, Target, lambda path: info(str(path))):
+    for move in (ActivationDataset, Destination, lambda path: info(str(path))):
         with pytest.raises(DataError) as caught:
             move(path)
         said.add(str(caught.value))
@@ -219,7 +219,7 @@ def without(path, column):
 def test_rows_that_were_appended_without_a_site_are_said(tmp_path):
     path = write(tmp_path / "a.lance", ROWS)
     without(path, COLUMN)
-    for move in (ActivationDataset, Target):
+    for move in (ActivationDataset, Destination):
         with pytest.raises(DataError) as caught:
             move(path)
         assert str(caught.value) == (
@@ -383,16 +383,16 @@ def test_what_is_whole_is_read_as_it_was(whole):
 
 
 def test_nulls_are_not_added_to_another_data_set(tmp_path):
-    whole = Target(write(tmp_path / "a.lance", ROWS))
+    whole = Destination(write(tmp_path / "a.lance", ROWS))
     path = write(tmp_path / "b.lance", ROWS // 2, names=("more", "most"))
     table = lance.dataset(path).to_table()
     at = table.schema.get_field_index("more")
     nulls = pa.nulls(ROWS // 2, table.schema.field(at).type)
     lance.write_dataset(table.set_column(at, table.schema.field(at), nulls), path, mode="append")
-    other = Target(path)
+    other = Destination(path)
     try:
         with pytest.raises(DataError) as caught:
-            whole.take_columns(other)
+            whole.contents.take_columns(other.contents)
     finally:
         whole.release()
         other.release()
