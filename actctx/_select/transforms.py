@@ -13,7 +13,7 @@ _FUNCTORCH = torch._C._functorch
 _DIFFERENTIATES = {"Grad", "Jvp"}
 
 is_transformed = _FUNCTORCH.is_functorch_wrapped_tensor
-"""Return whether a tensor belongs to a transform; not wrapped, since every firing calls it."""
+"""Return whether a tensor belongs to a transform; called by every firing."""
 
 
 def value_of(tensor: Tensor) -> Tensor:
