@@ -113,13 +113,13 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
     """
     pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
     if axes is None or pos is None or "batch" not in axes:
-        keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
+        keeps = "a data set has one row per token" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
         if chosen and axes and axes[0] == "token":
             named = " ".join(("batch", "pos", *axes[1:]))
             otherwise = (
-                f"where it has one row for each token, in their order, give Site(axes={named!r}), "
-                "else leave it out"
+                f"if it has one row for each token, in order, give Site(axes={named!r}), else "
+                "leave it out"
             )
         if axes is None:
             raise AxisError(

@@ -141,7 +141,7 @@ def test_what_may_be_in_another_order_than_the_tokens_is_refused(out):
     site = Site("model.layers.1.mlp.gate", axes="token choice", output=2)
     assert refusal(AxisError, model, [[3, 4, 5]], [site], out) == (
         "a data set has one row per token, but 'model.layers.1.mlp.gate' has no axis 'batch': its "
-        "axes are 'token choice'; where it has one row for each token, in their order, give "
+        "axes are 'token choice'; if it has one row for each token, in order, give "
         "Site(axes='batch pos choice'), else leave it out"
     )
 
