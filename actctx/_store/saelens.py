@@ -26,7 +26,7 @@ from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
-from actctx._store.digests import Digest, digested, note_all
+from actctx._store.digests import Digest, digested, record_all
 from actctx._store.layout import DIGEST, TAKEN, Layout
 from actctx._store.libraries import import_datasets, import_lance
 from actctx._store.loader import Loader
@@ -249,7 +249,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             digests = {name: Digest() for name in schema.names}
             noted = digested(batches, digests)
             _write(noted, schema, address=str(partial), source=path)
-            note_all(partial, digests, layout.as_metadata())
+            record_all(partial, digests, layout.as_metadata())
         return
     try:  # an object store, where what has no manifest is no data set
         _write(batches, schema, address=address, source=path)
