@@ -101,12 +101,7 @@ def _beside(path: Path, word: str) -> Path:
 
 
 def _clear(destination: Destination) -> None:
-    """Delete what a finished addition left, or one without rows.
-
-    Raises:
-        DataError: There is something else in its place.
-
-    """
+    """Delete what a finished addition left, or one without rows."""
     adding, done = _beside(destination.path, "adding"), _beside(destination.path, "adding.done")
     if found := found_at(done):
         raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
@@ -146,12 +141,7 @@ def _check_half(facts: Facts, staged: Contents, whole: Contents) -> None:
 
 
 def _has_them(facts: Facts, whole: Contents) -> bool:
-    """Return whether all that was asked for is there already.
-
-    Raises:
-        DataError: Some of it is, or a site is there as another.
-
-    """
+    """Return whether all that was asked for is there already."""
     there = {site.name for site in whole.layout.sites}
     asked = facts.names(there)
     known = [name for name in asked if name in there]

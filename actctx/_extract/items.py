@@ -393,12 +393,7 @@ def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | 
 
 
 def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Refuse a mask of another name for the forward, where no attention mask tells of padding.
-
-    Raises:
-        DataError: There is one, and it is not the same for all tokens.
-
-    """
+    """Refuse a mask of another name for the forward, where no attention mask tells of padding."""
     for name, mask in given.items():
         if is_mask_of_tokens(name, mask, shape) and bool((mask != mask.flatten()[0]).any()):
             raise DataError(

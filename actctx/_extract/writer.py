@@ -175,12 +175,7 @@ class Writer:
 
 
 def _each_row(name: str, values: Any, within: Any) -> Any:
-    """Repeat for each row what its sequence carries.
-
-    Raises:
-        DataError: It is more than a column holds.
-
-    """
+    """Repeat for each row what its sequence carries."""
     import pyarrow as pa
 
     try:
@@ -199,12 +194,7 @@ def commit_seconds(elapsed: float) -> float:
 
 
 def _alike(site: StoredSite, outcome: Outcome, before: int) -> Shaped[Tensor, "row ..."]:
-    """Return the rows of a site, which must have the shape and dtype of those before.
-
-    Raises:
-        DataError: The site did not fire, or its rows have another shape or dtype.
-
-    """
+    """Return the rows of a site, which must have the shape and dtype of those before."""
     if site.name not in outcome.activations:
         raise DataError(
             f"{site.name!r} did not fire in the forward after row {before}, so its rows would be "

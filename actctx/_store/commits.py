@@ -193,13 +193,7 @@ class Commits:
         return (fragment.metadata for fragment in self.dataset.get_fragments())
 
     def _settle(self, names: list[str]) -> dict[str, str]:
-        """Sync data files that were written, and make their digests.
-
-        Raises:
-            DataError: Somebody else wrote, and took one for left over.
-            OSError: One cannot be read.
-
-        """
+        """Sync data files that were written, and make their digests."""
         data = self.path / "data"
         try:
             for name in names:

@@ -184,13 +184,7 @@ class Destination:
 
 
 def _locked(path: Path) -> Any:
-    """Lock a data set's directory; None, with a warning, where the file system has no locks.
-
-    Raises:
-        DataError: Somebody else holds the lock.
-        OSError: The file of the lock cannot be written.
-
-    """
+    """Lock a data set's directory; None, with a warning, where the file system has no locks."""
     from filelock import FileLock, Timeout
 
     options: dict[str, Any] = {"timeout": 0}

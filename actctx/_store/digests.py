@@ -109,12 +109,7 @@ def _new(value: bytes = b"") -> Any:
 
 @cache  # since each text has a digest of its own
 def _hash() -> Any:
-    """Return what makes a hash.
-
-    Raises:
-        OptionError: The library for it is not installed.
-
-    """
+    """Return what makes a hash."""
     try:
         from xxhash import xxh3_128
     except ModuleNotFoundError as error:

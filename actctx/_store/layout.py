@@ -223,13 +223,7 @@ def layout_of(dataset: Any, path: str) -> Layout:
 
 
 def _of_format(found: dict[str, Any]) -> dict[str, Any]:
-    """Return what a layout says, once it is known to be of a format that is read.
-
-    Raises:
-        ValueError: It is of none.
-        LaterError: It is of a later one.
-
-    """
+    """Return what a layout says, once it is known to be of a format that is read."""
     number = found.get("format")
     if type(number) is not int or number < 1:
         raise ValueError(f"'format' is {number!r}")

@@ -139,12 +139,7 @@ def _in_backticks(name: str) -> str:
 
 
 def _check_whole(where: str, bare: str) -> None:
-    """Refuse what would end before its end, or what has no value.
-
-    Raises:
-        OptionError: It closes more parentheses than it has opened, or has a placeholder.
-
-    """
+    """Refuse what would end before its end, or what has no value."""
     depth = 0
     for character in bare:
         depth += (character == "(") - (character == ")")
