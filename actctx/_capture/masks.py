@@ -38,7 +38,7 @@ from actctx._model.absolute_positions import (
     widths_of,
 )
 from actctx._model.axes import position_dims
-from actctx._model.known_faults import decoder_fault, mask_fault, warn
+from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._model.turned import depends_on_positions
@@ -412,7 +412,8 @@ class Padding:
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
     def _check_counted(self, mask: Tensor, site: WatchedSite, frame: Frame) -> None:
-        """Warn of padding on the left that no table shows to be counted."""
+        """Warn of padding that counts, and that no table shows to do so."""
+        self._warn("fault", right_padding_fault(core_of(self._model), mask))
         is_known = self._asked != "attention" or "left" in self._warned
         if is_known or not is_padded_left(mask) or self._has_positions(frame):
             return

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 _WRONG_UP_TO = (4, 3)  # TransformerLens
@@ -83,6 +84,18 @@ def decoder_fault(core: nn.Module, given: Mapping[str, Any]) -> str | None:
         "the decoder of FSMT attends to every token that it is given, also to padding and to those "
         "behind, unless it is given input_ids and use_cache=False, so the activations differ from "
         "those of the sequences alone; pass both"
+    )
+
+
+def right_padding_fault(core: nn.Module, mask: Bool[Tensor, "batch pos"]) -> str | None:
+    """Explain what is wrong with a plain model that is padded on the right; None if nothing is."""
+    kind = getattr(getattr(core, "config", None), "model_type", None)
+    if kind != "cpmant" or not mask.shape[1] or bool(mask[:, -1].all()):
+        return None
+    return (
+        "CPM-Ant takes padding to be on the left, whatever the attention_mask says, so the "
+        "activations of sequences that are padded on the right differ from those of the sequences "
+        "alone; pad on the left with id 0"
     )
 
 
