@@ -38,7 +38,7 @@ from actctx._store.libraries import import_lance
 from actctx._store.repair import repair as mend
 from actctx._store.validation import count_rows, reading
 from actctx._store.verification import check_whole
-from actctx._store.versions import Newest, newest_whole, open_lance
+from actctx._store.versions import NewestVersion, newest_whole, open_lance
 from actctx._text import counted, dtype_name, format_bytes, is_utf8, printable, shortened
 from actctx.extract import extract as write
 
@@ -204,11 +204,11 @@ def repair(path: str, *, dry_run: bool) -> None:
     typer.echo(f"{counted(dropped, 'row')} {done}, {counted(rows, 'row')} kept")
 
 
-def _open(path: str) -> Newest:
+def _open(path: str) -> NewestVersion:
     """Open a data set, whose newest versions may be damaged."""
     import_lance()
     is_there = "://" not in path and (Path(path) / "_versions").is_dir()
-    return newest_whole(path) if is_there else Newest(open_lance(path))
+    return newest_whole(path) if is_there else NewestVersion(open_lance(path))
 
 
 # What was asked.
