@@ -9,7 +9,7 @@ from actctx import AxisError, Site, capture
 
 NAME = "model.layers.0.mlp.gate"
 MASK = torch.arange(7) < torch.tensor([5, 2, 7])[:, None]
-REMEDY = "where it has one row for each token, in their order, give Site(axes='batch pos _')"
+REMEDY = "if it has one row for each token, in order, give Site(axes='batch pos _')"
 
 
 @pytest.fixture
