@@ -59,7 +59,10 @@ def test_the_remedy_for_a_mask_keeps_the_rows_of_tokens(model):
 def test_the_remedy_for_a_slice_selects_positions(model):
     with pytest.raises(AxisError) as refused, capture(model, NAME, slice={"pos": -1}):
         model(tokens(3))
-    assert str(refused.value) == (f"{NAME!r} has no axis 'pos'; its axes are 'token _'; {REMEDY}")
+    assert str(refused.value) == (
+        f"{NAME!r} has no axis 'pos'; its axes are 'token _'; {REMEDY}, else select by position "
+        "with a tuple"
+    )
     with capture(model, Site(NAME, axes="batch pos _", slice={"pos": -1})) as acts:
         model(tokens(3))
     assert torch.equal(acts.tensor, routed(model, input_ids=tokens(3))[:, -1])
