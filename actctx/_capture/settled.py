@@ -27,12 +27,12 @@ def watch_site(
     """Settle the options of one site; those of the capture are the defaults.
 
     Args:
-        request: What was asked for.
+        request: The requested site.
         defaults: The options of the capture.
-        sizes: The sizes of axes that the model's config tells.
-        options: What holds for all sites.
-        grow: Tells the axes of a site, and their sizes, by what the model does. It is asked before
-            anything is refused.
+        sizes: The sizes of axes in the model's config.
+        options: The options for all sites.
+        grow: Determines the axes of a site, and their sizes, by a run of the model. It is called
+            before anything is refused.
 
     Raises:
         AxisError: It does not have the axis to select from or to join along.
@@ -77,8 +77,8 @@ def watch_site(
 def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
     by_name = site.named_axes is None and site.told_axes is None
     if by_name and axes in ROUTER_AXES and isinstance(site.options.mask, Chosen):
-        # A router sees the tokens in their order, so they are divided into sequences. What is
-        # inside an expert may be in another order.
+        # A router sees the tokens in order, so they are split into sequences. Inside an expert they
+        # may be in another order.
         axes = ("batch", "pos", *axes[1:])
         site = replace(site, named_axes=axes)
     selector, rows = selecting(site.key, site.asked, axes, sizes, site.options)
@@ -88,7 +88,7 @@ def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> 
 
 
 def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
-    """Return the mask that was asked for.
+    """Return the requested mask.
 
     Raises:
         OptionError: It is not a valid mask.
@@ -119,7 +119,8 @@ def check_capacity(options: Options) -> None:
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
         raise OptionError(
-            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+            f"capacity= fills one tensor in place, which does not work with {other}; leave one of "
+            "them out"
         )
 
 
@@ -185,8 +186,8 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
         )
     if options.capacity is not None and site.firing != -1:
         raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
-            "count firings from the first"
+            f"{site.shown} asks for firing={site.firing}, which capacity= cannot store; count "
+            "firings from the first"
         )
 
 

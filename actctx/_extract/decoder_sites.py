@@ -8,7 +8,7 @@ from torch import nn
 
 from actctx._capture.watched import WatchedSite
 from actctx._errors import OptionError
-from actctx._extract.model_inputs import innermost
+from actctx._model.config import innermost
 from actctx._model.sides import Sides
 
 _OF_DECODERS = ("decoder", "tgt", "target")
@@ -16,12 +16,7 @@ _OF_DECODERS = ("decoder", "tgt", "target")
 
 
 def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
-    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's.
-
-    Raises:
-        OptionError: There is one.
-
-    """
+    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's."""
     sides, inner = Sides(model), innermost(model)
     by_name = not sides.two and _is_named_for_both(inner)
     for site in sites:

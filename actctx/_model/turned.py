@@ -12,6 +12,7 @@ import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -24,17 +25,17 @@ _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 def depends_on_positions(core: nn.Module, place: Place) -> bool:
     """Return whether a place of a model holds a rotary table, or what one has turned."""
     return bool(_NAMED.search(place.name)) or any(
-        child is place.module and name in _turned_in(type(module))
+        child is place.module and name in _turned_in(type(module).forward)
         for module in core.modules()
         for name, child in module.named_children()
     )
 
 
 @functools.lru_cache
-def _turned_in(kind: Any) -> frozenset[str]:
+def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
     """List the attributes of a module that its forward calls on what was turned."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
     turned: set[str] = set()

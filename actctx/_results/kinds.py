@@ -1,4 +1,4 @@
-"""The kinds of columns, and which of them a site gets."""
+"""The kinds of columns, and the choice between them."""
 
 from typing import Any
 
@@ -15,7 +15,7 @@ from actctx._select.own import own, plain_mode
 
 
 def column_for(label: Label, options: ColumnOptions) -> Column[Any]:
-    """Return an empty column of the kind that was asked for."""
+    """Return an empty column of the requested kind."""
     if options.reduce is not None:
         return StatisticColumn(label, options.reduce, options)
     if options.join is None:
@@ -27,7 +27,7 @@ def column_for(label: Label, options: ColumnOptions) -> Column[Any]:
 
 
 def column_of(key: str, site: SavedSite, *, join: str, device: torch.device | None) -> Column[Any]:
-    """Return the column that a file holds."""
+    """Return the column in a file."""
     label = Label(key, site.names, Named(site.axes, site.sizes))
     if site.statistic is not None:
         statistic = moved_statistic(site.statistic, device)

@@ -5,21 +5,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from configs import LLAMA_WITH_HEAD_DIM
 from models import VOCAB, huggingface, tokens
 
-from actctx import Site, capture
+from actctx import SelectionError, Site, capture
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
+_SIZES = {**LLAMA_WITH_HEAD_DIM, "intermediate_size": 48, "pad_token_id": 0}
 _TURNED = {
     "NanoChat": ("self_attn.q_norm", {}),
     "HunYuanDenseV1": ("self_attn.query_layernorm", {}),
@@ -157,3 +148,43 @@ def test_a_decoder_of_fsmt_that_makes_its_own_tokens_does_not_warn(fsmt):
     with capture(fsmt, "model.decoder.layers.1", mask="attention") as acts:
         fsmt(**given)
     assert len(acts.tensor) == 3 * 7
+
+
+@pytest.fixture
+def cpmant():
+    config = transformers.CpmAntConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=3,
+    )
+    torch.manual_seed(0)
+    return transformers.CpmAntForCausalLM(config).eval()
+
+
+def test_cpm_ant_warns_of_padding_on_the_right(cpmant):
+    right = MASK.flip(1)
+    with (
+        pytest.warns(UserWarning, match="CPM-Ant takes padding to be on the left"),
+        capture(cpmant, "lm_head", mask="attention"),
+    ):
+        cpmant(input_ids=tokens(3) * right, attention_mask=right.long())
+
+
+def test_cpm_ant_is_right_with_padding_on_the_left(cpmant):
+    ids = tokens(3)
+    with capture(cpmant, "lm_head", mask="attention") as acts:
+        cpmant(input_ids=padded_left(ids), attention_mask=MASK.long())
+    wanted = alone(cpmant, Site("lm_head"), ids)
+    torch.testing.assert_close(acts.tensor, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_prompts_of_cpm_ant_are_not_masked_as_tokens(cpmant):
+    with (
+        pytest.raises(SelectionError, match="has 10 positions, but the forward's mask has 7"),
+        capture(cpmant, "cpmant.encoder.layers.1", mask="attention"),
+    ):
+        cpmant(input_ids=padded_left(tokens(3)), attention_mask=MASK.long())
