@@ -161,7 +161,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             self._warned = True
             better = f"data.loader({len(indices)})"
             warnings.warn(
-                "a DataLoader that shuffles reads every row by itself, many times slower than "
+                "a DataLoader that shuffles reads every row separately, many times slower than "
                 f"{better}, which reads blocks of rows; iterate over that, or give "
                 f"DataLoader({better}, batch_size=None)",
                 stacklevel=3,
@@ -293,9 +293,9 @@ class ActivationDataset(Dataset[StoredBatch]):
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
-                f"{self.path!r} does not say which model its activations are of, as nothing does "
-                f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
-                "out model= and check()"
+                f"{self.path!r} does not say which model its activations come from, like "
+                "everything that from_saelens made, so they cannot be compared with "
+                f"{_described(here)}; leave out model= and check()"
             )
         found = differences(
             there, here, versions_differ=self.layout.versions != versions(), is_run=False

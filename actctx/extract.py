@@ -115,7 +115,7 @@ def extract(
         tokenizer: What turns texts into tokens; by default the model's own.
         batch_size: The sequences in a forward, where they are put together here, at most. A
             resumed data set keeps the order of rows that the first one made; with another size, a
-            warning says that values are equal up to rounding only.
+            warning says that values are equal only up to rounding.
         context: The tokens in a sequence, at most; by default what the model can read. What is
             longer is cut off at the end.
         equal_lengths: Whether only sequences of one length run together, so that no forward sees

@@ -11,8 +11,8 @@ from actctx import OptionError, Site
 from actctx.extract import extract
 
 OF_DECODERS = (
-    " is of the decoder, but a row is a token of what the encoder is given; capture it with "
-    "capture(), or extract from the decoder by itself"
+    " belongs to the decoder, but a row is a token of the encoder's input; capture it with "
+    "capture(), or extract from the decoder alone"
 )
 
 

@@ -79,13 +79,14 @@ def test_sites_are_renamed_for_saelens(data, tmp_path):
     [
         (
             {"hook_q": "z"},
-            f"rename names 'hook_q', which is no site that is read; the sites are {RESID!r}, {Z!r}",
+            f"rename names 'hook_q', which is not a site that is read; the sites are {RESID!r}, "
+            f"{Z!r}",
         ),
-        ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each another name"),
-        ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each another name"),
+        ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each a different name"),
+        ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each a different name"),
         (
             {Z: "token_ids"},
-            "rename gives 2 columns the name 'token_ids'; give each another name",
+            "rename gives 2 columns the name 'token_ids'; give each a different name",
         ),
     ],
 )
@@ -187,9 +188,9 @@ def test_a_model_is_not_held_against_what_saelens_cached(data, tmp_path, mlp):
     with pytest.raises(DataError) as caught:
         back.check(mlp)
     assert str(caught.value) == (
-        f"'{tmp_path / 'back.lance'}' does not say which model its activations are of, as nothing "
-        "does that from_saelens made, so they cannot be held against a Mlp with the fingerprint "
-        f"{fingerprint(mlp)}; leave out model= and check()"
+        f"'{tmp_path / 'back.lance'}' does not say which model its activations come from, like "
+        "everything that from_saelens made, so they cannot be compared with a Mlp with the "
+        f"fingerprint {fingerprint(mlp)}; leave out model= and check()"
     )
 
 
@@ -347,8 +348,8 @@ def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
     with pytest.raises(OptionError) as caught:
         data.to_saelens(tmp_path / "cached", context=101)
     assert str(caught.value) == (
-        "context=101 makes no run of 100 rows; give the context_size of SAELens' config, and no "
-        "more than there are rows"
+        "context=101 does not fit 100 rows; give the context_size of SAELens' config, and no more "
+        "than there are rows"
     )
 
 
@@ -374,8 +375,8 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
     with pytest.raises(DataError) as caught:
         ActivationDataset.from_saelens(tmp_path / "xy", tmp_path / "out.lance")
     assert str(caught.value) == (
-        f"'{tmp_path / 'xy'}' holds no activations as SAELens caches them, which are columns of "
-        "the type Array2D; its columns are x, y"
+        f"'{tmp_path / 'xy'}' does not contain activations as SAELens caches them, which are "
+        "columns of the type Array2D; its columns are x, y"
     )
 
 
@@ -385,18 +386,18 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
         (
             [],
             RESID,
-            "holds no activations: its dataset has no rows; let SAELens cache some",
+            "does not contain activations: its dataset has no rows; let SAELens cache some",
         ),
         (
             None,  # a file of no rows
             RESID,
-            "holds no activations: its dataset has no rows; let SAELens cache some",
+            "does not contain activations: its dataset has no rows; let SAELens cache some",
         ),
         (
             [[[0.0, 1.0]] * 4],
             "token",
             "has activations in a column 'token', which is the name of another column of a data "
-            "set; give it the hook's, by rename_column('token', ...) of datasets",
+            "set; give it the hook's name, with rename_column('token', ...) of datasets",
         ),
     ],
 )

@@ -107,9 +107,9 @@ def test_the_newest_whole_version_is_read_and_the_others_are_said_to_be_lost(tmp
     whole = lance.dataset(str(out), version=numbers[2])
     rows = whole.count_rows()
     message = (
-        f"versions {numbers[1]} and {numbers[0]} of '{out}' are not whole, as after a cut of "
-        f"power: its manifest is empty; version {numbers[2]}, of {rows} rows, is read, and what "
-        "was written after it is lost; the same extract() writes it again"
+        f"versions {numbers[1]} and {numbers[0]} of '{out}' are incomplete, as after power loss: "
+        f"its manifest is empty; version {numbers[2]}, of {rows} rows, is read, and what was "
+        "written after it is lost; the same extract() writes it again"
     )
     with pytest.warns(UserWarning, match="are not whole") as caught:
         data = ActivationDataset(out)
