@@ -388,6 +388,6 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[st
     warned.add("unmasked")
     warnings.warn(
         "the model's forward takes no attention mask, so tokens attend to the padding after them "
-        "if it is not causal; {remedy}",
+        f"if it is not causal; {remedy}",
         stacklevel=2,
     )
