@@ -46,7 +46,7 @@ OTHERS = {
 USUAL = tuple(name for name, table in TABLES.items() if table.is_usual)
 CASES = ", ".join([*USUAL, *SWEEPS, *OTHERS])
 CHOSEN_IN = {way.name: name for name in reversed(TABLES) for way in TABLES[name].ways}
-"""The table that a way is measured in where it alone is asked for: the first that has it."""
+"""The table for a way that is requested alone: the first that has it."""
 
 
 def main(
@@ -88,9 +88,9 @@ def main(
         ),
     ] = None,
 ) -> None:
-    """Measure what it costs to get activations of a model like GPT-2 small.
+    """Measure the cost of capturing activations of a model like GPT-2 small.
 
-    Each way's extra peak memory is measured in a process of its own, its time relative to a bare
+    Each way's extra peak memory is measured in its own process, and its time relative to a bare
     forward that is stopped where capture(stop=True) ends it. See benchmarks/README.md.
     """
     if list_cases:
@@ -132,7 +132,7 @@ def main(
 
 
 def _can_be_measured(table: Table, setup: Setup) -> bool:
-    """Say why a table is left out, if it is."""
+    """Say why a table is skipped, if it is."""
     missing = [library for library in table.needs if find_spec(library) is None]
     how = "docs/benchmarks.md says how"
     why = f"not installed: {', '.join(missing)}; {how}" if missing else why_not(table, setup)
@@ -154,8 +154,8 @@ def _measure(
     rounds: int | None = None,
     repeats: int | None = None,
 ) -> list[str]:
-    """Measure a table, memory first, and return what is wrong with it."""
-    processes = 2 if setup.device == "cpu" else 1  # to import takes longer than to run
+    """Measure a table, memory first, and return its failures."""
+    processes = 2 if setup.device == "cpu" else 1  # importing takes longer than running
     results = measure_memory(setup, [way.name for way in ways], processes=processes)
     faults = [f"{each.way}: {each.failed}" for each in results if each.failed]
     limits = {way.limit for way in ways}
@@ -183,7 +183,7 @@ def _measure(
 
 
 def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings) -> list[str]:
-    """Write and print what there is by now, and return of which ways the file says more."""
+    """Write and print the results so far, and return the ways with better results in the file."""
     stay = findings.put_results(table, setup, results)
     sizes = f"{setup.batch} x {setup.tokens} tokens, {setup.layers} layers"
     passes = max(len(result.seconds) for result in results)
@@ -200,7 +200,7 @@ def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings)
 
 
 def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> list[str]:
-    """Measure what is tiny: on the CPU and a tiny model, whatever device and model are given."""
+    """Measure the small tables, always on the CPU with a tiny model."""
     faults = []
     for name, measure in (("sites", _measure_sites), ("checks", _measure_checks)):
         if name in asked:
@@ -231,7 +231,7 @@ def _given(**options: int | None) -> dict[str, Any]:
 
 
 def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
-    """Put the ways that are asked for in the order of their tables, with the limits of them."""
+    """Put the requested ways in the order of their tables, with their limits."""
     asked = set(cases)
     unknown = sorted(asked - {*TABLES, *SWEEPS, *WAYS, *OTHERS})
     lacking = sorted({WAYS[case].model for case in asked & {*WAYS}} & WITHOUT)
@@ -257,7 +257,7 @@ def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
 
 
 def _listing() -> Iterator[str]:
-    """List all that can be chosen."""
+    """List everything that can be chosen."""
     for table in TABLES.values():
         swept = f" (of {table.sweep})" if table.sweep else ""
         yield f"{table.name}{swept}: {table.title}"
