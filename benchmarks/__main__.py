@@ -40,8 +40,8 @@ QUICK_CASES = (
     "gather-64-capture",
 )
 OTHERS = {
-    "sites": "microseconds of a hooked site and forward",
-    "checks": "microseconds of the checks of types",
+    "sites": "microseconds per hooked site and forward",
+    "checks": "microseconds of type checks",
 }
 USUAL = tuple(name for name, table in TABLES.items() if table.is_usual)
 CASES = ", ".join([*USUAL, *SWEEPS, *OTHERS])
@@ -55,36 +55,41 @@ def main(
         list[str] | None, typer.Option(help=f"A table or a way; repeatable. Tables: {CASES}.")
     ] = None,
     list_cases: Annotated[
-        bool, typer.Option("--list", help="List all tables and their ways, and end.")
+        bool, typer.Option("--list", help="List all tables and their ways, and exit.")
     ] = False,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Only see that it works, and fits: tiny, whatever sizes are given."
-        ),
+        typer.Option("--quick", help="Only check that everything works and fits, with tiny sizes."),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="A Hugging Face model, by name or path; else random weights.")
+        str,
+        typer.Option(help="The name or path of a Hugging Face model. By default random weights."),
     ] = Setup.model,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens a sequence.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Fresh processes to time in.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Passes in each.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = Setup.threads,
+    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="The number of new processes to time in.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="The number of passes in each process.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="The number of torch's threads.")
+    ] = Setup.threads,
     device: Annotated[str, typer.Option(help="Device of the model, such as cuda.")] = Setup.device,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="A folder for plots of all that --json has, or this run. Without --case, what "
-            "they vary is measured, too."
+            help="A folder for plots of everything in --json, or of this run. Without --case, sweeps "
+            "are measured too."
         ),
     ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
             "--json",
-            help="Where to write all that is measured, beside what the file has: its tables, and "
-            "the ways of them that are not measured now, are kept.",
+            help="A file for the results. Its other tables, and other ways of the same tables, are "
+            "kept.",
         ),
     ] = None,
 ) -> None:
@@ -125,7 +130,7 @@ def main(
     faults += _measure_others(asked, findings, quick=quick)
     if plot:
         drawn = ", ".join(draw(findings.tables, plot))
-        print(f"drawn in {plot}: {drawn or 'nothing, since it takes plain or a sweep'}\n")
+        print(f"drawn in {plot}: {drawn or 'nothing, since plots need plain or a sweep'}\n")
     print(", ".join(f"{what} {found}" for what, found in machine(device).items()))
     if faults:
         sys.exit("\n".join(faults))
@@ -137,7 +142,7 @@ def _can_be_measured(table: Table, setup: Setup) -> bool:
     how = "docs/benchmarks.md says how"
     why = f"not installed: {', '.join(missing)}; {how}" if missing else why_not(table, setup)
     if why:
-        print(f"{table.name} is left out: {why}\n")
+        print(f"{table.name} is skipped: {why}\n")
     without = sorted({way.model for way in table.ways} & WITHOUT)
     if without:
         print(f"{table.name} is without ways of {' and '.join(without)}: not installed\n")
@@ -175,7 +180,7 @@ def _measure(
             faults.append(f"{table.name}: {error}")
         stay = _keep(table, setup, results, findings)
     if stay:
-        print(f"--json keeps what it had, which says more: {', '.join(stay)}\n")
+        print(f"--json keeps the earlier results, which are more complete: {', '.join(stay)}\n")
     if not quick and table.is_usual:
         verdicts = targets(results, batches=setup.batches)
         print(*(f"- {verdict}\n" for verdict in verdicts), sep="")
@@ -222,7 +227,9 @@ def _measure_checks(findings: Findings, *, quick: bool) -> None:
     found = probe(Order(replace(QUICK, threads=1), tiny="checks", repeats=2 if quick else 5))
     findings.put("checks", found)
     print(
-        "checks: {site:.1f} us a site and shape, {field:.0f} us a field and block\n".format(**found)
+        "checks: {site:.1f} us per site and shape, {field:.0f} us per field and block\n".format(
+            **found
+        )
     )
 
 

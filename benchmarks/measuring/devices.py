@@ -115,7 +115,7 @@ def meter_of(device: str) -> Meter:
     if not library.is_available():
         raise RuntimeError(f"torch finds no {chosen.type} device on this machine")
     if not hasattr(library, "max_memory_allocated"):
-        raise RuntimeError(f"torch does not tell the peak memory of {chosen.type} devices")
+        raise RuntimeError(f"torch does not report the peak memory of {chosen.type} devices")
     return Accelerator(chosen, library)
 
 

@@ -206,7 +206,7 @@ def _time(run: Run, subject: Subject, forwards: int) -> float:
 def site_rows(found: dict[str, dict[str, float]]) -> str:
     """Write the cost of sites as a Markdown table."""
     lines = [
-        f"| way | µs a site, {FORWARDS} forwards a block | µs a site, one forward a block |",
+        f"| way | µs per site, {FORWARDS} forwards per block | µs per site, one per block |",
         "| --- | ---: | ---: |",
     ]
     for way, us in found.items():

@@ -108,7 +108,7 @@ def _is_less(new: Found, earlier: Found) -> bool:
 
 def _read(path: Path) -> dict[str, Found]:
     if not path.parent.is_dir():
-        raise FindingsError(f"there is no folder {path.parent}; make it first")
+        raise FindingsError(f"there is no folder {path.parent}; create it first")
     if not path.exists():
         return {}
     try:
@@ -116,5 +116,5 @@ def _read(path: Path) -> dict[str, Found]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-        raise FindingsError(f"{path} is no file of findings; give another one")
+        raise FindingsError(f"{path} is not a file of findings; give another one")
     return found
