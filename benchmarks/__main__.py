@@ -80,8 +80,8 @@ def main(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="A folder for plots of everything in --json, or of this run. Without --case, sweeps "
-            "are measured too."
+            help="A folder for plots of everything in --json, or of this run. Without --case, "
+            "sweeps are measured too."
         ),
     ] = None,
     json_file: Annotated[
