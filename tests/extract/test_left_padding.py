@@ -336,8 +336,8 @@ def test_a_mask_under_another_name_tells_no_padding(out):
     batch = {"input_ids": left(IDS), "padding_mask": left(MASK).long()}
     assert refusal(DataError, Other(), [batch], BLOCK, out) == (
         "data holds 'padding_mask', which the model's forward takes, but no 'attention_mask', so "
-        "that it is not known which tokens are padding; give an 'attention_mask' as well, or "
-        "mask='padding_mask' where it is not 0 for the tokens that leave rows"
+        "it is not known which tokens are padding; also give an 'attention_mask', or "
+        "mask='padding_mask' if it is not 0 for the tokens that become rows"
     )
     model = Other()
     extract(model, [{**batch, "attention_mask": left(MASK).long()}], BLOCK, out)

@@ -234,8 +234,8 @@ def test_numpys_strings_are_texts(gpt2, out):
         ),
         (
             {"names": {"\ud800": LAYER}},
-            "a column needs a name, which '\\ud800' is not; give the site an alias, as in "
-            "{'resid': ...}",
+            "'\\ud800' cannot be the name of a column; give the site an alias, as in {'resid': "
+            "...}",
         ),
         (
             {"carry": ["\ud800"]},
@@ -361,7 +361,7 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
         lambda: extract(gpt2, [ids, ids], LAYER, out, progress=False),
         lambda: extract(gpt2, ids, "blocks.0.hook_resid_post", out, add=True, progress=False),
     ):
-        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it anew$"):
+        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it again$"):
             read()
 
 
@@ -382,8 +382,8 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
             "--pack joins, --context cuts, --slice selects",
         ),
         (
-            "max_tokens=3 does not go with add=True; leave max_tokens out",
-            "--max-tokens 3 does not go with --add; leave --max-tokens out",
+            "max_tokens=3 does not work with add=True; leave max_tokens out",
+            "--max-tokens 3 does not work with --add; leave --max-tokens out",
         ),
         (
             "give dtype=torch.float16, such as drop={'position': [0]}",

@@ -48,7 +48,7 @@ def test_what_a_model_returns_of_its_encoder_is_not_refused(out, wrap):
     model = bart()
     site = Site("", output="encoder_last_hidden_state", axes="batch pos d")
     assert refusal(OptionError, wrap(model), tokens(2), site, out) == (
-        "a column needs a name, which '' is not; give the site an alias, as in {'resid': ...}"
+        "'' cannot be the name of a column; give the site an alias, as in {'resid': ...}"
     )
     extract(wrap(model), tokens(2), {"states": site}, out)
     with torch.no_grad():

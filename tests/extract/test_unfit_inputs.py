@@ -75,9 +75,9 @@ def test_batches_of_texts_are_refused(gpt2, out, batch):
 def test_a_mask_that_nothing_reads_is_refused(gpt2, out):
     batch = {"input_ids": tokens(2), "attn_mask": torch.ones(2, 7)}
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "data holds 'attn_mask', which nothing reads, and no 'attention_mask'; call it "
-        "'attention_mask' where it tells padding, give mask='attn_mask' where it tells which "
-        "tokens leave rows, or leave it out"
+        "data holds 'attn_mask', which is not used, and no 'attention_mask'; name it "
+        "'attention_mask' if it marks padding, give mask='attn_mask' if it marks the tokens that "
+        "become rows, or leave it out"
     )
 
 

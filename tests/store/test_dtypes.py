@@ -220,7 +220,7 @@ def test_what_eight_bits_do_not_reach_is_refused(out, dtype, value, shown, remed
         f"'part' is {shown} in row 3: token 5 of sequence 1, position 1; {remedy}, but "
         "dtype=torch.bfloat16 has a larger range; finite=False writes it as it is"
     )
-    with pytest.warns(UserWarning, match="'part' loses values in its cast: 1 value is beyond"):
+    with pytest.warns(UserWarning, match="'part' loses values in its cast: 1 value is outside"):
         extract(Beyond(value), data, site, out, dtype=dtype, finite=False)
     wanted = torch.tensor([0.0, 0, 0, value]).to(dtype).float()
     assert torch.equal(

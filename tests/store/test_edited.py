@@ -156,7 +156,7 @@ def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
     lance.dataset(path).alter_columns({"path": "token", "nullable": True})
     assert ActivationDataset(path).tokens.tolist() == tokens(torch.arange(ROWS)).tolist()
     lance.dataset(path).update({"token": "null"}, where="position = 3")
-    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32"):
+    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which int32"):
         ActivationDataset(path)[:]
     destination = Destination(path)
     with pytest.raises(DataError, match="cannot be read: rows have no value in its column 'token'"):

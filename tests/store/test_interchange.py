@@ -61,8 +61,8 @@ def test_bfloat16_is_written_for_saelens_as_float32_with_a_warning(path, tmp_pat
     with pytest.warns(UserWarning, match="no bfloat16") as caught:
         ActivationDataset(path, sites=RESID).to_saelens(tmp_path / "cached", context=10)
     assert str(caught[0].message) == (
-        f"SAELens' files have no bfloat16: {RESID!r} is written as float32, which holds the same "
-        "values and takes twice the space"
+        f"SAELens' files do not support bfloat16: {RESID!r} is written as float32, which has the "
+        "same values and takes twice the space"
     )
     cached = datasets.load_from_disk(tmp_path / "cached").with_format("torch")
     assert torch.equal(cached[:][RESID].reshape(-1, 4), resid(torch.arange(ROWS)).float())
@@ -112,7 +112,7 @@ def test_what_saelens_cannot_be_given_whole_leaves_nothing(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", ROWS), sites=Z)
     for file in (tmp_path / "a.lance" / "data").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it anew$"):
+    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it again$"):
         data.to_saelens(tmp_path / "out" / "cached", context=10)
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["cached.partial"]
 
