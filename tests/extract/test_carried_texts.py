@@ -231,8 +231,8 @@ def test_what_is_no_condition_on_texts_is_refused(written):
         ActivationDataset(written, where="document = 'yes' AND lable = 1")
     assert str(refused.value) == (
         "where=\"document = 'yes' AND lable = 1\" is not a condition on rows: there is no column "
-        "lable; the columns are token, sequence, position, document, label, source, `block`; strings "
-        "need single quotes, as in label = 'yes'"
+        "lable; the columns are token, sequence, position, document, label, source, `block`; "
+        "strings need single quotes, as in label = 'yes'"
     )
 
 
