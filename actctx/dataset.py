@@ -281,7 +281,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             model: The model, compared by its weights, buffers and settings.
 
         Raises:
-                DataError: They are from another model; or the model is unknown, as for a data set
+            DataError: They are from another model; or the model is unknown, as for a data set
                     that
                     `from_saelens` made.
             OptionError: It is not a model.
@@ -361,7 +361,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             seed: The seed of that order.
 
         Returns:
-                The number of dropped rows.
+            The number of dropped rows.
 
         Raises:
             DataError: There is something at the path already, or it cannot be written to.
@@ -395,10 +395,10 @@ class ActivationDataset(Dataset[StoredBatch]):
             out: Where to write the data set, whole or not at all.
 
         Returns:
-                The opened data set.
+            The opened data set.
 
         Raises:
-                DataError: It is not such a directory, or `out` already exists or cannot be written
+            DataError: It is not such a directory, or `out` already exists or cannot be written
                     to.
 
         Example:
@@ -420,7 +420,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             path: Where to write, whole or not at all.
 
         Raises:
-                DataError: There is already something at the path, or it cannot be written to.
+            DataError: There is already something at the path, or it cannot be written to.
 
         Example:
             >>> data.to_safetensors("acts.safetensors")
