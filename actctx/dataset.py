@@ -281,9 +281,8 @@ class ActivationDataset(Dataset[StoredBatch]):
             model: The model, compared by its weights, buffers and settings.
 
         Raises:
-            DataError: They are from another model; or the model is unknown, as for a data set
-                    that
-                    `from_saelens` made.
+            DataError: They are from another model; or the model is unknown, as for a data set that
+                `from_saelens` made.
             OptionError: It is not a model.
 
         """
@@ -399,7 +398,7 @@ class ActivationDataset(Dataset[StoredBatch]):
 
         Raises:
             DataError: It is not such a directory, or `out` already exists or cannot be written
-                    to.
+                to.
 
         Example:
             >>> left_out = data.to_saelens("of_saelens", context=7)

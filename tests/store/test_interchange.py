@@ -58,7 +58,7 @@ def test_rows_are_shuffled_for_saelens_where_asked(data, tmp_path):
 
 def test_bfloat16_is_written_for_saelens_as_float32_with_a_warning(path, tmp_path):
     datasets = pytest.importorskip("datasets")
-    with pytest.warns(UserWarning, match="no bfloat16") as caught:
+    with pytest.warns(UserWarning, match="do not support bfloat16") as caught:
         ActivationDataset(path, sites=RESID).to_saelens(tmp_path / "cached", context=10)
     assert str(caught[0].message) == (
         f"SAELens' files do not support bfloat16: {RESID!r} is written as float32, which has the "
