@@ -191,8 +191,8 @@ def test_room_is_needed_for_what_is_added_and_for_its_copy(out, tmp_path, monkey
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     assert refusal(DataError, bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True) == (
         f"'{tmp_path / 'acts.lance.adding'}' has too little space: 180 rows of 280 bytes are "
-        "49.2 KiB, with 45.0 KiB more while they are added, but 87.9 KiB are free; give a smaller dtype, "
-        "fewer sites or tokens, or another disk"
+        "49.2 KiB, with 45.0 KiB more while they are added, but 87.9 KiB are free; give a smaller "
+        "dtype, fewer sites or tokens, or another disk"
     )
     assert [each.name for each in tmp_path.iterdir()] == ["acts.lance"]
 
