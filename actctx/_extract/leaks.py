@@ -1,4 +1,4 @@
-"""Find out whether padding reaches the tokens beside it, by running one sequence alone.
+"""Detect padding that reaches the tokens beside it, by running one sequence alone.
 
 # NOTE [Leaks]
 Some models let padding into the tokens beside it whatever the mask says: a convolution runs over
@@ -26,7 +26,7 @@ _OFF_BY_DEFAULT = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
-class Alone:
+class LoneSequence:
     """A sequence of a batch that is run by itself.
 
     Attributes:
@@ -59,9 +59,9 @@ class Alone:
             most = max(_OFF.get(each, _OFF_BY_DEFAULT) for each in (dtype, rows.dtype))
             if off > most:
                 warn(
-                    f"padding reaches the tokens beside it: what {name!r} leaves of sequence "
-                    f"{int(self.batch.sequences[0])} is {off:.0%} off from what it leaves of it "
-                    "alone; give equal_lengths=True, with which no forward has padding"
+                    f"padding changes the tokens next to it: {name!r} of sequence "
+                    f"{int(self.batch.sequences[0])} differs by {off:.0%} from the same sequence "
+                    "run alone; give equal_lengths=True, so that no forward has padding"
                 )
                 return
 
@@ -73,11 +73,11 @@ def _distance(here: Tensor, there: Tensor) -> float:
     return float(((here - there).norm(dim=1) / scale).max())
 
 
-def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> Alone | None:
+def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> LoneSequence | None:
     """Choose a sequence that has rows and padding; None where none can be taken by itself.
 
     Args:
-        batch: The batch as it is run, with padding behind the tokens.
+        batch: The batch as it is run, with padding after the tokens.
         where: The tokens that are rows.
 
     """
@@ -106,4 +106,4 @@ def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> Alone | None:
     own = Batch(batch.tokens[row, places], None, batch.sequences[row], given)
     own_where = where[rows].clone()
     own_where[:, 0] = 0
-    return Alone(own, rows, own_where)
+    return LoneSequence(own, rows, own_where)

@@ -25,7 +25,7 @@ def progress_bar(*, shown: bool, name: str, total: int | None, **options: Any) -
     Where there is neither a notebook nor a terminal, as in a batch job, it is a line a minute.
 
     Args:
-        shown: Whether it is to be seen at all.
+        shown: Whether anything is shown.
         name: What a line begins with.
         total: How far it goes; None where that is not known.
         options: What else tqdm takes: `unit` and `initial`.
@@ -57,15 +57,15 @@ class Lines:
 
     Attributes:
         n: How many there are.
-        row: The bytes of one; 0 where they are not known yet.
-        disable: Whether what is beside a bar is left out, as on tqdm's.
+        row_bytes: The bytes of one; 0 where they are not known yet.
+        disable: Whether messages beside the bar are left out, as for tqdm.
 
     """
 
     disable = True
 
     def __init__(self, *, name: str, total: int | None, unit: str, initial: int) -> None:
-        self.n, self.row = initial, 0
+        self.n, self.row_bytes = initial, 0
         self._name, self._total, self._unit = name, total, unit
         self._first, self._before = initial, initial
         self._begun: float | None = None
@@ -82,7 +82,7 @@ class Lines:
         self._thread.join()
 
     def update(self, rows: int) -> None:
-        """Count on."""
+        """Count more of them."""
         if self._begun is None:  # what came before was reading
             self._begun = time.monotonic()
         self.n += rows
@@ -100,8 +100,8 @@ class Lines:
         rows = self.n
         many = f"{rows:,}" if self._total is None else f"{rows:,} of {self._total:,}"
         parts = [f"{many}{self._unit}", f"{(rows - self._before) / seconds:,.1f} a second"]
-        if self.row:
-            parts.append(format_bytes(rows * self.row))
+        if self.row_bytes:
+            parts.append(format_bytes(rows * self.row_bytes))
         if self._total is not None and self._begun is not None and rows > self._first:
             left = (self._total - rows) * (now - self._begun) / (rows - self._first)
             parts.append(f"{tqdm.format_interval(max(left, 0))} left")
@@ -113,27 +113,27 @@ def say(text: str) -> None:
     if _LOG.isEnabledFor(logging.INFO) and _LOG.hasHandlers():
         _LOG.info(text)
     elif sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may have gone
+        with contextlib.suppress(OSError, ValueError):  # its reader may have gone
             sys.stderr.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}\n")
             sys.stderr.flush()
 
 
-def count_on(bar: Any, rows: int) -> None:
+def advance(bar: Any, rows: int) -> None:
     """Move a bar on by some rows, and show their bytes."""
     bar.update(rows)
     if not bar.disable:
-        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)
+        bar.set_postfix_str(format_bytes(bar.n * bar.row_bytes), refresh=False)
 
 
-def tell_what_is_kept(error: BaseException, path: Path, rows: int) -> None:
-    """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
+def add_note_of_rows(error: BaseException, path: Path, rows: int) -> None:
+    """Add to an error which rows are on disk; not if the extraction was refused."""
     if isinstance(error, ActctxError):
         return
     note = f"'{path}' keeps {counted(rows, 'row')}; the same call resumes after them"
     if not rows:
-        note = f"no rows are in '{path}' yet; the same call begins anew"
+        note = f"no rows are in '{path}' yet; the same call starts from the beginning"
     error.add_note(note)
-    if isinstance(error, SystemExit):  # whose notes nobody shows
+    if isinstance(error, SystemExit):  # whose notes are not shown
         _LOG.warning(note)
 
 

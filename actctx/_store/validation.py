@@ -34,16 +34,19 @@ _FOOTER = struct.Struct("<QQQII8x")
 """The end of a file of Lance's: where the metadata of columns begins, the table of columns, and
 that of what else there is; the lengths of the second and of the first; its version."""
 
+_MESSAGE = b"\xff" * 4
+"""What each message of an Arrow file begins with."""
+
 _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
 
 _COPY = "put a copy of it in its place, or give another path"
-REOPEN = "open it again, since another process may have replaced its files, or write it anew"
+REOPEN = "open it again, since another process may have replaced its files, or write it again"
 """What to do where rows of an open data set cannot be read."""
 
 
 def damaged(path: str, found: str, remedy: str = _COPY) -> DataError:
-    """Say that a data set cannot be read, and why."""
+    """Explain why a data set cannot be read."""
     return DataError(f"the data set at {path!r} cannot be read: {printable(found)}; {remedy}")
 
 
@@ -94,10 +97,10 @@ def count_rows(dataset: Any) -> int:
 
 
 class Files:
-    """The files that hold the rows of a Lance dataset, each looked at before its rows are read.
+    """The files that hold the rows of a Lance dataset, each checked before its rows are read.
 
     Lance makes room for as many bytes as a file says that its pages have, and where memory has no
-    such room, the process ends. Object stores are not looked at.
+    such room, the process ends. Object stores are not checked.
 
     Args:
         dataset: The Lance dataset.
@@ -122,7 +125,7 @@ class Files:
         self.check(rows)
         table = self._dataset.take(rows, columns=columns)
         if table.num_rows != len(rows) or table.column_names != columns:
-            raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
+            raise ValueError(f"{table.num_rows} rows were read for {len(rows)}")
         table.validate()
         return table
 
@@ -133,7 +136,7 @@ class Files:
             yield self.take(np.arange(first, min(first + _TAKEN, rows)), columns)
 
     def check(self, rows: Int64[np.ndarray, "row"] | None = None) -> None:
-        """Look at the files that hold some rows, by default all, but for those that were looked at.
+        """Check the files that hold some rows, by default all, each of them once.
 
         Raises:
             ValueError: One is damaged.
@@ -178,9 +181,28 @@ def _check_deleted(place: Path, deleted: Any) -> None:
     """Read the numbers of the rows that somebody deleted."""
     import pyarrow as pa
 
-    table = pa.ipc.open_file(place.read_bytes()).read_all() if place.is_file() else None
-    if table is not None and table.num_rows != deleted.num_deleted_rows:
+    if not place.is_file():
+        return
+    found = place.read_bytes()
+    rows: int = deleted.num_deleted_rows
+    if pa.ipc.open_file(found).read_all().num_rows != rows or not _are_lengths_right(found, rows):
         raise ValueError(f"its file {place.name!r} is damaged")
+
+
+def _are_lengths_right(found: bytes, rows: int) -> bool:
+    """Check how long the first buffer of each batch of an Arrow file says that it is.
+
+    It is the bitmap of nulls. Where there are none pyarrow skips it, but Lance makes room for it.
+    The length stands before its bytes, and is -1 where they are not compressed.
+    """
+    import pyarrow as pa
+
+    reader = pa.MessageReader.open_stream(found[found.index(_MESSAGE) :])
+    return all(
+        -1 <= int.from_bytes(message.body.to_pybytes()[:8], "little", signed=True) <= 8 * rows + 64
+        for message in iter(reader.read_next_message, None)
+        if message.body
+    )
 
 
 def _ends_of_tables(place: Path) -> tuple[int, int]:
@@ -254,9 +276,7 @@ def check_type(name: str, found: "pa.DataType", wanted: "pa.DataType") -> None:
     else:
         alike = found == wanted
     if not alike:
-        raise ValueError(
-            f"its column {name!r} is {_type_name(found)}, where {_type_name(wanted)} belongs"
-        )
+        raise ValueError(f"its column {name!r} is {_type_name(found)}, not {_type_name(wanted)}")
 
 
 def _type_name(kind: "pa.DataType") -> str:
@@ -284,7 +304,7 @@ def elements_of(
     check_type(name, column.type, wanted)
     rows = len(column)
     if column.null_count:
-        raise ValueError(f"{column.null_count} of {rows} rows have nothing in its column {name!r}")
+        raise ValueError(f"{column.null_count} of {rows} rows have no value in its column {name!r}")
     elements = column.flatten()  # of a window on a larger column, only what is in it
     if isinstance(elements, pa.ExtensionArray):
         elements = elements.storage

@@ -22,13 +22,13 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 writer._COMMIT_BYTES = 10_000
-append = writer.Target.append
+append = writer.Contents.append
 
 def told(self, batches):
     append(self, batches)
     print("committed", flush=True)
 
-writer.Target.append = told
+writer.Contents.append = told
 
 def batches():
     print("begun", flush=True)

@@ -138,7 +138,7 @@ from models import bridge, tokens
 from actctx._extract import writer
 from actctx.extract import extract
 
-append, model = writer.Target.append, bridge()
+append, model = writer.Contents.append, bridge()
 
 def slow(self, batches):
     print("committing", flush=True)
@@ -149,12 +149,12 @@ def run():
     batches = [tokens(5, 7, seed) for seed in range(6)]
     return extract(model, batches, {[RESID, Z]!r}, sys.argv[1], drop={{"position": [0]}})
 
-writer.Target.append = slow
+writer.Contents.append = slow
 try:
     run()
 except KeyboardInterrupt:
     print("interrupted", flush=True)
-writer.Target.append = append
+writer.Contents.append = append
 run()
 time.sleep(1)  # for what would still be written
 """
@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_between_commits_is_told_of(out, monkeypatch, step):
         message = refusal(DataError, bridge(), batches(3), [RESID, Z], out, drop={"position": [0]})
     assert message == (
         f"cannot write to '{out}': {os.strerror(errno.ENOSPC)}; 60 rows are on disk, and running "
-        "it again goes on after them"
+        "it again resumes after them"
     )
     assert len(unbroken(out, 3)) == 90
 
@@ -244,6 +244,6 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     rows = len(Read(out))
     assert rows
     assert f"DataError: cannot write to '{out}': " in run.stderr
-    assert f"{rows} rows are on disk, and running it again goes on after them" in run.stderr
+    assert f"{rows} rows are on disk, and running it again resumes after them" in run.stderr
     unbroken(out)
     assert same(Read(out), unbroken(tmp_path / "whole.lance"))

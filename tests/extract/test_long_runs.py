@@ -17,6 +17,7 @@ from actctx._extract.signals import signals_raised
 from actctx.extract import extract
 
 pytest.importorskip("lance")
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +207,9 @@ def test_an_interrupt_before_the_first_rows_says_so(model, out):
 
     with pytest.raises(KeyboardInterrupt) as ended:
         extract(model, interrupted(), RESID, out)
-    assert ended.value.__notes__ == [f"no rows are in '{out}' yet; the same call begins anew"]
+    assert ended.value.__notes__ == [
+        f"no rows are in '{out}' yet; the same call starts from the beginning"
+    ]
 
 
 def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monkeypatch):
@@ -218,7 +221,7 @@ def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monk
 
     run = ["extract", tiny, RESID, "--data", text, "--out", out]
     assert actctx(*run, "--max-tokens", 2).exit_code == 0
-    monkeypatch.setattr("actctx._extract.run.Extraction._forward", interrupted)
+    monkeypatch.setattr("actctx._extract.run._Run._forward", interrupted)
     result = actctx(*run)
     assert result.exit_code == 130
     assert f"'{out}' keeps 2 rows; the same call resumes after them\n" in result.stderr

@@ -12,7 +12,7 @@ from marked import check_same, ids
 from models import tokens
 
 from actctx import DataError
-from actctx._extract.run import Extraction
+from actctx._extract.row_choice import RowChoice
 from actctx._store.marks import Mark, Marks, decoded, encoded
 from actctx.extract import extract
 
@@ -195,13 +195,13 @@ def test_other_inputs_are_read_but_the_rows_of_known_ones_are_not_chosen(
 ):
     make, options = KINDS[kind]
     whole = half_done(model, kind, out, wrap(make()))
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
 
     def counted(self, batch):
         chosen.append(batch.tokens.numel())
         return choose(self, batch)
 
-    monkeypatch.setattr(Extraction, "_choose", counted)
+    monkeypatch.setattr(RowChoice, "choose", counted)
     extract(model, wrap(make()), RESID, out, **options)
     check_same(out, whole)
     assert sum(chosen) < 0.8 * len(whole) * (1 + (kind == "batches" and wrap is list))
@@ -247,7 +247,7 @@ def test_a_shorter_input_is_refused(model, kind, out):
     make, options = KINDS[kind]
     half_done(model, kind, out)
     message = refusal(DataError, model, iter(make()[:5]), RESID, out, **options)
-    assert "so they came from another one" in message or "came from another input" in message
+    assert "so they came from another input" in message or "came from another input" in message
 
 
 def test_an_input_that_breaks_within_what_is_known_says_so(model, out):
@@ -273,7 +273,7 @@ def test_a_finished_data_set_grows_from_its_marks(model, kind, out):
 def test_another_batch_size_goes_on_from_the_same_marks(model, out):
     whole = half_done(model, "sequences", out, Stream(ids()))
     stream = Stream(ids())
-    with pytest.warns(UserWarning, match="up to rounding only"):
+    with pytest.warns(UserWarning, match="only up to rounding"):
         extract(model, stream, RESID, out, batch_size=5)
     check_same(out, whole)
     assert stream.read < 200
@@ -292,9 +292,9 @@ def test_sites_are_added_from_marks(model, out, monkeypatch):
     with pytest.raises(ConnectionError) as broken:
         extract(model, breaks(), site, out, batch_size=8, add=True)
     assert "acts.lance.adding' keeps " in broken.value.__notes__[0]
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
     monkeypatch.setattr(
-        Extraction, "_choose", lambda self, batch: chosen.append(1) or choose(self, batch)
+        RowChoice, "choose", lambda self, batch: chosen.append(1) or choose(self, batch)
     )
     extract(model, ids(), site, out, batch_size=8, add=True)
     assert len(chosen) < 160

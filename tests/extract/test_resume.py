@@ -14,7 +14,7 @@ from resumed import BATCHES, unbroken
 
 from actctx import DataError
 from actctx._extract.writer import commit_seconds
-from actctx._store.destination import Target
+from actctx._store.contents import Contents
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
@@ -71,7 +71,7 @@ def killed_before_the_note(out, monkeypatch):
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._store.destination.Target.note_finished", dies)
+        patch.setattr("actctx._store.contents.Contents.record_finished", dies)
         with pytest.raises(KeyboardInterrupt):
             unbroken(out, 3, max_tokens=70)
     assert (len(Read(out)), Read(out).layout.finished) == (70, False)
@@ -118,7 +118,7 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
     hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     # Batches of a sorted order are run in parts, but never joined.
     is_same = size > 8 and isinstance(data, list) and "pack" not in options
-    with nullcontext() if is_same else pytest.warns(UserWarning, match="up to rounding only"):
+    with nullcontext() if is_same else pytest.warns(UserWarning, match="only up to rounding"):
         extract(model, data, RESID, out, batch_size=size, **options)
     hook.remove()
     read = Read(out)
@@ -131,7 +131,7 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
 def test_sites_are_added_with_another_batch_size(tmp_path):
     wanted, out = whole_and_in_parts(tmp_path, sequences())
     extract(bridge(), sequences(), Z, out, batch_size=3, add=True)
-    with pytest.warns(UserWarning, match="up to rounding only"):
+    with pytest.warns(UserWarning, match="only up to rounding"):
         extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
     assert Read(out)["sequence"] == wanted["sequence"]
 
@@ -142,7 +142,7 @@ def test_what_has_no_rows_fixes_nothing(out, tmp_path, monkeypatch, names):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("actctx._store.destination.Target.append", fails)
+        patch.setattr("actctx._store.contents.Contents.append", fails)
         refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
     assert len(Read(out)) == 0
     options = {"drop": {"token": [0]}, "dtype": torch.bfloat16}
@@ -171,7 +171,7 @@ def test_versions_that_were_replaced_long_ago_are_deleted_but_tagged_ones(out, m
     unbroken(out, 3)
     second = lance.dataset(str(out)).version
     time.sleep(1.1)
-    monkeypatch.setattr("actctx._store.destination._KEPT", timedelta(seconds=1))
+    monkeypatch.setattr("actctx._store.contents._KEPT", timedelta(seconds=1))
     unbroken(out, 4)
     kept = [version["version"] for version in lance.dataset(str(out)).versions()]
     assert first not in kept
@@ -203,7 +203,7 @@ def test_commits_are_fewer_the_longer_it_takes(elapsed, wanted):
 
 
 def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
-    append, read, seen = Target.append, [], []
+    append, read, seen = Contents.append, [], []
 
     def slow(self, rows):
         while not seen or len(read) > seen[-1]:
@@ -216,7 +216,7 @@ def test_a_slow_writer_holds_the_iterator_back(out, monkeypatch):
             read.append(batch)
             yield batch
 
-    monkeypatch.setattr(Target, "append", slow)
+    monkeypatch.setattr(Contents, "append", slow)
     extract(bridge(), counted(), [RESID, Z], out)
     assert max(seen) <= 12  # 4 and 4 that wait, and those that are being read, run and written
     assert len(Read(out)) == BATCHES * 35

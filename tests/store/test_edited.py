@@ -7,7 +7,7 @@ import torch
 from stored import lance, pa, tokens, write
 
 from actctx import DataError, OptionError
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.validation import check_columns
 from actctx.dataset import ActivationDataset
 
@@ -48,7 +48,7 @@ RUN = [[0.0, 1.0]] * 4
         (
             [RUN],
             {"dataset_info": lambda found: found["features"]["hook"].update(shape=[-4, 2])},
-            "has activations of the shape (-4, 2) in its column 'hook', where runs of one context",
+            "has activations of the shape (-4, 2) in its column 'hook', not runs of one context",
         ),
         (
             [RUN],
@@ -84,10 +84,10 @@ def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
     with pytest.raises(DataError) as caught:
         ActivationDataset(path, where="position > 3")
     assert str(caught.value).startswith(f"rows of '{path}' cannot be read: ")
-    target = Target(path)
+    destination = Destination(path)
     with pytest.raises(DataError, match="cannot be read: "):
-        next(target.stored())
-    target.release()
+        next(destination.contents.origins())
+    destination.release()
 
 
 def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
@@ -99,7 +99,7 @@ def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
         data[0]
     assert str(caught.value) == (
         f"rows of '{path}' cannot be read: its file {file.name!r} is damaged; open it again, since "
-        "another process may have replaced its files, or write it anew"
+        "another process may have replaced its files, or write it again"
     )
 
 
@@ -111,6 +111,17 @@ def test_a_file_of_deleted_rows_that_is_another_is_not_read(tmp_path):
     table = pa.ipc.open_file(file.read_bytes()).read_all()
     with pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table[:2])
+    with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
+        ActivationDataset(path)[:]
+
+
+def test_a_file_of_deleted_rows_that_says_a_buffer_is_longer_than_memory_is_not_read(tmp_path):
+    path = write(tmp_path / "a.lance", ROWS)
+    lance.dataset(path).delete("position = 5")
+    (file,) = (path / "_deletions").iterdir()
+    found = file.read_bytes()
+    nulls = found.index(b"\xff" * 9)  # the length of a bitmap that is not compressed, and its bits
+    file.write_bytes(found[: nulls + 7] + b"\x7f" + found[nulls + 8 :])
     with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
         ActivationDataset(path)[:]
 
@@ -128,7 +139,7 @@ def test_a_carried_column_that_became_another_is_said(tmp_path):
     assert data[3]["label"].dtype == torch.int64  # of the version that was opened
     data._rows.version = None
     data._rows._opened = data._rows._files = None
-    with pytest.raises(DataError, match="its column 'label' is int32, as it was not before; "):
+    with pytest.raises(DataError, match="its column 'label' is int32, unlike before; "):
         data[3]
 
 
@@ -145,9 +156,9 @@ def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
     lance.dataset(path).alter_columns({"path": "token", "nullable": True})
     assert ActivationDataset(path).tokens.tolist() == tokens(torch.arange(ROWS)).tolist()
     lance.dataset(path).update({"token": "null"}, where="position = 3")
-    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32"):
+    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which int32"):
         ActivationDataset(path)[:]
-    target = Target(path)
-    with pytest.raises(DataError, match="cannot be read: rows have nothing in its column 'token'"):
-        next(target.stored())
-    target.release()
+    destination = Destination(path)
+    with pytest.raises(DataError, match="cannot be read: rows have no value in its column 'token'"):
+        next(destination.contents.origins())
+    destination.release()
