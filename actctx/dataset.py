@@ -25,12 +25,13 @@ from actctx._model.same_model import (
 )
 from actctx._results.table import Row, as_html, as_text
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
-from actctx._store.layout import StoredSite, layout_of
+from actctx._store.layout import layout_of
 from actctx._store.loader import Loader
 from actctx._store.mixing import Mixing, warn_of_pool
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
 from actctx._store.shuffle import Order, batches_of, rank_of
+from actctx._store.site_columns import StoredSite
 from actctx._store.validation import check_fragments, reading
 from actctx._store.verification import Verified, check_whole
 from actctx._store.where import find_site, find_sites

@@ -27,7 +27,7 @@ from actctx._select.padding import Chosen
 from actctx._select.slices import Slice
 from actctx._store.destination import Target
 from actctx._store.indexing import whole_number
-from actctx._store.layout import import_lance
+from actctx._store.libraries import import_lance
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from models import plainly_hooked, tokens
 
-from actctx._store.layout import Layout, as_tensor
+from actctx._store.layout import Layout
+from actctx._store.site_columns import as_tensor
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")  # so that the tests are skipped where there is none

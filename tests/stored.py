@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from actctx._store.layout import Layout, StoredSite, as_array, column_name
+from actctx._store.layout import Layout
+from actctx._store.site_columns import StoredSite, as_array, column_name
 
 lance = pytest.importorskip("lance")  # so that the tests are skipped where there is none
 pa = pytest.importorskip("pyarrow")

@@ -29,6 +29,7 @@ from torch import nn
 
 from actctx._errors import StoppedError
 from actctx._select.own import Owned
+from actctx._select.transforms import is_differentiated
 
 
 @runtime_checkable
@@ -259,6 +260,7 @@ class Interceptor:
             _FRAME.set(frame)
             # One capture with `grad=True`, here or around, is enough to keep the graph.
             graph = any(watcher.grad for outer in frame.chain() for watcher in outer.staged)
+            graph = graph or is_differentiated(*args, *kwargs.values())
             with torch.set_grad_enabled(graph):
                 for watcher in frame.staged:
                     watcher.receive((args, kwargs), "in")

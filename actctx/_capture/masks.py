@@ -45,6 +45,7 @@ from actctx._model.structure import Inputs, listed_inputs
 from actctx._select.own import TokenRows
 from actctx._select.padding import Chosen, as_mask, find_rows, real_of
 from actctx._select.slices import Positions, Selector, Step
+from actctx._select.transforms import is_transformed
 
 _POSITIONS = ("position_ids", "decoder_position_ids")
 _TARGETS = ("decoder_", "tgt", "trg")
@@ -191,7 +192,7 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask):
+        if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask) or is_transformed(mask):
             return
         real = real_of(mask)
         if side != "decoder" and not reads_tokens(core_of(self._model)):

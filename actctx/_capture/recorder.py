@@ -17,9 +17,11 @@ from actctx._capture.forward import Frame
 from actctx._capture.growth import Known
 from actctx._capture.masks import Padding
 from actctx._capture.watched import Options, Seen, WatchedSite
+from actctx._errors import SelectionError
 from actctx._model.parallel import gathered, pieces_of
 from actctx._select.own import Owned, own, plain_mode
 from actctx._select.padding import Chosen
+from actctx._select.transforms import is_mapped, is_transformed, outside, value_of
 from actctx._select.values import check_capturable
 
 
@@ -57,6 +59,17 @@ class Recorder:
         """
         is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
         activation: Tensor = value if is_it else self._read(seen.site, value, frame)
+        if not is_transformed(activation):
+            return self._own(seen, activation, frame, number)
+        if seen.site.rows is not None and is_mapped(activation):
+            raise SelectionError(
+                f"{seen.site.shown} fired inside of torch.vmap, where mask= cannot tell which "
+                "rows are tokens; capture it without a mask, and select afterwards"
+            )
+        with outside():
+            return self._own(seen, value_of(activation), frame, number)
+
+    def _own(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
         if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
             site = seen.site
             check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)

@@ -33,7 +33,8 @@ from actctx._model.places import Place, Places, hook_names
 from actctx._model.sites import resolve
 from actctx._results.activations import Activations
 from actctx._select.slices import Index, parse_words
-from actctx._store.layout import import_lance, layout_of
+from actctx._store.layout import layout_of
+from actctx._store.libraries import import_lance
 from actctx._store.repair import repair as mend
 from actctx._store.validation import count_rows, reading
 from actctx._store.verification import check_whole

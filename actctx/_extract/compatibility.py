@@ -21,7 +21,8 @@ from actctx._model.flags import flags_of
 from actctx._model.same_model import ANEW, Fact, differences, is_of_weights, summed_up
 from actctx._select.slices import Positions, Selector
 from actctx._store.destination import Target
-from actctx._store.layout import Layout, StoredSite, column_name
+from actctx._store.layout import Layout
+from actctx._store.site_columns import StoredSite, column_name
 from actctx._text import dtype_name, printable
 
 _NOTED = {"name", "tokenizer", "batch_size"}

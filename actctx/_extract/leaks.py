@@ -18,7 +18,7 @@ from torch import Tensor
 from actctx._errors import DataError
 from actctx._extract.batching import Batch, given_at, spans
 from actctx._model.known_faults import warn
-from actctx._store.layout import FLOAT8
+from actctx._store.site_columns import FLOAT8
 
 _OFF = {torch.float16: 0.1, torch.bfloat16: 0.1, **dict.fromkeys(FLOAT8, 0.3)}
 _OFF_BY_DEFAULT = 1e-2

@@ -22,8 +22,8 @@ from actctx._extract.batching import Batch
 from actctx._select.cast_loss import CastLoss
 from actctx._select.padding import RowSelector, find_rows
 from actctx._select.slices import Selector
-from actctx._store.layout import not_held
 from actctx._store.marks import Mark
+from actctx._store.site_columns import not_held
 
 _MOST = 2**63
 

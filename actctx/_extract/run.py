@@ -49,13 +49,8 @@ from actctx._select.own import Owned
 from actctx._select.padding import Chosen
 from actctx._select.slices import Selector
 from actctx._store.destination import Target
-from actctx._store.layout import (
-    TAKEN,
-    Layout,
-    StoredSite,
-    check_rows,
-    column_name,
-)
+from actctx._store.layout import TAKEN, Layout
+from actctx._store.site_columns import StoredSite, check_rows, column_name
 from actctx._text import dtype_name, format_bytes, is_utf8, shortened
 
 _LOG = logging.getLogger("actctx")

@@ -24,7 +24,8 @@ from actctx._extract.row_choice import Work
 from actctx._results.column import wait_for
 from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
-from actctx._store.layout import COUNTED, FLOAT8, StoredSite, as_array
+from actctx._store.layout import BACK, COUNTED, DIGEST
+from actctx._store.site_columns import FLOAT8, StoredSite, as_array
 from actctx._store.texts import once_a_sequence, rows_back
 from actctx._text import counted, dtype_name
 
@@ -149,16 +150,16 @@ class Writer:
 
         work, layout, schema = left.work, self._target.layout, self._target.schema
         assert layout is not None  # noqa: S101  a writer begins behind it
-        columns: list[Any] = [pa.array(getattr(work, name).numpy()) for name in COUNTED]
-        columns.append(pa.array(work.digest.numpy()))
+        columns = {name: pa.array(getattr(work, name).numpy()) for name in COUNTED}
+        columns[DIGEST] = pa.array(work.digest.numpy())
         within = work.within.numpy()
         back = rows_back(within)
         if layout.texts:
-            columns.append(back)
+            columns[BACK] = back
         for name in layout.carried:
             values = carried_array(name, work, kind=schema.field(name).type)
             is_text = name in layout.texts
-            columns.append(
+            columns[name] = (
                 once_a_sequence(values, within, back)
                 if is_text
                 else _each_row(name, values, within)
@@ -168,8 +169,8 @@ class Writer:
             if self._finite:
                 _check_finite(site.name, values, work, before)
             self._seen(site.name, values, work.token)
-            columns.append(as_array(values))
-        return pa.RecordBatch.from_arrays(columns, schema=schema)
+            columns[site.column] = as_array(values)
+        return layout.batch(columns, schema)
 
 
 def _each_row(name: str, values: Any, within: Any) -> Any:

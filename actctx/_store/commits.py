@@ -27,7 +27,7 @@ from actctx._store.digests import (
     digested,
     line_of_metadata,
 )
-from actctx._store.layout import import_lance
+from actctx._store.libraries import import_lance
 from actctx._store.versions import manifests, torn_frame
 
 if TYPE_CHECKING:

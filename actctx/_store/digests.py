@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from actctx._files import expanded
-from actctx._store.layout import not_installed
+from actctx._store.libraries import not_installed
 
 if TYPE_CHECKING:
     import pyarrow as pa

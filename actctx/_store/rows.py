@@ -14,8 +14,9 @@ from torch import Tensor
 
 from actctx._errors import DataError, OptionError
 from actctx._files import reason_of
-from actctx._store.layout import BACK, Layout, StoredSite, as_tensor
+from actctx._store.layout import BACK, Layout
 from actctx._store.matching import Matching
+from actctx._store.site_columns import StoredSite, as_tensor
 from actctx._store.texts import Known, TextRows, lost, offsets_of_matching, read_texts
 from actctx._store.validation import REOPEN, Files, count_rows, reading
 from actctx._store.versions import open_lance

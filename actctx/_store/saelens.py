@@ -27,18 +27,12 @@ from actctx._files import cannot_write, expanded, local_path, refuse_existing, w
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
 from actctx._store.digests import Digest, digested, note_all
-from actctx._store.layout import (
-    TAKEN,
-    Layout,
-    StoredSite,
-    as_array,
-    column_name,
-    import_lance,
-    is_known_to_others,
-)
+from actctx._store.layout import DIGEST, TAKEN, Layout
+from actctx._store.libraries import import_datasets, import_lance
 from actctx._store.loader import Loader
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import shuffled
+from actctx._store.site_columns import StoredSite, as_array, column_name, is_known_to_others
 from actctx._store.validation import MOST_ELEMENTS, elements_of
 from actctx._store.where import meant_sites
 from actctx._text import counted, dtype_name, is_utf8, printable, shortened
@@ -75,7 +69,7 @@ def write_saelens(
         seed: What the order depends on, if it is to be random.
 
     """
-    datasets = _import_datasets()
+    datasets = import_datasets()
     runs = len(rows) // context
     if not runs:
         raise OptionError(
@@ -107,18 +101,6 @@ def write_saelens(
         datasets.DatasetInfo(features=features).write_to_directory(str(partial))
         state = {"_data_files": [{"filename": _FILE}], "_fingerprint": "actctx", **_UNFORMATTED}
         (partial / "state.json").write_text(json.dumps(state, indent=2))
-
-
-def _import_datasets() -> Any:
-    try:
-        import datasets
-        import datasets.arrow_writer
-    except ModuleNotFoundError as error:
-        raise OptionError(
-            f"SAELens' directories need {error.name}, which is not installed; install it with: "
-            "pip install datasets"
-        ) from None
-    return datasets
 
 
 def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
@@ -229,7 +211,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     import pyarrow as pa
 
     import_lance()
-    datasets = _import_datasets()
+    datasets = import_datasets()
     try:
         cached = datasets.load_from_disk(expanded(path))
     except IndexError:  # of datasets, where there is no file of rows
@@ -364,18 +346,18 @@ def _batches(cached: Any, layout: Layout, schema: "pa.Schema") -> Iterator["pa.R
         table = cached[first : first + some].combine_chunks()
         table.validate(full=True)
         runs = table.num_rows
-        columns = [
-            _tokens(table, context),
-            pa.array(np.repeat(np.arange(first, first + runs), context)),
-            pa.array(np.tile(np.arange(context, dtype=np.int32), runs)),
-            pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no input that is known
-        ]
+        columns = {
+            "token": _tokens(table, context),
+            "sequence": pa.array(np.repeat(np.arange(first, first + runs), context)),
+            "position": pa.array(np.tile(np.arange(context, dtype=np.int32), runs)),
+            DIGEST: pa.array(np.zeros(runs * context, dtype=np.int64)),  # of no known input
+        }
         for site in layout.sites:
             rows = _lists(site.name, table[site.name].combine_chunks().storage, context)
             values = _lists(site.name, rows, site.width)
-            columns.append(pa.FixedSizeListArray.from_arrays(values, site.width))
-            elements_of(site.name, columns[-1], site.arrow)  # which checks them
-        yield pa.record_batch(columns, schema=schema)
+            columns[site.column] = pa.FixedSizeListArray.from_arrays(values, site.width)
+            elements_of(site.name, columns[site.column], site.arrow)  # which checks them
+        yield layout.batch(columns, schema)
 
 
 def _tokens(table: "pa.Table", context: int) -> "pa.Array":

@@ -17,7 +17,8 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 from actctx._errors import DataError
-from actctx._store.layout import BACK, import_lance
+from actctx._store.layout import BACK
+from actctx._store.libraries import import_lance
 from actctx._store.matching import Matching
 from actctx._store.validation import Files, count_rows
 

@@ -1,10 +1,4 @@
-"""Compare what a data set says of itself with what it holds, before anything is read by it.
-
-# NOTE [Trust]
-The metadata is text that anybody can edit, and the columns are Arrow's, which other tools alter and
-disks damage. So the metadata is read by the annotations of the classes that it becomes, the schema
-is compared with it when a data set is opened, and each column that is read is compared with it
-again: an address in memory is made from a size only if Arrow's own buffer is as long.
+"""Check the files and columns of a data set against its metadata before rows are read.
 
 # NOTE [Takes and scans]
 Lance hands a scan to Arrow as a stream of C functions. A panic in one of them ends the process, and
@@ -13,16 +7,12 @@ both, and so does a count. So whole columns are read by takes; only a condition 
 what it finds is counted before.
 """
 
-import json
 import os
-import reprlib
 import struct
-import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int64
@@ -34,21 +24,8 @@ from actctx._text import printable
 if TYPE_CHECKING:
     import pyarrow as pa
 
-T = TypeVar("T")
-
 MOST_ELEMENTS = 2**31
 """Arrow counts the elements of a row in 32 bits."""
-
-_DEEPEST = 16
-"""The depth of nesting that no metadata of ours has."""
-
-_EXPECTED = {
-    str: "a text",
-    int: "a whole number",
-    bool: "true or false",
-    tuple: "a list",
-    Mapping: "an object",
-}
 
 _TAKEN = 2**16
 """The rows that are read fastest at once, of numbers."""
@@ -65,21 +42,30 @@ REOPEN = "open it again, since another process may have replaced its files, or w
 """What to do where rows of an open data set cannot be read."""
 
 
-class LaterError(ValueError):
-    """The metadata has something that a later version wrote."""
-
-
 def damaged(path: str, found: str, remedy: str = _COPY) -> DataError:
     """Say that a data set cannot be read, and why."""
     return DataError(f"the data set at {path!r} cannot be read: {printable(found)}; {remedy}")
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return whether Lance panicked, as it does of some damage."""
+    return type(error).__name__ == "PanicException"
+
+
 @contextmanager
-def reading(path: str, what: str = "the data set at", *, remedy: str = _COPY) -> Iterator[None]:
+def reading(
+    path: str, what: str = "the data set at", *, remedy: str = _COPY, panic: str = "{}"
+) -> Iterator[None]:
     """Turn what Lance, Arrow and torch raise in the block into a `DataError`.
 
+    Args:
+        path: The path of the data set.
+        what: What is read of it.
+        remedy: What to do if it cannot be read.
+        panic: How a panic of Lance is reported, with a place for its text.
+
     Raises:
-        DataError: Something was raised, or Lance panicked, as it does of some damage.
+        DataError: Something was raised.
 
     """
     try:
@@ -87,111 +73,11 @@ def reading(path: str, what: str = "the data set at", *, remedy: str = _COPY) ->
     except ActctxError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = reason_of(error) or type(error).__name__
+        reason = panic.format(reason) if is_panic(error) else reason
         raise DataError(f"{what} {path!r} cannot be read: {reason}; {remedy}") from error
-
-
-# The metadata.
-
-
-def read_json(text: bytes) -> dict[str, Any]:
-    """Read an object of JSON, in which no name comes twice.
-
-    Raises:
-        ValueError: It is not an object, or a name comes twice.
-
-    """
-
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            raise ValueError("a name comes twice in it")
-        return found
-
-    try:
-        found = json.loads(text, object_pairs_hook=once)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"it is not an object, but {_shown(found)}")  # noqa: TRY004  as all are
-    return found
-
-
-def from_json(kind: type[T], found: Any, where: str = "") -> T:
-    """Make a dataclass of an object of JSON, each of whose values is as the class annotates it.
-
-    Args:
-        kind: The class.
-        found: The object.
-        where: What messages call it.
-
-    Raises:
-        ValueError: A value is missing, or is something else.
-        LaterError: There is a value that the class does not have.
-
-    """
-    if not isinstance(found, dict):
-        raise ValueError(f"{where!r} is {_shown(found)}, where an object belongs")  # noqa: TRY004
-    before = f"{where}." if where else ""
-    hints = get_type_hints(kind)
-    known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
-    for name, each in known.items():
-        has_default = each.default is not MISSING or each.default_factory is not MISSING
-        if name not in found and not has_default:
-            raise ValueError(f"{before + name!r} is missing")
-    if more := [name for name in found if name not in known]:
-        raise LaterError(f"field {before + more[0]!r}")
-    return kind(**{name: _read(each, hints[name], before + name) for name, each in found.items()})
-
-
-def _read(value: Any, hint: Any, where: str) -> Any:
-    """Read a value as it is annotated; lists become tuples."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if is_dataclass(hint) and isinstance(hint, type):
-        return from_json(hint, value, where)
-    if hint is Any:
-        _check_text(value, where)
-        return value
-    if origin is tuple and isinstance(value, list):
-        return tuple(_read(each, inner[0], f"{where}[{k}]") for k, each in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        _check_text([*value], where)
-        return {name: _read(each, inner[1], f"{where}.{name}") for name, each in value.items()}
-    if origin is types.UnionType and (value is None or len(inner) == 2):  # noqa: PLR2004  X | None
-        return None if value is None else _read(value, inner[0], where)
-    if type(value) is not hint:
-        expected = _EXPECTED.get(origin or hint, "something else")
-        raise ValueError(f"{where!r} is {_shown(value)}, where {expected} belongs")
-    _check_text(value, where)
-    return value
-
-
-def _check_text(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse halves of characters, which JSON can write and nothing can show.
-
-    Raises:
-        ValueError: It has such halves, or lists nested too deeply.
-
-    """
-    if depth > _DEEPEST:
-        raise ValueError(f"{where!r} is nested too deeply")
-    if isinstance(value, list | dict):
-        inner = value if isinstance(value, list) else [*value, *value.values()]
-        for each in inner:
-            _check_text(each, where, depth + 1)
-    try:
-        _ = value.encode() if isinstance(value, str) else value
-    except UnicodeEncodeError:
-        raise ValueError(f"{where!r} is {_shown(value)}, which is not text") from None
-
-
-def _shown(value: object) -> str:
-    return reprlib.repr(value)
-
-
-# The columns.
 
 
 def count_rows(dataset: Any) -> int:

@@ -17,7 +17,7 @@ from actctx._errors import DataError
 from actctx._files import reason_of
 from actctx._store.digests import Commit, Digest, Noted, digest_file, digest_of, read_digests
 from actctx._store.layout import KEY, Layout, layout_of
-from actctx._store.validation import Files, count_rows
+from actctx._store.validation import Files, count_rows, is_panic
 from actctx._text import counted, shortened
 
 _READ_ROWS = 2**16
@@ -182,7 +182,7 @@ def _differs(files: Files, kind: Any, column: str, digest: str, commit: Commit) 
             ].chunks:
                 made.add(part)
     except BaseException as error:
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+        if isinstance(error, Exception) or is_panic(error):
             return f"cannot be read ({reason_of(error)})"
         raise
     return "" if made.hex() == digest else "has other values than were written"

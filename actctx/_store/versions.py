@@ -10,8 +10,6 @@ still has more whole rows, as where somebody deleted a file in the middle.
 
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,13 +17,14 @@ from typing import Any, NamedTuple
 from actctx._errors import DataError
 from actctx._files import reason_of
 from actctx._model.known_faults import warn
-from actctx._store.layout import import_lance
-from actctx._store.validation import damaged
+from actctx._store.libraries import import_lance
+from actctx._store.validation import damaged, is_panic, reading
 
 _LARGEST = 2**64 - 1
 _FOOTER = struct.Struct("<Q2H4s")
 """How a manifest ends: the place of its message, a format, and what all of Lance's files end in."""
 _MAGIC = b"LANC"
+_TORN = "its manifest is damaged ({})"
 _OF_TEARING = ("rotobuf", "orrupt", "nvalid format", "file size is too small", "nvalid range")
 """What Lance says of a manifest that is torn."""
 _OF_LATER = ("nsupported", "not supported", "pgrade")
@@ -119,7 +118,7 @@ def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
     except BaseException as error:
         if not _is_torn(error):
             raise
-        return Version(number, file, f"its manifest is damaged ({reason_of(error)})")
+        return Version(number, file, _TORN.format(reason_of(error)))
     # Lance takes zeros for an empty data set, and text of zeros for text.
     if opened.version != number or any(b"\0" in value for value in metadata.values()):
         return Version(number, file, "its manifest holds other bytes than were written")
@@ -135,9 +134,9 @@ def _is_torn(error: BaseException) -> bool:
     said = str(error)
     if any(word in said for word in _OF_LATER):
         return False
-    if type(error).__name__ == "PanicException":  # Lance's, of some damage
-        return True
-    return isinstance(error, Exception) and any(word in said for word in _OF_TEARING)
+    return is_panic(error) or (
+        isinstance(error, Exception) and any(word in said for word in _OF_TEARING)
+    )
 
 
 def _lost_file(path: Path, fragment: Any) -> str:
@@ -174,7 +173,7 @@ def open_lance(path: str, version: int | None = None) -> Any:
             f"no data set can be read from {path!r}: {found}; give the path that extract() wrote to"
         )
     if version is not None or "://" in path:
-        with _read_of(path):
+        with reading(path, panic=_TORN):
             opened = lance.dataset(path, version=version)
             _ = opened.schema  # which is read from the manifest as well
             return opened
@@ -222,7 +221,7 @@ def newest_whole(path: str) -> Newest:
         DataError: No version can be read.
 
     """
-    with _read_of(path):
+    with reading(path, panic=_TORN):
         found, torn = find_version(Path(path), import_lance())
         if found is None and torn:
             raise damaged(path, torn[0].damage)
@@ -246,23 +245,3 @@ def newest_whole(path: str) -> Newest:
         "and what was written after it is lost"
     )
     return Newest(found.opened, lost, "the same extract() writes it again", torn=files)
-
-
-@contextmanager
-def _read_of(path: str) -> Iterator[None]:
-    """Say of errors what could not be read.
-
-    Raises:
-        DataError: The block raised one.
-
-    """
-    try:
-        yield
-    except DataError:
-        raise
-    except BaseException as error:
-        if isinstance(error, Exception):
-            raise damaged(path, reason_of(error)) from None
-        if type(error).__name__ != "PanicException":  # Lance's, of some damage
-            raise
-        raise damaged(path, f"its manifest is damaged ({error})") from None

@@ -10,7 +10,7 @@ from jaxtyping import Int64
 
 from actctx._errors import NotCapturedError, OptionError
 from actctx._model.globs import meant
-from actctx._store.layout import FLOAT8, StoredSite, is_known_to_others
+from actctx._store.site_columns import FLOAT8, StoredSite, is_known_to_others
 from actctx._text import shortened
 
 # The parts of a condition that are no names, but strings, and the names in backticks.

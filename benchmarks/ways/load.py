@@ -43,7 +43,8 @@ def _write_lance(path: Path, rows: int, width: int) -> None:
     import lance
     import pyarrow as pa
 
-    from actctx._store.layout import Layout, StoredSite, as_array
+    from actctx._store.layout import Layout
+    from actctx._store.site_columns import StoredSite, as_array
 
     layout = Layout(
         model={"name": "", "class": "", "fingerprint": ""},
@@ -69,7 +70,7 @@ def _write_datasets(path: Path, rows: int, width: int) -> None:
     from datasets import Features, Sequence, Value
     from datasets.arrow_writer import ArrowWriter
 
-    from actctx._store.layout import as_array
+    from actctx._store.site_columns import as_array
 
     features = Features({"token": Value("int32"), NAME: Sequence(Value("float16"), length=width)})
     with ArrowWriter(path=str(path), features=features) as writer:

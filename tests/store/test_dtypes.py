@@ -10,7 +10,7 @@ from torch import nn
 from transformers.models.mixtral import modeling_mixtral
 
 from actctx import AxisError, DataError, OptionError, Site
-from actctx._store.layout import FLOAT8
+from actctx._store.site_columns import FLOAT8
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 

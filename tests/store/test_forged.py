@@ -13,7 +13,7 @@ from stored import LENGTH, RESID, Z, heads, lance, pa, resid, tokens, write
 from actctx import DataError, OptionError
 from actctx._cli.commands import info
 from actctx._store.destination import Target
-from actctx._store.layout import StoredSite, as_array, as_tensor, column_name
+from actctx._store.site_columns import StoredSite, as_array, as_tensor, column_name
 from actctx._store.validation import Files, check_columns
 from actctx._text import printable
 from actctx.dataset import ActivationDataset

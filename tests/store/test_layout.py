@@ -6,15 +6,9 @@ import pytest
 import torch
 
 from actctx import DataError, OptionError
-from actctx._store.layout import (
-    Layout,
-    StoredSite,
-    as_array,
-    as_tensor,
-    check_rows,
-    column_name,
-    import_lance,
-)
+from actctx._store.layout import Layout
+from actctx._store.libraries import import_lance
+from actctx._store.site_columns import StoredSite, as_array, as_tensor, check_rows, column_name
 from actctx._text import dtype_name
 
 lance = pytest.importorskip("lance")

@@ -9,12 +9,12 @@ import pytest
 import torch
 from stored import write
 
-from actctx._store.layout import StoredSite
 from actctx._store.loader import Loader
 from actctx._store.mixing import neighbours
 from actctx._store.permutation import permuted
 from actctx._store.rows import StoredRows
 from actctx._store.shuffle import BLOCK, dealt, shuffled
+from actctx._store.site_columns import StoredSite
 from actctx._text import format_bytes
 from actctx.dataset import ActivationDataset
 
