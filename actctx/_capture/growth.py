@@ -30,7 +30,7 @@ from actctx._capture.samples import MANY, SEQUENCES, Sample, samples_of
 from actctx._model.axes import Axes, Growth, grown_axes
 from actctx._model.parallel import is_cut
 from actctx._model.places import is_hook_point
-from actctx._model.shape_run import Answers, original_of
+from actctx._model.shape_run import Answers, fake_of, is_fake, original_of
 from actctx._model.sides import input_of
 from actctx._model.stand_in import stand_in, undisturbed
 from actctx._model.structure import Inputs, tensor_of
@@ -278,7 +278,7 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        hollow, copies = stand_in(model, mode.from_tensor)
+        hollow, copies = stand_in(model, functools.partial(fake_of, mode=mode))
         for module in hollow.modules():
             # The kernel that is usual for experts has no rule for the shapes of float32.
             config: Any = vars(module).get("config")
@@ -291,7 +291,7 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
 
 
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(each.is_meta or is_fake(each) for each in model.parameters()):
         raise ValueError("the weights lie elsewhere")
     hollow, copies = stand_in(model, _same)
     return _watched(hollow, copies, sample)

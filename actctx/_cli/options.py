@@ -96,6 +96,15 @@ Out = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="Sequences in the forward.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Tokens in a sequence. [default: 1024, or the most that the model reads]",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
 
 

@@ -92,6 +92,27 @@ def original_of(module: nn.Module) -> nn.Module:
     return module if original is None else original
 
 
+def fake_of(tensor: Tensor, mode: Any, device: torch.device | None = None) -> Tensor:
+    """Make what has the shape of a tensor and no values.
+
+    Args:
+        tensor: The tensor, which may have no values itself.
+        mode: torch's `FakeTensorMode` that the result belongs to.
+        device: Where it is to be, if the tensor is on the meta device.
+
+    """
+    is_its = getattr(tensor, "fake_mode", None)
+    if is_its is None and (device is None or not tensor.is_meta):
+        return mode.from_tensor(tensor)  # type: ignore[no-any-return]
+    where = device if tensor.device.type == "meta" else tensor.device
+    with mode:
+        made = torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where
+        )
+    is_parameter = isinstance(tensor, nn.Parameter)
+    return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
+
+
 class ShapeRun:
     """A stand-in of a model, and how it is run for shapes.
 
@@ -133,16 +154,12 @@ class ShapeRun:
                 config._experts_implementation = "batched_mm"
 
     def fake(self, tensor: Tensor) -> Tensor:
-        """Make what has the shape of a tensor and no values; on the CPU, or where it would run."""
-        if not tensor.is_meta:
-            return self._mode.from_tensor(tensor)
-        with self._mode:
-            made = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=self.device
-            )
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(made, requires_grad=tensor.requires_grad)
-        return made
+        """Make what has the shape of a tensor and no values, where it lies, or where it would."""
+        return fake_of(tensor, self._mode, self.device)
+
+    def is_own(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is a fake of this run, not of a model that is all fakes."""
+        return getattr(tensor, "fake_mode", None) is self._mode
 
     def copied(self, given: Any) -> Any:
         """Copy what the forward is given, which it may change, with fakes of large tensors."""
@@ -198,6 +215,7 @@ class _SmallValues(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if any(map(self.lack, tensors)):
+            self._check_index(func, args)
             self._note_writing(func, args, kwargs)
             args, kwargs = tree_map(self._as_fake, (args, kwargs))
             return func(*args, **kwargs)
@@ -227,7 +245,21 @@ class _SmallValues(TorchDispatchMode):
         return bool(self._overwritten) and tensor.untyped_storage()._cdata in self._overwritten
 
     def _as_fake(self, value: Any) -> Any:
-        return self._run.fake(value) if self.lack(value) and not is_fake(value) else value
+        return self._run.fake(value) if self.lack(value) and not self._run.is_own(value) else value
+
+    def _check_index(self, func: Any, args: tuple[Any, ...]) -> None:
+        """Refuse positions and ids behind the end of a table, of which torch looks at no values.
+
+        Raises:
+            IndexError: As torch raises it of tensors with values.
+
+        """
+        if func is not torch.ops.aten.embedding.default or self.lack(args[1]):
+            return
+        table, index = args[:2]
+        with _disable_current_modes():
+            if index.numel() and not 0 <= index.min() <= index.max() < len(table):
+                raise IndexError("index out of range in self")
 
     def _note_writing(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         schema = getattr(func, "_schema", None)
