@@ -124,6 +124,67 @@ def write_safetensors(
         save_file(dict(tensors), partial, metadata=dict(metadata))
 
 
+def read_safetensors(
+    path: str | PathLike[str], instead: str
+) -> tuple[Path, dict[str, Shaped[Tensor, "..."]], dict[str, str]]:
+    """Read a file whose tensors share the memory into which the system maps it.
+
+    Args:
+        path: The file.
+        instead: What to do where it cannot be read, for messages.
+
+    Returns:
+        The path written out, the tensors, and the metadata.
+
+    Raises:
+        DataError: There is no such file, or it cannot be read.
+
+    """
+    from safetensors import SafetensorError, safe_open
+
+    place = _readable(path, instead)
+    try:
+        with safe_open(place, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
+        raise unreadable(place, reason_of(error), instead) from None
+    return place, tensors, metadata
+
+
+def _readable(path: str | PathLike[str], instead: str) -> Path:
+    """Return the path of a file that is there.
+
+    Raises:
+        DataError: There is none.
+
+    """
+    written_out = expanded(path)
+    if "://" in written_out:
+        raise DataError(
+            f"cannot read '{path}': it is an address; give the path of a copy on this machine"
+        )
+    place = Path(written_out)
+    try:
+        is_directory, is_there, is_file = place.is_dir(), place.exists(), place.is_file()
+    except OSError as error:
+        raise unreadable(place, reason_of(error), instead) from None
+    if is_directory:
+        raise DataError(
+            f"cannot read '{place}': it is a directory; a data set is read with "
+            "actctx.dataset.ActivationDataset"
+        )
+    if not is_file:
+        why = "it is a device or a pipe" if is_there else "there is nothing"
+        raise unreadable(place, why, instead)
+    return place
+
+
+def unreadable(place: Path, reason: str, instead: str) -> DataError:
+    """Make the error of a file that cannot be read."""
+    return DataError(f"cannot read '{place}': {reason}; {instead}")
+
+
 def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
     """Explain why a safetensors file cannot hold a tensor; None where it can."""
     from safetensors.torch import save

@@ -21,7 +21,7 @@ from actctx._extract.row_choice import dropping
 from actctx._extract.run import Extraction
 from actctx._extract.signals import signals_raised
 from actctx._files import local_path
-from actctx._model.sites import Names
+from actctx._model.sites import Names, Site
 from actctx._results.activations import Activations
 from actctx._select.padding import Chosen
 from actctx._select.slices import Slice
@@ -171,7 +171,7 @@ def extract(
     chosen = Chosen()
     options = Options(stop=stop, join="batch", grad=False, mask=chosen, capacity=None)
     capturing: Capture[Activations] = Capture(
-        model, names, options, slice=slice, dtype=dtype, device="cpu"
+        model, names, options, defaults=Site("", slice, dtype, "cpu")
     )
     reading = reading_of(
         model,

@@ -80,9 +80,21 @@ def shorten_annotations(_app: Sphinx, function: Any, _is_bound: bool) -> None:  
     """Show what is long, or private, in a word."""
     annotations = getattr(function, "__annotations__", {})
     for parameter, hint in annotations.items():
-        for name, long in SHORT.items():
-            if hint == long:
-                annotations[parameter] = type(name, (), {"__module__": "builtins"})
+        annotations[parameter] = shortened(hint)
+    if hasattr(function, "__signature__"):
+        shown = function.__signature__
+        parameters = [
+            each.replace(annotation=shortened(each.annotation))
+            for each in shown.parameters.values()
+        ]
+        returned = shortened(shown.return_annotation)
+        function.__signature__ = shown.replace(parameters=parameters, return_annotation=returned)
+
+
+def shortened(hint: Any) -> Any:
+    """Return a type whose name is the word for an annotation, if there is one."""
+    name = next((name for name, long in SHORT.items() if hint == long), None)
+    return hint if name is None else type(name, (), {"__module__": "builtins"})
 
 
 def setup(app: Sphinx) -> None:

@@ -341,6 +341,7 @@ def _first_of_each_kind(lists: list[list[object]]) -> list[int]:
     return layers if len(layers) > 1 else [0, 1]
 
 
+# Parts of the names where a bridge is wrong itself, as docs/known-wrong-bridges.md says.
 WRONG = {
     "FalconForCausalLM/grouped": "",  # all of them
     # Queries and their gates, as twice as many heads.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from actctx._capture.growth import Grew, Known, growth_at, says_what_it_reads
 from actctx._capture.watched import Seen, WatchedSite, fixed_sizes, named_after
 from actctx._model.axes import Axes, are_the_only, fired_axes, position_dims
-from actctx._results.column import Named
+from actctx._results.label import Named
 
 
 class Numbers(NamedTuple):
@@ -238,7 +238,7 @@ def tell_axes(
     axes, tell = plainly_told(site, shape, numbers), None
     if axes is None:
         teller = Teller.of(model, site, known)
-        if site.needs_axes or site.options.capacity is not None:
+        if site.needs_axes or seen.column.asks_axes:
             axes = teller.axes(site.place.name, shape, numbers)
             if axes is None and site.needs_axes:
                 raise site.refuse_axes(shape)
@@ -248,7 +248,7 @@ def tell_axes(
         seen.take(site.along(axes))
     seen.site.selector.check(shape)
     if not seen.column.firings:
-        seen.column.tell = tell
+        seen.column.label.tell = tell
         seen.name_axes(axes or proposed_axes(site, shape, numbers), shape)
     seen.rank = len(shape)
 

@@ -38,7 +38,10 @@ S = TypeVar("S", bound=Schema)
 
 
 class CaptureOptions(TypedDict, total=False):
-    """The options of `capture`, for the type checker."""
+    """The options of `capture`, for type checkers and for functions that pass them on.
+
+    `capture` itself lists them in its signature, where `help()` and editors show them.
+    """
 
     slice: Slice
     dtype: torch.dtype | None
@@ -144,7 +147,7 @@ def capture(
         capacity=capacity,
         check=is_checking(check),
     )
-    return Capture(model, names, options, slice=slice, dtype=dtype, device=device)
+    return Capture(model, names, options, defaults=Site("", slice, dtype, device))
 
 
 capture.__module__ = "actctx"  # where users find it
@@ -162,9 +165,7 @@ class Capture(Generic[B]):
         names: Names | type[Schema],
         options: Options,
         *,
-        slice: Slice = None,  # noqa: A002  as in `capture`
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        defaults: Site,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(
@@ -176,7 +177,6 @@ class Capture(Generic[B]):
         self._options = options
         sizes = axis_sizes(model)
         self._hand_over: Callable[[Activations], Any] = _as_it_is
-        defaults = Site("", slice, dtype, device)
         watch = functools.partial(
             watch_site,
             defaults=defaults,

@@ -15,16 +15,11 @@ from typing import (
     runtime_checkable,
 )
 
-import torch
-from jaxtyping import Shaped
-from torch import Tensor
-
 from actctx._capture.capture import Capture, CaptureOptions, S, capture
 from actctx._capture.decorated import Call, Function, ModelOf, check_function, check_names, model_of
 from actctx._model.sites import Names
 from actctx._results.activations import Activations
 from actctx._results.schema import Schema
-from actctx._select.slices import Slice
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,15 +65,7 @@ def captures(
     names: Names | type[Schema],
     *_misplaced: object,
     model: ModelOf | None = None,
-    slice: Slice = None,  # noqa: A002  as in `capture`
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    stop: bool = False,
-    join: str | None = "batch",
-    mask: Shaped[Tensor, "batch pos"] | str | None = None,
-    capacity: int | None = None,
-    grad: bool = False,
-    check: bool = True,
+    **options: Unpack[CaptureOptions],
 ) -> _Decorator[Any]:
     """Decorate a function so that each call of it runs in a capture of its own.
 
@@ -97,16 +84,9 @@ def captures(
         model: The model, or a function that finds it from the call's arguments, such as
             `lambda self, *args, **kwargs: self.model`. By default the first `torch.nn.Module`
             among the arguments of the call.
-        slice: See `capture`, as for all options that follow.
-        dtype: See `capture`.
-        device: See `capture`.
-        stop: See `capture`.
-        join: See `capture`.
-        mask: See `capture`.
-        capacity: See `capture`.
-        grad: See `capture`.
-        check: See `capture`. With a `Schema`, the arguments and the result of each call that are
-            annotated with jaxtyping are checked in one scope with its fields.
+        **options: Those of `capture`. With a `Schema`, `check` is also for the arguments and the
+            result of each call that are annotated with jaxtyping: they are checked in one scope
+            with its fields.
 
     Raises:
         OptionError: What is decorated is a class or no function; its parameter `acts` is
@@ -126,24 +106,15 @@ def captures(
 
     """
     check_names(names, _misplaced)
+    unknown = [name for name in options if name not in CaptureOptions.__annotations__]
+    if unknown:
+        raise TypeError(f"captures() got an unexpected keyword argument {unknown[0]!r}")
     if isinstance(names, Iterator):  # it would be used up by the first call
         names = list(names)
     handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations
 
     def open_for(arguments: Mapping[str, Any], args: tuple[Any, ...], kwargs: Any) -> Capture[Any]:
-        return capture(
-            model_of(model, arguments, args, kwargs),
-            names,
-            slice=slice,
-            dtype=dtype,
-            device=device,
-            stop=stop,
-            join=join,
-            mask=mask,
-            capacity=capacity,
-            grad=grad,
-            check=check,
-        )
+        return capture(model_of(model, arguments, args, kwargs), names, **options)
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         check_function(function)
@@ -156,7 +127,16 @@ def captures(
     return typing.cast(_Decorator[Any], decorate)
 
 
+def _with_options_of(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of `captures`, with the options of another function by name."""
+    own = inspect.signature(captures).parameters
+    options = inspect.signature(function).parameters
+    listed = [own["names"], own["model"], *list(options.values())[2:]]
+    return inspect.Signature(listed, return_annotation=_Decorator[Any])
+
+
 captures.__module__ = "actctx"  # where users find it
+captures.__signature__ = _with_options_of(capture)  # type: ignore[attr-defined]
 
 
 def _wrapper(function: Function) -> Callable[..., Any]:

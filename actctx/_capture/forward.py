@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 from actctx._errors import StoppedError
-from actctx._select.own import Owned
 from actctx._select.transforms import is_differentiated
 
 
@@ -60,7 +59,7 @@ class Watcher(Protocol):
     def receive(self, value: Any, io: str) -> None:
         """Capture what the model itself is given (`io` is "in") or returns ("out")."""
 
-    def write(self, forward: dict[str, list[Owned]]) -> None:
+    def write(self, forward: dict[str, list[Any]]) -> None:
         """Keep what one finished forward left."""
 
 
@@ -92,7 +91,7 @@ class Frame:
     ) -> None:
         self.parent = parent
         self._name_inputs = name_inputs
-        self.staged: dict[Watcher, dict[str, list[Owned]]] = {watcher: {} for watcher in watchers}
+        self.staged: dict[Watcher, dict[str, list[Any]]] = {watcher: {} for watcher in watchers}
         self.counts: defaultdict[tuple[Watcher, str], int] = defaultdict(int)
         self.masks: dict[object, Any] = {}
         self.waiting = {watcher: set(watcher.awaited) for watcher in watchers}

@@ -46,8 +46,9 @@ from actctx._model.known_faults import is_given_cache, lost_cache, warn
 from actctx._model.structure import Inputs
 from actctx._results.activations import Activations
 from actctx._results.annotations import Claim
+from actctx._results.column import Column
+from actctx._results.label import Label
 from actctx._results.schema import Schema
-from actctx._select.own import Owned
 from actctx._text import counted, shortened
 
 B = TypeVar("B")
@@ -114,7 +115,7 @@ class Opening(Generic[B]):
             if site.firing is not None and not site.is_known_at_once
         }
         self._padding = Padding(model, options, sites)
-        self._own = Recorder(model, options, self._padding).own
+        self._stage = Recorder(model, options, self._padding).stage
         self._scope = scope
         self._asked_of_cache = False
         self._number = next(_NUMBERS)
@@ -127,17 +128,14 @@ class Opening(Generic[B]):
         self.detach = functools.partial(take_back, self._undo)
         weakref.finalize(self, take_back, self._undo)
         self._seen = {
-            site.key: Seen(
-                site,
-                self.buffer.expect(site.key, site.place.names, options.capacity),
-                is_plain=site.yields_it,
-                is_whole=site.takes_all and options.capacity is None,
-                is_known_at_once=site.is_known_at_once,
-            )
+            site.key: Seen(site, self._column(site), is_known_at_once=site.is_known_at_once)
             for site in sites
         }
-        for site in sites:
-            self._seen[site.key].column.repeats = is_repeated(model, site.place)
+
+    def _column(self, site: WatchedSite) -> Column[Any]:
+        repeats = is_repeated(self._model, site.place)
+        label = Label(site.key, site.place.names, repeats=repeats)
+        return self.buffer.expect(label, site.column_options)
 
     def attach(self) -> B:
         """Put the hooks on, all or none.
@@ -245,7 +243,7 @@ class Opening(Generic[B]):
                 given = Inputs(self._model, *value) if io == "in" else value
                 self.fire(self._seen[site.key], given)
 
-    def write(self, forward: dict[str, list[Owned]]) -> None:
+    def write(self, forward: dict[str, list[Any]]) -> None:
         """Keep what one forward left."""
         self._ran += 1
         for key, firing in self._late.items():
@@ -272,16 +270,18 @@ class Opening(Generic[B]):
         staged = frame.staged[self]
         firings = staged.get(site.key)
         if firings is None:
-            firings = staged[site.key] = [self._own(seen, value, frame, 0)]
+            firings = staged[site.key] = [self._stage(seen, value, frame, 0)]
+        elif site.firing is None or seen.is_known_at_once:
+            firings.append(self._stage(seen, value, frame, len(firings)))
         else:
-            firings.append(self._own(seen, value, frame, len(firings)))
+            number = min(len(firings), -site.firing - 1)
+            firings.append(self._stage(seen, value, frame, number))
+            del firings[: site.firing]
         if seen.is_known_at_once:
             waiting = frame.waiting[self]
             waiting.discard(site.key)
             if not waiting:
                 stop_if_done(site.key)
-        else:
-            del firings[: site.firing]
 
     def _fire_outside(self, seen: Seen, value: Any) -> None:
         """Capture from a part that is called by itself, as `generate` calls an encoder.
@@ -290,7 +290,7 @@ class Opening(Generic[B]):
         """
         recomputes = torch._C._current_graph_task_id() != -1  # in a backward pass, for memory
         if self.is_visible() and not recomputes and seen.site.firing in {None, 0, -1}:
-            self.write({seen.site.key: [self._own(seen, value, None, 0)]})
+            self.write({seen.site.key: [self._stage(seen, value, None, 0)]})
 
     def finish(self, more: Iterable[Claim] = ()) -> None:
         """Check what the block captured, together with `more` claims of a typed function.
@@ -303,8 +303,7 @@ class Opening(Generic[B]):
         """
         self._padding.finish()
         for seen in self._seen.values():  # while the model is still alive
-            if seen.column.is_to_join:
-                seen.column.settle_axes()
+            seen.column.finish()
         self._check_fired()
         if isinstance(self.handed, Schema):
             self.handed.check(more)

@@ -1,4 +1,4 @@
-"""From what a site yields to the tensor that is kept: read, checked, selected, owned."""
+"""From what a site yields to what is staged of it: read, checked, selected, kept."""
 
 import weakref
 from typing import Any
@@ -19,14 +19,14 @@ from actctx._capture.masks import Padding
 from actctx._capture.watched import Options, Seen, WatchedSite
 from actctx._errors import SelectionError
 from actctx._model.parallel import gathered, pieces_of
-from actctx._select.own import Owned, own, plain_mode
+from actctx._select.own import Owned, plain_mode
 from actctx._select.padding import Chosen
 from actctx._select.transforms import is_mapped, is_transformed, outside, value_of
 from actctx._select.values import check_capturable
 
 
 class Recorder:
-    """Makes of each firing the tensor that is kept of it.
+    """Stages each firing until its forward ends.
 
     Args:
         model: The model that is captured from.
@@ -44,14 +44,14 @@ class Recorder:
         # What runs of the model with other sizes told, for as long as the capture is open.
         self._known: Known = weakref.WeakKeyDictionary()
 
-    def own(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Owned:
-        """Return what is kept of a firing, in memory of its own.
+    def stage(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Any:
+        """Return what is staged of a firing, in memory of its own.
 
         Args:
             seen: The site that fired, and what is known of it.
             value: What its module was given or returned.
             frame: The forward in which it fired; None outside of one.
-            number: How many of its firings this forward has left before.
+            number: Which of the stages of this forward it will be.
 
         Raises:
             AxisError, OutputError, SelectionError: The value does not have what was asked for.
@@ -60,16 +60,16 @@ class Recorder:
         is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
         activation: Tensor = value if is_it else self._read(seen.site, value, frame)
         if not is_transformed(activation):
-            return self._own(seen, activation, frame, number)
+            return self._settled(seen, activation, frame, number)
         if seen.site.rows is not None and is_mapped(activation):
             raise SelectionError(
                 f"{seen.site.shown} fired inside of torch.vmap, where mask= cannot tell which "
                 "rows are tokens; capture it without a mask, and select afterwards"
             )
         with outside():
-            return self._own(seen, value_of(activation), frame, number)
+            return self._settled(seen, value_of(activation), frame, number)
 
-    def _own(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
+    def _settled(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Any:
         if activation.is_nested or activation.shape != seen.shape or not seen.column.firings:
             site = seen.site
             check_capturable(site.shown, activation, dtype=site.dtype, device=site.device)
@@ -135,7 +135,7 @@ class Recorder:
                 frame.masks["numbers"] = known
         return known
 
-    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Owned:
+    def _take(self, seen: Seen, activation: Tensor, frame: Frame | None, number: int) -> Any:
         site = seen.site
         selected = site.selector.select(activation)
         rows, copied = None, site.selector.copies
@@ -148,14 +148,4 @@ class Recorder:
             copied |= not rows.is_all
         if site.cast_loss is not None:
             site.cast_loss.add(selected)
-        room = seen.column.room(
-            0 if site.firing == -1 else number, selected, site.dtype, site.device
-        )
-        owned = own(
-            selected,
-            copied=copied,
-            dtype=site.dtype,
-            device=site.device,
-            room=room,
-        )
-        return owned._replace(rows=rows)
+        return seen.column.keep(selected, rows, number=number, copied=copied)

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from actctx._model.sites import Request, Site
 from actctx._model.structure import tensor_of
 from actctx._model.translation import Readout
 from actctx._results.annotations import Sizes
-from actctx._results.column import Column, Named
+from actctx._results.column import Column, ColumnOptions
+from actctx._results.label import Named
 from actctx._select.cast_loss import CastLoss
 from actctx._select.own import device_of, dtype_of
 from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
@@ -66,6 +67,11 @@ class WatchedSite:
     def selects_by_name(self) -> bool:
         """Whether something is selected along axes that are found by their names."""
         return bool(self.selector.steps) and not isinstance(self.asked, tuple)
+
+    @property
+    def column_options(self) -> ColumnOptions:
+        """What becomes of what it yields."""
+        return ColumnOptions(self.options.join, self.options.capacity, self.dtype, self.device)
 
     @functools.cached_property
     def reader(self) -> Callable[[Any], Tensor]:
@@ -211,9 +217,9 @@ class Seen:
     Attributes:
         site: The site.
         column: What it leaves.
+        is_known_at_once: Whether each firing tells at once if it is the wanted one.
         is_plain: Whether the hooked value can be captured as it is, if it is a tensor.
         is_whole: Whether a clone of the whole activation is captured.
-        is_known_at_once: Whether each firing tells at once if it is the wanted one.
         rank: The number of axes of its last activation, whose places are settled.
         shape: The shape of its last activation.
         tokens: The sequences and positions that it covered.
@@ -221,19 +227,22 @@ class Seen:
     """
 
     site: WatchedSite
-    column: Column
-    is_plain: bool
-    is_whole: bool
+    column: Column[Any]
     is_known_at_once: bool
+    is_plain: bool = field(init=False)
+    is_whole: bool = field(init=False)
     rank: int = -1
     shape: torch.Size | None = None
     tokens: tuple[int, int] = (0, 0)
 
+    def __post_init__(self) -> None:
+        self.take(self.site)
+
     def take(self, site: WatchedSite) -> None:
-        """Select as this site does, whose axes were told since."""
+        """Select as this site does."""
         self.site = site
         self.is_plain = site.yields_it
-        self.is_whole = site.takes_all and site.options.capacity is None
+        self.is_whole = site.takes_all and self.column.copies
 
     def check(self, shape: torch.Size) -> None:
         """Check an activation of another shape than the last.
@@ -251,8 +260,9 @@ class Seen:
         named = axes if axes is not None else ("_",) * len(shape)
         found = named_after(self.site.selector, self.site.rows, named, shape)
         # Axes that only the user names are checked against the config, not against themselves.
-        self.column.named = found._replace(whole={}) if self.site.named_axes else found
-        self.column.batch_dropped = self.site.selector.drops(0, len(shape))
+        label = self.column.label
+        label.named = found._replace(whole={}) if self.site.named_axes else found
+        label.batch_dropped = self.site.selector.drops(0, len(shape))
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from actctx._errors import JoinError, OptionError
 from actctx._model.axes import Axes
 from actctx._results.activations import Activations
 from actctx._results.annotations import Sizes
-from actctx._results.column import Named
+from actctx._results.label import Label, Named
 from actctx._select.own import Owned
 from actctx._select.slices import Index
 
@@ -150,7 +150,7 @@ def run(
         for key in acts:
             if key not in left:
                 column = acts.single(key)
-                left[key] = _Left(acts.axes(key), column.names, column.fixed_sizes())
+                left[key] = _Left(acts.axes(key), column.label.names, column.fixed_sizes())
             left[key].parts.append((acts[key], batch.rows))
         result.missing = acts.missing
     _join_all(result, left, sum(len(batch.rows) for batch in batches))
@@ -162,7 +162,7 @@ def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
     joined = {}
     for key in list(left):
         site = left.pop(key)
-        result.activations.expect(key, site.names).named = Named(site.axes, site.sizes)
+        result.activations.expect(Label(key, site.names, Named(site.axes, site.sizes)))
         joined[key] = [Owned(_joined(key, site, rows))]
         result.filled |= len({_without_batch(site, part) for part, _ in site.parts}) > 1
     result.activations.write(joined)

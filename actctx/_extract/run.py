@@ -43,7 +43,7 @@ from actctx._model.known_faults import warn
 from actctx._model.offloaded import input_device
 from actctx._model.places import uncompiled
 from actctx._results.activations import Activations
-from actctx._results.column import wait_for
+from actctx._results.chunks import wait_for
 from actctx._select.cast_loss import loss_of
 from actctx._select.own import Owned
 from actctx._select.padding import Chosen

@@ -21,7 +21,7 @@ from torch import Tensor
 from actctx._errors import DataError
 from actctx._extract.pipe import Pipe
 from actctx._extract.row_choice import Work
-from actctx._results.column import wait_for
+from actctx._results.chunks import wait_for
 from actctx._select.own import Owned
 from actctx._store.destination import Target, unwritable
 from actctx._store.layout import BACK, COUNTED, DIGEST

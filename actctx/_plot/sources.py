@@ -87,7 +87,7 @@ class Captured:
 
     def hooks(self, key: str) -> tuple[str, ...]:
         """List the names of a site, which tell its layer."""
-        return self._acts._columns[key].names
+        return self._acts._columns[key].label.names
 
     def axes(self, key: str) -> Axes:
         """Return the axes of a site, of which the last is that of the features.
@@ -137,7 +137,9 @@ class Captured:
 
     def positions(self, key: str) -> Int64[Tensor, " row"] | None:
         """Return the position of each row that a mask kept."""
-        is_masked = bool(self._acts._column(key).rows)  # other rows are those of flattened modules
+        is_masked = (
+            self._acts._column(key).positions() is not None
+        )  # other rows are those of flattened modules
         is_of_tokens = is_masked and self._acts.axes(key)[:1] == ("token",)
         return self._acts.positions(key)[:, 1].cpu() if is_of_tokens else None
 

@@ -1,7 +1,7 @@
 """The buffer that is handed back: captured tensors by name."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,14 @@ from torch import Tensor
 from actctx._errors import HookNameError, NotCapturedError, OptionError, SeveralFiringsError
 from actctx._model.axes import Axes
 from actctx._model.globs import meant
-from actctx._results.annotations import spec_of
-from actctx._results.column import Column, Kept, Named, wait_for
+from actctx._results.column import Column, ColumnOptions
+from actctx._results.joining import Kept
+from actctx._results.kinds import column_for, column_of
+from actctx._results.label import Label
 from actctx._results.layers import layers_of, stack_layers
 from actctx._results.saved import Saved, SavedSite, read_saved, write_saved
 from actctx._results.table import Estimate, Row, as_html, as_text, spared, unknown
-from actctx._select.own import Owned, device_of, own, plain_mode, read_to
-from actctx._select.values import why_not_moved
+from actctx._select.own import device_of, read_to
 from actctx._text import counted, format_bytes, shortened
 
 if TYPE_CHECKING:
@@ -55,24 +56,25 @@ class Activations(_Tensors):
         self._join = join
         self._source = source
         self._estimate = estimate
-        self._columns: dict[str, Column] = {}
+        self._columns: dict[str, Column[Any]] = {}
         self._order: dict[str, None] = {}
         self._forwards = 0
         self._silent = 0
         self._tokens: Counter[tuple[int, int]] = Counter()
         self._kept = Kept()
 
-    def expect(self, key: str, names: tuple[str, ...], capacity: int | None = None) -> Column:
+    def expect(self, label: Label, options: ColumnOptions | None = None) -> Column[Any]:
         """Prepare for a site, and return what it will leave, for a hook to add to."""
-        self._columns[key] = Column(key, names, self._join, capacity)
-        return self._columns[key]
+        wanted = ColumnOptions(self._join) if options is None else options
+        self._columns[label.key] = column_for(label, wanted)
+        return self._columns[label.key]
 
     @property
-    def columns(self) -> list[Column]:
+    def columns(self) -> list[Column[Any]]:
         """What the sites that fired have left."""
         return [self._columns[key] for key in self._order]
 
-    def single(self, name: str) -> Column:
+    def single(self, name: str) -> Column[Any]:
         """Return what a site left that fires once in a forward.
 
         Raises:
@@ -89,19 +91,15 @@ class Activations(_Tensors):
             )
         return column
 
-    def write(
-        self, forward: Mapping[str, Sequence[Owned]], tokens: tuple[int, int] = (0, 0)
-    ) -> None:
-        """Take what one forward left, firing by firing, and its sequences and positions."""
+    def write(self, forward: Mapping[str, Sequence[Any]], tokens: tuple[int, int] = (0, 0)) -> None:
+        """Take the stages of one forward, firing by firing, and its sequences and positions."""
         self._forwards += 1
         self._tokens[tokens] += 1
-        for key, firings in forward.items():
+        kept = 0
+        for key, stages in forward.items():
             self._order.setdefault(key)
-            column = self._columns[key]
-            column.write(firings)
-            if not column.rooms:
-                self._kept.add(firings)
-        self._kept.trim()
+            kept += self._columns[key].write(stages)
+        self._kept.add(kept)
 
     def note_silent_forward(self) -> None:
         """Count a forward that left nothing."""
@@ -122,7 +120,7 @@ class Activations(_Tensors):
             JoinError, AxisError: The forwards do not join, or have no axis to join along.
 
         """
-        return self.single(name).joined(0)
+        return self.single(name).read(0)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
@@ -209,9 +207,7 @@ class Activations(_Tensors):
             NotCapturedError: Nothing was captured under this name.
 
         """
-        column = self._column(name)
-        column.settle_axes()
-        return column.axes
+        return self._column(name).label.settle()
 
     def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
         """Read a site that fires more than once in a forward, such as a shared module.
@@ -234,7 +230,7 @@ class Activations(_Tensors):
 
         """
         column = self._column(name)
-        return [column.joined(k) for k in range(len(column.firings))]
+        return [column.read(k) for k in range(len(column.firings))]
 
     def positions(self, name: str) -> Int64[Tensor, "token 2"]:
         """Return where the rows come from that `mask=` kept of a site.
@@ -254,12 +250,12 @@ class Activations(_Tensors):
             tensor([[0, 1]])
 
         """
-        column = self._column(name)
-        if not column.rows:
+        rows = self._column(name).positions()
+        if rows is None:
             raise NotCapturedError(
                 f"{name!r} was captured without mask=, so its rows are all sequences and positions"
             )
-        return torch.cat(list(column.rows))
+        return rows
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
         """Stack the activations of one kind over the layers, along a new first axis `layer`.
@@ -295,7 +291,7 @@ class Activations(_Tensors):
             raise NotCapturedError(
                 f"there is nothing to stack: {why_empty(self._source, self._silent)}"
             )
-        return layers_of({key: (key, *self._columns[key].names) for key in self}, name)
+        return layers_of({key: (key, *self._columns[key].label.names) for key in self}, name)
 
     def spec(self, name: str) -> type:
         """Return the jaxtyping annotation of a captured tensor, from site, slice and config.
@@ -312,10 +308,7 @@ class Activations(_Tensors):
             "Float32[Tensor, 'batch pos d_model=32']"
 
         """
-        column = self._column(name)
-        column.settle_axes()
-        dtype = column.firings[0][0].value.dtype
-        return spec_of(dtype, column.axes, column.fixed_sizes())
+        return self._column(name).spec()
 
     def to(
         self,
@@ -341,13 +334,8 @@ class Activations(_Tensors):
 
         """
         to, cast = read_to(device, dtype)
-
-        def moved(chunk: Owned) -> Owned:
-            if why := why_not_moved(chunk.value, cast, to):
-                raise OptionError(f"what was captured cannot be copied {why}")
-            return own(wait_for(chunk), dtype=cast, device=to)
-
-        return self._mapped(moved)
+        columns = {key: column.moved(to, cast) for key, column in self._columns.items()}
+        return self._with(columns)
 
     def clear(self) -> None:
         """Drop what was captured so far; what comes after is captured as before."""
@@ -386,37 +374,21 @@ class Activations(_Tensors):
         """
         if not self:
             raise NotCapturedError("nothing was captured, so there is nothing to save")
-        if self._join is None:
-            raise OptionError(
-                "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
-                "capture with join='batch', or save the tensors of the lists yourself"
-            )
-        sites = {key: self._saved(key) for key in (*self, *self.missing)}
-        saved = Saved(sites, join=self._join, source=self._source, forwards=self._forwards)
+        fired = {key: self.single(key).saved() for key in self}
+        silent = {key: SavedSite(self._columns[key].label.names) for key in self.missing}
+        saved = Saved(
+            fired | silent, join=self._join or "", source=self._source, forwards=self._forwards
+        )
         write_saved(saved, path, {} if metadata is None else metadata)
-
-    def _saved(self, key: str) -> SavedSite:
-        column = self._columns[key]
-        if key not in self._order:
-            return SavedSite(column.names)
-        tensor = self[key]
-        rows = torch.cat(list(column.rows)) if column.rows else None
-        axes, sizes = self.axes(key), column.fixed_sizes() or (None,) * tensor.dim()
-        return SavedSite(column.names, axes, sizes, tensor, rows)
 
     @classmethod
     def of_saved(cls, saved: Saved, device: torch.device | None) -> "Activations":
         """Make a buffer of what a file holds."""
         acts = cls(saved.join, source=saved.source)
         for key, site in saved.sites.items():
-            column = acts.expect(key, site.names)
-            if site.tensor is None:
-                continue
-            column.named = Named(site.axes, site.sizes)
-            with plain_mode():
-                acts.write({key: [own(site.tensor, device=device)]})
-            if site.positions is not None:
-                column.rows.append(site.positions.clone())
+            acts._columns[key] = column_of(key, site, join=saved.join, device=device)
+            if acts._columns[key].firings:
+                acts._order[key] = None
         acts._forwards = saved.forwards  # which may not be known
         return acts
 
@@ -445,7 +417,7 @@ class Activations(_Tensors):
     __hash__ = object.__hash__
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Activations":
-        return self._mapped(lambda chunk: Owned(wait_for(chunk).clone()))
+        return self._with({key: column.copied() for key, column in self._columns.items()})
 
     def __getstate__(self) -> dict[str, object]:
         for column in self._columns.values():
@@ -461,16 +433,15 @@ class Activations(_Tensors):
             title += f", {len(self.missing)} missing"
         return title, [self._columns[key].row(drawn=drawn) for key in self]
 
-    def _mapped(self, change: Callable[[Owned], Owned]) -> "Activations":
+    def _with(self, columns: dict[str, Column[Any]]) -> "Activations":
         copy = Activations(self._join, source=self._source, estimate=self._estimate)
         copy._tokens = self._tokens.copy()
         copy._order = dict(self._order)
         copy._forwards, copy._silent = self._forwards, self._silent
-        with plain_mode():
-            copy._columns = {key: column.mapped(change) for key, column in self._columns.items()}
+        copy._columns = columns
         return copy
 
-    def _column(self, name: str) -> Column:
+    def _column(self, name: str) -> Column[Any]:
         column = find_column(self._columns, name)
         if column is not None and column.firings:
             return column
@@ -513,7 +484,7 @@ def load(path: str | PathLike[str], *, device: torch.device | str | None = None)
 Activations.__module__ = load.__module__ = "actctx"  # where users find them
 
 
-def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
+def find_column(columns: Mapping[str, Column[Any]], name: object) -> Column[Any] | None:
     """Find what a site left that a name means, if it means one.
 
     Raises:
@@ -529,7 +500,7 @@ def find_column(columns: Mapping[str, Column], name: object) -> Column | None:
 
 
 def why_nothing(
-    columns: Mapping[str, Column], name: str, fired: Iterable[str], forwards: int
+    columns: Mapping[str, Column[Any]], name: str, fired: Iterable[str], forwards: int
 ) -> str:
     """Explain why nothing is found under a name, though there were forwards."""
     if find_column(columns, name) is not None:
@@ -540,19 +511,19 @@ def why_nothing(
         return f"the captured names are {listed(names)}" if names else "nothing else was, either"
     # By the names that were meant, where these tell them apart.
     alike = listed(found.values() if len({*found.values()}) == len(found) else found)
-    if any(name in columns[key].names for key in found):
+    if any(name in columns[key].label.names for key in found):
         return f"it is captured several times, so read one of {alike}"
     stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
     return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
 
 
-def are_layers(columns: Mapping[str, Column], name: str) -> bool:
+def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:
     """Return whether what a name means can be stacked over layers."""
     fired = {key: column for key, column in columns.items() if column.firings}
-    if any(column.join is None for column in fired.values()):
+    if not all(column.stacks for column in fired.values()):
         return False
     try:
-        return bool(layers_of({key: column.names for key, column in fired.items()}, name))
+        return bool(layers_of({key: column.label.names for key, column in fired.items()}, name))
     except (HookNameError, NotCapturedError):
         return False
 
@@ -576,7 +547,7 @@ def listed(keys: Iterable[str]) -> str:
     return shortened([*map(repr, keys)])
 
 
-def _meant(columns: Mapping[str, Column], name: str) -> dict[str, str]:
+def _meant(columns: Mapping[str, Column[Any]], name: str) -> dict[str, str]:
     """Find what a name means, of what has fired if some has; see `meant`."""
-    found = meant(name, {key: column.names for key, column in columns.items()})
+    found = meant(name, {key: column.label.names for key, column in columns.items()})
     return {key: each for key, each in found.items() if columns[key].firings} or found

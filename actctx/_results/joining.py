@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,6 +75,21 @@ def concatenate(chunks: deque[Owned], dim: int) -> None:
                     give_back_to_system()
     finally:  # an interrupt between two chunks loses neither those behind nor those before it
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
+
+
+@dataclass
+class Kept:
+    """Counts the bytes that a buffer keeps on the host, and returns unused memory between them."""
+
+    nbytes: int = 0
+    trimmed: int = 0
+
+    def add(self, nbytes: int) -> None:
+        """Return freed memory to the system once as much has been kept since the last time."""
+        self.nbytes += nbytes
+        if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
+            self.trimmed = self.nbytes
+            give_back_to_system()
 
 
 def _others(tensor: Tensor, dim: int) -> list[int]:

@@ -9,7 +9,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError, OptionError
-from actctx._files import describe, expanded, reason_of, write_safetensors
+from actctx._files import describe, read_safetensors, unreadable, write_safetensors
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
 from actctx._text import is_utf8
@@ -26,6 +25,7 @@ _KEY = "activations"
 _FORMAT = 1
 _TAKEN = {"axes", "model", "actctx", "torch", _KEY}
 _JOINS = ("batch", "pos")
+_INSTEAD = "give a file that acts.save wrote, or another safetensors file"
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,15 +127,7 @@ def read_saved(path: str | PathLike[str]) -> Saved:
         DataError: There is no such file, it cannot be read, or what it says does not fit it.
 
     """
-    from safetensors import SafetensorError, safe_open
-
-    place = _readable(path)
-    try:
-        with safe_open(place, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, LookupError, RuntimeError) as error:
-        raise _unreadable(place, reason_of(error)) from None
+    place, tensors, metadata = read_safetensors(path, _INSTEAD)
     if "actctx" not in metadata:
         return Saved({name: _plain(name, tensor) for name, tensor in tensors.items()})
     try:
@@ -143,41 +135,7 @@ def read_saved(path: str | PathLike[str]) -> Saved:
     except DataError as error:
         raise DataError(f"cannot read '{place}': {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise _unreadable(place, "its metadata is damaged") from None
-
-
-def _readable(path: str | PathLike[str]) -> Path:
-    """Return the path of a file that is there.
-
-    Raises:
-        DataError: There is none.
-
-    """
-    written_out = expanded(path)
-    if "://" in written_out:
-        raise DataError(
-            f"cannot read '{path}': it is an address; give the path of a copy on this machine"
-        )
-    place = Path(written_out)
-    try:
-        is_directory, is_there, is_file = place.is_dir(), place.exists(), place.is_file()
-    except OSError as error:
-        raise _unreadable(place, reason_of(error)) from None
-    if is_directory:
-        raise DataError(
-            f"cannot read '{place}': it is a directory; a data set is read with "
-            "actctx.dataset.ActivationDataset"
-        )
-    if not is_file:
-        raise _unreadable(place, "it is a device or a pipe" if is_there else "there is nothing")
-    return place
-
-
-def _unreadable(place: Path, reason: str) -> DataError:
-    return DataError(
-        f"cannot read '{place}': {reason}; give a file that acts.save wrote, or another "
-        "safetensors file"
-    )
+        raise unreadable(place, "its metadata is damaged", _INSTEAD) from None
 
 
 def _plain(name: str, tensor: Tensor) -> SavedSite:

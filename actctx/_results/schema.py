@@ -22,7 +22,8 @@ from actctx._errors import HookNameError, NotCapturedError, OptionError
 from actctx._model.sites import Request, Site, resolve_sites
 from actctx._results.activations import Activations
 from actctx._results.annotations import Claim, hold, is_array_type, shown, suggested
-from actctx._results.column import Column, stack_in_place
+from actctx._results.column import Column
+from actctx._results.joined import stack_in_place
 from actctx._results.layers import check_layers, in_layers, several_in, stack_layers
 
 
@@ -89,7 +90,7 @@ class Part:
         """List what the field is checked against, once its sites have fired."""
         columns = self._columns(activations)
         outlines = {name: column.outline() for name, column in columns.items()}
-        axes = next((column.axes for column in columns.values()), ())
+        axes = next((column.label.axes for column in columns.values()), ())
         if self.is_stacked and outlines:
             outlines = {str(self.field.site.name): stack_layers(outlines)}
             axes = ("layer", *axes)
@@ -104,13 +105,13 @@ class Part:
             return activations[next(iter(self.keys.values()))]
         columns = self._columns(activations)
         if self.field.is_dict:
-            return {name: column.joined(0) for name, column in columns.items()}
+            return {name: column.read(0) for name, column in columns.items()}
         if not columns:
             return activations[next(iter(self.keys.values()))]  # says why there is nothing
         check_layers({name: column.outline() for name, column in columns.items()})
         return stack_in_place([*columns.values()])
 
-    def _columns(self, activations: Activations) -> dict[str, Column]:
+    def _columns(self, activations: Activations) -> dict[str, Column[Any]]:
         """Return what its sites have left, by hook name."""
         fired = {name: key for name, key in self.keys.items() if key in activations}
         missing = [name for name in self.keys if name not in fired]
@@ -243,7 +244,7 @@ class Schema:
         """Return the sizes of axes: those that the sites have, else what the config says."""
         own: dict[str, set[int]] = {}
         for column in self.activations.columns:
-            for axis, size in column.named.whole.items():
+            for axis, size in column.label.named.whole.items():
                 own.setdefault(axis, set()).add(size)
         # Where sites differ, their fields are compared with each other.
         alike = {axis: min(found) for axis, found in own.items() if len(found) == 1}

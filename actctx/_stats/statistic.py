@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
 ROW_AXES = ("batch", "pos", "query", "token")
 """The axes along which values come from one sequence and position after the other."""
+
+
+# Not `Self`, which beartype takes only where it decorates the class.
+Kind = TypeVar("Kind", bound="Statistic")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,7 +36,8 @@ class Observation:
         first_sequence: The number of the sequence that `tokens[0]` is.
         first_position: The number of the position that `tokens[:, 0]` are at.
         number: How many observations of this site came before, in this forward and earlier ones.
-            It tells rows apart whose sequence and position are not known, or are the same.
+            It tells rows apart whose sequence and position are not known.
+        site: The name of the site, for messages.
 
     """
 
@@ -45,6 +50,7 @@ class Observation:
     first_sequence: int = 0
     first_position: int = 0
     number: int = 0
+    site: str = ""
 
     @property
     def row_dims(self) -> tuple[int, ...]:
@@ -62,7 +68,7 @@ class Statistic(Protocol):
     site. So a forward that raised leaves no trace.
     """
 
-    def empty(self) -> Self:
+    def empty(self: Kind) -> Kind:  # noqa: PYI019  see above
         """Make a new one of the same options, which has seen nothing."""
         ...
 
@@ -70,7 +76,7 @@ class Statistic(Protocol):
         """Add the values of one firing, of which no memory is kept."""
         ...
 
-    def merge(self, other: Self, /) -> None:
+    def merge(self: Kind, other: Kind, /) -> None:  # noqa: PYI019
         """Add all that another one has seen, which stays as it is.
 
         The result is that of one statistic that has seen everything, in whatever order.

@@ -11,6 +11,7 @@ from models import hooks_of, plainly_hooked, tokens
 
 import actctx
 from actctx import Activations, NeverFiredError, OptionError, captures
+from actctx._capture.capture import CaptureOptions
 
 RESID = "blocks.1.hook_resid_post"
 
@@ -116,6 +117,19 @@ def test_a_decorator_without_its_names_is_refused():
         "@captures got the function 'run' for the names to capture; name them, as in "
         "@captures('blocks.0.hook_resid_post')"
     )
+
+
+def test_its_signature_shows_the_options_of_capture():
+    options = dict(list(inspect.signature(actctx.capture).parameters.items())[2:])
+    shown = inspect.signature(captures).parameters
+    assert list(shown) == ["names", "model", *options]
+    assert {name: shown[name] for name in options} == options
+    assert list(CaptureOptions.__annotations__) == list(options)
+
+
+def test_an_option_that_does_not_exist_is_refused_before_any_call():
+    with pytest.raises(TypeError, match=r"captures\(\) got an unexpected keyword argument 'stopp'"):
+        captures(RESID, stopp=True)
 
 
 def test_the_buffer_is_not_in_the_signature():

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from extracted import Read, lance, refusal
-from models import ARCHITECTURES, bridge, huggingface, tokens
+from models import ARCHITECTURES, bart, bridge, huggingface, tokens
 from torch import nn
 
 from actctx import DataError, OptionError, Site

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from extracted import RESID, TESTS, Read, Z, refusal, sequences
-from models import Mlp, bridge, huggingface, tokens
+from extracted import RESID, TESTS, Read, Z, batches, refusal, same, sequences
+from models import Mlp, bridge, huggingface, other_weights, tokens
 
 from actctx import DataError, Site
 from actctx._extract.inputs import Batch

@@ -16,7 +16,7 @@ if GENERATION < 4:
     pytest.skip("the factory of TransformerLens 4 and later", allow_module_level=True)
 
 import architectures
-from architectures import BATCH, HEADS, POS
+from architectures import BATCH, HEADS, POS, WRONG, apart
 from grown import MORE_BATCH, Matrix, Truth, captured
 
 from actctx import AxisError, capture
@@ -24,7 +24,6 @@ from actctx import AxisError, capture
 # Captures of bridges that are known to be wrong say so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning")
 Failures = Iterator[tuple[str, str]]
-# Parts of the names where a bridge is wrong itself, as docs/known-wrong-bridges.md says.
 CASES = [(name, kind) for kind in ("plain", "bridge") for name in architectures.built(kind)]
 # Keys and values that a decoder takes from its encoder.
 _ACROSS = re.compile(r"cross_attn|EncDecAttention|encoder_attn")

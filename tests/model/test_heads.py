@@ -63,7 +63,7 @@ def test_a_model_within_peft_is_captured_as_a_bridge_of_the_merged_weights(archi
         with capture(model, "blocks.*.**.hook_*") as acts:
             run(tokens())
         assert {Q, K, V, Z, "blocks.1.hook_resid_post", "blocks.1.mlp.hook_post"} <= {
-            name for key in acts for name in acts._columns[key].names
+            name for key in acts for name in acts._columns[key].label.names
         }
         for name in acts:
             if name in expected:

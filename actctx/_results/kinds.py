@@ -1,0 +1,35 @@
+"""The kinds of columns, and which of them a site gets."""
+
+from typing import Any
+
+import torch
+
+from actctx._results.column import Column, ColumnOptions
+from actctx._results.joined import JoinedColumn
+from actctx._results.label import Label, Named
+from actctx._results.listed import ListColumn
+from actctx._results.preallocated import PreallocatedColumn
+from actctx._results.saved import SavedSite
+from actctx._select.own import own, plain_mode
+
+
+def column_for(label: Label, options: ColumnOptions) -> Column[Any]:
+    """Return an empty column of the kind that was asked for."""
+    if options.join is None:
+        return ListColumn(label, options)
+    joined = JoinedColumn(label, options.join, options)
+    if options.capacity is not None:
+        return PreallocatedColumn(joined, options.capacity, options)
+    return joined
+
+
+def column_of(key: str, site: SavedSite, *, join: str, device: torch.device | None) -> Column[Any]:
+    """Return the column that a file holds."""
+    label = Label(key, site.names, Named(site.axes, site.sizes))
+    column = JoinedColumn(label, join, ColumnOptions())
+    if site.tensor is not None:
+        with plain_mode():
+            column.write([own(site.tensor, device=device)])
+    if site.positions is not None:
+        column.rows.where.append(site.positions.clone())
+    return column
