@@ -10,14 +10,14 @@ There is a plan where both leave the same, or where the model itself refuses one
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from actctx._capture.cache_size import counting_cache
+from actctx._capture.cache_size import Held, counting_cache
 from actctx._capture.forward import apart
 from actctx._capture.given_masks import MASKS
 from actctx._capture.opening import Opening
@@ -26,7 +26,9 @@ from actctx._errors import ActctxError, PlanError
 from actctx._model.parallel import is_cut
 from actctx._model.shape_run import ShapeRun, hangs_on_values
 from actctx._results.activations import Activations
+from actctx._results.column import Column
 from actctx._results.plan import Plan, PlannedSite
+
 
 @dataclass(frozen=True, eq=False)
 class Asked:
@@ -103,42 +105,41 @@ def _agreed(model: nn.Module, first: _Outcome, other: _Outcome) -> _Outcome:
 
 
 def _outcome(asked: Asked, *, answer: bool) -> _Outcome:
-    outcome = _Outcome()
-    try:
-        _capture(asked, outcome, answer=answer)
-    except Exception as error:  # noqa: BLE001  it is judged beside that of the other answer
-        outcome.error = error
-    return outcome
-
-
-def _capture(asked: Asked, outcome: _Outcome, *, answer: bool) -> None:
-    """Capture from a stand-in, and note what it leaves."""
-    run, stops = ShapeRun(asked.model), asked.options.stop
-    sites = [_on_stand_in(run, site) for site in asked.sites]
+    """Capture from a stand-in, and read off what it leaves."""
+    run, outcome = ShapeRun(asked.model), _Outcome()
+    sites = {site.key: _on_stand_in(run, site) for site in asked.sites}
     opening = Opening(
-        run.model, sites, asked.options, scope="context", hand_over=asked.hand_over
+        run.model, [*sites.values()], asked.options, scope="context", hand_over=asked.hand_over
     )
     args, kwargs, is_guessed = _given(run, asked)
-    with run.running(answer=answer) as answers, apart(), ExitStack() as counting:
+    with run.running(answer=answer) as answers, apart():
         try:
-            held = None if stops else counting.enter_context(counting_cache(run.model))
-            with opening:
+            with _counting(run, asked.options) as held, opening:
                 run.model(*args, **kwargs)
             opening.finish()
-            is_guessed |= opening.is_guessed
-            acts = opening.buffer
-            outcome.sites = {
-                site.key: _planned(acts, site, is_guessed=is_guessed)
-                for site in _fired(acts, sites)
-            }
+        except Exception as error:  # noqa: BLE001  it is judged beside that of the other answer
+            outcome.error = error
+            return outcome
         finally:
             outcome.were_asked = answers.were_given
+        is_guessed |= opening.is_guessed
+        acts = opening.buffer
+        outcome.sites = {
+            column.label.key: _planned(column, sites[column.label.key], is_guessed=is_guessed)
+            for column in acts.columns
+        }
     outcome.plan = Plan(
         outcome.sites,
-        names={site.key: site.place.names for site in sites},
+        names={key: site.place.names for key, site in sites.items()},
         missing=acts.missing,
         cache_nbytes=_count_cache(asked, answer=answer) if held is None else held.nbytes,
     )
+    return outcome
+
+
+def _counting(run: ShapeRun, options: Options) -> AbstractContextManager[Held | None]:
+    """Count what caching everything would hold, unless the forward stops before its end."""
+    return nullcontext() if options.stop else counting_cache(run.model)
 
 
 def _on_stand_in(run: ShapeRun, site: WatchedSite) -> WatchedSite:
@@ -168,24 +169,17 @@ def _given(run: ShapeRun, asked: Asked) -> tuple[tuple[Any, ...], dict[str, Any]
     return args, kwargs, is_guessed
 
 
-def _fired(acts: Activations, sites: Sequence[WatchedSite]) -> list[WatchedSite]:
-    by_key = {site.key: site for site in sites}
-    return [by_key[key] for key in acts]
-
-
-def _planned(acts: Activations, site: WatchedSite, *, is_guessed: bool) -> PlannedSite:
-    """Read off a buffer what a site has left."""
-    (column,) = [column for column in acts.columns if column.key == site.key]
-    firings = acts.firings(site.key)
-    first = firings[0] if isinstance(firings[0], Tensor) else firings[0][0]
+def _planned(column: Column[Any], site: WatchedSite, *, is_guessed: bool) -> PlannedSite:
+    """Read off a column what a site has left."""
+    axes, outline = column.label.settle(), column.outline()
     has_rows = site.rows is not None and not site.rows.is_one_a_sequence
     return PlannedSite(
-        axes=acts.axes(site.key),
-        shape=tuple(first.shape),
-        dtype=first.dtype,
-        device=first.device,
+        axes=axes,
+        shape=tuple(outline.shape),
+        dtype=outline.dtype,
+        device=torch.device(column.row(drawn=False).device),
         nbytes=column.nbytes,
-        firings=len(firings),
+        firings=len(column.firings),
         is_upper_bound=is_guessed and has_rows and site.options.mask == "attention",
     )
 

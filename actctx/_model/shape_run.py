@@ -40,7 +40,7 @@ def is_fake(value: object) -> bool:
 
 
 def hangs_on_values(error: Exception | None) -> bool:
-    """Return whether torch cannot tell the shape that an operation leaves, or has no rule for it."""
+    """Return whether torch cannot tell the shape that an operation leaves."""
     from torch._subclasses import fake_tensor
 
     kinds = (
@@ -63,9 +63,7 @@ class Answers(TorchFunctionMode):
 
     """
 
-    def __init__(
-        self, *, answer: bool, lacks_values: Callable[[object], bool] = is_fake
-    ) -> None:
+    def __init__(self, *, answer: bool, lacks_values: Callable[[object], bool] = is_fake) -> None:
         super().__init__()
         self._answer = answer
         self._lacks_values = lacks_values
@@ -106,9 +104,7 @@ def fake_of(tensor: Tensor, mode: Any, device: torch.device | None = None) -> Te
         return mode.from_tensor(tensor)  # type: ignore[no-any-return]
     where = device if tensor.device.type == "meta" else tensor.device
     with mode:
-        made = torch.empty_strided(
-            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where
-        )
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=where)
     is_parameter = isinstance(tensor, nn.Parameter)
     return nn.Parameter(made, requires_grad=tensor.requires_grad) if is_parameter else made
 
@@ -143,7 +139,7 @@ class ShapeRun:
     def _choose_traceable(self) -> None:
         """Choose implementations that run without values and leave the same shapes."""
         for module in self.model.modules():
-            if _EXPERTS <= vars(module).keys() and module.config._experts_implementation == "eager":
+            if vars(module).keys() >= _EXPERTS and module.config._experts_implementation == "eager":
                 self.routed.update(each for each in module.modules() if each is not module)
         for module in self.model.modules():
             config: Any = vars(module).get("config")
@@ -219,11 +215,11 @@ class _SmallValues(TorchDispatchMode):
             self._note_writing(func, args, kwargs)
             args, kwargs = tree_map(self._as_fake, (args, kwargs))
             return func(*args, **kwargs)
-        outline = self._outline(func, args, kwargs)
-        made = [each for each in tree_leaves(outline) if isinstance(each, Tensor)]
-        if sum(each.numel() for each in made) > _SMALL:
-            self._note_writing(func, args, kwargs)
-            return outline
+        if not _writes(func):  # what is written is there already, and must be written once
+            outline = self._outline(func, args, kwargs)
+            made = [each for each in tree_leaves(outline) if isinstance(each, Tensor)]
+            if sum(each.numel() for each in made) > _SMALL:
+                return outline
         with _disable_current_modes():
             return func(*args, **kwargs)
 
@@ -262,14 +258,20 @@ class _SmallValues(TorchDispatchMode):
                 raise IndexError("index out of range in self")
 
     def _note_writing(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        schema = getattr(func, "_schema", None)
-        if schema is None or not schema.is_mutable:
+        if not _writes(func):
             return
-        named = dict(zip((each.name for each in schema.arguments), args, strict=False))
+        arguments = func._schema.arguments
+        named = dict(zip((each.name for each in arguments), args, strict=False))
         named.update(kwargs)
-        for argument in schema.arguments:
+        for argument in arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for each in tree_leaves(named.get(argument.name)):
                     if isinstance(each, Tensor) and not self.lack(each):
                         storage = each.untyped_storage()
                         self._overwritten[storage._cdata] = storage
+
+
+def _writes(func: Any) -> bool:
+    """Return whether an operation changes what it is given."""
+    schema = getattr(func, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
