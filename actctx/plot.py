@@ -15,13 +15,14 @@ from torch import Tensor
 
 from actctx._errors import OptionError
 from actctx._plot.arguments import check_count, read_integers, read_tokens
-from actctx._plot.coloured import ColouredTokens
 from actctx._plot.norms import norms_at_positions, norms_of_rows
 from actctx._plot.patterns import read_pattern
 from actctx._plot.similarity import compare_layers
-from actctx._plot.sources import layer_numbers, source_of
+from actctx._plot.sources import layer_numbers, number_in, source_of
 from actctx._results.activations import Activations
 from actctx._select.values import check_readable
+from actctx._stats.coloured import ColouredTokens
+from actctx._stats.linear_cka import LinearCKA
 from actctx.dataset import ActivationDataset
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def plot_pattern(
 
 
 def plot_similarity(
-    acts: Activations | ActivationDataset,
+    acts: Activations | ActivationDataset | LinearCKA,
     name: str = "hook_resid_post",
     *,
     ax: "Picture | None" = None,
@@ -174,7 +175,8 @@ def plot_similarity(
     """Draw how alike the layers are: their linear CKA, of `layer_similarity`, in a square.
 
     Args:
-        acts: What was captured or extracted, in several layers.
+        acts: What was captured or extracted, in several layers; or a `LinearCKA`, whose sites are
+            drawn as they are, with `name` as the title.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
         ax: Where to draw; a new figure by default.
 
@@ -193,21 +195,24 @@ def plot_similarity(
 
     """
     _pyplot()
-    source = source_of(acts, name)
-    square = compare_layers(source, name).numpy()
+    if isinstance(acts, LinearCKA):
+        square, numbers = acts.similarity.numpy(), [number_in(each) for each in acts.names]
+    else:
+        source = source_of(acts, name)
+        square = compare_layers(source, name).numpy()
+        numbers = layer_numbers(source, source.layers(name))
     picture = _picture(ax)
     shown = picture.imshow(square, vmin=0, vmax=1, origin="lower", interpolation="none")
     picture.figure.colorbar(shown, ax=picture, label="linear CKA")
     picture.set(xlabel="layer", ylabel="layer")
     picture.set_title(name, parse_math=False)
-    numbers = layer_numbers(source, source.layers(name))
     for axis in (picture.xaxis, picture.yaxis):
         _number(axis, numbers)
     return picture
 
 
 def layer_similarity(
-    acts: Activations | ActivationDataset, name: str = "hook_resid_post"
+    acts: Activations | ActivationDataset | LinearCKA, name: str = "hook_resid_post"
 ) -> Float[Tensor, "layer layer"]:
     """Compare the layers with each other, by linear centred kernel alignment (CKA).
 
@@ -223,7 +228,7 @@ def layer_similarity(
 
     Args:
         acts: What was captured or extracted, in several layers, with the features along the last
-            axis.
+            axis; or a `LinearCKA`, which compares all its sites in one pass.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
 
     Returns:
@@ -244,6 +249,8 @@ def layer_similarity(
         True
 
     """
+    if isinstance(acts, LinearCKA):
+        return acts.similarity
     return compare_layers(source_of(acts, name), name)
 
 

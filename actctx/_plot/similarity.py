@@ -4,8 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from actctx._errors import OptionError
 from actctx._plot.sources import Source, read_layers
+from actctx._stats.linear_cka import check_differ
 
 
 def compare_layers(source: Source, name: str) -> Float[Tensor, "layer layer"]:
@@ -24,7 +24,7 @@ def compare_layers(source: Source, name: str) -> Float[Tensor, "layer layer"]:
             ]
             count += len(part[one])
         *others, size = [product.norm().cpu() for product in products]
-        _check_differ(key, size, count * means[one].norm().cpu() ** 2)
+        check_differ(key, size, count * means[one].norm().cpu() ** 2)
         sizes.append(size)
         for two, other in enumerate(others):
             square[one, two] = square[two, one] = other**2 / (sizes[one] * sizes[two])
@@ -37,17 +37,3 @@ def _means(source: Source, keys: list[str]) -> list[Float[Tensor, " features"]]:
         sums = [each + rows.sum(0) for each, rows in zip(sums, part, strict=True)]
         count += len(part[0])
     return [each / count for each in sums]
-
-
-def _check_differ(key: str, spread: Float[Tensor, ""], mean: Float[Tensor, ""]) -> None:
-    """Refuse a layer whose rows are the same but for rounding, from sums of their squares."""
-    if not spread.isfinite():
-        raise OptionError(
-            f"{key!r} has NaN, infinite or too large values, so it cannot be compared with other "
-            "layers; leave it out"
-        )
-    if spread <= 1e-10 * mean:
-        raise OptionError(
-            f"the rows of {key!r} are all the same, so it cannot be compared with other layers; "
-            "capture other positions, or leave it out"
-        )

@@ -295,10 +295,11 @@ def norms_of(values: Shaped[Tensor, "*rows features"]) -> Float[Tensor, "*rows"]
 
 def layer_numbers(source: Source, keys: list[str]) -> list[str]:
     """Return the number of each layer, or its key if it has none."""
-    return [_number_in(key, *source.hooks(key)) for key in keys]
+    return [number_in(key, *source.hooks(key)) for key in keys]
 
 
-def _number_in(key: str, *hooks: str) -> str:
+def number_in(key: str, *hooks: str) -> str:
+    """Return the number of the layer that a site is in, or its key if it is in none."""
     parts = [part for name in (*hooks, key) for part in name.split(".")]
     return next((part for part in parts if part.isdecimal()), key)
 

@@ -30,7 +30,7 @@ class Held(NamedTuple):
 
 
 class Accumulator(ABC):
-    """A statistic of rows, kept for each element of the other axes.
+    """What merges, is saved and shows itself.
 
     Args:
         over: The axes that are reduced, by name or number: by default those of `batch`, `pos` and
@@ -64,10 +64,6 @@ class Accumulator(ABC):
         """Return the options other than `over` and `device`, as JSON has them."""
 
     @abstractmethod
-    def _of_rows(self, rows: Rows) -> dict[str, Tensor]:
-        """Compute the statistic of some rows, of which there is at least one."""
-
-    @abstractmethod
     def _merged(
         self, one: dict[str, Tensor], two: dict[str, Tensor], counts: tuple[int, int]
     ) -> dict[str, Tensor]:
@@ -75,27 +71,13 @@ class Accumulator(ABC):
 
     def empty(self: Like) -> Like:  # noqa: PYI019  see above
         """Make a new one of the same options, which has seen nothing."""
-        return type(self)(over=self._over, device=self._device, **self._options())
+        return type(self)(
+            over=self._over, device=self._device, **self._options(), **self._unsaved()
+        )
 
-    def update(self, observation: Observation, /) -> None:
-        """Add the values of an observation.
-
-        Raises:
-            AxisError: It does not have the axes to reduce.
-            JoinError: The axes that are kept are of other sizes than before.
-            OptionError: It has values of which this statistic means nothing.
-
-        """
-        self._check_values(observation)
-        with plain_mode(), torch.no_grad():
-            rows = arrange(observation, self._over)
-            self._settle(rows.axes, rows.values.shape[1:], observation.site)
-            count = len(rows.values)
-            if count and rows.values.numel():
-                found = self._of_rows(rows)
-                if self._device is not None:
-                    found = {name: each.to(self._device) for name, each in found.items()}
-                self._take(found, count, own=True)
+    def _unsaved(self) -> dict[str, Any]:
+        """Return the options that are no part of the result, such as what draws it."""
+        return {}
 
     def merge(self: Like, other: Like, /) -> None:  # noqa: PYI019
         """Add all that another one has seen, which stays as it is.
@@ -289,6 +271,34 @@ class Accumulator(ABC):
     def _picture(self) -> str:
         """Draw it in HTML."""
         return ""
+
+
+class RowAccumulator(Accumulator):
+    """A statistic of the rows of one site."""
+
+    @abstractmethod
+    def _of_rows(self, rows: Rows) -> dict[str, Tensor]:
+        """Compute the statistic of some rows, of which there is at least one."""
+
+    def update(self, observation: Observation, /) -> None:
+        """Add the values of an observation.
+
+        Raises:
+            AxisError: It does not have the axes to reduce.
+            JoinError: The axes that are kept are of other sizes than before.
+            OptionError: It has values of which this statistic means nothing.
+
+        """
+        self._check_values(observation)
+        with plain_mode(), torch.no_grad():
+            rows = arrange(observation, self._over)
+            self._settle(rows.axes, rows.values.shape[1:], observation.site)
+            count = len(rows.values)
+            if count and rows.values.numel():
+                found = self._of_rows(rows)
+                if self._device is not None:
+                    found = {name: each.to(self._device) for name, each in found.items()}
+                self._take(found, count, own=True)
 
 
 def float_dtype(values: Shaped[Tensor, "..."]) -> torch.dtype:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from actctx._errors import AxisError, OptionError
-from actctx._stats.accumulator import Accumulator, float_dtype, result_dtype
+from actctx._stats.accumulator import RowAccumulator, float_dtype, result_dtype
 from actctx._stats.moments import merged_means
 from actctx._stats.rows import Rows
 
@@ -22,7 +22,7 @@ class Eigen(NamedTuple):
     eigenvectors: Float[Tensor, "... feature feature"]
 
 
-class Covariance(Accumulator):
+class Covariance(RowAccumulator):
     """The covariance of the features along the last axis.
 
     Other axes that are kept, such as heads, have a covariance each. Rows are centred on the mean of

@@ -9,11 +9,20 @@ import torch
 from actctx._errors import DataError, OptionError
 from actctx._select.own import device_of
 from actctx._stats.accumulator import Accumulator
+from actctx._stats.counts import Counts
 from actctx._stats.covariance import Covariance
+from actctx._stats.frequency import Frequency
+from actctx._stats.histogram import Histogram
+from actctx._stats.linear_cka import LinearCKA
 from actctx._stats.moments import Moments
+from actctx._stats.sample import Sample
 from actctx._stats.saving import damaged, read_state
+from actctx._stats.topk import TopK
 
-_KINDS: dict[str, type[Accumulator]] = {kind.__name__: kind for kind in (Covariance, Moments)}
+_KINDS: dict[str, type[Accumulator]] = {
+    kind.__name__: kind
+    for kind in (Counts, Covariance, Frequency, Histogram, LinearCKA, Moments, Sample, TopK)
+}
 
 
 def of_state(state: Mapping[str, Any], *, device: torch.device | str | None = None) -> Accumulator:

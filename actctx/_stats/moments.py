@@ -15,12 +15,12 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from actctx._errors import AxisError
-from actctx._stats.accumulator import Accumulator, float_dtype, result_dtype
+from actctx._stats.accumulator import RowAccumulator, float_dtype, result_dtype
 from actctx._stats.drawing import band, thinned
 from actctx._stats.rows import Rows
 
 
-class Moments(Accumulator):
+class Moments(RowAccumulator):
     """The mean, variance, extremes and norms of activations.
 
     Sums are taken in double precision, where the device has it. NaN and infinite values spread as

@@ -90,18 +90,29 @@ class Rows:
             )
         )
 
+    @property
+    def has_sequences(self) -> bool:
+        """Whether each whole row is of one sequence, and it is known which."""
+        axes = self.observation.axes
+        kept = (axes[dim] for dim in self.observation.row_dims if dim in self.kept)
+        return self.observation.sequence is not None and {*kept} <= {"pos", "query"}
+
+    @property
+    def has_positions(self) -> bool:
+        """Whether each whole row is at one position, and it is known which."""
+        is_whole = not any(dim in self.kept for dim in self.observation.row_dims)
+        return self.observation.position is not None and is_whole
+
     def origins_of_rows(self) -> Origins:
         """Find where each whole row comes from."""
         observation, shape = self.observation, self.observation.values.shape
-        kept = [dim for dim in observation.row_dims if dim in self.kept]
-        is_of_one_sequence = all(observation.axes[dim] in {"pos", "query"} for dim in kept)
         unknown = torch.full((len(self.values),), -1, device=self.values.device)
         found = []
-        for each, is_of_one in (
-            (observation.sequence, is_of_one_sequence),
-            (observation.position, not kept),
+        for each, is_known in (
+            (observation.sequence, self.has_sequences),
+            (observation.position, self.has_positions),
         ):
-            if each is None or not is_of_one or not self.values.numel():
+            if each is None or not is_known or not self.values.numel():
                 found.append(unknown)
                 continue
             sizes = [1] * len(shape)
@@ -112,6 +123,20 @@ class Rows:
                 of_rows = of_rows.select(-1, 0)
             found.append(of_rows.expand([shape[dim] for dim in self.reduced]).reshape(-1))
         return Origins(*found)
+
+    def numbers_within(self) -> Int64[Tensor, " row"]:
+        """Number the rows of one sequence and position, such as several heads at one place."""
+        axes, shape = self.observation.axes, self.observation.values.shape
+        told = {"batch", "token"} if self.has_sequences else set()
+        told |= {"pos", "query", "token"} if self.has_positions else set()
+        rest = torch.arange(len(self.values), device=self.values.device)
+        numbers, stride = torch.zeros_like(rest), 1
+        for dim in reversed(self.reduced):
+            if axes[dim] not in told:
+                numbers = numbers + rest % shape[dim] * stride
+                stride *= shape[dim]
+            rest = rest // shape[dim]
+        return numbers
 
 
 def arrange(observation: Observation, over: tuple[str | int, ...] | None) -> Rows:

@@ -13,6 +13,7 @@ ROW_AXES = ("batch", "pos", "query", "token")
 
 # Not `Self`, which beartype takes only where it decorates the class.
 Kind = TypeVar("Kind", bound="Statistic")
+Joint = TypeVar("Joint", bound="JointStatistic")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -92,4 +93,40 @@ class Statistic(Protocol):
         ...
 
 
-Observation.__module__ = Statistic.__module__ = "actctx.stats"  # where users find them
+@runtime_checkable
+class JointStatistic(Protocol):
+    """A statistic of several sites at once, such as how alike layers are.
+
+    A capture makes one `empty` for each forward, and gives it what all sites left in it.
+    """
+
+    def empty(self: Joint) -> Joint:  # noqa: PYI019  see above
+        """Make a new one of the same options, which has seen nothing."""
+        ...
+
+    def update_all(self, observations: Mapping[str, Observation], /) -> None:
+        """Add what each site left in one forward, of which no memory is kept.
+
+        Args:
+            observations: What each left, by the name under which the site is read, in the order
+                in which they ran.
+
+        """
+        ...
+
+    def merge(self: Joint, other: Joint, /) -> None:  # noqa: PYI019
+        """Add all that another one has seen, which stays as it is."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that it holds: tensors, and values that JSON has."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], /) -> None:
+        """Take what `state_dict` returned in place of what it holds."""
+        ...
+
+
+for _each in (Observation, Statistic, JointStatistic):
+    _each.__module__ = "actctx.stats"  # where users find them
+del _each

@@ -11,15 +11,36 @@ from hypothesis import strategies as st
 from observed import observed, seen
 
 from actctx import DataError, JoinError, OptionError
-from actctx.stats import Covariance, Moments, Observation, Statistic, load
+from actctx.stats import (
+    Counts,
+    Covariance,
+    Frequency,
+    Histogram,
+    Moments,
+    Observation,
+    Sample,
+    Statistic,
+    TopK,
+    load,
+)
 
 KINDS = {
     "Moments": (Moments, {}),
     "Covariance": (Covariance, {}),
+    "TopK": (TopK, {"k": 4, "context": 2}),
+    "Histogram": (Histogram, {"bins": 8}),
+    "Frequency": (Frequency, {"above": 0.25}),
+    "Sample": (Sample, {"n": 4, "seed": 3}),
+    "Counts": (Counts, {"n": 9}),
 }
 NAMES = {
     "Moments": ("mean", "var", "min", "max", "mean_norm", "mean_square_norm"),
     "Covariance": ("mean", "covariance", "correlation"),
+    "TopK": ("values", "sequence", "position", "token", "contexts"),
+    "Histogram": ("counts", "edges", "nan_count", "infinite_count"),
+    "Frequency": ("share",),
+    "Sample": ("rows", "sequence", "position"),
+    "Counts": ("counts", "share"),
 }
 every_kind = pytest.mark.parametrize("name", [*KINDS])
 
@@ -267,7 +288,7 @@ def test_a_file_of_a_later_version_is_refused(tmp_path):
 
     state = Moments().state_dict() | {"kind": "Median"}
     write_statistic(state, tmp_path / "later.safetensors", {})
-    with pytest.raises(DataError, match="that this version of actctx knows: Covariance, "):
+    with pytest.raises(DataError, match="that this version of actctx knows: Counts, "):
         load(tmp_path / "later.safetensors")
 
 

@@ -21,7 +21,7 @@ class ColouredTokens:
 
     def _repr_html_(self) -> str:
         finite = [abs(value) for value in self.values if math.isfinite(value)]
-        most = max(finite, default=0) or 1
+        most = max(finite, default=0.0) or 1.0
         spans = (
             f'<span title="{value:.4g}" style="white-space:pre-wrap;background:'
             f'rgba({"230,120,0" if value > 0 else "0,114,200"},{_share(value, most):.2f})">'
