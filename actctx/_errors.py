@@ -6,7 +6,7 @@ ActctxError
 ├── AxisError (LookupError)             a slice or a join names an axis that the site does not have
 ├── SelectionError (IndexError)         a position lies outside the axis it selects from
 ├── OutputError (TypeError)             a site yields no tensor to capture
-├── PlanError (RuntimeError)            a forward cannot be planned, since it hangs on values
+├── PlanError (RuntimeError)            a forward cannot be planned, since it depends on values
 ├── CaptureStateError (RuntimeError)    opened twice, closed while not open, shallowly copied
 ├── HooksRemovedError (RuntimeError)    somebody removed the hooks of an open capture
 ├── NeverFiredError (RuntimeError)      a site that was asked for by name never fired

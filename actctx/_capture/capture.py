@@ -276,7 +276,7 @@ class Capture(Generic[B]):
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Tell what a forward would leave in this capture, without running it.
 
-        It follows from shapes alone: no weights are read, nothing is computed but what hangs on the
+        It follows from shapes alone: no weights are read, nothing is computed but what depends on the
         inputs alone, such as masks, nobody's hooks fire, and the model stays as it is. Inputs and
         weights may be on the meta device. Without values, a mask is taken to have no padding, so
         that the rows of real tokens are an upper bound.
@@ -289,7 +289,7 @@ class Capture(Generic[B]):
             The plan: for each site its axes, shape, dtype, device and bytes.
 
         Raises:
-            PlanError: What the forward leaves hangs on values of activations, as inside of experts;
+            PlanError: What the forward leaves depends on values of activations, as inside of experts;
                 or torch cannot run the model without values.
             ActctxError: As a capture of this forward would raise.
 

@@ -24,7 +24,7 @@ from actctx._capture.opening import Opening
 from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import ActctxError, PlanError
 from actctx._model.parallel import is_cut
-from actctx._model.shape_run import ShapeRun, hangs_on_values
+from actctx._model.shape_run import ShapeRun, depends_on_values
 from actctx._results.activations import Activations
 from actctx._results.column import Column
 from actctx._results.plan import Plan, PlannedSite
@@ -95,10 +95,10 @@ def _agreed(model: nn.Module, first: _Outcome, other: _Outcome) -> _Outcome:
     """Return what both answers lead to; see the note above."""
     if first.plan is None or other.plan is None:
         failed, ended = (first, other) if first.plan is None else (other, first)
-        is_refused = isinstance(failed.error, ActctxError) or hangs_on_values(failed.error)
+        is_refused = isinstance(failed.error, ActctxError) or depends_on_values(failed.error)
         return failed if is_refused or ended.plan is None else ended
     if first.sites != other.sites:
-        raise _refusal(model, "what it leaves hangs on values of its activations")
+        raise _refusal(model, "what it leaves depends on values of its activations")
     if first.plan.cache_nbytes != other.plan.cache_nbytes:
         first.plan.cache_nbytes = None
     return first
@@ -146,14 +146,14 @@ def _on_stand_in(run: ShapeRun, site: WatchedSite) -> WatchedSite:
     """Watch the stand-in of a site's module.
 
     Raises:
-        PlanError: How often it runs, and on what, hangs on values.
+        PlanError: How often it runs, and on what, depends on values.
 
     """
     module = run.copies[site.place.module]
     if module in run.routed:
         raise PlanError(
             f"{site.shown} cannot be planned: it runs once for each expert, on the tokens that are "
-            "routed to it, whose number hangs on values; leave it out of the plan"
+            "routed to it, whose number depends on values; leave it out of the plan"
         )
     return replace(site, place=replace(site.place, module=module))
 
@@ -204,6 +204,6 @@ def _refusal(model: nn.Module, why: str) -> PlanError:
 
 def _why(error: Exception) -> str:
     said = next(iter(str(error).splitlines()), "").rstrip(".")
-    if hangs_on_values(error):
-        return f"it hangs on values of its activations, which a plan does not compute ({said})"
+    if depends_on_values(error):
+        return f"it depends on values of its activations, which a plan does not compute ({said})"
     return f"it raised {type(error).__name__}: {said}"

@@ -1,8 +1,8 @@
-"""Run a stand-in of a model for the shapes of its activations, which hang on sizes, not on values.
+"""Run a stand-in of a model for the shapes of its activations, which depend on sizes, not on values.
 
 # NOTE [What has values]
 Weights and activations are torch's fake tensors: they have shapes and no values, so nothing is
-computed. But what a model does may hang on values of its inputs, such as whether a mask has zeros.
+computed. But what a model does may depend on values of its inputs, such as whether a mask has zeros.
 So inputs keep their values, and what follows from them alone is computed, as long as it is small.
 Inputs on the meta device have none. Questions about values that are not there are answered with
 no, or else with yes.
@@ -39,7 +39,7 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
-def hangs_on_values(error: Exception | None) -> bool:
+def depends_on_values(error: Exception | None) -> bool:
     """Return whether torch cannot tell the shape that an operation leaves."""
     from torch._subclasses import fake_tensor
 
@@ -196,11 +196,11 @@ class _Copying(TorchFunctionMode):
         return memo[id(tensor)]
 
 
-class _SmallValues(TorchDispatchMode):
+class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Computes what follows from inputs alone, and leaves the rest to the fake mode below."""
 
     def __init__(self, run: ShapeRun) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._run = run
         # The storages of values that no longer hold, since something without values was written.
         self._overwritten: dict[int, torch.UntypedStorage] = {}
@@ -224,11 +224,11 @@ class _SmallValues(TorchDispatchMode):
             return func(*args, **kwargs)
 
     def _outline(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Return what would be made; nothing where that hangs on values, and is small then."""
+        """Return what would be made; nothing where that depends on values, and is small then."""
         try:
             return func(*args, **kwargs)
         except Exception as error:
-            if hangs_on_values(error):
+            if depends_on_values(error):
                 return None
             raise
 
