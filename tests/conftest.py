@@ -26,6 +26,7 @@ THOROUGH = {
     "test_notebooks",
     "test_offloaded",
     "test_parallel",
+    "test_planned_architectures",
     "test_power",
     "test_properties",
     "test_translated_families",

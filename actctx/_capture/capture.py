@@ -276,10 +276,10 @@ class Capture(Generic[B]):
     def plan(self, *args: Any, **kwargs: Any) -> Plan:
         """Tell what a forward would leave in this capture, without running it.
 
-        It follows from shapes alone: no weights are read, nothing is computed but what depends on the
-        inputs alone, such as masks, nobody's hooks fire, and the model stays as it is. Inputs and
-        weights may be on the meta device. Without values, a mask is taken to have no padding, so
-        that the rows of real tokens are an upper bound.
+        Only shapes are followed through the model: weights are not read, nothing is computed but
+        what the inputs alone decide, such as masks, nobody's hooks fire, and the model stays as it
+        is. Inputs and weights may be on the meta device; then a mask has no values and is taken to
+        have no padding, which makes the rows of real tokens an upper bound.
 
         Args:
             args: What the model's forward would be given.
@@ -289,8 +289,8 @@ class Capture(Generic[B]):
             The plan: for each site its axes, shape, dtype, device and bytes.
 
         Raises:
-            PlanError: What the forward leaves depends on values of activations, as inside of experts;
-                or torch cannot run the model without values.
+            PlanError: What the forward leaves depends on values of its activations, as inside of
+                experts, or torch cannot run the model without values.
             ActctxError: As a capture of this forward would raise.
 
         Example:

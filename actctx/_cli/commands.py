@@ -108,7 +108,9 @@ def plan(
     limit = outlined.cfg.n_ctx
     length = min(_LENGTH, limit) if length is None else length
     if length > limit:
-        raise OptionError(f"--length {length} is more than the {limit} tokens that {model} reads")
+        raise OptionError(
+            f"--length {length} is more than the {limit} tokens that {model} reads; give fewer"
+        )
     tokens = torch.ones((batch, length), dtype=torch.long)
     planned = take(outlined, hooks, slice=selected, dtype=_torch(dtype), stop=True).plan(
         tokens, attention_mask=torch.ones_like(tokens)

@@ -1,11 +1,11 @@
-"""Run a stand-in of a model for the shapes of its activations, which depend on sizes, not on values.
+"""Run a stand-in of a model for the shapes of its activations, without their values.
 
 # NOTE [What has values]
 Weights and activations are torch's fake tensors: they have shapes and no values, so nothing is
-computed. But what a model does may depend on values of its inputs, such as whether a mask has zeros.
-So inputs keep their values, and what follows from them alone is computed, as long as it is small.
-Inputs on the meta device have none. Questions about values that are not there are answered with
-no, or else with yes.
+computed. But what a model does may depend on values of its inputs, such as whether a mask has
+zeros. So inputs keep their values, and what follows from them alone is computed, as long as it is
+small. Inputs on the meta device have none. Questions about values that are not there are answered
+with no, or else with yes.
 """
 
 import copy
