@@ -15,17 +15,18 @@ from actctx._capture.capture import Capture
 from actctx._capture.watched import Options
 from actctx._errors import OptionError
 from actctx._extract.add_sites import add_sites, clear_additions
-from actctx._extract.model_inputs import reading_of
+from actctx._extract.model_inputs import reader_of
 from actctx._extract.order import check_order
+from actctx._extract.plan import make_plan
 from actctx._extract.row_choice import dropping
-from actctx._extract.run import Extraction
+from actctx._extract.run import run
 from actctx._extract.signals import signals_raised
 from actctx._files import local_path
 from actctx._model.sites import Names, Site
 from actctx._results.activations import Activations
 from actctx._select.padding import Chosen
 from actctx._select.slices import Slice
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.indexing import whole_number
 from actctx._store.libraries import import_lance
 
@@ -170,10 +171,10 @@ def extract(
         check_order(data)
     chosen = Chosen()
     options = Options(stop=stop, join="batch", grad=False, mask=chosen, capacity=None)
-    capturing: Capture[Activations] = Capture(
+    capture: Capture[Activations] = Capture(
         model, names, options, defaults=Site("", slice, dtype, "cpu")
     )
-    reading = reading_of(
+    reader = reader_of(
         model,
         tokenizer=tokenizer,
         batch_size=batch_size,
@@ -183,37 +184,43 @@ def extract(
         mask=mask,
         equal_lengths=bool(equal_lengths),
     )
-    extraction = Extraction(
+    plan = make_plan(
         model,
-        capturing,
+        capture,
         chosen=chosen,
-        reading=reading,
+        reader=reader,
         drop=dropping(drop),
-        pool=pool,
+        pooling=pool,
         finite=finite,
     )
     with signals_raised():
-        target = Target(local_path(out), sync=sync)
+        destination = Destination(local_path(out), sync=sync)
         try:
-            before = target.rows
+            before, contents = destination.row_count, destination.contents
             if add:
-                rows = add_sites(
-                    extraction,
+                tally = add_sites(
+                    plan,
                     data,
-                    whole=target,
+                    destination=destination,
                     most=max_tokens,
                     resume=resume,
                     progress=progress,
                 )
             else:
-                clear_additions(target)
-                extraction.facts.check(target, resume=resume)
-                rows = extraction.run(data, target, most=max_tokens, progress=progress)
+                clear_additions(destination)
+                if contents is not None:
+                    plan.facts.check(contents, resume=resume)
+                tally = run(plan, data, destination, most=max_tokens, progress=progress)
         finally:
-            target.release()
-    seconds = time.monotonic() - begun
-    new, cut, empty = rows - before, extraction.cut, extraction.empty
-    return Extracted(target.path, rows, new, cut, empty, seconds)
+            destination.release()
+    return Extracted(
+        path=destination.path,
+        rows=tally.row_count,
+        new_rows=tally.row_count - before,
+        cut=tally.cut,
+        empty=tally.empty,
+        seconds=time.monotonic() - begun,
+    )
 
 
 def _names_of(carry: str | Iterable[str]) -> tuple[str, ...]:

@@ -102,6 +102,12 @@ def loaded(tiny):
 
 
 @pytest.fixture
+def out(tmp_path):
+    """Where a data set is to be written."""
+    return tmp_path / "acts.lance"
+
+
+@pytest.fixture
 def unchecked():
     """Switch off the type checks that the tests add, to see what users see who pass nonsense."""
     jaxtyping.config.update("jaxtyping_disable", True)  # noqa: FBT003  its own way of saying so

@@ -22,7 +22,7 @@ from stored import lance, pa, write
 
 from actctx import ActctxError
 from actctx._cli.commands import info
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx.dataset import ActivationDataset
 
 ROWS = 300
@@ -81,14 +81,15 @@ def uses(path):
 
 def resume(path):
     """Open a data set as whoever writes more to it does, and read what has to be compared."""
-    target = Target(path)
+    destination = Destination(path)
     try:
-        for _ in target.stored():
+        contents = destination.contents
+        for _ in contents.origins():
             pass
-        target.tidy()
-        target.note_finished(finished=False)
+        contents.tidy()
+        contents.record_finished(finished=False)
     finally:
-        target.release()
+        destination.release()
 
 
 def use(path):

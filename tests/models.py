@@ -226,6 +226,18 @@ def plainly_hooked(
     return fired
 
 
+def hooked(model, name, *args, **kwargs):
+    """Read what a module returns the plain way, of all its forwards, joined along the batch."""
+    kept = []
+    handle = model.get_submodule(name).register_forward_hook(
+        lambda _module, _given, out: kept.append(out[0] if isinstance(out, tuple) else out)
+    )
+    with torch.no_grad():
+        model(*args, **kwargs)
+    handle.remove()
+    return torch.cat(kept)
+
+
 def hooks_of(model: nn.Module) -> list[tuple[str, list[int], list[int], int]]:
     """List what hooks a model carries, and whether its `forward` is shadowed."""
     return [

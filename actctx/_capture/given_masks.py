@@ -8,6 +8,7 @@ from jaxtyping import Bool, Shaped
 from torch import Tensor
 
 from actctx._capture.generation import generating, ran_of
+from actctx._errors import OptionError
 from actctx._model.absolute_positions import is_padded_left
 from actctx._model.sides import Side
 from actctx._select.padding import as_mask, real_of
@@ -71,16 +72,65 @@ def left_masks(forwards: Iterable[Mapping[str, Any]]) -> list[Bool[Tensor, "batc
 def diagonal(
     mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
 ) -> Bool[Tensor, "sequences pos"]:
-    """Make a mask of two axes of one that tells who attends to whom: padding not to itself."""
+    """Make a mask of two axes of one that tells who attends to whom: padding not to itself.
+
+    Raises:
+        OptionError: Tokens attend to themselves that may be padding for all that others do.
+
+    """
     ran, keys = mask.shape[-2:]
     first = keys - ran if before is None else min(before, keys - ran)
     seen = mask.detach()[:, 0]
     seen = seen > -1 if seen.is_floating_point() else seen.bool()
     among = seen[:, :, first:]
-    # A query that has no key is often given all of them, those behind it too, which do not see it.
-    is_opened = seen.all(2)
-    unseen = ~among & ~is_opened[:, :, None]
-    is_opened &= unseen.tril(-1).any(1)[:, :ran]
+    is_opened = _opened(seen, among)
     real = among.diagonal(dim1=1, dim2=2) & ~is_opened
+    if bool(_alone(seen & ~is_opened[:, :, None], first, real).any()):
+        raise OptionError(
+            "the forward's mask of four axes does not tell which tokens are padding: some attend "
+            "to themselves, but no other attends to them; give capture the mask itself, of the "
+            "shape batch pos"
+        )
     past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
     return torch.cat([past, real], 1).expand(sequences, -1)
+
+
+def _opened(
+    seen: Bool[Tensor, "batch query key"], among: Bool[Tensor, "batch query later"]
+) -> Bool[Tensor, "batch query"]:
+    """Find queries without a key, which are often given all of them.
+
+    The last token of a text has all keys as well, but only the last.
+    """
+    is_opened = seen.all(2)
+    unseen = ~among & ~is_opened[:, :, None]
+    ran = seen.shape[1]
+    behind, is_opened = unseen.tril(-1).any(1)[:, :ran], is_opened & unseen.any(1)[:, :ran]
+    return is_opened & (behind | is_opened[:, :-1].any(1, keepdim=True))
+
+
+def _alone(
+    seen: Bool[Tensor, "batch query key"], first: int, real: Bool[Tensor, "batch query"]
+) -> Bool[Tensor, "batch query"]:
+    """Find tokens to which no other attends, though one should if they were real.
+
+    The last token of a text is such a one, too. But it attends to those before it, and nothing
+    behind it does: what passes over a token, or is seen by it from behind, is of the same text.
+    """
+    among = seen[:, :, first : first + real.shape[1]]
+    others = among & ~torch.eye(real.shape[1], dtype=torch.bool, device=seen.device)
+    is_unseen = real & ~others.any(1)
+    sees_none = ~(others.any(2) | seen[:, :, :first].any(2))
+    sees_on = others.triu(1).any(2)
+    reach = torch.where(seen.any(2), seen.int().argmax(2) - first, real.shape[1])
+    # The first key that any of the queries behind a token attends to.
+    behind = reach.flip(1).cummin(1).values.flip(1).roll(-1, 1)
+    behind[:, -1] = real.shape[1]
+    is_passed = behind < torch.arange(real.shape[1], device=seen.device)
+    is_one_of_several = sees_none & (real.sum(1, keepdim=True) > 1)
+    # Behind tokens that all see each other, a last one that sees them need not be real.
+    is_behind_all = others[:, :-1, :-1].sum((1, 2)) == (real.shape[1] - 1) * (real.shape[1] - 2)
+    is_behind_all &= real.shape[1] > 2  # noqa: PLR2004
+    is_last = torch.arange(real.shape[1], device=seen.device) == real.shape[1] - 1
+    is_passed |= is_behind_all[:, None] & is_last
+    return is_unseen & (is_one_of_several | sees_on | is_passed)

@@ -38,10 +38,11 @@ from actctx._model.absolute_positions import (
     widths_of,
 )
 from actctx._model.axes import position_dims
-from actctx._model.known_faults import mask_fault, warn
+from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
 from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
+from actctx._model.turned import depends_on_positions
 from actctx._select.own import TokenRows
 from actctx._select.padding import Chosen, as_mask, find_rows, real_of
 from actctx._select.slices import Positions, Selector, Step
@@ -271,6 +272,8 @@ class Padding:
         if side == "shared":
             return self._given_of_either(site, shape, frame)
         mask = self._mask(side, frame)
+        if side == "decoder":
+            self._warn("fault", decoder_fault(core_of(self._model), frame.inputs))
         if mask is None:
             mask = mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
         if mask is None:
@@ -323,8 +326,8 @@ class Padding:
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
-        if self._asked == "attention" and not before and is_padded_left(given):
-            self._check_bare_table(frame)
+        if not before:
+            self._check_counted(given, site, frame)
         is_whole = side == "encoder" or ran in {None, pos}
         if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
@@ -414,15 +417,20 @@ class Padding:
         given = self.inputs(frame)
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
-    def _check_bare_table(self, frame: Frame) -> None:
-        is_new = "left" not in self._warned and not self._has_positions(frame)
-        if is_new and has_bare_table(self._model):
+    def _check_counted(self, mask: Tensor, site: WatchedSite, frame: Frame) -> None:
+        """Warn of padding that counts, and that no table shows to do so."""
+        self._warn("fault", right_padding_fault(core_of(self._model), mask))
+        is_known = self._asked != "attention" or "left" in self._warned
+        if is_known or not is_padded_left(mask) or self._has_positions(frame):
+            return
+        by_itself = depends_on_positions(core_of(self._model), site.place)
+        if by_itself or has_bare_table(self._model):
             self._warn_left()
 
     # What is said, once for each capture.
 
-    def _warn(self, what: str, said: str) -> None:
-        if what in self._warned:
+    def _warn(self, what: str, said: str | None) -> None:
+        if said is None or what in self._warned:
             return
         self._warned.add(what)
         warn(said)

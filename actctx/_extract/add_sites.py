@@ -16,32 +16,34 @@ from typing import Any
 
 from actctx._errors import DataError, OptionError
 from actctx._extract.compatibility import Facts
-from actctx._extract.run import Extraction
+from actctx._extract.plan import Plan
+from actctx._extract.run import Tally, run
 from actctx._files import sync
-from actctx._store.destination import Target, delete, found_at
+from actctx._store.contents import Contents
+from actctx._store.destination import Destination, delete, found_at
 
 
 def add_sites(
-    extraction: Extraction,
+    plan: Plan,
     data: Iterable[Any],
     *,
-    whole: Target,
+    destination: Destination,
     most: int | None,
     resume: bool,
     progress: bool,
-) -> int:
+) -> Tally:
     """Extract sites for the rows that a data set has, and add them to it.
 
     Args:
-        extraction: One extraction: what is run, and what is kept of it.
+        plan: The extraction.
         data: The input that the rows came from.
-        whole: The data set.
+        destination: Where the data set is.
         most: The number of rows to stop at, which nobody may give.
         resume: Whether to go on with an addition that is half done.
         progress: Whether a progress bar is shown.
 
     Returns:
-        The number of rows.
+        What was written.
 
     Raises:
         DataError: There is no data set, it has one of the sites, or other rows; or an addition of
@@ -54,83 +56,80 @@ def add_sites(
             f"max_tokens={most} does not go with add=True, which adds to all rows that are there; "
             "leave max_tokens out"
         )
-    if whole.layout is None or not whole.rows:
+    whole, facts = destination.contents, plan.facts
+    if whole is None:
         raise DataError(
-            f"'{whole.path}' has no rows to add sites to; extract to it without add=True first"
+            f"'{destination.path}' has no rows to add sites to; extract to it without add=True "
+            "first"
         )
-    facts = extraction.facts
     facts.check_rows(whole)
-    _clear(whole)
-    staged = Target(_beside(whole, "adding"), sync=whole.syncs)
+    _clear(destination)
+    staged = Destination(_beside(whole.path, "adding"), sync=destination.syncs)
     try:
-        _check_half(facts, staged, whole)
+        if staged.contents is not None:
+            _check_half(facts, staged.contents, whole)
         if _has_them(facts, whole):
-            return whole.rows
-        facts.check(staged, resume=resume, otherwise="delete that directory")
-        rows = extraction.run(data, staged, most=whole.rows, progress=progress, against=whole)
-        if rows != whole.rows:
+            return Tally(whole.row_count)
+        if staged.contents is not None:
+            facts.check(staged.contents, resume=resume, otherwise="delete that directory")
+        limit = whole.row_count
+        tally = run(plan, data, staged, most=limit, progress=progress, whole=whole)
+        if tally.row_count != whole.row_count or staged.contents is None:
             raise DataError(
-                f"the input leaves {rows} rows, but '{whole.path}' has {whole.rows}; give the "
-                "input that they came from"
+                f"the input leaves {tally.row_count} rows, but '{whole.path}' has "
+                f"{whole.row_count}; give the input that they came from"
             )
-        whole.take_columns(staged)
+        whole.take_columns(staged.contents)
     finally:
         staged.release()
-        if not staged.rows:
+        if not staged.row_count:
             with contextlib.suppress(OSError):
                 delete(staged.path)
-    _clear(whole)
-    return whole.rows
+    _clear(destination)
+    return tally
 
 
-def clear_additions(whole: Target) -> None:
+def clear_additions(destination: Destination) -> None:
     """Delete what an addition left that was killed when all was done, or before anything was."""
-    if whole.layout is not None:
+    if destination.contents is not None:
         with contextlib.suppress(DataError, OSError):  # whoever adds is told
-            _clear(whole)
+            _clear(destination)
 
 
-def _beside(whole: Target, word: str) -> Path:
-    return Path(f"{whole.path}.{word}")
+def _beside(path: Path, word: str) -> Path:
+    return Path(f"{path}.{word}")
 
 
-def _clear(whole: Target) -> None:
-    """Delete what an addition left that was done with, or had come to nothing.
+def _clear(destination: Destination) -> None:
+    """Delete what a finished addition left, or one without rows.
 
     Raises:
         DataError: There is something else in its place.
 
     """
-    adding, done = _beside(whole, "adding"), _beside(whole, "adding.done")
+    adding, done = _beside(destination.path, "adding"), _beside(destination.path, "adding.done")
     if found := found_at(done):
         raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
     if done.exists():
         delete(done)
     if not adding.exists():
         return
-    staged = Target(adding)
+    staged = Destination(adding)
     staged.release()
-    if staged.layout is None or not staged.rows:
+    if staged.contents is None:
         with contextlib.suppress(OSError):
             delete(adding)
         return
-    assert whole.layout is not None  # noqa: S101  as it has rows
-    if staged.layout.finished and {*staged.layout.sites} <= {*whole.layout.sites}:
+    half, there = staged.contents.layout, destination.contents
+    if there is not None and half.finished and {*half.sites} <= {*there.layout.sites}:
         adding.rename(done)
-        if whole.syncs:  # or the deletion could reach the disk before the name does
+        if destination.syncs:  # or the deletion could reach the disk before the name does
             sync(done.parent)
         delete(done)
 
 
-def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
-    """Refuse to go on with an addition of others.
-
-    Raises:
-        DataError: It is of other sites, or to other rows.
-
-    """
-    if staged.layout is None:
-        return
+def _check_half(facts: Facts, staged: Contents, whole: Contents) -> None:
+    """Refuse to resume an addition of other sites, or to other rows."""
     half = [site.name for site in staged.layout.sites]
     asked = facts.names(half)
     if sorted(half) != sorted(asked):
@@ -138,22 +137,21 @@ def _check_half(facts: Facts, staged: Target, whole: Target) -> None:
             f"'{staged.path}' holds a half-done addition of {half}, not of {asked}; finish it "
             "first, with the sites that it has, or delete that directory"
         )
-    if staged.rows > whole.rows:
+    if staged.row_count > whole.row_count:
         raise DataError(
-            f"'{staged.path}' holds {staged.rows} rows of a half-done addition, but "
-            f"'{whole.path}' has {whole.rows}, so it is one to another data set; delete that "
+            f"'{staged.path}' holds {staged.row_count} rows of a half-done addition, but "
+            f"'{whole.path}' has {whole.row_count}, so it is one to another data set; delete that "
             "directory"
         )
 
 
-def _has_them(facts: Facts, whole: Target) -> bool:
+def _has_them(facts: Facts, whole: Contents) -> bool:
     """Return whether all that was asked for is there already.
 
     Raises:
         DataError: Some of it is, or a site is there as another.
 
     """
-    assert whole.layout is not None  # noqa: S101  as it has rows
     there = {site.name for site in whole.layout.sites}
     asked = facts.names(there)
     known = [name for name in asked if name in there]

@@ -10,7 +10,7 @@ their order, positions and digests are those of the batch as it came.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -90,6 +90,17 @@ class Batch:
                 found.update(f"{name}={value}".encode())
         found.update(repr([values[at] for values in self.carried.values()]).encode())
         return int.from_bytes(found.digest(), "little", signed=True)
+
+
+def beginning(mark: Mark, batches: Iterable[Batch], *, empty: int) -> Iterator[Batch]:
+    """Give the first of some batches what comes before it: a mark, and empty sequences."""
+    first = True
+    for batch in batches:
+        yield replace(batch, mark=mark, empty=empty) if first else batch
+        first = False
+    if first and empty:
+        none = torch.empty(0, dtype=torch.long)
+        yield Batch(none.view(0, 0), None, none, mark=mark, empty=empty)
 
 
 def with_padding_behind(

@@ -3,7 +3,7 @@
 # NOTE [What is not compared]
 The names of the model and of the tokenizer are noted, but the same weights and the same texts come
 from many paths: the weights and the tokens on disk tell whether they are others. The batch size is
-noted since it orders single sequences, an order that any other keeps; see `Reading.ordered_as`.
+noted since it orders single sequences, an order that any other keeps; see `Reader.ordered_as`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from torch import nn
 from actctx._capture.watched import WatchedSite
 from actctx._errors import DataError
 from actctx._extract.batching import is_padded_before
-from actctx._extract.inputs import Reading
+from actctx._extract.inputs import Reader
 from actctx._extract.row_choice import Work
 from actctx._model.absolute_positions import has_bare_table, tables_of
 from actctx._model.flags import flags_of
 from actctx._model.same_model import ANEW, Fact, differences, is_of_weights, summed_up
 from actctx._select.slices import Positions, Selector
-from actctx._store.destination import Target
+from actctx._store.contents import Contents
 from actctx._store.layout import Layout
 from actctx._store.site_columns import StoredSite, column_name
 from actctx._text import dtype_name, printable
@@ -47,11 +47,11 @@ class Facts:
         """Name the sites, where some are on disk: a pattern's count as far as they are there."""
         return [site.key for site in self.sites if site.exact or site.key in there]
 
-    def check(self, target: Target, *, resume: bool, otherwise: str = "another path") -> None:
+    def check(self, contents: Contents, *, resume: bool, otherwise: str = "another path") -> None:
         """Hold what is known before any forward against the data set that is there.
 
         Args:
-            target: Where the data set is.
+            contents: The data set that is there.
             resume: Whether it may be resumed.
             otherwise: What else can be done.
 
@@ -59,12 +59,10 @@ class Facts:
             DataError: It differs, or it is not to be resumed.
 
         """
-        layout = target.layout
-        if layout is None:
-            return
+        layout = contents.layout
         if not resume:
             raise DataError(
-                f"'{target.path}' exists; give resume=True to go on with it, or {otherwise}"
+                f"'{contents.path}' exists; give resume=True to go on with it, or {otherwise}"
             )
         stored = [site.name for site in layout.sites]
         asked = self.names(stored)
@@ -75,15 +73,15 @@ class Facts:
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]
-        _compare(f"cannot go on with '{target.path}'", facts, otherwise)
-        if more := layout.unlisted(target.schema):
+        _compare(f"cannot go on with '{contents.path}'", facts, otherwise)
+        if more := layout.unlisted(contents.schema):
             raise DataError(
-                f"cannot go on with '{target.path}': it has a column {more[0]!r} that extract() "
+                f"cannot go on with '{contents.path}': it has a column {more[0]!r} that extract() "
                 "did not write, so new rows would have nothing in it; drop it, with "
                 f"lance.dataset(path).drop_columns([{more[0]!r}]), or give {otherwise}"
             )
 
-    def check_rows(self, target: Target) -> None:
+    def check_rows(self, contents: Contents) -> None:
         """Hold what decides which rows there are against a data set that sites are added to.
 
         Raises:
@@ -91,12 +89,11 @@ class Facts:
                 the name that a site's would have.
 
         """
-        layout = target.layout
-        assert layout is not None  # noqa: S101  as it has rows
+        layout = contents.layout
         if not layout.sites:
             raise DataError(
-                f"cannot add to '{target.path}': it has no site, so nothing says what was selected "
-                "along its tokens; extract to another path"
+                f"cannot add to '{contents.path}': it has no site, so nothing says what was "
+                "selected along its tokens; extract to another path"
             )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
         spared = flags_of(site.place for site in self.sites)  # which sites may need that are added
@@ -105,71 +102,68 @@ class Facts:
             *self._of_rows(layout),
             ("slice along the tokens", _of_tokens(was), _of_tokens(now)),
         ]
-        _compare(f"cannot add to '{target.path}'", facts)
-        more = layout.unlisted(target.schema)
+        _compare(f"cannot add to '{contents.path}'", facts)
+        more = layout.unlisted(contents.schema)
         taken = next((site.key for site in self.sites if column_name(site.key) in more), None)
         if taken is not None:
             raise DataError(
-                f"cannot add {taken!r} to '{target.path}': it has a column "
+                f"cannot add {taken!r} to '{contents.path}': it has a column "
                 f"{column_name(taken)!r} that extract() did not write; drop it, with "
                 f"lance.dataset(path).drop_columns([{column_name(taken)!r}]), or give the site an "
                 "alias, as in {'resid': ...}"
             )
 
-    def check_added(self, target: Target) -> None:
+    def check_added(self, contents: Contents) -> None:
         """Hold sites against those of the data set that they were added to.
 
         Raises:
             DataError: Those that were added are others.
 
         """
-        assert target.layout is not None  # noqa: S101  as it has rows
-        _compare(f"cannot add to '{target.path}'", self._of_sites(target.layout))
+        _compare(f"cannot add to '{contents.path}'", self._of_sites(contents.layout))
 
-    def check_sites(self, target: Target, sites: Iterable[StoredSite]) -> None:
+    def check_sites(self, contents: Contents, sites: Iterable[StoredSite]) -> None:
         """Hold what a forward has told of the sites against the data set that is there.
 
         Raises:
             DataError: A row of theirs is another.
 
         """
-        assert target.layout is not None  # noqa: S101  as it is resumed
         told = {site.name: site for site in sites}
         facts = []
-        for was in target.layout.sites:
+        for was in contents.layout.sites:
             now = told.get(was.name, was)
             facts += [
                 (f"dtype of {was.name!r}", was.dtype, now.dtype),
                 (f"shape of {was.name!r}", was.shape, now.shape),
                 (f"list of axes of {was.name!r}", [*was.axes], [*now.axes]),
             ]
-        _compare(f"cannot go on with '{target.path}'", facts)
+        _compare(f"cannot go on with '{contents.path}'", facts)
 
-    def check_hooks(self, target: Target, changing: Collection[str]) -> None:
+    def check_hooks(self, contents: Contents, changing: Collection[str]) -> None:
         """Compare the hooks of others, once a forward has told which ones change what passes.
 
         Args:
-            target: The data set that has the rows, or has none yet.
+            contents: The data set that has the rows.
             changing: The places of the model whose hooks do.
 
         Raises:
             DataError: Other hooks changed what is there.
 
         """
-        if target.layout is None:
-            return
-        facts = self._of_model(target.layout, flags_of(site.place for site in self.sites), changing)
-        _compare(f"cannot go on with '{target.path}'", facts)
+        facts = self._of_model(
+            contents.layout, flags_of(site.place for site in self.sites), changing
+        )
+        _compare(f"cannot go on with '{contents.path}'", facts)
 
-    def on_batch_size(self, target: Target, reading: Reading) -> str | None:
+    def on_batch_size(self, contents: Contents, reader: Reader) -> str | None:
         """Say that values are the same to rounding only; None where forwards are as they were."""
-        assert target.layout is not None  # noqa: S101  as it is resumed
-        was = target.layout.input.get("batch_size")
-        if was is None or not reading.runs_otherwise(was):
+        was = contents.layout.input.get("batch_size")
+        if was is None or not reader.runs_otherwise(was):
             return None
         return (
-            f"the rows in '{target.path}' were run with batch_size={was}, and more are run with "
-            f"batch_size={reading.batch_size}, so values are equal to those of one run up to "
+            f"the rows in '{contents.path}' were run with batch_size={was}, and more are run with "
+            f"batch_size={reader.batch_size}, so values are equal to those of one run up to "
             f"rounding only; give batch_size={was} for the same bits"
         )
 
@@ -210,7 +204,7 @@ class Facts:
 
 
 def check_padding(
-    works: Iterable[Work], there: Target, model: nn.Module, *, before: int = 0
+    works: Iterable[Work], there: Contents, model: nn.Module, *, before: int = 0
 ) -> Iterator[Work]:
     """Pass on what is run, unless rows on disk may have counted padding as positions.
 
@@ -225,11 +219,11 @@ def check_padding(
             not know `equal_lengths` ran as they were.
 
     """
-    is_older = there.layout is not None and "equal_lengths" not in there.layout.input
+    is_older = "equal_lengths" not in there.layout.input
     may_count = is_older and (any(tables_of(model)) or has_bare_table(model))
     count = before
     for work in works:
-        is_there = may_count and count < there.rows
+        is_there = may_count and count < there.row_count
         if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):
             raise DataError(
                 f"cannot go on with '{there.path}': an older version of actctx wrote it, which ran "

@@ -8,7 +8,7 @@ from torch import nn
 
 from actctx._capture.watched import WatchedSite
 from actctx._errors import OptionError
-from actctx._extract.model_inputs import innermost
+from actctx._model.config import innermost
 from actctx._model.sides import Sides
 
 _OF_DECODERS = ("decoder", "tgt", "target")

@@ -1,13 +1,7 @@
 """Read inputs: batches of token ids from whatever holds texts or tokens.
 
-# NOTE [Batches of sequences]
 Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
-sequences are put together here. Packed, they are cut out of one stream, `context` tokens each.
-Otherwise those of a window that follow each other are sorted by length, so that there is next to no
-padding to be computed, and its batches run in an order drawn by chance, so that those which come
-first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
-the same input always leaves the same rows in the same order, which is what resuming relies on. What
-is resumed with another batch size keeps the order, and its batches run in parts.
+sequences are put together, either packed or sorted by length.
 """
 
 import contextlib
@@ -21,22 +15,22 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
 from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
-from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._extract.batching import Batch, beginning, in_equal_lengths
 from actctx._extract.containers import check_container
 from actctx._extract.items import (
     Item,
     Items,
-    ids_of,
     is_batch,
     is_mask_of_tokens,
     is_number,
     tokens_in,
 )
 from actctx._extract.packing import Packing
+from actctx._extract.sorting import Sorting
 from actctx._extract.source import Source, fingerprint_of, is_stateful, place
 from actctx._store.marks import START, Mark
 from actctx._text import is_utf8
@@ -55,8 +49,8 @@ _AT_ONCE = 256
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
-    """How an input is read.
+class Reader:
+    """Reads an input: how it is opened, and how batches are made of what it holds.
 
     Attributes:
         tokenize: Turns texts into token ids.
@@ -248,7 +242,7 @@ class Reading:
                 "instead"
             )
         for mark, item in _marked(source):
-            tokens, count = ids_of(item.tokens), mark.sequences
+            tokens, count = item.tokens, mark.sequences
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
             batch = Batch(
@@ -257,7 +251,7 @@ class Reading:
             if self.equal_lengths:
                 parts = [*in_equal_lengths(batch)]
                 empty = len(tokens) - sum(len(part.tokens) for part in parts)
-                yield from _beginning(mark, parts, empty=empty)
+                yield from beginning(mark, parts, empty=empty)
                 continue
             if batch.unpadded is not None and not self.is_told(batch):
                 _check_unmasked(batch.unpadded, count, self._warned)
@@ -293,10 +287,10 @@ class Reading:
                 return
 
     def _tokenized(self, items: list[Item]) -> Iterator[Item]:
-        texts = [item.tokens for item in items if isinstance(item.tokens, str)]
+        texts = [item.text for item in items if item.text is not None]
         if texts and self.tokenize is None:
             raise OptionError("data holds texts, and the model has no tokenizer; give tokenizer=")
-        numbers = [item.number for item in items if isinstance(item.tokens, str)]
+        numbers = [item.number for item in items if item.text is not None]
         try:
             found = self.tokenize(texts) if texts and self.tokenize else []
         except Exception:
@@ -306,59 +300,18 @@ class Reading:
         for item in items:
             if item.number in ids:
                 tokens = self._items.ids(ids[item.number], rank=1, number=item.number)
-                item = replace(item, tokens=tokens)  # noqa: PLW2901
+                item = replace(item, tokens=tokens, text=None)  # noqa: PLW2901
             yield item
 
     def _sorted(self, source: Source) -> Iterator[Batch]:
-        size = self.ordered_as or self.batch_size
-        mark = source.mark()
-        while window := [*self._sequences(source, _WINDOW * size)]:
-            kept = [sequence for sequence in window if len(sequence.tokens)]
-            batches = self._of_window(kept, size)
-            yield from _beginning(mark, batches, empty=len(window) - len(kept))
-            mark = source.mark()
-
-    def _of_window(self, sequences: list[Item], size: int) -> Iterator[Batch]:
-        sequences.sort(key=_length, reverse=True)
-        batches = [
-            together[start : start + size]
-            for together in self._together(sequences)
-            for start in range(0, len(together), size)
-        ]
-        # Whoever stops early is not left with the longest.
-        chance = torch.Generator().manual_seed(0)
-        for number in torch.randperm(len(batches), generator=chance).tolist():
-            for start in range(0, len(batches[number]), self.batch_size):
-                yield self._padded(batches[number][start : start + self.batch_size])
-
-    def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
-        """Divide sequences by length where padding would be attended to, or none was asked for."""
-        if self.takes_mask is not None and not self.equal_lengths:
-            yield sequences
-            return
-        for _, alike in itertools.groupby(sequences, _length):
-            yield [*alike]
-
-    def _padded(self, sequences: list[Item]) -> Batch:
-        ids = [ids_of(sequence.tokens) for sequence in sequences]
-        lengths = torch.tensor([len(each) for each in ids])
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        masks = [each.kept for each in sequences if each.kept is not None]
-        given = {
-            name: _pad([each.given[name] for each in sequences]) for name in sequences[0].given
-        }
-        has_padding = not bool(real.all())
-        if has_padding and self.takes_mask is not None:
-            given[self.takes_mask] = real.long()
-        return Batch(
-            tokens=_pad(ids, self.padding),
-            real=real if has_padding else None,
-            sequences=torch.tensor([sequence.number for sequence in sequences]),
-            given=given,
-            carried={name: [each.carried[name] for each in sequences] for name in self.carry},
-            kept=_pad(masks) if masks else None,
-            cut=sum(sequence.cut for sequence in sequences),
+        sorting = Sorting(
+            batch_size=self.batch_size,
+            ordered_as=self.ordered_as or self.batch_size,
+            padding=self.padding,
+            takes_mask=self.takes_mask,
+            equal_lengths=self.equal_lengths,
         )
+        yield from sorting.batches(self._chunks(source, _WINDOW * sorting.ordered_as))
 
     def _packed(self, source: Source, at: Mark) -> Iterator[Batch]:
         if self.carry:
@@ -372,11 +325,11 @@ class Reading:
         if self.context is None:
             raise OptionError("pack=True needs context=, since the model has no limit of its own")
         packing = Packing(self.batch_size, self.context, self.separator)
-        yield from packing.batches(self._chunks(source), at)
+        yield from packing.batches(self._chunks(source, _AT_ONCE), at)
 
-    def _chunks(self, source: Source) -> Iterator[tuple[Mark, list[Item]]]:
+    def _chunks(self, source: Source, most: int) -> Iterator[tuple[Mark, list[Item]]]:
         mark = source.mark()
-        while chunk := [*self._sequences(source, _AT_ONCE)]:
+        while chunk := [*self._sequences(source, most)]:
             yield mark, chunk
             mark = source.mark()
 
@@ -387,17 +340,6 @@ def _marked(source: Source) -> Iterator[tuple[Mark, Item]]:
     for item in source:
         yield mark, item
         mark = source.mark()
-
-
-def _beginning(mark: Mark, batches: Iterable[Batch], *, empty: int) -> Iterator[Batch]:
-    """Note in the first of some batches what comes before it: a mark, and empty sequences."""
-    first = True
-    for batch in batches:
-        yield replace(batch, mark=mark, empty=empty) if first else batch
-        first = False
-    if first and empty:
-        none = torch.empty(0, dtype=torch.long)
-        yield Batch(none.view(0, 0), None, none, mark=mark, empty=empty)
 
 
 def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
@@ -417,7 +359,7 @@ def _check_texts(items: Iterable[Item]) -> None:
 
     """
     for item in items:
-        if isinstance(item.tokens, str) and not is_utf8(item.tokens):
+        if item.text is not None and not is_utf8(item.text):
             raise DataError(
                 f"sequence {item.number} of the input has characters that UTF-8 cannot write, "
                 "which the tokenizer does not take; replace them, as text.encode(errors='replace')"
@@ -458,11 +400,3 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[st
         f"them if it is not causal; {remedy}",
         stacklevel=2,
     )
-
-
-def _length(sequence: Item) -> int:
-    return len(sequence.tokens)
-
-
-def _pad(parts: list[Tensor], padding: int = 0) -> Tensor:
-    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)

@@ -28,6 +28,7 @@ _ELSEWHERE = (
 """How the names begin of what a forward takes that is not about the tokens of its input."""
 
 _MOST = 2**63
+_NO_IDS = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,24 +36,26 @@ class Item:
     """A batch, or a sequence, as it was read.
 
     Attributes:
-        tokens: The token ids; of a text, the text, until it is tokenized.
+        tokens: The token ids; none of a text until it is tokenized.
         number: The number of its first sequence in the input.
         real: Where they are no padding, as the item tells.
         kept: Where they leave rows, as the item tells.
         attended: Where they are no padding, as a batch tells whose padding leaves rows too.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence of a batch, or with the sequence, by name.
+        text: The text, until it is tokenized.
         is_text: Whether it was a text.
         cut: The number of tokens that were cut off its end.
 
     """
 
-    tokens: Int64[Tensor, "*batch pos"] | str
+    tokens: Int64[Tensor, "*batch pos"]
     number: int
     real: Bool[Tensor, "..."] | None
     kept: Bool[Tensor, "..."] | None
     given: Mapping[str, Any]
     carried: Mapping[str, Any]
+    text: str | None = None
     is_text: bool = False
     cut: int = 0
     attended: Bool[Tensor, "batch pos"] | None = None
@@ -65,7 +68,7 @@ class Item:
 
         """
         self.check_masks()
-        shape = ids_of(self.tokens).shape
+        shape = self.tokens.shape
         for name, value in self.given.items():
             if not isinstance(value, Tensor) or value.shape[:1] != shape:
                 raise DataError(
@@ -90,7 +93,7 @@ class Item:
             DataError: They are.
 
         """
-        shape = ids_of(self.tokens).shape
+        shape = self.tokens.shape
         for name, mask in (("attention mask", self.real), ("mask of rows", self.kept)):
             if mask is not None and mask.shape != shape:
                 raise DataError(
@@ -108,7 +111,7 @@ class Item:
     def _at(self, index: Any) -> "Item":
         return replace(
             self,
-            tokens=ids_of(self.tokens)[index].clone(),
+            tokens=self.tokens[index].clone(),
             real=None,
             kept=None if self.kept is None else self.kept[index].clone(),
             given={name: value[index].clone() for name, value in self.given.items()},
@@ -122,7 +125,7 @@ class Items:
     Attributes:
         carry: The names of what comes along with each sequence.
         takes: The names of what the model's forward can be given beside the tokens.
-        mask: See `Reading`.
+        mask: See `Reader`.
         vocabulary: The number of token ids that the model knows; None where that is not known.
 
     """
@@ -207,13 +210,14 @@ class Items:
     def _read(self, item: Any, tokens: Tensor | str, number: int) -> Item:
         if not isinstance(item, Mapping):
             item = {}
+        text, ids = (tokens, _NO_IDS) if isinstance(tokens, str) else (None, tokens)
         real = kept = attended = None
-        is_batch = not isinstance(tokens, str) and tokens.dim() > 1
+        is_batch = ids.dim() > 1
         named = next((name for name in MASKS if item.get(name) is not None), None)
         if named is not None and (self.mask is not None or not is_batch):
             real = _as_mask(item, named, is_binary=True)
-        elif named is not None and not isinstance(tokens, str):
-            attended = _attended(item[named], tokens.shape)
+        elif named is not None:
+            attended = _attended(item[named], ids.shape)
         if self.mask is not None and self.mask != "attention":
             kept = _kept(item, self.mask)
         self._check_masks_are_named(item)
@@ -225,10 +229,10 @@ class Items:
             # a mask is made where sequences are put together
             and (is_batch or name not in MASKS)
         }
-        if self.mask == "attention" and real is None and not isinstance(tokens, str):
-            _check_padding_is_told(given, tokens.shape)
-        is_text = isinstance(tokens, str)
-        return Item(tokens, number, real, kept, given, {}, is_text, attended=attended)
+        if self.mask == "attention" and real is None and text is None:
+            _check_padding_is_told(given, ids.shape)
+        is_text = text is not None
+        return Item(ids, number, real, kept, given, {}, text, is_text, attended=attended)
 
     def _check_masks_are_named(self, item: Mapping[str, Any]) -> None:
         """Refuse a mask that nothing reads, whose padding would leave rows."""
@@ -320,12 +324,6 @@ def _as_long(ids: Tensor, number: int) -> Int64[Tensor, "..."]:
             "of the model's own tokenizer"
         )
     return own
-
-
-def ids_of(tokens: Tensor | str) -> Int64[Tensor, "..."]:
-    """Return the token ids of what is no text any more."""
-    assert isinstance(tokens, Tensor)  # noqa: S101  as it was tokenized
-    return tokens
 
 
 def found(value: object) -> str:

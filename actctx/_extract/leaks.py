@@ -26,7 +26,7 @@ _OFF_BY_DEFAULT = 1e-2
 
 
 @dataclass(frozen=True, eq=False)
-class Alone:
+class LoneSequence:
     """A sequence of a batch that is run by itself.
 
     Attributes:
@@ -73,7 +73,7 @@ def _distance(here: Tensor, there: Tensor) -> float:
     return float(((here - there).norm(dim=1) / scale).max())
 
 
-def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> Alone | None:
+def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> LoneSequence | None:
     """Choose a sequence that has rows and padding; None where none can be taken by itself.
 
     Args:
@@ -106,4 +106,4 @@ def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> Alone | None:
     own = Batch(batch.tokens[row, places], None, batch.sequences[row], given)
     own_where = where[rows].clone()
     own_where[:, 0] = 0
-    return Alone(own, rows, own_where)
+    return LoneSequence(own, rows, own_where)

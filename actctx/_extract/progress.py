@@ -57,7 +57,7 @@ class Lines:
 
     Attributes:
         n: How many there are.
-        row: The bytes of one; 0 where they are not known yet.
+        row_bytes: The bytes of one; 0 where they are not known yet.
         disable: Whether what is beside a bar is left out, as on tqdm's.
 
     """
@@ -65,7 +65,7 @@ class Lines:
     disable = True
 
     def __init__(self, *, name: str, total: int | None, unit: str, initial: int) -> None:
-        self.n, self.row = initial, 0
+        self.n, self.row_bytes = initial, 0
         self._name, self._total, self._unit = name, total, unit
         self._first, self._before = initial, initial
         self._begun: float | None = None
@@ -100,8 +100,8 @@ class Lines:
         rows = self.n
         many = f"{rows:,}" if self._total is None else f"{rows:,} of {self._total:,}"
         parts = [f"{many}{self._unit}", f"{(rows - self._before) / seconds:,.1f} a second"]
-        if self.row:
-            parts.append(format_bytes(rows * self.row))
+        if self.row_bytes:
+            parts.append(format_bytes(rows * self.row_bytes))
         if self._total is not None and self._begun is not None and rows > self._first:
             left = (self._total - rows) * (now - self._begun) / (rows - self._first)
             parts.append(f"{tqdm.format_interval(max(left, 0))} left")
@@ -118,14 +118,14 @@ def say(text: str) -> None:
             sys.stderr.flush()
 
 
-def count_on(bar: Any, rows: int) -> None:
+def advance(bar: Any, rows: int) -> None:
     """Move a bar on by some rows, and show their bytes."""
     bar.update(rows)
     if not bar.disable:
-        bar.set_postfix_str(format_bytes(bar.n * bar.row), refresh=False)
+        bar.set_postfix_str(format_bytes(bar.n * bar.row_bytes), refresh=False)
 
 
-def tell_what_is_kept(error: BaseException, path: Path, rows: int) -> None:
+def add_note_of_rows(error: BaseException, path: Path, rows: int) -> None:
     """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
     if isinstance(error, ActctxError):
         return

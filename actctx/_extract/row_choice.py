@@ -89,7 +89,7 @@ class Work(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Choosing:
+class RowChoice:
     """What decides which tokens are rows.
 
     Attributes:
@@ -149,7 +149,7 @@ def _by_sequence(work: Work) -> Work:
 def pool_rows(
     name: str,
     activations: Shaped[Tensor, "token ..."],
-    work: Work,
+    pooled: Int64[Tensor, " token"],
     *,
     how: str,
     dtype: torch.dtype | None,
@@ -162,7 +162,7 @@ def pool_rows(
     Args:
         name: The name of the site, for messages.
         activations: What its tokens left.
-        work: The forward, whose rows are pooled.
+        pooled: The row that each token goes into.
         how: How.
         dtype: The dtype of floating-point rows; by default that of the activations.
         loss: Counts what the cast loses.
@@ -171,23 +171,22 @@ def pool_rows(
         OptionError: They are complex or quantized.
 
     """
-    assert work.pooled is not None  # noqa: S101  as rows are pooled
     if activations.is_complex() or activations.is_quantized:
         raise OptionError(not_held(name, activations.dtype))
     is_floating = activations.is_floating_point()
     numbers = activations.float() if is_floating else activations
     if how == "mean" and not is_floating:
         numbers = activations.double()  # in which sums of integers are exact
-    parts = torch.split(numbers, work.pooled.bincount().tolist())
+    parts = torch.split(numbers, pooled.bincount().tolist())
     if how == "max":
-        pooled = torch.stack([part.amax(0) for part in parts])
+        rows = torch.stack([part.amax(0) for part in parts])
     else:
-        pooled = torch.stack([part.mean(0) for part in parts]).float()
-    if not pooled.is_floating_point():
-        return pooled
+        rows = torch.stack([part.mean(0) for part in parts]).float()
+    if not rows.is_floating_point():
+        return rows
     if loss is not None:
-        loss.add(pooled)
-    return pooled.to(dtype or (activations.dtype if is_floating else torch.float32))
+        loss.add(rows)
+    return rows.to(dtype or (activations.dtype if is_floating else torch.float32))
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:

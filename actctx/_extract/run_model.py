@@ -1,11 +1,12 @@
 """The model of an extraction, described before its first forward and behind it."""
 
 import contextlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from torch import nn
 
-from actctx._model.fingerprint import describe_model, settled
+from actctx._model.fingerprint import settled
 from actctx._model.foreign_hooks import noting_changes
 
 
@@ -14,20 +15,18 @@ class RunModel:
 
     Args:
         model: The model.
+        described: What is known of it before.
 
     Attributes:
         described: What a data set says of it.
         changing: The places whose hooks change what passes, once a forward has run.
 
-    Raises:
-        OptionError: Its weights are on the meta device, and nowhere else.
-
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, described: Mapping[str, Any]) -> None:
         self._model = model
         self._has_run = False
-        self.described = describe_model(model)
+        self.described = described
         self.changing: Collection[str] = ()
 
     @contextlib.contextmanager

@@ -86,7 +86,7 @@ class Source:
         is_known = not item.is_text or self._texts is not None
         self._digest = _digest(item, self._digest, self._texts) if is_known else None
         self._count += 1
-        self._size += item.tokens.numel() if isinstance(item.tokens, Tensor) else len(item.tokens)
+        self._size += item.tokens.numel() if item.text is None else len(item.text)
         self.sequences += len(item.tokens) if self.kind == "batches" else 1
         return item
 
@@ -190,7 +190,7 @@ def _digest(item: Item, before: bytes | None, tokenizer: str | None) -> bytes | 
         return None
     found = hashlib.blake2b(before, digest_size=16)
     held = {
-        "tokens": item.tokens,
+        "tokens": item.tokens if item.text is None else item.text,
         "tokenizer": tokenizer if item.is_text else None,
         "real": item.real,
         "kept": item.kept,

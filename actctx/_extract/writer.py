@@ -23,7 +23,7 @@ from actctx._extract.pipe import Pipe
 from actctx._extract.row_choice import Work
 from actctx._results.chunks import wait_for
 from actctx._select.own import Owned
-from actctx._store.destination import Target, unwritable
+from actctx._store.contents import Contents, unwritable
 from actctx._store.layout import BACK, COUNTED, DIGEST
 from actctx._store.site_columns import FLOAT8, StoredSite, as_array
 from actctx._store.texts import once_a_sequence, rows_back
@@ -38,7 +38,7 @@ _WAITING = 4
 """The forwards whose rows wait to be written, at most."""
 
 
-class Left(NamedTuple):
+class Outcome(NamedTuple):
     """What one forward left: its rows, and the activations of each site."""
 
     work: Work
@@ -49,7 +49,7 @@ class Writer:
     """Writes what forwards leave, in a thread, while others run.
 
     Args:
-        target: The data set, which has a layout.
+        contents: The data set.
         finite: Whether values that are no numbers, or infinite, are refused.
         seen: Looks at the rows of each site, and their tokens.
 
@@ -60,31 +60,31 @@ class Writer:
 
     def __init__(
         self,
-        target: Target,
+        contents: Contents,
         *,
         finite: bool,
         seen: Callable[[str, Shaped[Tensor, "row ..."], Int[Tensor, " row"]], None],
     ) -> None:
-        self._target, self._seen = target, seen
+        self._contents, self._seen = contents, seen
         self._finite = finite
-        self._pipe: Pipe[Left] = Pipe(_WAITING)
-        self._taken = target.rows
+        self._pipe: Pipe[Outcome] = Pipe(_WAITING)
+        self._taken = contents.row_count
         self._begun = time.monotonic()
         self.error: BaseException | None = None
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="actctx writer", daemon=True)
-        target.closing = self.close
-        target.marks.begin()
+        contents.closing = self.close
+        contents.marks.begin()
         self._thread.start()
 
-    def put(self, left: Left) -> bool:
+    def put(self, outcome: Outcome) -> bool:
         """Hand over what a forward left, once there is room.
 
         Returns:
             Whether it will be written; not after an error.
 
         """
-        return self._pipe.put(left)
+        return self._pipe.put(outcome)
 
     def close(self) -> None:
         """Write the rest, and wait until it is on disk.
@@ -105,10 +105,12 @@ class Writer:
     def _run(self) -> None:
         try:
             while (first := self._next()) is not None:
-                self._target.append(self._commit(first))
-                self._target.marks.save()
+                self._contents.append(self._commit(first))
+                self._contents.marks.save()
         except OSError as error:
-            self.error = self.error or unwritable(self._target.path, error, self._target.rows)
+            self.error = self.error or unwritable(
+                self._contents.path, error, self._contents.row_count
+            )
             self.error.__cause__ = error
         except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
             self.error = self.error or error
@@ -121,16 +123,16 @@ class Writer:
 
         An error is the end, so that what came before is committed.
         """
-        left = None if self.error is not None else self._pipe.take(timeout)
-        if left is None:
+        outcome = None if self.error is not None else self._pipe.take(timeout)
+        if outcome is None:
             return None
         try:
-            batch = self._batch(left, self._taken)
+            batch = self._batch(outcome, self._taken)
         except Exception as error:  # noqa: BLE001  as above
             self.error = error
             return None
         self._taken += batch.num_rows
-        self._target.marks.reach(left.work.mark)
+        self._contents.marks.reach(outcome.work.mark)
         return batch
 
     def _commit(self, first: "pa.RecordBatch") -> Iterator["pa.RecordBatch"]:
@@ -145,11 +147,10 @@ class Writer:
             nbytes += batch.nbytes
             yield batch
 
-    def _batch(self, left: Left, before: int) -> "pa.RecordBatch":
+    def _batch(self, outcome: Outcome, before: int) -> "pa.RecordBatch":
         import pyarrow as pa
 
-        work, layout, schema = left.work, self._target.layout, self._target.schema
-        assert layout is not None  # noqa: S101  a writer begins behind it
+        work, layout, schema = outcome.work, self._contents.layout, self._contents.schema
         columns = {name: pa.array(getattr(work, name).numpy()) for name in COUNTED}
         columns[DIGEST] = pa.array(work.digest.numpy())
         within = work.within.numpy()
@@ -165,7 +166,7 @@ class Writer:
                 else _each_row(name, values, within)
             )
         for site in layout.sites:
-            values = _alike(site, left, before)
+            values = _alike(site, outcome, before)
             if self._finite:
                 _check_finite(site.name, values, work, before)
             self._seen(site.name, values, work.token)
@@ -197,19 +198,19 @@ def commit_seconds(elapsed: float) -> float:
     return max(_COMMIT_SECONDS, elapsed / 100)
 
 
-def _alike(site: StoredSite, left: Left, before: int) -> Shaped[Tensor, "row ..."]:
+def _alike(site: StoredSite, outcome: Outcome, before: int) -> Shaped[Tensor, "row ..."]:
     """Return what a site left, of which each row must be as those before it.
 
     Raises:
         DataError: The site did not fire, or its rows have another shape or dtype.
 
     """
-    if site.name not in left.activations:
+    if site.name not in outcome.activations:
         raise DataError(
             f"{site.name!r} did not fire in the forward after row {before}, so its rows would be "
             "missing; leave it out"
         )
-    values = wait_for(left.activations[site.name])
+    values = wait_for(outcome.activations[site.name])
     shape, dtype = tuple(values.shape[1:]), dtype_name(values.dtype)
     if (shape, dtype) != (site.shape, site.dtype):
         raise DataError(

@@ -1,7 +1,7 @@
-"""Warn of bridges that are known to compute something else than the model they wrap.
+"""Warn of models that are known to compute something else than one expects.
 
-A capture gives what a bridge computes, so it warns. Each fault lists the versions it was seen in;
-later ones are assumed to be fixed.
+Most are bridges. A capture gives what they compute, so it warns. Each fault of a bridge lists the
+versions it was seen in; later ones are assumed to be fixed.
 """
 
 import inspect
@@ -11,7 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 _WRONG_UP_TO = (4, 3)  # TransformerLens
 _LIBRARIES = (
@@ -59,6 +60,42 @@ def mask_fault(model: nn.Module) -> str | None:
         f"{_lens()} lets the tokens of OpenAI GPT attend to those behind them where a forward is "
         "given an attention_mask, also one without padding, so what is captured is wrong; run "
         "sequences of one length without a mask, or capture from the Hugging Face model itself"
+    )
+
+
+def decoder_fault(core: nn.Module, given: Mapping[str, Any]) -> str | None:
+    """Explain what is wrong with the decoder of a plain model; None if nothing is.
+
+    Args:
+        core: The model.
+        given: What its forward is given.
+
+    """
+    config = getattr(core, "config", None)
+    if getattr(config, "model_type", None) != "fsmt":
+        return None
+    tokens, asked = given.get("decoder_input_ids"), given.get("use_cache")
+    is_single = isinstance(tokens, Tensor) and tokens.shape[-1] == 1
+    makes_own = given.get("labels") is not None or tokens is None
+    caches = not makes_own and (getattr(config, "use_cache", True) if asked is None else asked)
+    if is_single or (not caches and given.get("input_ids") is not None):
+        return None
+    return (
+        "the decoder of FSMT attends to every token that it is given, also to padding and to those "
+        "behind, unless it is given input_ids and use_cache=False, so the activations differ from "
+        "those of the sequences alone; pass both"
+    )
+
+
+def right_padding_fault(core: nn.Module, mask: Bool[Tensor, "batch pos"]) -> str | None:
+    """Explain what is wrong with a plain model that is padded on the right; None if nothing is."""
+    kind = getattr(getattr(core, "config", None), "model_type", None)
+    if kind != "cpmant" or not mask.shape[1] or bool(mask[:, -1].all()):
+        return None
+    return (
+        "CPM-Ant takes padding to be on the left, whatever the attention_mask says, so the "
+        "activations of sequences that are padded on the right differ from those of the sequences "
+        "alone; pad on the left with id 0"
     )
 
 

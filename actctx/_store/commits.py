@@ -44,7 +44,8 @@ class Commits:
     Attributes:
         dataset: The Lance dataset, of the version that this writer opened or made last; None
             where there is none yet.
-        rows: The rows that it has.
+        path: As above.
+        row_count: The number of rows that it has.
         torn: The manifests that are damaged, to be deleted before more is written.
 
     """
@@ -52,16 +53,16 @@ class Commits:
     def __init__(self, path: Path, *, syncs: bool) -> None:
         self.syncs = syncs
         self.dataset: Any = None
-        self.rows = 0
+        self.row_count = 0
         self.torn: tuple[Path, ...] = ()
-        self._path = path
+        self.path = path
         self._lance = import_lance()
         self._manifest = ""
 
     def start_from(self, dataset: Any) -> None:
         """Take a version for the one that the next commit comes behind."""
-        self.dataset, self.rows = dataset, dataset.count_rows()
-        self._manifest = _digest_of_manifest(self._path, dataset.version)
+        self.dataset, self.row_count = dataset, dataset.count_rows()
+        self._manifest = _digest_of_manifest(self.path, dataset.version)
 
     def check(self, version: int | None = None) -> None:
         """Make sure that nobody else wrote since the last commit.
@@ -74,22 +75,22 @@ class Commits:
 
         """
         own = self.dataset.version
-        newest = next(iter(manifests(self._path)), 0)
+        newest = next(iter(manifests(self.path)), 0)
         is_next = version in {None, own + 1}
-        if newest != own or not is_next or _digest_of_manifest(self._path, own) != self._manifest:
+        if newest != own or not is_next or _digest_of_manifest(self.path, own) != self._manifest:
             raise DataError(
-                f"'{self._path}' was written to by somebody else: its newest version is {newest}, "
-                f"but the last of this writer is {own}, of {self.rows} rows, so nothing more is "
-                "added; let one writer end, and the same call goes on after what is there"
+                f"'{self.path}' was written to by somebody else: its newest version is {newest}, "
+                f"but the last of this writer is {own}, of {self.row_count} rows, so nothing more "
+                "is added; let one writer end, and the same call goes on after what is there"
             )
 
     def clear(self) -> None:
         """Delete the manifests that a cut of power left torn, on which Lance fails."""
-        torn = {*self.torn, *filter(torn_frame, manifests(self._path).values())}
+        torn = {*self.torn, *filter(torn_frame, manifests(self.path).values())}
         for file in torn:
             file.unlink(missing_ok=True)
         if torn:
-            self._sync(self._path / "_versions")
+            self._sync(self.path / "_versions")
         self.torn = ()
 
     def create(self, schema: "pa.Schema", metadata: str, *, anew: bool) -> None:
@@ -99,9 +100,9 @@ class Commits:
             self.check()
         self._note([line_of_metadata(metadata)])
         mode = "overwrite" if anew else "create"
-        made = self._lance.write_dataset([], str(self._path), schema=schema, mode=mode)
+        made = self._lance.write_dataset([], str(self.path), schema=schema, mode=mode)
         self._end(made)
-        self._sync(self._path.parent)
+        self._sync(self.path.parent)
 
     def describe(self, metadata: str) -> None:
         """Write anew what the data set says about itself."""
@@ -126,14 +127,16 @@ class Commits:
         reader = pa.RecordBatchReader.from_batches(schema, digested(batches, digests))
         written = write_fragments(reader, self.dataset, mode="append", return_transaction=True)
         fragments = written.operation.fragments
-        rows = self.rows + sum(fragment.physical_rows for fragment in fragments)
+        rows = self.row_count + sum(fragment.physical_rows for fragment in fragments)
         columns = {name: digest.hex() for name, digest in digests.items()}
         files = self._settle([file.path for each in fragments for file in each.files])
-        self._note([Commit(self.rows, rows, columns, files).line()])
+        self._note([Commit(self.row_count, rows, columns, files).line()])
         self._commit(written)
-        if self.rows != rows or not all((self._path / "data" / name).exists() for name in files):
+        if self.row_count != rows or not all(
+            (self.path / "data" / name).exists() for name in files
+        ):
             raise DataError(
-                f"somebody else writes to '{self._path}', too, and deleted what was just "
+                f"somebody else writes to '{self.path}', too, and deleted what was just "
                 "committed; let one writer end, then call it again"
             )
 
@@ -197,7 +200,7 @@ class Commits:
             OSError: One cannot be read.
 
         """
-        data = self._path / "data"
+        data = self.path / "data"
         try:
             for name in names:
                 self._sync(data / name)
@@ -210,21 +213,21 @@ class Commits:
 
     def _note(self, lines: list[str]) -> None:
         """Write lines of digests, which are on the disk before what they are of."""
-        if not (self._path / DIGESTS).exists():
-            self._sync(self._path)  # or it could be there without the lock, as of somebody else
-        self._sync(add_lines(self._path, lines))
-        self._sync(self._path)
+        if not (self.path / DIGESTS).exists():
+            self._sync(self.path)  # or it could be there without the lock, as of somebody else
+        self._sync(add_lines(self.path, lines))
+        self._sync(self.path)
 
     def _end(self, made: Any) -> None:
         """Sync what makes a commit part of the data set."""
         self.start_from(made)
         if not self.syncs:
             return
-        self._sync(manifests(self._path)[made.version])
+        self._sync(manifests(self.path)[made.version])
         for name in ("_transactions", "_versions"):
-            if (self._path / name).is_dir():
-                self._sync(self._path / name)
-        self._sync(self._path)
+            if (self.path / name).is_dir():
+                self._sync(self.path / name)
+        self._sync(self.path)
 
     def _sync(self, path: Path) -> None:
         if self.syncs:

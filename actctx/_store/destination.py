@@ -1,4 +1,4 @@
-"""The place of a data set on disk: locked for one writer, and what is there already.
+"""The place of a data set on disk, locked for one writer.
 
 # NOTE [The lock]
 It is one of the system's, on a file that stays in the data set's directory: the system lets go of
@@ -6,41 +6,28 @@ it however a process ends. It is made before all else: a directory without one, 
 manifest, was not begun here, and nothing in it is touched.
 
 A file system may have none, and somebody may delete the file; see the note on two writers.
-
-# NOTE [Old versions]
-Whoever opened the data set reads the version of then, whose manifest a later one replaces. So the
-manifests that were the newest at any time in the last `_KEPT` stay; older ones are deleted before
-more is written, but for those that somebody tagged.
 """
 
 import contextlib
 import errno
 import inspect
 import shutil
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from actctx._errors import DataError
-from actctx._files import cannot_write, clear_leftovers, reason_of
+from actctx._files import clear_leftovers
 from actctx._model.known_faults import warn
 from actctx._store.commits import Commits
-from actctx._store.digests import DIGESTS, Commit, read_digests
-from actctx._store.layout import COUNTED, DIGEST, KEY, Layout, layout_of
+from actctx._store.contents import Contents, unwritable, writing
+from actctx._store.digests import DIGESTS
+from actctx._store.layout import Layout, layout_of
 from actctx._store.marks import NAME, Marks
-from actctx._store.origins import Stored
-from actctx._store.validation import REOPEN, Files, check_fragments, elements_of, reading
+from actctx._store.validation import check_fragments, reading
 from actctx._store.versions import manifests, newest_whole, torn_frame
 
 if TYPE_CHECKING:
     import pyarrow as pa
-
-_KEPT = timedelta(hours=1)
-"""How long a version can be read after it was replaced, at least."""
 
 _LOCK = "writing.lock"
 _OWN = {"_versions", "_transactions", "_deletions", "_indices", _LOCK, DIGESTS, NAME}
@@ -53,23 +40,21 @@ _OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave in directories, beside files whose names begin with `._`."""
 
 
-class Target:
-    """The place of a data set, locked, and what is there already.
+class Destination:
+    """The place of a data set, locked for one writer.
 
     Args:
         path: Where the data set is, or is to be.
-        sync: Whether what is committed is on the disk itself before more is written.
-        repairs: Whether a data set with gaps, which no older version is without, is opened, too.
+        sync: Whether each commit is on the disk itself before more is written.
+        repairs: Whether a data set with gaps is opened, of which no older version is whole.
 
     Attributes:
-        layout: What the data set says about itself; None where there is none yet, or one without
-            rows, as where the first commit failed: that fixes nothing, and is made anew.
-        lost: What is damaged of the newest versions; empty where nothing is.
-        closing: What waits until all is written that was handed over.
-        marks: Where its rows end in the input.
+        contents: The data set that is there. None if there is none, or none with rows, as when its
+            first commit failed: such a data set fixes nothing, and is made anew.
+        damage: What is damaged of the newest versions; empty if nothing is.
 
     Raises:
-        DataError: There is something else, or somebody else is writing, or nobody can.
+        DataError: There is something else at the path, or it is locked, or cannot be written to.
 
     Warns:
         UserWarning: The newest version is damaged, and an older one is resumed; or the file system
@@ -85,13 +70,10 @@ class Target:
             raise DataError(
                 f"'{path}' {found}, and no data set of actctx; give another path, or remove it"
             )
-        self.layout: Layout | None = None
-        self.schema: pa.Schema = None
-        self.lost = ""
-        self.closing: Callable[[], None] | None = None
+        self.contents: Contents | None = None
+        self.damage = ""
         self._commits = Commits(path, syncs=sync)
         self._repairs = repairs
-        self._is_empty = self._is_tidy = False
         try:
             self._is_new = not path.exists()
             path.mkdir(exist_ok=True)
@@ -101,16 +83,15 @@ class Target:
             raise unwritable(path, error) from None
         if _has_manifest(path):
             self._open()
-        self.marks = Marks(path, self.rows)
 
     @property
-    def rows(self) -> int:
-        """The number of rows that it has."""
-        return self._commits.rows
+    def row_count(self) -> int:
+        """The number of rows that are on disk."""
+        return self._commits.row_count
 
     @property
     def syncs(self) -> bool:
-        """Whether what is committed is on the disk itself before more is written."""
+        """Whether each commit is on the disk itself before more is written."""
         return self._commits.syncs
 
     @property
@@ -134,53 +115,23 @@ class Target:
         layout = layout_of(found.opened, str(self.path))
         if found.lost and not self._repairs:
             warn(f"{found.lost}; {found.remedy}")
-        self.lost, self._commits.torn = found.lost, found.torn
+        self.damage, self._commits.torn = found.lost, found.torn
         with reading(str(self.path)):
             self._commits.start_from(found.opened)
             check_fragments(found.opened, layout.columns(layout.sites), str(self.path))
-        self._is_empty = not self.rows
-        if self.rows:
-            self.layout, self.schema = layout, found.opened.schema
+        if self.row_count:
+            self.contents = self._with(layout, found.opened.schema)
 
-    def tidy(self) -> None:
-        """Delete what writers left that were killed; see also the note on old versions."""
-        with self._writing():
-            self._commits.clear()
-            self._commits.check()
-        with reading(str(self.path)):
-            now = datetime.now().astimezone()
-            ages = [now - each["timestamp"].astimezone() for each in self.dataset.versions()]
-        oldest = min((age for age in ages if age > _KEPT), default=_KEPT)
-        with self._writing():
-            self.dataset.cleanup_old_versions(
-                older_than=oldest + timedelta(seconds=1),  # the age is told by now, a little later
-                delete_unverified=self._lock is not None,  # else another may be writing them
-                error_if_tagged_old_versions=False,
-            )
-        self._is_tidy = True
+    def _with(self, layout: Layout, schema: "pa.Schema") -> Contents:
+        return Contents(
+            self._commits,
+            layout,
+            schema,
+            marks=Marks(self.path, self.row_count),
+            is_locked=self._lock is not None,
+        )
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise unwritable(self.path, error, self.rows) from error
-
-    def stored(self, start: int = 0) -> Iterator[Stored]:
-        """Read where the rows on disk come from, chunk by chunk, beginning at one of them.
-
-        Raises:
-            DataError: They cannot be read.
-
-        """
-        with reading(str(self.path), "rows of", remedy=REOPEN):
-            files = Files(self.dataset, str(self.path))
-            for table in files.take_all([*COUNTED, DIGEST], start):
-                if empty := [name for name in table.column_names if table[name].null_count]:
-                    raise ValueError(f"rows have nothing in its column {empty[0]!r}")
-                yield Stored(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
-
-    def create(self, layout: Layout, carried: "pa.Schema") -> None:
+    def create(self, layout: Layout, carried: "pa.Schema") -> Contents:
         """Make a data set without rows, in the place of one that has none either.
 
         Raises:
@@ -188,98 +139,47 @@ class Target:
 
         """
         schema = layout.schema(carried)
+        is_there = self.dataset is not None
         try:
-            self._commits.create(schema, layout.as_metadata(), anew=self._is_empty)
+            self._commits.create(schema, layout.as_metadata(), anew=is_there)
         except OSError as error:
             raise unwritable(self.path, error) from error
-        self.layout, self.schema = layout, schema
-        if self._is_empty or self._before - {_LOCK}:
-            self.tidy()
-        self._is_tidy = True
-
-    def note_finished(self, *, finished: bool) -> None:
-        """Record whether more rows are to come."""
-        if self.layout is not None and self.layout.finished != finished:
-            if not self._is_tidy:  # as where nothing was left to write
-                self.tidy()
-            self.layout = self.layout.as_finished(finished=finished)
-            with self._writing():
-                self._commits.describe(self.layout.as_metadata())
-
-    def append(self, batches: Iterator["pa.RecordBatch"]) -> None:
-        """Add rows in one commit, and count them.
-
-        Raises:
-            DataError: Another writer wrote to the data set.
-            OSError: The file system refuses it.
-
-        """
-        self._commits.append(batches, self.schema)
-
-    def take_columns(self, other: "Target") -> None:
-        """Add the sites of another data set, which has the same rows; see the note on adding."""
-        import pyarrow as pa
-
-        assert self.layout is not None  # noqa: S101  both have rows
-        assert other.layout is not None  # noqa: S101
-        self.tidy()
-        self.layout = replace(self.layout, sites=(*self.layout.sites, *other.layout.sites))
-        metadata = self.layout.as_metadata()
-        added = [other.schema.field(site.column) for site in other.layout.sites]
-        schema = pa.schema(added, metadata={KEY: metadata})
-        with reading(str(other.path)):
-            Files(other.dataset, str(other.path)).check()
-            scanner = other.dataset.scanner(columns=schema.names, scan_in_order=True)
-
-        def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
-            for field, column in zip(schema, batch.columns, strict=True):
-                elements_of(field.name, column, field.type)
-            return pa.RecordBatch.from_arrays(batch.columns, schema=schema)
-
-        batches = map(checked, scanner.to_batches())
-        digests = _digests_of(other, schema.names)
-        try:
-            self._commits.describe(metadata)
-            self._commits.add_columns(batches, schema, digests)
-        except DataError:
-            raise
-        except (ValueError, OSError) as error:  # the first of Arrow, of what it could not read
-            raise DataError(
-                f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
-                f"since what is new lies in '{other.path}': make room, and the same call goes on "
-                "with it"
-            ) from error
+        self.contents = self._with(layout, schema)
+        self.contents.tidy(is_needed=is_there or bool(self._before - {_LOCK}))
+        return self.contents
 
     def drop(self, fragments: list[int]) -> None:
         """Drop what is not whole: torn manifests, and the rows of some fragments.
 
         The files of the rows are deleted once more is written.
         """
-        with self._writing():
+        with writing(self.path, self.row_count):
             self._commits.clear()
-        if fragments:
-            self.note_finished(finished=False)
-            with self._writing():
-                self._commits.drop(fragments)
+        if not fragments:
+            return
+        if self.contents is not None:
+            self.contents.record_finished(finished=False)
+        with writing(self.path, self.row_count):
+            self._commits.drop(fragments)
 
     def release(self) -> None:
         """Let others write, once the writer has ended, however that goes.
 
-        Where no data set came about, nothing is left of what was made for one.
+        If no data set came about, nothing is left of what was made for one.
         """
         try:
-            if self.closing is not None:
-                self.closing()
+            if self.contents is not None:
+                self.contents.closing()
         finally:
             with contextlib.suppress(OSError):  # somebody else may have come, or put something in
                 made = _names(self.path) - self._before
-                if self.layout is None and made <= {_LOCK, DIGESTS}:
+                if self.contents is None and made <= {_LOCK, DIGESTS}:
                     for name in made:
                         (self.path / name).unlink()
             if self._lock is not None:
                 self._lock.release()
             with contextlib.suppress(OSError):
-                if self.layout is None and self._is_new:
+                if self.contents is None and self._is_new:
                     self.path.rmdir()
 
 
@@ -313,16 +213,6 @@ def _locked(path: Path) -> Any:
         )
         return None
     return lock
-
-
-def _digests_of(other: Target, columns: list[str]) -> list[str]:
-    """Write the digests of some columns of another data set, as far as there are any."""
-    known = []
-    for commit in read_digests(str(other.path)).commits:
-        some = {name: each for name, each in commit.columns.items() if name in columns}
-        if commit.stop <= other.rows:
-            known.append(Commit(commit.start, commit.stop, some).line())
-    return known
 
 
 def _was_cut_at_birth(path: Path) -> bool:
@@ -368,15 +258,3 @@ def _names(path: Path) -> set[str]:
 def _has_manifest(path: Path) -> bool:
     """Return whether a Lance dataset is at a path, of whomever."""
     return any((path / "_versions").glob("*.manifest"))
-
-
-def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
-    """Explain why nothing can be written."""
-    remedy = "give another path"
-    if rows:
-        remedy = f"{rows} rows are on disk, and running it again goes on after them"
-    elif "No space left" in reason_of(error):
-        remedy = "make room there and run it again, or give another path"
-    elif isinstance(error, FileNotFoundError) and not path.parent.exists():
-        remedy = f"make the directory '{path.parent}' first"
-    return cannot_write(path, error, remedy)

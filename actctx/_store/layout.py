@@ -199,10 +199,6 @@ class Layout:
         """The columns that users do not see."""
         return {DIGEST, BACK} if self.texts else {DIGEST}
 
-    def as_finished(self, *, finished: bool = True) -> "Layout":
-        """Return it with the note that no more rows are to come."""
-        return replace(self, finished=finished)
-
 
 def layout_of(dataset: Any, path: str) -> Layout:
     """Read what a Lance dataset says of itself.

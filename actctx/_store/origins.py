@@ -6,17 +6,17 @@ from jaxtyping import Int, Int64
 from torch import Tensor
 
 
-class Stored(NamedTuple):
-    """Rows on disk, without their activations."""
+class Origins(NamedTuple):
+    """Where some rows on disk come from."""
 
     token: Int[Tensor, " row"]
     sequence: Int64[Tensor, " row"]
     position: Int[Tensor, " row"]
     digest: Int64[Tensor, " row"]
 
-    def rows(self, start: int, stop: int | None = None) -> "Stored":
+    def rows(self, start: int, stop: int | None = None) -> "Origins":
         """Return some of them."""
-        return Stored(*(each[start:stop] for each in self))
+        return Origins(*(each[start:stop] for each in self))
 
     def shown(self, row: int) -> str:
         """Explain where a row comes from."""

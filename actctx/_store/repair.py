@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.layout import layout_of
 from actctx._store.verification import compare, numbered
 from actctx._store.versions import manifests, open_lance
@@ -24,20 +24,20 @@ def repair(path: Path, *, dry_run: bool) -> tuple[int, int, list[str]]:
     """
     if not manifests(path):
         open_lance(str(path))  # which says that there is nothing to repair
-    target = Target(path, repairs=True)
+    destination = Destination(path, repairs=True)
     try:
-        if target.dataset is None:
+        if destination.dataset is None:
             return 0, 0, []
-        rows, said = target.rows, [target.lost] if target.lost else []
-        layout = layout_of(target.dataset, str(path))
-        found = compare(target.dataset, str(path), layout)
+        rows, said = destination.row_count, [destination.damage] if destination.damage else []
+        layout = layout_of(destination.dataset, str(path))
+        found = compare(destination.dataset, str(path), layout)
         said += [str(damage) for damage in found.damages]
         first = min((damage.start for damage in found.damages), default=rows)
-        fragments = [*numbered(target.dataset.get_fragments())]
+        fragments = [*numbered(destination.dataset.get_fragments())]
         dropped = [each.fragment_id for _, stop, each in fragments if stop > first]
         kept = max((stop for _, stop, _ in fragments if stop <= first), default=0)
         if not dry_run and said:
-            target.drop(dropped)
+            destination.drop(dropped)
         return kept, rows - kept, said
     finally:
-        target.release()
+        destination.release()

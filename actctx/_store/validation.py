@@ -34,6 +34,9 @@ _FOOTER = struct.Struct("<QQQII8x")
 """The end of a file of Lance's: where the metadata of columns begins, the table of columns, and
 that of what else there is; the lengths of the second and of the first; its version."""
 
+_MESSAGE = b"\xff" * 4
+"""What each message of an Arrow file begins with."""
+
 _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
 
@@ -178,9 +181,28 @@ def _check_deleted(place: Path, deleted: Any) -> None:
     """Read the numbers of the rows that somebody deleted."""
     import pyarrow as pa
 
-    table = pa.ipc.open_file(place.read_bytes()).read_all() if place.is_file() else None
-    if table is not None and table.num_rows != deleted.num_deleted_rows:
+    if not place.is_file():
+        return
+    found = place.read_bytes()
+    rows: int = deleted.num_deleted_rows
+    if pa.ipc.open_file(found).read_all().num_rows != rows or not _are_lengths_right(found, rows):
         raise ValueError(f"its file {place.name!r} is damaged")
+
+
+def _are_lengths_right(found: bytes, rows: int) -> bool:
+    """Check how long the first buffer of each batch of an Arrow file says that it is.
+
+    It is the bitmap of nulls. Where there are none pyarrow skips it, but Lance makes room for it.
+    The length stands before its bytes, and is -1 where they are not compressed.
+    """
+    import pyarrow as pa
+
+    reader = pa.MessageReader.open_stream(found[found.index(_MESSAGE) :])
+    return all(
+        -1 <= int.from_bytes(message.body.to_pybytes()[:8], "little", signed=True) <= 8 * rows + 64
+        for message in iter(reader.read_next_message, None)
+        if message.body
+    )
 
 
 def _ends_of_tables(place: Path) -> tuple[int, int]:

@@ -1,223 +1,17 @@
-"""Wherever users stand: notebooks, threads, compilers, other precisions, other tools' hooks."""
+"""Wherever users stand: compilers, other precisions, other tools' hooks."""
 
-import asyncio
 import copy
-import gc
 import subprocess
 import sys
-import threading
-import weakref
 
 import pytest
 import torch
-from models import Mlp, bridge, hooks_of, huggingface, plainly_hooked, tokens
+from models import Mlp, bridge, hooked, hooks_of, huggingface, plainly_hooked
 from torch import nn
 
-from actctx import CaptureStateError, Site, Stopped, capture
+from actctx import Site, Stopped, capture
 
 RESID = "blocks.1.hook_resid_post"
-
-
-def _alone(model, name, ids):
-    """Capture a module's output the plain way."""
-    kept = []
-    module = model.get_submodule(name)
-    handle = module.register_forward_hook(lambda *args: kept.append(args[2].detach().clone()))
-    with torch.no_grad():
-        model(ids)
-    handle.remove()
-    return kept[0]
-
-
-# Open and close.
-
-
-def test_a_capture_spans_cells(gpt2, ids):
-    opened = capture(gpt2, RESID)
-    acts = opened.open()
-    assert torch.is_grad_enabled(), "code between the cells keeps its grad mode"
-    assert not gpt2(ids).requires_grad
-    assert acts.tensor.shape == (3, 7, 32)
-    gpt2(ids)
-    opened.close()
-    gpt2(ids)
-    assert acts.forwards == 2
-
-
-def test_a_capture_spans_coroutines_of_a_notebook(gpt2, ids):
-    # A kernel runs each cell in a context of its own.
-    async def cell(run):
-        return run()
-
-    opened = capture(gpt2, RESID)
-    acts = asyncio.run(cell(opened.open))
-    asyncio.run(cell(lambda: gpt2(ids)))
-    asyncio.run(cell(opened.close))
-    assert acts.forwards == 1
-
-
-def test_open_and_close_go_together(mlp):
-    opened = capture(mlp, "block")
-    with pytest.raises(CaptureStateError):
-        opened.close()
-    opened.open()
-    with pytest.raises(CaptureStateError):
-        opened.open()
-    opened.close()
-
-
-def test_what_was_opened_and_dropped_is_collected(mlp):
-    before = hooks_of(mlp)
-    capture(mlp, "block").open()
-    assert hooks_of(mlp) == before
-
-
-def test_a_buffer_that_was_opened_keeps_its_hooks_on_by_itself(mlp, ids):
-    before = hooks_of(mlp)
-    acts = capture(mlp, "block").open()
-    mlp(ids)
-    gc.collect()
-    mlp(ids)
-    assert acts.tensor.shape == (6, 7, 8)
-    del acts
-    assert hooks_of(mlp) == before
-
-
-def test_a_capture_that_is_open_goes_on_without_its_buffer(mlp, ids):
-    opened = capture(mlp, "block")
-    opened.open()
-    mlp(ids)
-    opened.close()  # raises where the site did not fire
-
-
-def test_a_buffer_keeps_no_model_alive_once_its_capture_is_closed(ids):
-    model = Mlp()
-    opened = capture(model, "block")
-    acts = opened.open()
-    model(ids)
-    opened.close()
-    freed = weakref.ref(model)
-    del model, opened
-    gc.collect()
-    assert freed() is None
-    assert acts.forwards == 1
-
-
-# Threads and coroutines.
-
-
-def test_a_block_that_another_thread_closes_gives_gradients_back_with_the_next(mlp):
-    opened = capture(mlp, "block")
-    opened.__enter__()
-    before = hooks_of(mlp)
-    thread = threading.Thread(target=opened.__exit__, args=(None, None, None))
-    thread.start()
-    thread.join()
-    assert hooks_of(mlp) != before
-    assert not torch.is_grad_enabled(), "the mode of a thread is out of reach of others"
-    with capture(mlp, "block"):
-        assert not torch.is_grad_enabled()
-    assert torch.is_grad_enabled()
-
-
-def test_a_block_that_another_thread_closes_hands_down_what_it_found(mlp):
-    outer, inner = capture(mlp, "block"), capture(mlp, "head")
-    outer.__enter__()
-    inner.__enter__()
-    thread = threading.Thread(target=outer.__exit__, args=(None, None, None))
-    thread.start()
-    thread.join()
-    assert not torch.is_grad_enabled()
-    inner.__exit__(None, None, None)
-    assert torch.is_grad_enabled()
-
-
-def test_a_replica_of_a_captured_model_is_refused(mlp, ids):
-    with capture(mlp, "block") as acts:
-        replica = mlp._replicate_for_data_parallel()
-        with pytest.raises(CaptureStateError) as refused:
-            replica(ids)
-        mlp(ids)
-    assert str(refused.value) == (
-        "a shallow copy of the Mlp that is captured ran, as a replica of DataParallel is one; it "
-        "shares the forward and the hooks of the original, so it can neither be captured nor run "
-        "by itself; capture from the module that DataParallel wraps, on one device, or run one "
-        "process a device; elsewhere use copy.deepcopy"
-    )
-    assert acts.forwards == 1
-
-
-@pytest.mark.parametrize("name", ["transformer.h.1", "blocks.1.hook_out"])
-def test_a_replica_of_a_part_is_refused(gpt2, ids, name):
-    root = gpt2 if name.startswith("blocks") else gpt2.original_model
-    with capture(root, name) as acts:
-        # As DataParallel does, which replicates all modules of a parent.
-        replica = root.get_submodule(name)._replicate_for_data_parallel()
-        with pytest.raises(CaptureStateError, match="DataParallel"):
-            replica(torch.zeros(1, 2, 32))
-        root(ids)
-    assert acts.forwards == 1
-
-
-def test_threads_see_their_own_forwards(llama):
-    results, barrier = {}, threading.Barrier(4)
-
-    def study(count):
-        with capture(llama, "model.layers.1", stop=count % 2 == 0) as acts:
-            barrier.wait()
-            for step in range(5):
-                llama(tokens(count, seed=step))
-            barrier.wait()
-        results[count] = acts.tensor
-
-    threads = [threading.Thread(target=study, args=(count,)) for count in (1, 2, 3, 4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for count in (1, 2, 3, 4):
-        expected = [_alone(llama, "model.layers.1", tokens(count, seed=step)) for step in range(5)]
-        assert torch.equal(results[count], torch.cat(expected))
-    assert "forward" not in llama.__dict__
-
-
-def test_a_thread_without_a_capture_is_left_alone(mlp, ids):
-    outputs = []
-    with capture(mlp, "block", stop=True) as acts:
-        thread = threading.Thread(target=lambda: outputs.append(mlp(ids)))
-        thread.start()
-        thread.join()
-    assert outputs[0].requires_grad
-    assert len(acts) == 0
-
-
-def test_coroutines_see_their_own_forwards(llama):
-    async def study(count):
-        with capture(llama, "model.layers.1") as acts:
-            for step in range(3):
-                llama(tokens(count, seed=step))
-                await asyncio.sleep(0)
-        return acts.tensor
-
-    async def together():
-        return await asyncio.gather(*(study(count) for count in (1, 2, 3)))
-
-    for count, found in zip((1, 2, 3), asyncio.run(together()), strict=True):
-        expected = [_alone(llama, "model.layers.1", tokens(count, seed=step)) for step in range(3)]
-        assert torch.equal(found, torch.cat(expected))
-
-
-def test_coroutines_that_start_in_a_block_belong_to_it(mlp, ids):
-    async def run():
-        await asyncio.sleep(0)
-        mlp(ids)
-
-    async def together():
-        with capture(mlp, "block") as acts:
-            await asyncio.gather(run(), run())
-        return acts
-
-    assert asyncio.run(together()).forwards == 2
 
 
 # torch.compile. The compiler warns about itself.
@@ -232,7 +26,7 @@ compiler = pytest.mark.filterwarnings("ignore")
 def test_a_model_that_was_compiled_and_run_is_captured(backend, ids, stop):
     model = Mlp()
     fast = torch.compile(model, backend=backend)
-    expected = _alone(model, "block", ids)
+    expected = hooked(model, "block", ids)
     before = fast(ids)
     for root in (model, fast):
         with capture(root, "block", stop=stop) as acts:
@@ -247,13 +41,13 @@ def test_a_model_that_is_compiled_in_the_block_is_captured(ids):
     model = Mlp()
     with capture(model, "block") as acts:
         torch.compile(model, backend="eager")(ids)
-    assert torch.equal(acts.tensor, _alone(model, "block", ids))
+    assert torch.equal(acts.tensor, hooked(model, "block", ids))
 
 
 @compiler
 def test_a_model_that_is_compiled_in_place_is_captured(ids):
     model = Mlp()
-    expected = _alone(model, "block", ids)
+    expected = hooked(model, "block", ids)
     model.compile(backend="eager")
     model(ids)
     with capture(model, "block") as acts:
@@ -264,7 +58,7 @@ def test_a_model_that_is_compiled_in_place_is_captured(ids):
 @compiler
 def test_a_compiled_part_is_captured(ids):
     model = Mlp()
-    expected = _alone(model, "block.0", ids)
+    expected = hooked(model, "block.0", ids)
     model.block = torch.compile(model.block, backend="eager")
     model(ids)
     with capture(model, "block._orig_mod.0") as acts:
@@ -317,7 +111,7 @@ def test_bfloat16_is_captured_as_it_is(ids):
     with capture(model, "model.layers.1") as acts:
         model(ids)
     assert acts.tensor.dtype == torch.bfloat16
-    assert torch.equal(acts.tensor, _alone(model, "model.layers.1", ids))
+    assert torch.equal(acts.tensor, hooked(model, "model.layers.1", ids))
 
 
 def test_autocast_is_captured_as_it_is(mlp, ids):
@@ -331,7 +125,7 @@ def test_quantised_linear_layers_are_captured(mlp, ids):
     quantised = torch.ao.quantization.quantize_dynamic(mlp, {nn.Linear}, torch.qint8)
     with capture(quantised, ["block", "head"], stop=True) as acts:
         quantised(ids)
-    assert torch.equal(acts["block"], _alone(quantised, "block", ids))
+    assert torch.equal(acts["block"], hooked(quantised, "block", ids))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -358,7 +152,7 @@ def test_a_quantised_activation_is_captured(ids):
 def test_training_mode_and_dropout_are_left_alone(ids):
     model = huggingface("GPT2LMHeadModel").train()
     torch.manual_seed(0)
-    expected = _alone(model, "transformer.h.1", ids)
+    expected = hooked(model, "transformer.h.1", ids)
     torch.manual_seed(0)
     with capture(model, "transformer.h.1") as acts:
         model(ids)
@@ -391,7 +185,7 @@ def test_a_lora_model_is_captured(ids):
         peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False),
     )
     name = "base_model.model.model.layers.1"
-    expected = _alone(model, name, ids)
+    expected = hooked(model, name, ids)
     with capture(model, name, stop=True) as acts:
         model(ids)
         with model.disable_adapter():
@@ -404,7 +198,7 @@ def test_a_lora_model_is_captured(ids):
 def test_offloaded_weights_are_captured(ids):
     accelerate = pytest.importorskip("accelerate")
     model = huggingface("LlamaForCausalLM")
-    expected = _alone(model, "model.layers.1", ids)
+    expected = hooked(model, "model.layers.1", ids)
     logits = model(ids).logits
     accelerate.cpu_offload(model, execution_device="cpu")
     for stop in (False, True):
@@ -418,7 +212,7 @@ def test_offloaded_weights_are_captured(ids):
 def test_a_dispatched_model_is_captured(ids):
     accelerate = pytest.importorskip("accelerate")
     model = huggingface("LlamaForCausalLM")
-    expected = _alone(model, "model.layers.1", ids)
+    expected = hooked(model, "model.layers.1", ids)
     device_map = {"model": "cpu", "lm_head": "cpu"}
     accelerate.dispatch_model(model, device_map=device_map, force_hooks=True)
     with capture(model, "model.layers.1") as acts:

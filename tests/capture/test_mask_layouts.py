@@ -5,35 +5,20 @@ import warnings
 import pytest
 import torch
 import transformers
-from models import VOCAB, huggingface, tokens
+from masked import LEFT, LENGTHS, RIGHT, opened
+from models import VOCAB, hooked, huggingface, tokens
 from torch import nn
 
 from actctx import OptionError, SelectionError, Site, capture
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
-LENGTHS = (4, 7, 2)
-RIGHT = torch.tensor([[i < n for i in range(7)] for n in LENGTHS]).long()
-LEFT = RIGHT.flip(1)
 _LOWEST = torch.finfo(torch.float32).min
 
 
 def _captured(model, name, *args, at=None, mask=None, **kwargs):
     """Run a forward under a capture, and return its buffer and what it warned of."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with capture(model, name, slice=at, mask=mask) as acts:
-            model(*args, **kwargs)
-    return acts, [str(each.message) for each in caught]
-
-
-def _hooked(model, name, *args, **kwargs):
-    kept = []
-    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, out: kept.append(out))
-    with torch.no_grad():
-        model(*args, **kwargs)
-    handle.remove()
-    return kept[0][0] if isinstance(kept[0], tuple) else kept[0]
+    return opened(model, name, slice=at, mask=mask)(*args, **kwargs)
 
 
 # Sites whose positions come before their sequences, as in torch's own layers.
@@ -64,7 +49,7 @@ LAYERS = [_attending, lambda size: nn.LSTM(size, size), lambda size: nn.Linear(s
 @pytest.mark.parametrize("layer", LAYERS)
 def test_a_mask_keeps_real_tokens_of_a_site_whose_positions_come_first(layer, mask):
     model, ids = _PositionsFirst(layer).eval(), tokens(3, 7)
-    whole = _hooked(model, "layer", ids, mask).transpose(0, 1)
+    whole = hooked(model, "layer", ids, mask).transpose(0, 1)
     acts, _ = _captured(model, "layer", ids, mask, mask="attention")
     assert acts.axes("layer") == ("token", "_")
     assert torch.equal(acts.tensor, whole[mask.bool()])
@@ -74,7 +59,7 @@ def test_a_mask_keeps_real_tokens_of_a_site_whose_positions_come_first(layer, ma
 @pytest.mark.parametrize("mask", [RIGHT, LEFT])
 def test_the_last_real_tokens_of_a_site_whose_positions_come_first(mask):
     model, ids = _PositionsFirst(_attending).eval(), tokens(3, 7)
-    whole = _hooked(model, "layer", ids, mask).transpose(0, 1)
+    whole = hooked(model, "layer", ids, mask).transpose(0, 1)
     acts, _ = _captured(model, "layer", ids, mask, at={"pos": -1}, mask="attention")
     last = [int(row.nonzero().max()) for row in mask]
     assert acts.axes("layer") == ("batch", "_")
@@ -84,7 +69,7 @@ def test_the_last_real_tokens_of_a_site_whose_positions_come_first(mask):
 def test_slices_along_other_axes_of_a_site_whose_positions_come_first():
     site = Site("layer", axes="pos batch d_model", slice={"d_model": 3, "pos": [0, -1]})
     model, ids = _PositionsFirst(_attending).eval(), tokens(3, 7)
-    whole = _hooked(model, "layer", ids).transpose(0, 1)
+    whole = hooked(model, "layer", ids).transpose(0, 1)
     acts, _ = _captured(model, site, ids, RIGHT, mask="attention")
     places = [(row, column) for row, n in enumerate(LENGTHS) for column in (0, n - 1)]
     assert torch.equal(acts.tensor, torch.stack([whole[place][3] for place in places]))
@@ -103,7 +88,7 @@ def test_a_data_set_of_a_site_whose_positions_come_first(tmp_path):
     extract(model, texts, "layer", tmp_path / "acts", batch_size=2, progress=False)
     rows = ActivationDataset(tmp_path / "acts")[:]
     for number, text in enumerate(texts):
-        alone = _hooked(model, "layer", torch.tensor([text]))[:, 0]
+        alone = hooked(model, "layer", torch.tensor([text]))[:, 0]
         assert torch.allclose(rows["layer"][rows["sequence"] == number], alone, atol=1e-6)
 
 
@@ -238,7 +223,7 @@ def test_frames_that_a_model_calls_subsampled_are_counted_as_it_counts_them():
     mask = torch.tensor([[i < n for i in range(96)] for n in lengths]).long()
     sound = torch.randn(3, 96, 16)
     acts, _ = _captured(model, "layers.1", sound, attention_mask=mask, mask="attention")
-    whole = _hooked(model, "layers.1", sound, attention_mask=mask)
+    whole = hooked(model, "layers.1", sound, attention_mask=mask)
     frames = model._get_subsampling_output_length(torch.tensor(lengths)).tolist()
     assert torch.equal(acts.tensor, torch.cat([whole[i, :n] for i, n in enumerate(frames)]))
 

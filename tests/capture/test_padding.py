@@ -2,14 +2,12 @@
 
 import pytest
 import torch
+from masked import LEFT, LENGTHS, RIGHT
 from models import GENERATION, HAS_T5, bridge, huggingface, plainly_hooked, tokens
 
 from actctx import AxisError, NotCapturedError, OptionError, SelectionError, Site, capture
 
 RESID = "blocks.1.hook_resid_post"
-LENGTHS = (4, 7, 2)
-RIGHT = torch.tensor([[i < n for i in range(7)] for n in LENGTHS]).long()
-LEFT = RIGHT.flip(1)
 
 
 def _whole(model, ids, mask, name=RESID):

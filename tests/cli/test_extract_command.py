@@ -24,11 +24,6 @@ TEXTS = ["one two", "three four five six", "seven eight", "nine"]
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
-@pytest.fixture
 def text(tmp_path):
     path = tmp_path / "texts.txt"
     path.write_text("\n\n".join(TEXTS))

@@ -113,8 +113,8 @@ names = {[Z, MLP]!r}
 extract(bridge(), batches, names, sys.argv[1], drop={DROP!r}, add=True)
 """
 STEPS = [
-    ("actctx._store.destination:Target:create", "behind", 1),
-    ("actctx._store.destination:Target:take_columns", "before", 1),
+    ("actctx._store.destination:Destination:create", "behind", 1),
+    ("actctx._store.contents:Contents:take_columns", "before", 1),
     ("lance:LanceDataset:update_schema_metadata", "before", 2),
     ("lance:LanceDataset:add_columns", "before", 1),
     ("lance:LanceDataset:add_columns", "behind", 1),

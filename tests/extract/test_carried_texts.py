@@ -56,11 +56,6 @@ def model():
 
 
 @pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
-@pytest.fixture
 def written(model, out):
     extract(model, rows(), BLOCK, out, carry=CARRY, batch_size=3)
     return out

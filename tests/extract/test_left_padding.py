@@ -22,11 +22,6 @@ IDS = tokens(3)
 FIRST = "blocks.0.hook_resid_post"
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 def left(entries, padding=0):
     """Put the entries of real tokens at the end of each sequence."""
     moved = torch.full_like(entries, padding)

@@ -19,11 +19,6 @@ from actctx.extract import extract
 pytest.importorskip("lance")
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 @pytest.fixture(scope="module")
 def model():
     return huggingface("GPT2LMHeadModel")
@@ -223,7 +218,7 @@ def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monk
 
     run = ["extract", tiny, RESID, "--data", text, "--out", out]
     assert actctx(*run, "--max-tokens", 2).exit_code == 0
-    monkeypatch.setattr("actctx._extract.run.Extraction._forward", interrupted)
+    monkeypatch.setattr("actctx._extract.run._Run._forward", interrupted)
     result = actctx(*run)
     assert result.exit_code == 130
     assert f"'{out}' keeps 2 rows; the same call resumes after them\n" in result.stderr

@@ -8,38 +8,16 @@ import tempfile
 import pytest
 import torch
 from extracted import RESID, Read, refusal
-from models import huggingface, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from marked import check_same, ids
+from models import tokens
 
-from actctx import DataError, Site
-from actctx._extract.run import Extraction
+from actctx import DataError
+from actctx._extract.row_choice import RowChoice
 from actctx._store.marks import Mark, Marks, decoded, encoded
 from actctx.extract import extract
 
 pytest.importorskip("lance")
-
-COLUMNS = ["token", "sequence", "position", "_input"]
-WORDS = ["one", "two", "three", "four"]
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
-@pytest.fixture(autouse=True)
-def _commits(monkeypatch):
-    """Commit every few rows, and sort and join every few sequences."""
-    monkeypatch.setattr("actctx._extract.writer._COMMIT_BYTES", 20_000)
-    monkeypatch.setattr("actctx._extract.inputs._WINDOW", 4)
-    monkeypatch.setattr("actctx._extract.inputs._AT_ONCE", 16)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return huggingface("GPT2LMHeadModel")
+pytestmark = [pytest.mark.thorough, pytest.mark.usefixtures("small_commits")]
 
 
 class Stream:
@@ -61,38 +39,6 @@ class Stream:
     def load_state_dict(self, state):
         assert state == {"at": state["at"], "kept": (torch.tensor([state["at"]]), b"\0")}
         self.at = state["at"]
-
-
-def ids(count=200, most=9):
-    lengths = torch.randint(1, most, (count,), generator=torch.Generator().manual_seed(0))
-    return [tokens(1, int(length), seed=n)[0].tolist() for n, length in enumerate(lengths)]
-
-
-def texts(count=200):
-    return [" ".join(WORDS[(n + k) % 4] for k in range(n % 5 + 1)) for n in range(count)]
-
-
-def tokenizer(words=WORDS, cls=PreTrainedTokenizerFast):
-    vocabulary = {word: number + 1 for number, word in enumerate(words)}
-    made = Tokenizer(models.WordLevel({"?": 0, **vocabulary}, unk_token="?"))  # noqa: S106
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return cls(tokenizer_object=made, unk_token="?")  # noqa: S106
-
-
-class Counted:
-    """A tokenizer whose calls are counted."""
-
-    def __init__(self, wrapped):
-        self.wrapped, self.texts = wrapped, 0
-
-    def install(self, monkeypatch):
-        whole = type(self.wrapped).__call__
-
-        def call(wrapped, given, **options):
-            self.texts += len(given)
-            return whole(wrapped, given, **options)
-
-        monkeypatch.setattr(type(self.wrapped), "__call__", call)
 
 
 KINDS = {
@@ -122,12 +68,6 @@ def half_done(model, kind, out, data=None):
     whole = unbroken(model, kind)
     extract(model, data or make(), RESID, out, max_tokens=len(whole) // 2, **options)
     return whole
-
-
-def check_same(out, whole):
-    read = Read(out)
-    assert read.table.select(COLUMNS).equals(whole.table.select(COLUMNS))
-    torch.testing.assert_close(read[RESID], whole[RESID], atol=1e-5, rtol=0)
 
 
 def test_an_input_that_knows_its_place_is_put_there(model, kind, out):
@@ -255,13 +195,13 @@ def test_other_inputs_are_read_but_the_rows_of_known_ones_are_not_chosen(
 ):
     make, options = KINDS[kind]
     whole = half_done(model, kind, out, wrap(make()))
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
 
     def counted(self, batch):
         chosen.append(batch.tokens.numel())
         return choose(self, batch)
 
-    monkeypatch.setattr(Extraction, "_choose", counted)
+    monkeypatch.setattr(RowChoice, "choose", counted)
     extract(model, wrap(make()), RESID, out, **options)
     check_same(out, whole)
     assert sum(chosen) < 0.8 * len(whole) * (1 + (kind == "batches" and wrap is list))
@@ -352,9 +292,9 @@ def test_sites_are_added_from_marks(model, out, monkeypatch):
     with pytest.raises(ConnectionError) as broken:
         extract(model, breaks(), site, out, batch_size=8, add=True)
     assert "acts.lance.adding' keeps " in broken.value.__notes__[0]
-    chosen, choose = [], Extraction._choose
+    chosen, choose = [], RowChoice.choose
     monkeypatch.setattr(
-        Extraction, "_choose", lambda self, batch: chosen.append(1) or choose(self, batch)
+        RowChoice, "choose", lambda self, batch: chosen.append(1) or choose(self, batch)
     )
     extract(model, ids(), site, out, batch_size=8, add=True)
     assert len(chosen) < 160
@@ -415,78 +355,6 @@ def test_states_are_read_as_they_were_written():
         encoded({"a": object()})
 
 
-def test_texts_that_are_known_are_not_tokenized_again(model, out, monkeypatch):
-    words = tokenizer()
-    rows = extract(model, texts(), RESID, out.parent / "whole.lance", tokenizer=words).rows
-    options = {"batch_size": 8, "tokenizer": words}
-    extract(model, iter(texts()), RESID, out, max_tokens=rows // 2, **options)
-    counted = Counted(words)
-    counted.install(monkeypatch)
-    extract(model, iter(texts()), RESID, out, **options)
-    assert counted.texts < 160
-    assert len(Read(out)) == rows
-
-
-def test_another_tokenizer_is_told_from_what_it_makes(model, out):
-    rows = extract(model, texts(), RESID, out.parent / "whole.lance", tokenizer=tokenizer()).rows
-    options = {"batch_size": 8, "max_tokens": rows // 2}
-    extract(model, iter(texts()), RESID, out, tokenizer=tokenizer(), **options)
-    other = tokenizer([*WORDS[::-1]])
-    message = refusal(DataError, model, iter(texts()), RESID, out, batch_size=8, tokenizer=other)
-    assert message.startswith("the rows on disk came from another input: row 0 is token ")
-    same = tokenizer([*WORDS, "five"])  # other by itself, but not for these texts
-    assert extract(model, iter(texts()), RESID, out, batch_size=8, tokenizer=same).rows == rows
-
-
-def test_a_tokenizer_that_is_not_known_tokenizes_all_again(model, out):
-    words, seen = tokenizer(), []
-
-    def unknown(given):
-        seen.extend(given)
-        return words(given)
-
-    options = {"batch_size": 8, "tokenizer": unknown}
-    extract(model, texts(), RESID, out, max_tokens=300, **options)
-    seen.clear()
-    extract(model, texts(), RESID, out, **options)
-    assert seen == texts()
-
-
-def test_a_dataloader_that_shuffles_without_a_seed_is_refused_at_the_start(model, out):
-    given = [torch.tensor(each) for each in ids(20, 2)]
-    options = {"batch_size": 4, "shuffle": True}
-    assert refusal(DataError, model, DataLoader(given, **options), RESID, out) == (
-        "data is a DataLoader that shuffles without a seed, so its order is another each time, and "
-        "what is written could never be resumed; give it "
-        "generator=torch.Generator().manual_seed(0), or give resume=False"
-    )
-    assert not out.exists()
-    assert extract(model, DataLoader(given, **options), RESID, out, resume=False).rows == 20
-
-
-def test_a_dataloader_that_shuffles_with_a_seed_is_resumed(model, out):
-    def loader():
-        generator = torch.Generator().manual_seed(0)
-        return DataLoader(tokens(60), batch_size=4, shuffle=True, generator=generator)
-
-    extract(model, loader(), RESID, out, max_tokens=200)
-    extract(model, loader(), RESID, out)
-    extract(model, loader(), RESID, out.parent / "whole.lance")
-    check_same(out, Read(out.parent / "whole.lance"))
-
-
-def test_a_stream_that_shuffles_without_a_seed_is_refused_at_the_start(model, out):
-    datasets = pytest.importorskip("datasets")
-    given = datasets.Dataset.from_list([{"input_ids": [1, 2]}]).to_iterable_dataset()
-    for shuffled in (given.shuffle().take(1), DataLoader(given.shuffle(), batch_size=8)):
-        assert refusal(DataError, model, shuffled, RESID, out) == (
-            "data is a stream of datasets that shuffles without a seed, so its order is another "
-            "each time, and what is written could never be resumed; give it a seed, as in "
-            "shuffle(seed=0), or give resume=False"
-        )
-    extract(model, given.shuffle(seed=0), RESID, out)
-
-
 EMPTY = {
     "no tokens": ([[1, 2], [], [3], []], {}, 2),
     "dropped": ([[1, 2], [3], [4, 3]], {"drop": {"token": [3]}}, 1),
@@ -522,65 +390,3 @@ def test_sequences_without_rows_are_counted_of_what_is_read_now(model, out):
     other = out.parent / "other.lance"
     assert extract(model, [batch], RESID, other, max_tokens=3, **options).empty == 1
     assert extract(model, [batch], RESID, other, **options).empty == 1
-
-
-class Scaled(torch.nn.Module):
-    """Yields rows of some size."""
-
-    def __init__(self, scale):
-        super().__init__()
-        self.embed = torch.nn.Embedding(50, 8)
-        with torch.no_grad():
-            self.embed.weight.fill_(3.0) if scale is None else self.embed.weight.mul_(scale)
-
-    def forward(self, ids):
-        return self.embed(ids)
-
-
-EMBED = Site("embed", axes="batch pos d")
-
-
-@pytest.mark.parametrize(
-    ("scale", "ids", "what"),
-    [(0.0, tokens(), "all 21 {}are 0"), (None, tokens(), "all 21 {}have the same")],
-)
-def test_a_site_that_is_constant_is_a_warning(out, scale, ids, what):
-    with pytest.warns(UserWarning, match=what.format("rows of 'embed' that were written ")) as seen:
-        extract(Scaled(scale), ids, EMBED, out)
-    assert len(seen) == 1
-    assert seen[0].filename == __file__
-
-
-def test_a_site_that_is_constant_is_a_warning_before_the_end(out):
-    def breaks():
-        for _ in range(400):
-            yield tokens(1, 4)
-        raise ConnectionError
-
-    warned = pytest.warns(UserWarning, match="rows of 'embed' that were written have the same")
-    with warned, pytest.raises(ConnectionError):
-        extract(Scaled(None), breaks(), EMBED, out)
-
-
-def test_rows_of_one_token_may_be_alike(out):
-    extract(Scaled(1.0), torch.ones(2, 3).long(), EMBED, out)
-
-
-@pytest.mark.parametrize("options", [{}, {"pool": "mean"}])
-def test_values_that_a_cast_makes_zero_are_a_warning(out, options):
-    with pytest.warns(UserWarning, match="'embed'") as seen:
-        extract(Scaled(3e-9), tokens(), EMBED, out, dtype=torch.float16, **options)
-    assert str(seen[0].message) == (
-        "'embed' loses values in its cast: 100% of the values other than 0 are 0 in float16, whose "
-        "smallest is 6e-08; give dtype=torch.bfloat16 or torch.float32"
-    )
-
-
-def test_values_that_a_cast_makes_infinite_are_a_warning(out):
-    with pytest.warns(UserWarning, match=r"\d+ values are beyond the end of float16, 65504; "):
-        extract(Scaled(1e6), tokens(), EMBED, out, dtype=torch.float16, finite=False)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_values_that_a_cast_keeps_are_no_warning(out, dtype):
-    extract(Scaled(1.0), tokens(), EMBED, out, dtype=dtype)

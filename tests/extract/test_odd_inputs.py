@@ -1,8 +1,5 @@
-"""Odd inputs and options: each is read, or refused in words; and processes that were forked."""
+"""Odd inputs and options: each is read, or refused in words."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +7,9 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from extracted import TESTS, refusal
+from extracted import refusal
 from models import tokens
-from stored import RESID, Z, write
+from stored import Z, write
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import actctx
@@ -25,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("unchecked")
 LAYER = "blocks.1.hook_resid_post"
 CLEAR = "a list of texts, or of sequences of token ids"
 THROUGH = "what goes through it, such as torch.utils.data.DataLoader(data, batch_size=None)"
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
 
 
 class Mapped(Dataset):
@@ -416,94 +408,16 @@ def test_a_batch_may_be_as_large_as_one_likes(gpt2, out):
     assert extract(gpt2, [[1, 2]], LAYER, out, batch_size=10**30, progress=False).rows == 2
 
 
+def in_utf8(texts):
+    return {"input_ids": [[len(text.encode())] for text in texts]}
+
+
 def test_a_text_that_a_tokenizer_does_not_take_is_said(gpt2, out):
     data = ["one", "\ud800"]
     assert refusal(DataError, gpt2, data, LAYER, out, tokenizer=in_utf8) == (
         "sequence 1 of the input has characters that UTF-8 cannot write, which the tokenizer does "
         "not take; replace them, as text.encode(errors='replace').decode() does"
     )
-
-
-def in_utf8(texts):
-    return {"input_ids": [[len(text.encode())] for text in texts]}
-
-
-# Processes that were forked.
-
-FORKED = f"""
-import os, sys, warnings
-sys.path.insert(0, {TESTS!r})
-warnings.simplefilter("ignore")
-import torch
-torch.set_num_threads(1)
-from models import Mlp, tokens
-from torch.utils.data import DataLoader
-from actctx import OptionError
-from actctx.dataset import ActivationDataset
-from actctx.extract import extract
-
-folder, used = sys.argv[1], sys.argv[2] == "used"
-data = ActivationDataset(folder + "/a.lance") if used else None
-
-def tries():
-    yield lambda: extract(Mlp(), tokens(), "block", folder + "/b.lance", mask=None, progress=False)
-    yield lambda: ActivationDataset(folder + "/a.lance")
-    if used:
-        yield lambda: data[0]
-        yield lambda: next(iter(data.loader(4)))
-
-child = os.fork()
-if child:
-    os.waitpid(child, 0)
-    sys.exit()
-for each in tries():
-    try:
-        each()
-        print("done", flush=True)
-    except OptionError as error:
-        print(error, flush=True)
-os._exit(0)
-"""
-
-
-def in_a_forked_process(folder, used):
-    write(folder / "a.lance", 16)
-    run = [sys.executable, "-c", FORKED, str(folder), used]
-    done = subprocess.run(run, capture_output=True, text=True, check=True, timeout=120)
-    return done.stdout.splitlines()
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_process_that_was_forked_after_a_data_set_was_used_uses_none(tmp_path):
-    anew = (
-        "data sets cannot be used in a process that was forked from one that had used them, since "
-        "Lance's threads do not survive a fork; start it another way, such as "
-        "multiprocessing.get_context('spawn')"
-    )
-    opened = (
-        f"'{tmp_path / 'a.lance'}' cannot be read in a process that was forked, since Lance's "
-        "threads do not survive a fork; start workers another way: DataLoader(..., "
-        "multiprocessing_context='spawn')"
-    )
-    assert in_a_forked_process(tmp_path, "used") == [anew, anew, opened, opened]
-    assert not (tmp_path / "b.lance").exists()
-
-
-@pytest.mark.thorough
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_process_that_was_forked_before_uses_them(tmp_path):
-    assert in_a_forked_process(tmp_path, "unused") == ["done", "done"]
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-@pytest.mark.filterwarnings("ignore:lance is not fork-safe")
-def test_forked_workers_of_a_dataloader_say_how_to_start_them(path):
-    loader = DataLoader(
-        ActivationDataset(path, sites=RESID), num_workers=1, multiprocessing_context="fork"
-    )
-    with pytest.raises(OptionError, match="multiprocessing_context='spawn'"):
-        next(iter(loader))
 
 
 def test_an_alias_may_have_backticks(gpt2, ids, out):

@@ -13,11 +13,6 @@ from actctx.extract import extract
 FIRST = "blocks.0.hook_resid_post"
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 def check_refused(model, ids, site, out, *, table, size):
     data = [ids[:, :8], ids]
     message = refusal(DataError, model, data, site, out)

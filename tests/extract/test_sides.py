@@ -16,11 +16,6 @@ OF_DECODERS = (
 )
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 def refused(model, site, out):
     return refusal(OptionError, model, tokens(2), site, out).endswith(OF_DECODERS)
 

@@ -10,7 +10,7 @@ from models import bridge, tokens
 
 from actctx import DataError
 from actctx._extract import writer
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
@@ -23,11 +23,6 @@ BATCHES = 8
 def commits(monkeypatch):
     """Commit every few rows."""
     monkeypatch.setattr(writer, "_COMMIT_BYTES", 5000)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
 
 
 def batches(count=BATCHES):
@@ -100,15 +95,16 @@ def test_two_writers_that_commit_at_once_add_rows_once(out, monkeypatch):
     started, ended = threading.Barrier(2), []
 
     def write():
-        target = Target(out)
+        destination = Destination(out)
+        contents = destination.contents
         table = lance.dataset(str(out)).to_table().slice(0, 35)
         started.wait()
         try:
-            target.append(iter(table.cast(target.schema).to_batches()))
+            contents.append(iter(table.cast(contents.schema).to_batches()))
         except DataError as error:
             ended.append(str(error))
         finally:
-            target.release()
+            destination.release()
 
     threads = [threading.Thread(target=write) for _ in range(2)]
     for thread in threads:
@@ -138,9 +134,9 @@ def test_columns_are_not_added_beside_another_writer(out):
 
 
 def test_a_lock_that_is_held_is_refused(out):
-    target = Target(out)
+    destination = Destination(out)
     try:
         message = refusal(DataError, bridge(), batches(), RESID, out)
     finally:
-        target.release()
+        destination.release()
     assert "is being written to by another extraction" in message

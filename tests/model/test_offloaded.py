@@ -35,11 +35,6 @@ def to_both(model, path):
     )
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 @pytest.mark.parametrize("offload", [to_cpu, to_disk, to_both])
 @pytest.mark.parametrize(
     "architecture", ["GPT2LMHeadModel", "LlamaForCausalLM", "BertForMaskedLM", "OPTForCausalLM"]

@@ -2,12 +2,23 @@
 
 import copy
 import re
-import warnings
 
 import pytest
 import torch
 import transformers
-from models import GENERATION, VOCAB, bridge_of, hooks_of, tokens
+from families import (
+    FAMILIES,
+    GATED,
+    GEMMA4,
+    TEXT,
+    VISION,
+    WRONG,
+    build,
+    build_bridge,
+    config_of,
+    run,
+)
+from models import GENERATION, VOCAB, hooks_of, tokens
 from torch import nn
 from torch.nn import functional
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,242 +29,23 @@ from actctx._model.places import Places
 
 pytestmark = pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4")
 
-_TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_GEMMA4 = {
-    **_TEXT,
-    "num_key_value_heads": 1,
-    "layer_types": ["sliding_attention", "full_attention"],
-    "global_head_dim": 16,
-    "hidden_size_per_layer_input": 0,
-    "vocab_size_per_layer_input": VOCAB,
-    "num_kv_shared_layers": 0,
-}
-_GATED = {
-    **_TEXT,
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_key_head_dim": 8,
-    "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-}
-_EXPERTS = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "shared_expert_intermediate_size": 16,
-}
-_LATENT = {
-    **{name: size for name, size in _TEXT.items() if name != "head_dim"},
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 16,
-    "q_lora_rank": 16,
-    "kv_lora_rank": 16,
-    "qk_rope_head_dim": 4,
-    "qk_nope_head_dim": 8,
-    "v_head_dim": 16,
-}
-_SIDE = {name: size for name, size in _TEXT.items() if not name.endswith("token_id")}
-_VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
-_SPEECH = {
-    **_VISION,
-    "conv_dim": [16, 16],
-    "conv_kernel": [4, 2],
-    "conv_stride": [4, 2],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "vocab_size": VOCAB,
-}
-_FAMILIES = {
-    "Gemma4ForConditionalGeneration": (
-        "Gemma4Config",
-        {"text_config": _GEMMA4, "vision_config": None, "audio_config": None},
-    ),
-    "Qwen3NextForCausalLM": ("Qwen3NextConfig", {**_GATED, **_EXPERTS}),
-    "Qwen3_5ForCausalLM": ("Qwen3_5TextConfig", _GATED),
-    "OlmoHybridForCausalLM": (
-        "OlmoHybridConfig",
-        {name: size for name, size in _GATED.items() if name != "head_dim"},
-    ),
-    "T5Gemma2ForConditionalGeneration": (
-        "T5Gemma2Config",
-        {
-            "encoder": {
-                "text_config": _TEXT,
-                "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
-            },
-            "decoder": _TEXT,
-            "image_token_index": VOCAB - 1,
-        },
-    ),
-    "DeepseekV2ForCausalLM": (
-        "DeepseekV2Config",
-        {**_LATENT, "topk_method": "greedy", "mlp_bias": False},
-    ),
-    "DeepseekV3ForCausalLM": ("DeepseekV3Config", _LATENT),
-    "GptOssForCausalLM": (
-        "GptOssConfig",
-        {**_TEXT, "num_local_experts": 4, "num_experts_per_tok": 2},
-    ),
-    "MambaForCausalLM": (
-        "MambaConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB, "state_size": 4},
-    ),
-    "LongT5ForConditionalGeneration": (
-        "LongT5Config",
-        {
-            "d_model": 32,
-            "d_ff": 48,
-            "d_kv": 8,
-            "num_layers": 2,
-            "num_heads": 4,
-            "vocab_size": VOCAB,
-            "decoder_start_token_id": 0,
-        },
-    ),
-    "PegasusForConditionalGeneration": (
-        "PegasusConfig",
-        {
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-        },
-    ),
-    "RwkvForCausalLM": (
-        "RwkvConfig",
-        {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB, "context_length": 64},
-    ),
-    "BitNetForCausalLM": (
-        "BitNetConfig",
-        {name: size for name, size in _TEXT.items() if name != "head_dim"},
-    ),
-    "ViTModel": ("ViTConfig", _VISION),
-    "ViTForImageClassification": ("ViTConfig", _VISION),
-    "DeiTModel": ("DeiTConfig", _VISION),
-    "DeiTForImageClassification": ("DeiTConfig", _VISION),
-    "ASTForAudioClassification": (
-        "ASTConfig",
-        {
-            **{name: size for name, size in _VISION.items() if name != "image_size"},
-            "max_length": 24,
-            "num_mel_bins": 16,
-            "time_stride": 8,
-            "frequency_stride": 8,
-        },
-    ),
-    "HubertModel": ("HubertConfig", _SPEECH),
-    "HubertForCTC": ("HubertConfig", _SPEECH),
-    "Wav2Vec2Model": ("Wav2Vec2Config", _SPEECH),
-    "Wav2Vec2ForCTC": ("Wav2Vec2Config", _SPEECH),
-}
-# Where a bridge is wrong: it splits by the sizes of the config what a layer splits otherwise.
-_WRONG = {
-    "DeepseekV2ForCausalLM": r".*\.o\.hook_in",
-    "DeepseekV3ForCausalLM": r".*\.o\.hook_in",
-    "Qwen3NextForCausalLM": r".*\.attn\.q\.hook_out",
-    "Qwen3_5ForCausalLM": r".*\.attn\.q\.hook_out",
-    # A bridge reads it off what the whole MLP is given.
-    "RwkvForCausalLM": r".*\.channel_mix\.in\.hook_in",
-}
 
-
-def _config(name, **options):
-    kind, sizes = _FAMILIES[name]
-    config = getattr(transformers, kind)(**{**sizes, **options})
-    config.architectures = [name]
-    config._attn_implementation = "eager"
-    return config
-
-
-def _family(name, seed=0):
-    """Build a tiny model, with weights that let every part of it matter."""
-    torch.manual_seed(seed)
-    model = getattr(transformers, name)(_config(name)).eval()
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.ndim > 1:
-                weight.normal_(std=weight.shape[-1] ** -0.5)
-            else:
-                weight.add_(torch.randn_like(weight), alpha=0.1)
-    return model
-
-
-def _inputs(model):
-    config = model.config
-    draw = torch.Generator().manual_seed(0)
-    if model.main_input_name == "pixel_values":
-        return {"pixel_values": torch.randn(2, 3, 16, 16, generator=draw)}
-    if config.model_type == "audio-spectrogram-transformer":
-        return {"input_values": torch.randn(2, 24, 16, generator=draw)}
-    if model.main_input_name == "input_values":
-        return {"input_values": torch.randn(2, 80, generator=draw)}
-    if config.is_encoder_decoder:
-        return {"input_ids": tokens(), "decoder_input_ids": tokens(pos=5, seed=1)}
-    return {"input_ids": tokens()}
-
-
-def _run(model, inner=None):
-    given = _inputs(inner or model)
-    first = next(iter(given))
-    with torch.no_grad():
-        if inner is None:
-            model(**given)
-        else:
-            model(given.pop(first), **given)
-
-
-def _bridge(name):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what it says of models that it cannot do all with
-        return bridge_of(_family(name))
-
-
-@pytest.fixture(scope="module", params=_FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     return request.param
 
 
 def test_every_name_is_captured_as_on_a_bridge(family):
-    model, whole = _family(family), _bridge(family)
+    model, whole = build(family), build_bridge(family)
     before = hooks_of(model)
     with capture(model, "**.hook_*", check=False) as acts:
-        _run(model)
+        run(model)
     with capture(whole, "**.hook_*", check=False) as expected:
-        _run(whole, whole.original_model)
+        run(whole, whole.original_model)
     assert hooks_of(model) == before
     canonical = {name: point.name for name, point in whole.hook_dict.items()}
     assert {name for names in Places(model).listed_translated() for name in names} <= {*canonical}
-    wrong = re.compile(_WRONG.get(family, "none"))
+    wrong = re.compile(WRONG.get(family, "none"))
     compared = 0
     for name in acts:
         if canonical[name] in expected and not wrong.fullmatch(name):
@@ -264,15 +56,15 @@ def test_every_name_is_captured_as_on_a_bridge(family):
 
 
 def test_aliases_are_those_of_a_bridge(family):
-    point_of = {name: point.name for name, point in _bridge(family).hook_dict.items()}
-    for name, target in Places(_family(family)).translation.aliases.items():
+    point_of = {name: point.name for name, point in build_bridge(family).hook_dict.items()}
+    for name, target in Places(build(family)).translation.aliases.items():
         assert point_of[name] == point_of[target], name
 
 
 def test_what_is_listed_fires(family):
-    model = _family(family)
+    model = build(family)
     with capture(model, "**.hook_*", check=False) as acts:
-        _run(model)
+        run(model)
     assert acts.missing == ()
 
 
@@ -306,7 +98,7 @@ _ATTENDING = [
 
 @pytest.mark.parametrize("name", _ATTENDING)
 def test_heads_are_those_that_a_layer_attends_with(name, attended):
-    model = _family(name)
+    model = build(name)
     for module in model.modules():
         if "config" in vars(module):
             module.config._attn_implementation_internal = "noted"
@@ -316,7 +108,7 @@ def test_heads_are_those_that_a_layer_attends_with(name, attended):
     ]
     assert names
     with capture(model, names, check=False) as acts:
-        _run(model)
+        run(model)
     assert attended
     for each in names:
         path, _, key = each.rpartition(".attn.")
@@ -340,19 +132,19 @@ def test_heads_are_those_that_a_layer_attends_with(name, attended):
 
 def _shapes(model, *names):
     with capture(model, list(names), check=False) as acts:
-        _run(model)
+        run(model)
     return [tuple(acts[name].shape) for name in names]
 
 
 def test_heads_are_as_large_as_those_of_their_layer():
-    model = _family("Gemma4ForConditionalGeneration")
+    model = build("Gemma4ForConditionalGeneration")
     names = [f"blocks.{layer}.attn.hook_{key}" for layer in (0, 1) for key in "qkz"]
     small, large = (3, 7, 4, 8), (3, 7, 4, 16)
     assert _shapes(model, *names) == [small, (3, 7, 1, 8), small, large, (3, 7, 1, 16), large]
 
 
 def test_heads_of_a_text_model_whose_config_has_values_by_layer_are_its_layers():
-    config = transformers.Gemma4TextConfig(**_GEMMA4)
+    config = transformers.Gemma4TextConfig(**GEMMA4)
     config._attn_implementation = "eager"
     points = Places(transformers.Gemma4ForCausalLM(config)).translation.points
     sizes = [points[f"blocks.{layer}.attn.q.hook_out"][1].part.d_head for layer in (0, 1)]
@@ -361,17 +153,17 @@ def test_heads_of_a_text_model_whose_config_has_values_by_layer_are_its_layers()
 
 @pytest.mark.parametrize("name", ["Qwen3NextForCausalLM", "Qwen3_5ForCausalLM"])
 def test_gates_are_no_heads(name):
-    model = _family(name)
+    model = build(name)
     joint = "model.layers.1.self_attn.q_proj"
     with capture(model, [joint, "blocks.1.attn.hook_q"], check=False) as acts:
-        _run(model)
+        run(model)
     both = acts[joint].unflatten(-1, (4, 16))
     assert torch.equal(acts["blocks.1.attn.hook_q"], both[..., :8])
 
 
 def test_gates_of_a_composite_are_no_heads():
     config = transformers.Qwen3_5Config(
-        text_config=_GATED,
+        text_config=GATED,
         vision_config={
             "depth": 1,
             "hidden_size": 32,
@@ -386,12 +178,12 @@ def test_gates_of_a_composite_are_no_heads():
     model = transformers.Qwen3_5ForConditionalGeneration(config).eval()
     joint = "model.language_model.layers.1.self_attn.q_proj"
     with capture(model, [joint, "blocks.1.attn.hook_q"], check=False) as acts:
-        _run(model)
+        run(model)
     assert torch.equal(acts["blocks.1.attn.hook_q"], acts[joint].unflatten(-1, (4, 16))[..., :8])
 
 
 def test_what_latent_attention_mixes_has_the_heads_of_its_values():
-    assert _shapes(_family("DeepseekV3ForCausalLM"), "blocks.0.attn.hook_z") == [(3, 7, 4, 16)]
+    assert _shapes(build("DeepseekV3ForCausalLM"), "blocks.0.attn.hook_z") == [(3, 7, 4, 16)]
 
 
 def _refused(model, name):
@@ -401,7 +193,7 @@ def _refused(model, name):
 
 
 def test_heads_that_do_not_add_up_are_refused():
-    model = _family("GptOssForCausalLM")
+    model = build("GptOssForCausalLM")
     for layer in model.model.layers:
         layer.self_attn.head_dim = 12
     for key, projection, verb, io in (
@@ -417,7 +209,7 @@ def test_heads_that_do_not_add_up_are_refused():
 
 
 def test_an_adapter_that_changes_keys_by_layer_is_asked_for_each():
-    model = _family("OlmoHybridForCausalLM")
+    model = build("OlmoHybridForCausalLM")
     names = [f"blocks.{layer}.hook_{end}" for layer in (0, 1) for end in ("attn_out", "resid_mid")]
     with (
         capture(model, names) as acts,
@@ -431,18 +223,18 @@ def test_an_adapter_that_changes_keys_by_layer_is_asked_for_each():
             },
         ) as own,
     ):
-        _run(model)
+        run(model)
     for name, expected in zip(names, (own.linear, own.pre, own.post, own.mlp), strict=True):
         assert torch.equal(acts[name], expected), name
 
 
 def test_the_parts_of_a_merged_pattern_are_told_apart():
-    model = _family("T5Gemma2ForConditionalGeneration")
+    model = build("T5Gemma2ForConditionalGeneration")
     ours, theirs = (
         f"decoder_blocks.0.self_attn.hook_{part}" for part in ("pattern", "cross_pattern")
     )
     with capture(model, [ours, theirs], check=False) as acts:
-        _run(model)
+        run(model)
     assert acts[ours].shape == (3, 4, 5, 5)
     assert acts[theirs].shape == (3, 4, 5, 7)
     sums = acts[ours].sum(-1) + acts[theirs].sum(-1)
@@ -450,9 +242,9 @@ def test_the_parts_of_a_merged_pattern_are_told_apart():
 
 
 def test_a_pattern_with_sinks_is_one():
-    model = _family("GptOssForCausalLM")
+    model = build("GptOssForCausalLM")
     with capture(model, "blocks.0.attn.hook_pattern") as acts:
-        _run(model)
+        run(model)
     rows = acts.tensor.sum(-1)
     assert (rows < 1).all()
     assert (rows > 0).all()
@@ -470,7 +262,7 @@ def test_a_position_bias_is_no_pattern():
 
 
 def test_what_is_returned_in_place_of_a_pattern_is_refused():
-    model = _family("DeepseekV3ForCausalLM")
+    model = build("DeepseekV3ForCausalLM")
     attention = model.model.layers[0].self_attn
 
     def scores(_module, _args, output):
@@ -481,20 +273,20 @@ def test_what_is_returned_in_place_of_a_pattern_is_refused():
         pytest.raises(OutputError) as caught,
         capture(model, "blocks.0.attn.hook_pattern"),
     ):
-        _run(model)
+        run(model)
     assert str(caught.value) == (
         "'blocks.0.attn.hook_pattern' is looked for among what 'model.layers.0.self_attn' returns, "
         "but of its tensors ((3, 7, 32), (3, 4, 7, 7)) none is an attention pattern, whose rows "
         "add up to 1; capture it from a TransformerBridge of the model"
     )
     with capture(model, "blocks.*.attn.hook_pattern") as acts:
-        _run(model)
+        run(model)
     assert acts.missing == ("blocks.0.attn.hook_pattern",)
 
 
 def test_a_pattern_in_training_is_captured_with_what_it_drops():
     model = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(**{**_TEXT, "attention_dropout": 0.5}, attn_implementation="eager")
+        transformers.LlamaConfig(**{**TEXT, "attention_dropout": 0.5}, attn_implementation="eager")
     )
     model.train()
     with capture(model, "blocks.0.attn.hook_pattern") as acts:
@@ -503,7 +295,7 @@ def test_a_pattern_in_training_is_captured_with_what_it_drops():
 
 
 def test_attention_that_returns_another_pattern_is_told():
-    said = _refused(_family("LongT5ForConditionalGeneration"), "encoder_blocks.0.attn.hook_pattern")
+    said = _refused(build("LongT5ForConditionalGeneration"), "encoder_blocks.0.attn.hook_pattern")
     assert said == (
         "no hook point matches 'encoder_blocks.0.attn.hook_pattern': "
         "'encoder.block.0.layer.0.LocalSelfAttention' returns no attention pattern of the shape "
@@ -513,8 +305,8 @@ def test_attention_that_returns_another_pattern_is_told():
 
 
 def test_towers_that_attend_in_different_ways_have_patterns_each_for_itself():
-    text = {**_TEXT, "num_key_value_heads": 4, "model_type": "llama"}
-    vision = {**_VISION, "model_type": "clip_vision_model", "num_hidden_layers": 3}
+    text = {**TEXT, "num_key_value_heads": 4, "model_type": "llama"}
+    vision = {**VISION, "model_type": "clip_vision_model", "num_hidden_layers": 3}
     config = transformers.LlavaConfig(
         text_config=text, vision_config=vision, image_token_index=VOCAB - 1
     )
@@ -538,7 +330,7 @@ def test_towers_that_attend_in_different_ways_have_patterns_each_for_itself():
     ],
 )
 def test_what_no_forward_calls_is_told(family_name, point, module):
-    model = _family(family_name)
+    model = build(family_name)
     assert point not in hook_names(model, "**.hook_*")
     assert _refused(model, point) == (
         f"no hook point matches {point!r}: no forward of this {family_name} calls {module!r} (it "
@@ -548,7 +340,7 @@ def test_what_no_forward_calls_is_told(family_name, point, module):
 
 
 def test_what_is_given_no_tensor_is_told():
-    assert _refused(_family("PegasusForConditionalGeneration"), "pos_embed.hook_in") == (
+    assert _refused(build("PegasusForConditionalGeneration"), "pos_embed.hook_in") == (
         "no hook point matches 'pos_embed.hook_in': what 'model.encoder.embed_positions' is given "
         "first is not a tensor; capture what it returns, by its own name"
     )
@@ -556,11 +348,11 @@ def test_what_is_given_no_tensor_is_told():
 
 def test_a_head_that_an_adapter_refuses_leaves_the_names_of_the_body():
     torch.manual_seed(0)
-    config = transformers.DeiTConfig(**_VISION)
+    config = transformers.DeiTConfig(**VISION)
     for kind in ("DeiTForImageClassificationWithTeacher", "DeiTForMaskedImageModeling"):
         model = getattr(transformers, kind)(config).eval()
         with capture(model, ["blocks.1.hook_resid_post", "deit.layers.1"]) as acts:
-            _run(model)
+            run(model)
         assert torch.equal(acts["blocks.1.hook_resid_post"], acts["deit.layers.1"])
 
 
@@ -578,13 +370,13 @@ def test_a_head_that_an_adapter_refuses_leaves_the_names_of_the_body():
     ],
 )
 def test_classes_beside_those_of_language_models_have_names(name, kind):
-    sizes = {name: size for name, size in _TEXT.items() if name != "head_dim"}
+    sizes = {name: size for name, size in TEXT.items() if name != "head_dim"}
     if kind == "T5Config":
         sizes = {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4}
     if kind == "Gemma3Config":
         sizes = {
-            "text_config": _TEXT,
-            "vision_config": {**_VISION, "model_type": "siglip_vision_model"},
+            "text_config": TEXT,
+            "vision_config": {**VISION, "model_type": "siglip_vision_model"},
         }
     torch.manual_seed(0)
     model = getattr(transformers, name)(getattr(transformers, kind)(**sizes)).eval()
@@ -607,9 +399,9 @@ def test_classes_beside_those_of_language_models_have_names(name, kind):
     ],
 )
 def test_heads_that_an_adapter_adds_for_a_model_have_names(name, head):
-    model = _family(name)
+    model = build(name)
     with capture(model, ["unembed.hook_out", head], check=False) as acts:
-        _run(model)
+        run(model)
     assert torch.equal(acts["unembed.hook_out"], acts[head])
 
 
@@ -617,12 +409,12 @@ def test_a_subclass_of_a_model_has_its_names():
     class Own(transformers.LlamaForCausalLM):
         pass
 
-    model = Own(transformers.LlamaConfig(**_TEXT)).eval()
+    model = Own(transformers.LlamaConfig(**TEXT)).eval()
     assert hook_names(model, "blocks.1.hook_resid_post") == ["blocks.1.hook_resid_post"]
 
 
 def test_asking_for_names_leaves_a_model_as_it_is():
-    model = _family("Qwen3_5ForCausalLM")
+    model = build("Qwen3_5ForCausalLM")
     fired = []
     model.model.layers[0].register_forward_hook(lambda *_: fired.append(1))
     model.train()
@@ -642,7 +434,7 @@ def test_asking_for_names_leaves_a_model_as_it_is():
 
 
 def test_names_are_found_where_no_weight_has_a_value():
-    config = _config("Qwen3_5ForCausalLM")
+    config = config_of("Qwen3_5ForCausalLM")
     with torch.device("meta"):
         model = transformers.Qwen3_5ForCausalLM(config)
     part = Places(model).translation.points["blocks.1.attn.q.hook_out"][1].part
@@ -656,7 +448,7 @@ class _Strange(nn.Module):
 
 
 def test_a_model_that_does_not_run_without_values_has_its_names(capfd):
-    config = transformers.LlamaConfig(**_TEXT)
+    config = transformers.LlamaConfig(**TEXT)
     model = transformers.LlamaForCausalLM(config).eval()
     model.model.layers[0].mlp.down_proj = _Strange()
     assert len(hook_names(model, "blocks.*.hook_resid_post")) == 2

@@ -11,8 +11,21 @@ import architectures
 from architectures import WRONG, apart, bridge, inputs, plain, run
 from grown import Matrix
 
+_TURNED = ["blocks.1.attn.hook_rot_q", "blocks.1.attn.hook_rot_k"]
+_JOINT = ["blocks.0.attn.qkv.hook_in", "blocks.0.attn.qkv.hook_out"]
 NEVER = {
-    "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out"],
+    "Gemma4ForCausalLM": _TURNED,
+    "GPTJForCausalLM": _TURNED,
+    "NanoChatForCausalLM": _TURNED,
+    "GPTNeoXForCausalLM": [*_TURNED, *_JOINT],
+    "FalconForCausalLM": [*_TURNED, *_JOINT],
+    "CodeGenForCausalLM": [*_TURNED, *_JOINT],
+    "Phi3ForCausalLM": [*_TURNED, *_JOINT],
+    "GPT2LMHeadModel": _JOINT,
+    "BloomForCausalLM": _JOINT,
+    "MptForCausalLM": _JOINT,
+    "LlamaForCausalLM": ["rotary_emb.hook_out", "blocks.0.attn.hook_hidden_states"],
+    "OpenAIGPTLMHeadModel": ["blocks.0.hook_resid_post", "blocks.1.hook_out", *_JOINT],
     "LEDForConditionalGeneration": [
         "encoder_blocks.0.attn.hook_pattern",
         "decoder_blocks.1.self_attn.hook_attn_scores",

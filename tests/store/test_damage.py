@@ -4,7 +4,7 @@ import pytest
 from stored import write
 
 from actctx import DataError
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx.dataset import ActivationDataset
 
 
@@ -39,7 +39,7 @@ def test_whoever_writes_is_told_of_damage_as_whoever_reads(tmp_path):
     for manifest in damaged(file.read_bytes()):
         file.write_bytes(manifest)
         said = []
-        for move in (ActivationDataset, Target):
+        for move in (ActivationDataset, Destination):
             with pytest.raises(DataError) as caught:
                 move(path)
             said.append(str(caught.value))

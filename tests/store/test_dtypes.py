@@ -57,11 +57,6 @@ def same(here, there):
     return here.dtype == there.dtype and torch.equal(here, there)
 
 
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "acts.lance"
-
-
 @pytest.mark.parametrize("dtype", [*NUMBERS, *FLOATS], ids=str)
 def test_they_come_back_as_they_were(out, dtype):
     extract(Numbers(dtype), IDS, VALUES, out, batch_size=2)

@@ -8,13 +8,13 @@ import re
 
 import pytest
 import torch
-from stored import LENGTH, RESID, Z, heads, lance, pa, resid, tokens, write
+from stored import LENGTH, RESID, Z, heads, lance, pa, resid, write
 
 from actctx import DataError, OptionError
 from actctx._cli.commands import info
-from actctx._store.destination import Target
+from actctx._store.destination import Destination
 from actctx._store.site_columns import StoredSite, as_array, as_tensor, column_name
-from actctx._store.validation import Files, check_columns
+from actctx._store.validation import Files
 from actctx._text import printable
 from actctx.dataset import ActivationDataset
 
@@ -46,7 +46,7 @@ def rewrite(path, metadata):
 def refusal(path):
     """What whoever reads, whoever resumes and the command line say, which is one thing."""
     said = set()
-    for move in (ActivationDataset, Target, lambda path: info(str(path))):
+    for move in (ActivationDataset, Destination, lambda path: info(str(path))):
         with pytest.raises(DataError) as caught:
             move(path)
         said.add(str(caught.value))
@@ -219,7 +219,7 @@ def without(path, column):
 def test_rows_that_were_appended_without_a_site_are_said(tmp_path):
     path = write(tmp_path / "a.lance", ROWS)
     without(path, COLUMN)
-    for move in (ActivationDataset, Target):
+    for move in (ActivationDataset, Destination):
         with pytest.raises(DataError) as caught:
             move(path)
         assert str(caught.value) == (
@@ -383,158 +383,19 @@ def test_what_is_whole_is_read_as_it_was(whole):
 
 
 def test_nulls_are_not_added_to_another_data_set(tmp_path):
-    whole = Target(write(tmp_path / "a.lance", ROWS))
+    whole = Destination(write(tmp_path / "a.lance", ROWS))
     path = write(tmp_path / "b.lance", ROWS // 2, names=("more", "most"))
     table = lance.dataset(path).to_table()
     at = table.schema.get_field_index("more")
     nulls = pa.nulls(ROWS // 2, table.schema.field(at).type)
     lance.write_dataset(table.set_column(at, table.schema.field(at), nulls), path, mode="append")
-    other = Target(path)
+    other = Destination(path)
     try:
         with pytest.raises(DataError) as caught:
-            whole.take_columns(other)
+            whole.contents.take_columns(other.contents)
     finally:
         whole.release()
         other.release()
     assert str(caught.value).startswith(f"cannot add the sites to '{whole.path}': ")
     assert "rows have nothing in its column 'more'" in str(caught.value)
     assert [*ActivationDataset(whole.path).sites] == [RESID, Z]
-
-
-def cached(tmp_path, runs, **changed):
-    """Cache runs as SAELens does, and change what the directory says of itself."""
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features({"hook": datasets.Array2D(shape=(4, 2), dtype="float32")})
-    datasets.Dataset.from_dict({"hook": runs}, features=features).save_to_disk(tmp_path / "cached")
-    for name, change in changed.items():
-        file = tmp_path / "cached" / f"{name}.json"
-        found = json.loads(file.read_text())
-        change(found)
-        file.write_text(json.dumps(found))
-    return tmp_path / "cached"
-
-
-RUN = [[0.0, 1.0]] * 4
-
-
-@pytest.mark.parametrize(
-    ("runs", "changed", "found"),
-    [
-        ([RUN, RUN[:3]], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
-        (
-            [RUN, [[0.0]] * 4],
-            {},
-            "cannot be read whole: its column 'hook' has runs that are not of 2",
-        ),
-        ([RUN, None], {}, "cannot be read whole: its column 'hook' has runs that are not of 4"),
-        (
-            [RUN, [[0.0, None]] * 4],
-            {},
-            "cannot be read whole: its column 'hook' has nulls among its elements",
-        ),
-        (
-            [RUN],
-            {"dataset_info": lambda found: found["features"]["hook"].update(shape=[-4, 2])},
-            "has activations of the shape (-4, 2) in its column 'hook', where runs of one context",
-        ),
-        (
-            [RUN],
-            {"dataset_info": lambda found: found["features"].update(hook=3)},
-            "is not a directory of SAELens' cached activations: ",
-        ),
-        (
-            [RUN],
-            {"state": lambda found: found.clear()},
-            "is not a directory of SAELens' cached activations: ",
-        ),
-    ],
-)
-def test_what_saelens_cached_is_checked(tmp_path, runs, changed, found):
-    path = cached(tmp_path, runs, **changed)
-    with pytest.raises(DataError) as caught:
-        ActivationDataset.from_saelens(path, tmp_path / "a.lance")
-    assert str(caught.value).startswith(f"'{path}' {found}")
-    assert [each.name for each in tmp_path.iterdir()] == ["cached"]
-
-
-def edited(path, change):
-    """Change the bytes of each file of rows."""
-    for file in (path / "data").iterdir():
-        file.write_bytes(change(file.read_bytes()))
-    return path
-
-
-def test_a_damaged_file_ends_no_scan_of_it(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    kind = b"/lance.encodings.ColumnEncoding"
-    edited(path, lambda found: found.replace(kind, kind[:-4] + b"\0" + kind[-3:]))
-    with pytest.raises(DataError) as caught:
-        ActivationDataset(path, where="position > 3")
-    assert str(caught.value).startswith(f"rows of '{path}' cannot be read: ")
-    target = Target(path)
-    with pytest.raises(DataError, match="cannot be read: "):
-        next(target.stored())
-    target.release()
-
-
-def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    edited(path, lambda found: found[:-13] + b"\x7f" + found[-12:])  # 2**31 of what else there is
-    data = ActivationDataset(path)
-    (file,) = (path / "data").iterdir()
-    with pytest.raises(DataError) as caught:
-        data[0]
-    assert str(caught.value) == (
-        f"rows of '{path}' cannot be read: its file {file.name!r} is damaged; open it again, since "
-        "another process may have replaced its files, or write it anew"
-    )
-
-
-def test_a_file_of_deleted_rows_that_is_another_is_not_read(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    lance.dataset(path).delete("position = 5")
-    assert len(ActivationDataset(path)[:]["token"]) == 94
-    (file,) = (path / "_deletions").iterdir()
-    table = pa.ipc.open_file(file.read_bytes()).read_all()
-    with pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table[:2])
-    with pytest.raises(DataError, match=f"its file '{file.name}' is damaged"):
-        ActivationDataset(path)[:]
-
-
-def test_columns_of_one_name_are_said():
-    twice = pa.schema([("token", pa.int32()), ("label", pa.int64()), ("label", pa.string())])
-    with pytest.raises(ValueError, match=r"^it has several columns 'label'$"):
-        check_columns(twice, {"token": pa.int32()})
-
-
-def test_a_carried_column_that_became_another_is_said(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    data = ActivationDataset(path)
-    lance.dataset(path).alter_columns({"path": "label", "data_type": pa.int32()})
-    assert data[3]["label"].dtype == torch.int64  # of the version that was opened
-    data._rows.version = None
-    data._rows._opened = data._rows._files = None
-    with pytest.raises(DataError, match="its column 'label' is int32, as it was not before; "):
-        data[3]
-
-
-def test_a_condition_that_fails_at_a_text_with_a_nul_ends_nothing(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    lance.dataset(path).update({"text": "concat('a', chr(0))"}, where="position = 3")
-    assert ActivationDataset(path, where="position = 3")[0]["text"] == "a\0"
-    with pytest.raises(OptionError, match=r"is not a condition on rows: .*Cannot cast string"):
-        ActivationDataset(path, where="position = 3 AND CAST(text AS INT) > 3")
-
-
-def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
-    path = write(tmp_path / "a.lance", ROWS)
-    lance.dataset(path).alter_columns({"path": "token", "nullable": True})
-    assert ActivationDataset(path).tokens.tolist() == tokens(torch.arange(ROWS)).tolist()
-    lance.dataset(path).update({"token": "null"}, where="position = 3")
-    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32"):
-        ActivationDataset(path)[:]
-    target = Target(path)
-    with pytest.raises(DataError, match="cannot be read: rows have nothing in its column 'token'"):
-        next(target.stored())
-    target.release()

@@ -72,7 +72,7 @@ def check_cuts(tmp_path, monkeypatch, seed, cuts):
     root.mkdir()
     disk = Disk(root, tmp_path / "shadow", draw)
     promised, left = [0], []
-    append = writer.Target.append
+    append = writer.Contents.append
 
     def told(self, rows):
         append(self, rows)
@@ -86,7 +86,7 @@ def check_cuts(tmp_path, monkeypatch, seed, cuts):
         disk.note(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.Target, "append", told)
+        patch.setattr(writer.Contents, "append", told)
         patch.setattr("actctx._store.commits.sync", noted)
         write(root / "acts.lance")
     assert len(left) == cuts
@@ -202,7 +202,7 @@ def check_unsynced(tmp_path, monkeypatch, seed):
     root = tmp_path / "disk"
     root.mkdir()
     disk, left = Disk(root, tmp_path / "shadow", draw), []
-    append = writer.Target.append
+    append = writer.Contents.append
 
     def told(self, rows):
         append(self, rows)
@@ -213,7 +213,7 @@ def check_unsynced(tmp_path, monkeypatch, seed):
         disk.cut(left[-1])
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.Target, "append", told)
+        patch.setattr(writer.Contents, "append", told)
         write(root / "acts.lance", sync=False)
     goes_on = 0
     for where in left:
@@ -248,7 +248,7 @@ def check_image(where: Path, seed: int, cuts: int, *, syncs: bool = True) -> Non
     write(where / "whole.lance", count=BATCHES)
     wanted = Read(where / "whole.lance")
     image, promised = Image(where), [0]
-    append = writer.Target.append
+    append = writer.Contents.append
 
     def told(self, rows):
         append(self, rows)
@@ -266,14 +266,14 @@ def check_image(where: Path, seed: int, cuts: int, *, syncs: bool = True) -> Non
             return
 
     for _ in range(cuts):
-        promised[0], writer.Target.append = 0, told
+        promised[0], writer.Contents.append = 0, told
         running = threading.Thread(target=run, args=(image.root / "acts.lance",))
         running.start()
         time.sleep(draw.uniform(0.2, 0.2 * BATCHES + 1))
         rows = promised[0]
         image.cut()
         running.join()
-        writer.Target.append = append
+        writer.Contents.append = append
         image.power_on()
         print(f"cut after {rows} rows", flush=True)  # noqa: T201
         check(image.root / "acts.lance", wanted, rows, syncs=syncs)

@@ -1,0 +1,73 @@
+"""Find places whose values depend on positions by themselves: rotary tables, and what they turn.
+
+# NOTE [What depends on positions by itself]
+A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
+scores, such as a norm of the queries, is given vectors that are turned by their own position: they
+differ if padding is counted. No value tells that, so the source of the attention does: what it
+assigns from `apply_rotary_pos_emb` and its like, and hands to a module.
+"""
+
+import ast
+import functools
+import inspect
+import re
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from actctx._model.places import Place
+
+_NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
+
+
+def depends_on_positions(core: nn.Module, place: Place) -> bool:
+    """Return whether a place of a model holds a rotary table, or what one has turned."""
+    return bool(_NAMED.search(place.name)) or any(
+        child is place.module and name in _turned_in(type(module).forward)
+        for module in core.modules()
+        for name, child in module.named_children()
+    )
+
+
+@functools.lru_cache
+def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
+    """List the attributes of a module that its forward calls on what was turned."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return frozenset()
+    turned: set[str] = set()
+    found: set[str] = set()
+    assigned = [node for node in ast.walk(tree) if isinstance(node, ast.Assign)]
+    for node in sorted(assigned, key=lambda each: each.lineno):
+        targets, given = _names(node.targets[0]), _names(node.value)
+        if _turns(node.value):
+            turned |= targets
+        elif given & turned:
+            found |= _called_on(turned, node.value)
+        else:
+            turned -= targets
+    return frozenset(found)
+
+
+def _turns(value: ast.expr) -> bool:
+    function = value.func if isinstance(value, ast.Call) else None
+    return isinstance(function, ast.Name) and function.id.startswith("apply_rot")
+
+
+def _called_on(turned: set[str], value: ast.expr) -> set[str]:
+    """List the attributes of `self` that are called on a name that was turned."""
+    return {
+        node.func.attr
+        for node in ast.walk(value)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and _names(node.func.value) == {"self"}
+        and any(_names(each) & turned for each in node.args)
+    }
+
+
+def _names(tree: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
