@@ -112,9 +112,8 @@ def plan(
             f"--length {length} is more than the {limit} tokens that {model} reads; give fewer"
         )
     tokens = torch.ones((batch, length), dtype=torch.long)
-    planned = take(outlined, hooks, slice=selected, dtype=_torch(dtype), stop=True).plan(
-        tokens, attention_mask=torch.ones_like(tokens)
-    )
+    capturing = take(outlined, hooks, slice=selected, dtype=_torch(dtype), stop=True)
+    planned = capturing.plan(tokens)
     if planned.missing:
         _note(f"matched, but would never fire: {shortened(list(planned.missing))}")
     table = _table("site", "axes", "shape", "dtype", "bytes")
