@@ -1,4 +1,4 @@
-"""What holds inputs: whatever gives one after the other. What does not has a remedy of its own."""
+"""Check what holds the inputs, and explain how to iterate over what cannot be iterated as it is."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from actctx._errors import DataError
 
 
 def check_container(data: Any) -> None:
-    """Refuse what cannot be gone through, or would give something else than inputs.
+    """Refuse what cannot be iterated, or would yield something other than inputs.
 
     Raises:
         DataError: It is one input, a table, a map-style data set, or no data at all.

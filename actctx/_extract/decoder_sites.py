@@ -16,12 +16,7 @@ _OF_DECODERS = ("decoder", "tgt", "target")
 
 
 def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
-    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's.
-
-    Raises:
-        OptionError: There is one.
-
-    """
+    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's."""
     sides, inner = Sides(model), innermost(model)
     by_name = not sides.two and _is_named_for_both(inner)
     for site in sites:

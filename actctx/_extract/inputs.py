@@ -105,13 +105,13 @@ class Reader:
         """Read an input, batch by batch.
 
         Raises:
-            DataError: It is empty, or holds what is no input.
+            DataError: It is empty, or holds something other than inputs.
 
         """
         return self.batches_of(self.source(data))
 
     def ways(self, data: Iterable[Any], marks: Sequence[Mark]) -> Iterator[tuple[Source, Mark]]:
-        """Yield the ways to go on with an input, each with the mark that it begins at.
+        """Yield the ways to resume an input, each with the mark that it begins at.
 
         A way is asked for where the one before came to other rows than those on disk; the last one
         reads all of the input. See the note of `Source`.
@@ -146,7 +146,7 @@ class Reader:
             of: What the input is a part of; itself by default.
 
         Raises:
-            DataError: It is empty, or holds what is no input.
+            DataError: It is empty, or holds something other than inputs.
 
         """
         of = data if of is None else of
@@ -184,7 +184,7 @@ class Reader:
         yield from map(self._telling, read)
 
     def _telling(self, batch: Batch) -> Batch:
-        """Say which tokens are no padding, also where all are."""
+        """Give the forward an attention mask, also if nothing is padding."""
         name = self.takes_mask
         if name is None or name in batch.given or not self.tells_all:
             return batch
@@ -200,7 +200,7 @@ class Reader:
         return bool(self._made) and batch_size != self.batch_size
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
-        """Return whether an input is a list of batches, or one, which can be gone through twice."""
+        """Return whether an input is a batch or a list of batches, which can be read twice."""
         if _is_one(data):
             return True
         return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
@@ -218,7 +218,7 @@ class Reader:
         return total
 
     def _longest(self, item: Any) -> int | None:
-        """Bound the tokens of a single sequence; None where there is no telling."""
+        """Return the most tokens that a single sequence can have; None if unknown."""
         tokens = tokens_in(item)
         if isinstance(tokens, str):
             return None if self.pack else self.context
@@ -352,12 +352,7 @@ def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
 
 
 def _check_texts(items: Iterable[Item]) -> None:
-    """Say which text a tokenizer cannot be given, if there is one.
-
-    Raises:
-        DataError: There is.
-
-    """
+    """Refuse a text that a tokenizer cannot be given."""
     for item in items:
         if item.text is not None and not is_utf8(item.text):
             raise DataError(
@@ -373,16 +368,12 @@ def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
 
 
 def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[str]) -> None:
-    """Check padding that a forward cannot be told of; behind the tokens causal models ignore it.
+    """Check padding that a forward cannot be told of; causal models ignore it after the tokens.
 
     Args:
         real: Where tokens are not padding.
         number: The number of the first sequence in the input.
         warned: What was warned of before, which is warned of once.
-
-    Raises:
-        DataError: It stands before tokens.
-
     """
     if bool(real.all()):
         return

@@ -1,6 +1,6 @@
 """Read the items of an input: token ids or a text, and what comes along with them.
 
-Batches wait to be run, and a caller may fill his tensors anew meanwhile: what is read is copied.
+What is read is copied, since batches wait to be run and callers may reuse their tensors meanwhile.
 """
 
 import numbers
@@ -19,13 +19,13 @@ from actctx._extract.containers import as_plain, why_no_values
 from actctx._text import is_utf8, shortened
 
 TOKENS = ("input_ids", "tokens", "text")
-"""What a dict may hold its tokens, or its text, under."""
+"""The keys under which a dict may hold its tokens or its text."""
 
 _ELSEWHERE = (
     *("decoder", "cross", "head", "past"),
     *("pixel", "image", "video", "second_per", "audio", "feature", "input_features"),
 )
-"""How the names begin of what a forward takes that is not about the tokens of its input."""
+"""Prefixes of the arguments of a forward that are not about the tokens of its input."""
 
 _MOST = 2**63
 _NO_IDS = torch.empty(0, dtype=torch.long, device="cpu")
@@ -38,9 +38,9 @@ class Item:
     Attributes:
         tokens: The token ids; none of a text until it is tokenized.
         number: The number of its first sequence in the input.
-        real: Where they are no padding, as the item tells.
-        kept: Where they leave rows, as the item tells.
-        attended: Where they are no padding, as a batch tells whose padding leaves rows too.
+        real: Where tokens are not padding, as the item says.
+        kept: Where they leave rows, as the item says.
+        attended: Where they are not padding, in a batch whose padding leaves rows too.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence of a batch, or with the sequence, by name.
         text: The text, until it is tokenized.
@@ -61,7 +61,7 @@ class Item:
     attended: Bool[Tensor, "batch pos"] | None = None
 
     def of_single_tokens(self) -> "Item":
-        """Return a sequence without its padding, of which all has an entry for each token.
+        """Return a sequence without its padding.
 
         Raises:
             DataError: A mask, or what the forward is given, has another number of them.
@@ -87,12 +87,7 @@ class Item:
         return self._at(self.real)
 
     def check_masks(self) -> None:
-        """Refuse masks that are not of the shape of the tokens.
-
-        Raises:
-            DataError: They are.
-
-        """
+        """Refuse masks that are not of the shape of the tokens."""
         shape = self.tokens.shape
         for name, mask in (("attention mask", self.real), ("mask of rows", self.kept)):
             if mask is not None and mask.shape != shape:
@@ -260,7 +255,7 @@ class Items:
 
 
 def tokens_in(item: Any) -> Any:
-    """Find the token ids, or the text, in what an input holds.
+    """Find the token ids, or the text, of an item.
 
     Raises:
         DataError: There are none, or it is not known which they are.
@@ -311,12 +306,7 @@ def _is_integer(ids: Tensor) -> bool:
 
 
 def _as_long(ids: Tensor, number: int) -> Int64[Tensor, "..."]:
-    """Copy token ids, of which unsigned ones must not become negative.
-
-    Raises:
-        DataError: One is too large.
-
-    """
+    """Copy token ids, of which unsigned ones must not become negative."""
     own = ids.to("cpu", torch.long, copy=True)
     if ids.dtype == torch.uint64 and bool((own < 0).any()):
         raise DataError(
@@ -395,7 +385,7 @@ def _as_mask(
 
 
 def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | None:
-    """Read which tokens are no padding, where a mask that decides about no rows tells it."""
+    """Read which tokens are not padding from a mask that does not decide about rows."""
     given = _as_given(mask)
     if not isinstance(given, Tensor) or given.shape != shape:
         return None
@@ -403,12 +393,7 @@ def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | 
 
 
 def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Refuse a mask of another name for the forward, where no attention mask tells of padding.
-
-    Raises:
-        DataError: There is one, and it is not the same for all tokens.
-
-    """
+    """Refuse a mask of another name for the forward, where no attention mask tells of padding."""
     for name, mask in given.items():
         if is_mask_of_tokens(name, mask, shape) and bool((mask != mask.flatten()[0]).any()):
             raise DataError(

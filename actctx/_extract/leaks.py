@@ -1,4 +1,4 @@
-"""Find out whether padding reaches the tokens beside it, by running one sequence alone.
+"""Detect padding that reaches the tokens beside it, by running one sequence alone.
 
 # NOTE [Leaks]
 Some models let padding into the tokens beside it whatever the mask says: a convolution runs over
@@ -77,7 +77,7 @@ def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> LoneSequence | N
     """Choose a sequence that has rows and padding; None where none can be taken by itself.
 
     Args:
-        batch: The batch as it is run, with padding behind the tokens.
+        batch: The batch as it is run, with padding after the tokens.
         where: The tokens that are rows.
 
     """

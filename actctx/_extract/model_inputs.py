@@ -159,12 +159,7 @@ def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
 
 
 def _check_is_settled(model: nn.Module) -> None:
-    """Refuse a model that leaves other activations each time, or learns from what it is given.
-
-    Raises:
-        OptionError: A module of it is in training mode, and drops at random or keeps statistics.
-
-    """
+    """Refuse a model that leaves other activations each time, or learns from what it is given."""
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -184,12 +179,7 @@ def _check_is_settled(model: nn.Module) -> None:
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Turn texts into tokens.
-
-    Raises:
-        OptionError: The tokenizer returns something else, or not as many.
-
-    """
+    """Turn texts into tokens."""
     found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
     ids = found.get("input_ids") if isinstance(found, Mapping) else None
     if not isinstance(ids, Sized) or not isinstance(ids, Iterable):

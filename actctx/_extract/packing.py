@@ -1,4 +1,4 @@
-"""Sequences that are joined, and cut into as many tokens as the context has."""
+"""Join sequences, and cut them into as many tokens as the context has."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator

@@ -82,16 +82,7 @@ def make_plan(
     pooling: str | None,
     finite: bool,
 ) -> Plan:
-    """Plan an extraction; see `Plan`.
-
-    Args:
-        model: The model.
-        capture: Captures the sites, with `chosen` for its mask.
-        chosen: The mask.
-        reader: Reads the input.
-        drop: The tokens and positions that leave no rows.
-        pooling: How the rows of a sequence are joined; None if they are not.
-        finite: Whether NaN and infinite values are refused.
+    """Plan an extraction without the tokens and positions of `drop`; see `Plan`.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.

@@ -25,7 +25,7 @@ def progress_bar(*, shown: bool, name: str, total: int | None, **options: Any) -
     Where there is neither a notebook nor a terminal, as in a batch job, it is a line a minute.
 
     Args:
-        shown: Whether it is to be seen at all.
+        shown: Whether anything is shown.
         name: What a line begins with.
         total: How far it goes; None where that is not known.
         options: What else tqdm takes: `unit` and `initial`.
@@ -58,7 +58,7 @@ class Lines:
     Attributes:
         n: How many there are.
         row_bytes: The bytes of one; 0 where they are not known yet.
-        disable: Whether what is beside a bar is left out, as on tqdm's.
+        disable: Whether messages beside the bar are left out, as for tqdm.
 
     """
 
@@ -82,7 +82,7 @@ class Lines:
         self._thread.join()
 
     def update(self, rows: int) -> None:
-        """Count on."""
+        """Count more of them."""
         if self._begun is None:  # what came before was reading
             self._begun = time.monotonic()
         self.n += rows
@@ -113,7 +113,7 @@ def say(text: str) -> None:
     if _LOG.isEnabledFor(logging.INFO) and _LOG.hasHandlers():
         _LOG.info(text)
     elif sys.stderr is not None:
-        with contextlib.suppress(OSError, ValueError):  # whoever read it may have gone
+        with contextlib.suppress(OSError, ValueError):  # its reader may have gone
             sys.stderr.write(f"{datetime.now().astimezone():%Y-%m-%d %H:%M:%S} {text}\n")
             sys.stderr.flush()
 
@@ -126,14 +126,14 @@ def advance(bar: Any, rows: int) -> None:
 
 
 def add_note_of_rows(error: BaseException, path: Path, rows: int) -> None:
-    """Say, with what ends an extraction, which rows are on disk; not where it is refused."""
+    """Add to an error which rows are on disk; not if the extraction was refused."""
     if isinstance(error, ActctxError):
         return
     note = f"'{path}' keeps {counted(rows, 'row')}; the same call resumes after them"
     if not rows:
         note = f"no rows are in '{path}' yet; the same call begins anew"
     error.add_note(note)
-    if isinstance(error, SystemExit):  # whose notes nobody shows
+    if isinstance(error, SystemExit):  # whose notes are not shown
         _LOG.warning(note)
 
 

@@ -49,7 +49,7 @@ class Remainder:
         for source, at in self.reader.ways(data, self._marks):
             works = self._from(source, at)
             try:
-                first = [*_first(works)]  # behind all that is compared with rows on disk
+                first = [*_first(works)]  # after all that is compared with rows on disk
             except OSError:
                 raise
             except Exception:

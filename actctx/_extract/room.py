@@ -20,7 +20,7 @@ class Room:
         path: Where they are written.
         row_count: The rows that are on disk.
         expected: The rows that there will be; None if that is not known.
-        is_copied: Whether they are copied to another data set, and deleted behind that.
+        is_copied: Whether they are then copied to another data set, and deleted.
 
     """
 

@@ -44,14 +44,14 @@ class Sorting:
             for together in self._together(sequences)
             for start in range(0, len(together), self.ordered_as)
         ]
-        # Whoever stops early is not left with the longest.
+        # An early stop should not leave the longest only.
         chance = torch.Generator().manual_seed(0)
         for number in torch.randperm(len(batches), generator=chance).tolist():
             for start in range(0, len(batches[number]), self.batch_size):
                 yield self._padded(batches[number][start : start + self.batch_size])
 
     def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
-        """Divide sequences by length where padding would be attended to, or none was asked for."""
+        """Divide sequences by length if padding would be attended to, or is not wanted."""
         if self.takes_mask is not None and not self.equal_lengths:
             yield sequences
             return

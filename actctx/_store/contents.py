@@ -1,9 +1,9 @@
 """A data set on disk that is written to: rows, sites, and what it says about itself.
 
 # NOTE [Old versions]
-Whoever opened the data set reads the version of then, whose manifest a later one replaces. So the
-manifests that were the newest at any time in the last `_KEPT` stay; older ones are deleted before
-more is written, but for those that somebody tagged.
+A data set that is open is read at the version of its opening, whose manifest a later one replaces.
+So the manifests that were the newest at any time in the last `_KEPT` stay; older ones are deleted
+before more is written, unless they are tagged.
 """
 
 import contextlib

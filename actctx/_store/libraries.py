@@ -56,5 +56,5 @@ def import_datasets() -> Any:
 
 @cache
 def _used_in() -> int:
-    """Tell in which process Lance was used first; one that is forked from it knows as well."""
+    """Return the process that used Lance first; a process that was forked from it agrees."""
     return os.getpid()

@@ -31,7 +31,7 @@ _SCHEME = 2  # of the order; the first one had pools that were too small
 
 @dataclass
 class _Place:
-    """Where an iteration is: how many batches it gave of an epoch."""
+    """The position of an iteration: how many batches of an epoch it gave."""
 
     epoch: int = 0
     batch: int = 0
@@ -133,7 +133,7 @@ class Loader(IterableDataset[StoredBatch]):
         return {**self._identity(), "epoch": self.epoch, "batch": self._place.batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader was, with the batch after the last that it gave.
+        """Resume another loader, at the batch after the last one that it gave.
 
         The next iteration gives the rest of the epoch: an empty pass if the last batch had been
         given.
@@ -144,8 +144,7 @@ class Loader(IterableDataset[StoredBatch]):
                 or all that it has of the epoch.
 
         Raises:
-            OptionError: It is no such state, or of no such batch, or the other loader gave another
-                order.
+            OptionError: It is not such a state, has no such batch, or is of another order.
 
         """
         self._check_scheme(state)
@@ -171,7 +170,7 @@ class Loader(IterableDataset[StoredBatch]):
         self._place = _Place(epoch, batch, is_loaded=True)
 
     def _check_scheme(self, state: Any) -> None:
-        """Refuse what is no state, or of another way to shuffle."""
+        """Refuse what is not a state, or is of another way to shuffle."""
         names = self.state_dict().keys() - {"scheme"}
         if not (
             isinstance(state, Mapping)
@@ -191,7 +190,7 @@ class Loader(IterableDataset[StoredBatch]):
             )
 
     def _identity(self) -> dict[str, Any]:
-        """What the order depends on, but for the rank."""
+        """Return what the order depends on, except the rank."""
         names = (each.name for each in fields(self._order) if each.name not in {"rank", "epoch"})
         return {"scheme": _SCHEME, **{name: getattr(self._order, name) for name in names}}
 

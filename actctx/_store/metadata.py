@@ -105,12 +105,7 @@ def _read(value: Any, hint: Any, where: str) -> Any:
 
 
 def _check_text(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse halves of characters, which JSON can write and nothing can show.
-
-    Raises:
-        ValueError: It has such halves, or lists nested too deeply.
-
-    """
+    """Refuse halves of characters, which JSON can write and nothing can show."""
     if depth > _DEEPEST:
         raise ValueError(f"{where!r} is nested too deeply")
     if isinstance(value, list | dict):

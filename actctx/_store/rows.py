@@ -17,7 +17,7 @@ from actctx._files import reason_of
 from actctx._store.layout import BACK, Layout
 from actctx._store.matching import Matching
 from actctx._store.site_columns import StoredSite, as_tensor
-from actctx._store.texts import Known, TextRows, lost, offsets_of_matching, read_texts
+from actctx._store.texts import TextCache, TextRows, lost, offsets_of_matching, read_texts
 from actctx._store.validation import REOPEN, Files, count_rows, reading
 from actctx._store.versions import open_lance
 from actctx._store.where import as_lance_reads, rows_where, why_refused
@@ -108,7 +108,7 @@ class StoredRows:
 
     @cached_property
     def memory(self) -> int:
-        """The bytes that a row takes in memory; what lists hold is estimated by a sample.
+        """The bytes that a row takes in memory; for lists, estimated from a sample.
 
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
@@ -151,7 +151,7 @@ class StoredRows:
         return ["sequence", BACK] if self.texts else []
 
     def _texts_of(
-        self, rows: Int64[np.ndarray, "row"], table: Any, known: Known
+        self, rows: Int64[np.ndarray, "row"], table: Any, known: TextCache
     ) -> dict[str, np.ndarray]:
         """Read the texts of rows, of which a table tells where they are."""
         if table[BACK].null_count or table["sequence"].null_count:
@@ -169,7 +169,7 @@ class StoredRows:
         )
 
     def find(self, where: str, sites: Mapping[str, StoredSite]) -> None:
-        """Keep the rows that a condition holds of.
+        """Keep only the rows that match a condition.
 
         Args:
             where: The condition.
@@ -191,7 +191,7 @@ class StoredRows:
     def _offsets(
         self, where: str, sites: Mapping[str, StoredSite]
     ) -> Iterator[Int64[np.ndarray, " match"]]:
-        """Find the rows that a condition holds of, some at a time, in any order."""
+        """Find the rows that match a condition, some at a time, in any order."""
 
         def refused(error: Exception) -> OptionError:
             reason = printable(why_refused(reason_of(error), sites, self.others))
@@ -222,7 +222,7 @@ class StoredRows:
         )
 
     def empty(self, rows: int) -> StoredBatch:
-        """Make room for rows.
+        """Allocate memory for rows.
 
         Raises:
             DataError: Memory has none.
@@ -245,10 +245,10 @@ class StoredRows:
     def read(self, rows: range | Int64[np.ndarray, "row"]) -> StoredBatch:
         """Read rows in any order, also several times, with little more memory than they take.
 
-        That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
+        That is a few megabytes, and if the rows are not a range, 8 bytes for each to sort them.
         """
         batch = self.empty(len(rows))
-        known: Known = {}
+        known: TextCache = {}
         for place, some in _ascending(rows, self.at_once):
             self.read_into(batch, some, place=place, known=known)
         return {
@@ -267,7 +267,7 @@ class StoredRows:
         rows: Int64[np.ndarray, "row"],
         *,
         place: slice | Int64[np.ndarray, "row"],
-        known: Known,
+        known: TextCache,
     ) -> None:
         """Read rows, in ascending order, to a place in a batch.
 
@@ -341,7 +341,7 @@ def _put(memory: Any, place: slice | Int64[np.ndarray, "row"], values: Any) -> N
 def _ascending(
     rows: range | Int64[np.ndarray, "row"], at_once: int
 ) -> Iterator[tuple[slice | Int64[np.ndarray, "row"], Int64[np.ndarray, "row"]]]:
-    """Give some rows at a time, in ascending order, and their places."""
+    """Yield some rows at a time, in ascending order, and their places."""
     if not isinstance(rows, range):
         order = np.argsort(rows, kind="stable")
         for start in range(0, len(rows), at_once):
@@ -359,7 +359,7 @@ def _ascending(
 
 
 def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype | None]:
-    """Return the dtypes of the columns that are no sites; None for what is read into a list.
+    """Return the dtypes of columns other than sites; None for those read into a list.
 
     Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
     integers and booleans with nulls, which only somebody else's columns have: these are looked at.

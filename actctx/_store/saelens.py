@@ -26,7 +26,7 @@ from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
-from actctx._store.digests import Digest, digested, note_all
+from actctx._store.digests import Digest, digested, record_all
 from actctx._store.layout import DIGEST, TAKEN, Layout
 from actctx._store.libraries import import_datasets, import_lance
 from actctx._store.loader import Loader
@@ -104,12 +104,7 @@ def write_saelens(
 
 
 def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
-    """Return the name of each site's column.
-
-    Raises:
-        OptionError: A name is of no site, or two columns would have one name.
-
-    """
+    """Return the name of each site's column."""
     if not isinstance(rename, Mapping):
         raise OptionError(
             f"rename={rename!r} is not a dict; give SAELens' hook_name for sites, as in "
@@ -138,12 +133,7 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
 
 
 def _writable(site: StoredSite) -> torch.dtype:
-    """Choose the dtype that a site is written in.
-
-    Raises:
-        OptionError: It has integers or bools, which SAELens does not train from.
-
-    """
+    """Choose the dtype that a site is written in."""
     dtype = site.torch_dtype
     if not dtype.is_floating_point:
         raise OptionError(
@@ -249,7 +239,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             digests = {name: Digest() for name in schema.names}
             noted = digested(batches, digests)
             _write(noted, schema, address=str(partial), source=path)
-            note_all(partial, digests, layout.as_metadata())
+            record_all(partial, digests, layout.as_metadata())
         return
     try:  # an object store, where what has no manifest is no data set
         _write(batches, schema, address=address, source=path)
@@ -292,12 +282,7 @@ def _write(
     address: str,
     source: str | PathLike[str],
 ) -> None:
-    """Write a Lance dataset.
-
-    Raises:
-        DataError: The source of the batches cannot be read, which Lance would say as its own.
-
-    """
+    """Write a Lance dataset."""
     import pyarrow as pa
 
     failed: list[Exception] = []
@@ -369,12 +354,7 @@ def _tokens(table: "pa.Table", context: int) -> "pa.Array":
 
 
 def _lists(name: str, column: "pa.Array", length: int) -> "pa.Array":
-    """Join the lists of a column.
-
-    Raises:
-        ValueError: Some are of another length, or null.
-
-    """
+    """Join the lists of a column."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(column)

@@ -29,7 +29,7 @@ from actctx._store.permutation import permuted
 from actctx._text import counted
 
 BLOCK = 32
-LEAST_BATCHES = 16  # of a pool that nobody bounds
+LEAST_BATCHES = 16  # of a pool without a bound
 LEAST_ROWS = 2048 * BLOCK
 
 

@@ -46,7 +46,7 @@ REOPEN = "open it again, since another process may have replaced its files, or w
 
 
 def damaged(path: str, found: str, remedy: str = _COPY) -> DataError:
-    """Say that a data set cannot be read, and why."""
+    """Explain why a data set cannot be read."""
     return DataError(f"the data set at {path!r} cannot be read: {printable(found)}; {remedy}")
 
 
@@ -97,10 +97,10 @@ def count_rows(dataset: Any) -> int:
 
 
 class Files:
-    """The files that hold the rows of a Lance dataset, each looked at before its rows are read.
+    """The files that hold the rows of a Lance dataset, each checked before its rows are read.
 
     Lance makes room for as many bytes as a file says that its pages have, and where memory has no
-    such room, the process ends. Object stores are not looked at.
+    such room, the process ends. Object stores are not checked.
 
     Args:
         dataset: The Lance dataset.
@@ -136,7 +136,7 @@ class Files:
             yield self.take(np.arange(first, min(first + _TAKEN, rows)), columns)
 
     def check(self, rows: Int64[np.ndarray, "row"] | None = None) -> None:
-        """Look at the files that hold some rows, by default all, but for those that were looked at.
+        """Check the files that hold some rows, by default all, each of them once.
 
         Raises:
             ValueError: One is damaged.

@@ -38,8 +38,8 @@ class Version:
     Attributes:
         number: Its number.
         file: Its manifest.
-        damage: What is wrong with it; empty where it is whole.
-        opened: The Lance dataset; None where its manifest cannot be read.
+        damage: What is wrong with it; empty if it is whole.
+        opened: The Lance dataset; None if its manifest cannot be read.
         rows: The rows that can be read, from the first one on.
 
     """
@@ -91,7 +91,7 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
 
 
 def torn_frame(file: Path) -> str:
-    """Explain what is wrong with the frame of a manifest; nothing where it is whole."""
+    """Explain what is wrong with the frame of a manifest; empty if it is whole."""
     with file.open("rb") as manifest:
         size = manifest.seek(0, os.SEEK_END)
         if not size:
@@ -140,7 +140,7 @@ def _is_torn(error: BaseException) -> bool:
 
 
 def _lost_file(path: Path, fragment: Any) -> str:
-    """Say which data file of some rows is not whole, as far as its size and its end tell."""
+    """Return which data file of some rows is not whole, judging by its size and its end."""
     for each in fragment.metadata.files:
         file = path / "data" / each.path
         try:
@@ -184,7 +184,7 @@ def open_lance(path: str, version: int | None = None) -> Any:
 
 
 def _why_none(path: Path) -> str:
-    """Explain why there is no data set at a path; nothing where there may be one."""
+    """Explain why there is no data set at a path; empty if there may be one."""
     try:
         if (path / "_versions").is_dir():
             return ""
@@ -195,12 +195,12 @@ def _why_none(path: Path) -> str:
         return reason_of(error)
 
 
-class Newest(NamedTuple):
+class NewestVersion(NamedTuple):
     """The newest version of a data set that is whole.
 
     Attributes:
         opened: The Lance dataset.
-        lost: What is damaged, and read in its place; empty where nothing is.
+        lost: What is damaged, and read in its place; empty if nothing is.
         remedy: What to do then.
         has_gaps: Whether it is not whole itself, but has more rows than one that is.
         torn: The manifests of the versions that are damaged.
@@ -214,7 +214,7 @@ class Newest(NamedTuple):
     torn: tuple[Path, ...] = ()
 
 
-def newest_whole(path: str) -> Newest:
+def newest_whole(path: str) -> NewestVersion:
     """Open the newest version of a data set on a local disk that is whole.
 
     Raises:
@@ -228,13 +228,13 @@ def newest_whole(path: str) -> Newest:
         if found is None:  # of which Lance says why
             found = Version(0, Path(path), "", import_lance().dataset(path))
     if not torn:
-        return Newest(found.opened)
+        return NewestVersion(found.opened)
     files = tuple(each.file for each in torn if each is not found)
     if found.damage:
         lost = f"version {found.number} of {path!r} is not whole: {found.damage}"
         lost += f"; from row {found.rows} on it cannot all be read"
         remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
-        return Newest(found.opened, lost, remedy, has_gaps=True, torn=files)
+        return NewestVersion(found.opened, lost, remedy, has_gaps=True, torn=files)
     numbers = " and ".join(str(each.number) for each in reversed(torn[-2:]))
     if len(torn) > 2:  # noqa: PLR2004  the first and the last
         numbers = f"{torn[-1].number} to {torn[0].number}"
@@ -244,4 +244,4 @@ def newest_whole(path: str) -> Newest:
         f"of power: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
         "and what was written after it is lost"
     )
-    return Newest(found.opened, lost, "the same extract() writes it again", torn=files)
+    return NewestVersion(found.opened, lost, "the same extract() writes it again", torn=files)
