@@ -86,6 +86,7 @@ class Padding:
         self._left_alone: list[Bool[Tensor, "batch pos"]] = []
         self.is_guessed = False
         self._warned: set[str] = set()
+        self._unturned: set[str] = set()
         # On a GPU a forward does not wait: whether a slice selected padding is reported later.
         self._later: Tensor | None = None
         self._tells_slices = self._asked is None and any(map(_selects_positions, sites))
@@ -161,6 +162,8 @@ class Padding:
         assert selector is not None  # noqa: S101  the caller has looked
         if isinstance(self._asked, Chosen):
             return self._asked.rows(selector.site, shape)
+        if frame is not None:
+            self._check_turned(site, frame)
         side = self._side(site, frame)
         found = [] if frame is None else frame.masks.setdefault((self, "rows"), [])
         for steps, known_side, known_shape, rows in found:
@@ -325,7 +328,7 @@ class Padding:
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if not before:
-            self._check_counted(given, site, frame)
+            self._check_counted(given, frame)
         is_whole = side == "encoder" or ran in {None, pos}
         if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
@@ -414,15 +417,24 @@ class Padding:
         given = self.inputs(frame)
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
-    def _check_counted(self, mask: Tensor, site: WatchedSite, frame: Frame) -> None:
+    def _check_counted(self, mask: Tensor, frame: Frame) -> None:
         """Warn of padding that is counted although no table shows it."""
         self._warn("fault", right_padding_fault(core_of(self._model), mask))
         is_known = self._asked != "attention" or "left" in self._warned
         if is_known or not is_padded_left(mask) or self._has_positions(frame):
             return
-        by_itself = depends_on_positions(core_of(self._model), site.place)
-        if by_itself or has_bare_table(self._model):
+        if has_bare_table(self._model):
             self._warn_left()
+
+    def _check_turned(self, site: WatchedSite, frame: Frame) -> None:
+        """Warn of padding on the left if a site depends on what a rotary embedding turned."""
+        is_known = self._asked != "attention" or "left" in self._warned
+        if is_known or site.key in self._unturned or frame.masks[self, "start"].is_cached:
+            return
+        if self._padded_left(frame) and not self._has_positions(frame):
+            if depends_on_positions(core_of(self._model), site.place):
+                self._warn_left()
+            self._unturned.add(site.key)
 
     # Warnings, once for each capture.
 

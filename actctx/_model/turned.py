@@ -3,8 +3,9 @@
 # NOTE [What depends on positions by itself]
 A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
 scores, such as a norm of the queries, is given vectors that are turned by their own position: they
-differ if padding is counted. No value tells that, so the source of the attention does: what it
-assigns from `apply_rotary_pos_emb` and its like, and hands to a module.
+differ if padding is counted, and so do the scores if it weighs their entries. No value tells that,
+so the source of the attention does: what it assigns from `apply_rotary_pos_emb` and its like, and
+hands to a module.
 """
 
 import ast
@@ -23,12 +24,25 @@ _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 
 
 def depends_on_positions(core: nn.Module, place: Place) -> bool:
-    """Return whether a place of a model holds a rotary table, or what one has turned."""
-    return bool(_NAMED.search(place.name)) or any(
-        child is place.module and name in _turned_in(type(module).forward)
+    """Return whether what a place of a model holds depends on positions, not only on distances.
+
+    That is a rotary table, or what one has turned. Where a norm behind one has weights that differ,
+    scores depend on positions as well, and with them all of the model.
+    """
+    # RoFormer may turn values, too.
+    if _NAMED.search(place.name) or getattr(getattr(core, "config", None), "rotary_value", False):
+        return True
+    turned = [
+        child
         for module in core.modules()
         for name, child in module.named_children()
-    )
+        if name in _turned_in(type(module).forward)
+    ]
+    return any(child is place.module or _has_differing_weights(child) for child in turned)
+
+
+def _has_differing_weights(module: nn.Module) -> bool:
+    return any(bool((each != each.flatten()[0]).any()) for each in module.parameters())
 
 
 @functools.lru_cache

@@ -16,6 +16,7 @@ from actctx import ActctxError, Capture, Plan, PlanError, capture
 from actctx._capture.cache_size import counting_cache
 
 pytestmark = [
+    pytest.mark.thorough,
     # Captures of bridges that are known to be wrong say so.
     pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning"),
     pytest.mark.usefixtures("unchecked"),
