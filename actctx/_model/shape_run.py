@@ -211,7 +211,7 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if any(map(self.lack, tensors)):
-            self._check_index(func, args)
+            self._check_index(func, args, kwargs)
             self._note_writing(func, args, kwargs)
             args, kwargs = tree_map(self._as_fake, (args, kwargs))
             return func(*args, **kwargs)
@@ -243,16 +243,18 @@ class _SmallValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _as_fake(self, value: Any) -> Any:
         return self._run.fake(value) if self.lack(value) and not self._run.is_own(value) else value
 
-    def _check_index(self, func: Any, args: tuple[Any, ...]) -> None:
+    def _check_index(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Refuse positions and ids behind the end of a table, of which torch looks at no values.
 
         Raises:
             IndexError: As torch raises it of tensors with values.
 
         """
-        if func is not torch.ops.aten.embedding.default or self.lack(args[1]):
+        if func is not torch.ops.aten.embedding.default:
             return
-        table, index = args[:2]
+        table, index = (*args, kwargs.get("indices"))[:2]
+        if self.lack(index):
+            return
         with _disable_current_modes():
             if index.numel() and not 0 <= index.min() <= index.max() < len(table):
                 raise IndexError("index out of range in self")

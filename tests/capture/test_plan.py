@@ -300,6 +300,20 @@ def test_what_is_written_without_values_is_not_taken_for_known(ids):
         capture(Written(), "out").plan(ids)
 
 
+def test_a_model_that_has_returned_hidden_states_is_planned(llama, ids):
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.out = llama, nn.Linear(32, 2)
+
+        def forward(self, ids):
+            return self.out(self.inner(ids, output_hidden_states=True).hidden_states[1])
+
+    model = Reading()
+    plan_is_left(model, "out", ids)
+    plan_is_left(model, "out", ids)  # transformers has added hooks of its own by now
+
+
 def test_what_is_inside_of_experts_that_run_one_by_one_is_refused(ids):
     model = huggingface("MixtralForCausalLM", experts_implementation="eager")
     plan_is_left(model, "model.layers.*.mlp.experts", ids)
