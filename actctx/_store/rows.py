@@ -238,8 +238,8 @@ class StoredRows:
         except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
             size = format_bytes(rows * self.row_bytes)
             raise DataError(
-                f"{rows} rows of {self.path!r} take {size}, for which there is no memory; read fewer "
-                "at once, or fewer columns with sites="
+                f"{rows} rows of {self.path!r} take {size}, for which there is no memory; read "
+                "fewer at once, or fewer columns with sites="
             ) from None
         return batch
 
