@@ -1,4 +1,4 @@
-"""Capture activations from chosen places of a transformer model, and only those."""
+"""Capture chosen activations of a transformer model, and nothing else."""
 
 from typing import TYPE_CHECKING, Any
 

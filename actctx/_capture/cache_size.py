@@ -1,4 +1,4 @@
-"""Count what `run_with_cache` would hold in place of a capture, or estimate it."""
+"""Count or estimate the memory of `run_with_cache`."""
 
 import functools
 import math
@@ -15,8 +15,8 @@ from actctx._model.axes import axis_sizes
 from actctx._model.flags import is_switched_off
 from actctx._model.places import Places
 
-# Hook points that fire with a storage that another one fired with before: what a component is
-# given, which one before it returned, and what a component returns that its last part returned.
+# Hook points that share a storage with an earlier one: the input of a component, which is the
+# output of an earlier one, and the output of a component, which is that of its last part.
 _SHARES = re.compile(
     r"""
     .* (?<! \b o) (?<! \b out) (?<! \b ln2) (?<! \b embed) (?<! _embed) \.hook_in
@@ -30,9 +30,9 @@ _IN_FLOAT32 = re.compile(r".*\.(?:hook_scale|hook_normalized)")
 
 
 def estimate_cache_bytes(model: nn.Module, batch: int, pos: int) -> int | None:
-    """Estimate what `run_with_cache` would hold after a forward of this size.
+    """Estimate the memory of `run_with_cache` for a forward of this size.
 
-    It comes from the axes of the hook points and the sizes in the model's config, so no forward
+    The estimate uses the axes of the hook points and the sizes in the model's config, so no forward
     runs. It is within a tenth of what `count_cache_bytes` counts for most models, and within a
     third for those whose attention scores and pattern are one storage (OPT, BERT).
 
@@ -69,10 +69,10 @@ def _shares(name: str, places: Places) -> bool:
 
 
 def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count what `run_with_cache` would hold after a forward, without holding it.
+    """Count the memory of `run_with_cache` for a forward, without using it.
 
-    It keeps what every hook point last fired with, under each of its names; tensors that share a
-    storage are counted once, at the size of the storage.
+    `run_with_cache` keeps the last value of every hook point, under each of its names. Tensors that
+    share a storage are counted once, with the size of the storage.
 
     Args:
         model: A TransformerLens model.

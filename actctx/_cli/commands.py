@@ -1,4 +1,4 @@
-"""What the commands do, once they are read: this imports torch, which reading them does not."""
+"""The implementation of the commands. It imports torch, unlike the parsing of their arguments."""
 
 import io
 import json
@@ -65,7 +65,7 @@ def capture(
     tokenizer: str | None,
     device: str,
 ) -> None:
-    """Run texts through a model, show what the hooks leave, and save it."""
+    """Run texts through a model, show the captured activations, and save them."""
     selected = _slices(slices)
     _check_out(out, force=force)
     texts = _read_texts(text, prompts)
@@ -112,7 +112,7 @@ def extract(
     tokenizer: str | None,
     device: str,
 ) -> None:
-    """Run a corpus through a model and write what the hooks leave to a data set on disk."""
+    """Run a corpus through a model and write the activations to a data set on disk."""
     import_lance()  # before the model, which takes longer to load
     corpus = read_corpus(data)
     done = write(
@@ -138,17 +138,19 @@ def extract(
     )
     if done.cut:
         _note(
-            f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
-            "only so many at once"
+            f"{counted(done.cut, 'token')} cut off at the ends of texts, which are longer than the "
+            "model reads at once"
         )
     if done.empty:
-        _note(f"{done.empty} of the inputs left no rows: they have no tokens, or none that is kept")
-    new = "now with what was added" if add else f"{done.new_rows} of them new"
+        _note(
+            f"{done.empty} of the inputs left no rows: they have no tokens, or none of them is kept"
+        )
+    new = "with the new columns" if add else f"{done.new_rows} of them new"
     typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
 def info(path: str) -> None:
-    """Show what a data set holds, and what it came from."""
+    """Show what a data set contains and where it comes from."""
     found = _open(path)
     if found.lost:
         _note(f"{found.lost}; {found.remedy}")
@@ -166,7 +168,7 @@ def info(path: str) -> None:
     _print(table)
     state = "finished" if layout.finished else "not finished"
     name = printable(layout.model["name"] or layout.model["class"])
-    typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
+    typer.echo(f"{rows} rows, one per {layout.rows}, {state}, from {name}")
     carried = [f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried]
     written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
     facts = {"fingerprint": layout.model["fingerprint"], **layout.input}
@@ -189,7 +191,7 @@ def verify(path: str) -> None:
 
 
 def repair(path: str, *, dry_run: bool) -> None:
-    """Drop from a data set what is not whole."""
+    """Drop what is damaged from a data set."""
     import_lance()
     rows, dropped, said = mend(local_path(path), dry_run=dry_run)
     for damage in said:
@@ -203,7 +205,7 @@ def repair(path: str, *, dry_run: bool) -> None:
 
 
 def _open(path: str) -> NewestVersion:
-    """Open a data set, of which the newest versions may be damaged."""
+    """Open a data set, whose newest versions may be damaged."""
     import_lance()
     is_there = "://" not in path and (Path(path) / "_versions").is_dir()
     return newest_whole(path) if is_there else NewestVersion(open_lance(path))
@@ -217,7 +219,8 @@ def _slices(asked: Sequence[str]) -> dict[str, Index]:
     for option in asked:
         if option.partition("=")[0] == "batch":
             raise OptionError(
-                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
+                f"--slice {option} is not supported: the command line makes the batches; give "
+                "fewer texts"
             )
     return parse_words(asked)
 
@@ -226,7 +229,7 @@ def _drop(asked: Sequence[str]) -> dict[str, list[int]]:
     """Read the `--drop` options, such as `position=0`.
 
     Raises:
-        OptionError: One of them is none.
+        OptionError: One of them is not valid.
 
     """
     found: dict[str, list[int]] = {}
@@ -246,13 +249,13 @@ def _torch(dtype: Dtype | None) -> torch.dtype | None:
 
 
 def _check_out(out: Path | None, *, force: bool) -> None:
-    """Refuse what could not be written before the model runs."""
+    """Refuse an output that cannot be written, before the model runs."""
     if out is None:
         return
     try:
         found = "it is a directory" if out.is_dir() else ""
         if not out.parent.is_dir():
-            found = "it lies in a directory that does not exist"
+            found = "its directory does not exist"
         if not found and out.exists() and not out.is_file():
             found = "it is a device or a pipe"
         if not found:
@@ -282,12 +285,12 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
             f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
         ) from None
     if not (texts := [*paragraphs(io.StringIO(text))]):
-        raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
+        raise OptionError(f"--text {file!r} contains no text; give a file that does")
     return texts
 
 
 def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
-    """List the places that a pattern matches; none is an error that names the closest."""
+    """List the places that a pattern matches; raise an error if there are none."""
     places = Places(model)
     found = dict.fromkeys(places[name] for name in hook_names(model, pattern))
     if found or pattern is None:
@@ -305,7 +308,7 @@ def _progress(batches: Sequence[TextBatch]) -> Iterable[TextBatch]:
 
 
 def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
-    """Say on stderr what a user could take for granted that is not so."""
+    """Report on stderr what was cut off, filled or missing."""
     cut = [tokens for tokens in sequences.cut if tokens]
     if cut:
         _note(
@@ -348,12 +351,12 @@ def _print_sizes(acts: Activations, cache_bytes: int, texts: int) -> None:
 def _table(*columns: str, header: bool = True) -> Table:
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
     for column in table.columns:
-        column.no_wrap = column.header != "axes"  # a name that is broken could not be copied
+        column.no_wrap = column.header != "axes"  # a broken name could not be copied
     return table
 
 
 def _print(table: Table) -> None:
-    """Print a table as wide as the terminal; unbroken where there is none, or too narrow a one."""
+    """Print a table as wide as the terminal; unbroken if there is none, or if it is too narrow."""
     for column in table.columns:
         if column.no_wrap:
             column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))

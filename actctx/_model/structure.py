@@ -1,4 +1,4 @@
-"""From what a site yields to the tensor that is captured."""
+"""Find the captured tensor in what a site yields."""
 
 import inspect
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
     Args:
         site: The name of the site, as it is shown.
         value: What it yields: a tensor, or a tuple, a mapping, a dataclass or `Inputs` of them.
-        output: The place or the name of the tensor in it, by default the first.
+        output: The position or the name of the tensor in it, by default the first.
 
     Raises:
         OutputError: It yields no tensor at `output`.
@@ -47,7 +47,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
 
 
 def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
-    """List what a structure holds, by name or position."""
+    """List the values in a structure, by name or position."""
     if isinstance(value, Inputs):
         return listed_inputs(value, by_position=by_position)
     if isinstance(value, Mapping):
@@ -72,7 +72,7 @@ def listed_inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
 
 
 def _described(value: Any) -> str:
-    """Describe a structure by the types of what it holds."""
+    """Describe a structure by the types of its values."""
     name = type(value).__name__
     if isinstance(value, Mapping | Inputs) or is_dataclass(value):
         by_position = isinstance(value, Inputs)

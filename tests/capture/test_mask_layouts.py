@@ -125,8 +125,8 @@ def test_a_mask_of_ones_own_that_would_be_added_to_scores_is_refused():
     with pytest.raises(OptionError) as refused:
         capture(_Plain(), "layer", mask=torch.tensor([[0.0, -1e4]]))
     assert str(refused.value) == (
-        "the mask has negative values, as one that is added to attention scores; give one that is "
-        "true where there are real tokens, such as mask == 0"
+        "the mask has negative values, like a mask that is added to attention scores; give one "
+        "that is true where there are real tokens, such as mask == 0"
     )
 
 

@@ -73,7 +73,7 @@ def test_a_hook_point_is_masked_by_the_mask_of_its_side(name, mask):
 
 def test_logits_of_a_decoder_without_a_mask_of_its_own_are_refused():
     model, site = bart(), Site("lm_head", axes="batch pos d_vocab")
-    with pytest.raises(OptionError, match="takes the forward's decoder_attention_mask"):  # noqa: SIM117
+    with pytest.raises(OptionError, match="uses the forward's decoder_attention_mask"):  # noqa: SIM117
         with capture(model, site, mask="attention"):
             model(tokens(3, 7), attention_mask=RIGHT, decoder_input_ids=tokens(3, 7))
 
@@ -99,9 +99,9 @@ def test_what_both_sides_run_is_told_by_the_number_of_its_positions():
     with pytest.raises(SelectionError) as caught, capture(model, site, mask="attention"):
         model(tokens(3, 7), RIGHT, tokens(3, 7), OTHER)
     assert str(caught.value) == (
-        "'table' is run by the encoder and the decoder, and its 7 positions do not tell by which; "
-        "give a decoder_attention_mask and sequences of another length, or capture from a module "
-        "of one of them"
+        "'table' is run by both the encoder and the decoder, and its 7 positions do not determine "
+        "which one; give a decoder_attention_mask and sequences of another length, or capture from "
+        "a module of one of them"
     )
 
 

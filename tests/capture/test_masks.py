@@ -84,8 +84,8 @@ def test_a_site_that_is_shorter_than_the_mask_without_a_cache_is_refused(ids):
         model(ids, attention_mask=RIGHT)
     assert str(caught.value) == (
         "'encoder.blocks.1.0' has 4 positions, but the forward's mask has 7, and no cache holds "
-        "the rest: they count different things; capture it without mask=, or give capture a mask "
-        "of its positions"
+        "the rest: they count different things; capture it without mask=, or pass a mask of its "
+        "positions"
     )
 
 
@@ -176,9 +176,8 @@ def test_a_tower_for_pictures_is_not_masked_by_the_mask_of_tokens():
         # as many tokens as patches, and one for the class
         model(tokens(3, 5), torch.randn(3, 3, 16, 16), attention_mask=RIGHT[:, :5])
     assert str(caught.value) == (
-        "'vision_model.encoder.layers.1' runs on pictures or sound, not on the tokens that the "
-        "forward's attention_mask is for; capture it without mask=, or give capture a mask of its "
-        "own positions"
+        "'vision_model.encoder.layers.1' runs on images or sound, not on the tokens of the "
+        "forward's attention_mask; capture it without mask=, or pass a mask of its own positions"
     )
 
 
@@ -196,7 +195,7 @@ def test_a_tower_with_as_many_patches_as_there_are_tokens_is_refused():
     mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     tower = "git.image_encoder.vision_model.encoder.layers.0"
     with (
-        pytest.raises(SelectionError, match="runs on pictures or sound"),
+        pytest.raises(SelectionError, match="runs on images or sound"),
         capture(model, tower, mask="attention"),
     ):
         model(tokens(2, 5), attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))

@@ -12,14 +12,14 @@ from actctx.extract import extract
 
 def test_no_sites_are_refused(gpt2, out):
     message = refusal(HookNameError, gpt2, tokens(), [], out)
-    assert message.startswith("no hook point was asked for: the names are empty")
+    assert message.startswith("no hook point was requested: the names are empty")
 
 
 def test_object_stores_are_not_written_to(gpt2, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refusal(DataError, gpt2, tokens(), RESID, "s3://bucket/a.lance") == (
         "cannot write to 's3://bucket/a.lance': object stores cannot be written to; write to a "
-        "local path, and upload what is there"
+        "local path, and upload the result"
     )
     assert not [*tmp_path.iterdir()]
 

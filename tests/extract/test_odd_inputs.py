@@ -249,7 +249,8 @@ def test_numpys_strings_are_texts(gpt2, out):
         ),
         (
             {"out": "\ud800"},
-            "'\\ud800' is not a path: it has characters that the system cannot write; give another",
+            "'\\ud800' is not a path: it has characters that the system does not support; give "
+            "another",
         ),
         (
             {"out": "a\0b"},

@@ -182,7 +182,7 @@ def test_what_has_no_positions_leaves_no_rows(out, options):
     with pytest.raises(ActctxError) as refused:
         extract(Pooled(), tokens(), "mean", out, **options)
     assert str(refused.value) == (
-        "a data set has rows of tokens, but 'mean' has no axis 'pos': its axes are 'batch _'; "
+        "a data set has one row per token, but 'mean' has no axis 'pos': its axes are 'batch _'; "
         "leave it out"
     )
 

@@ -147,7 +147,7 @@ def test_a_site_whose_axes_nothing_tells_leaves_no_rows(out, options):
     with pytest.raises(AxisError) as refused:
         extract(model, tokens(), "0", out, **options)
     assert str(refused.value) == (
-        "a data set has rows of tokens, but '0' has no 'batch' and 'pos' axes to find them by: its "
-        "axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
+        "a data set has one row per token, but '0' has no 'batch' and 'pos' axes to find them by: "
+        "its axes are not known; name them with Site(axes='batch pos ...'), or leave it out"
     )
     assert not out.exists()

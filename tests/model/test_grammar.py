@@ -171,9 +171,9 @@ def test_a_bracket_that_is_not_closed_is_refused(gpt2):
 
 def test_numbers_before_a_star_are_refused(deep):
     assert _said(capture, deep, "layers.[0-9]*") == (
-        "'[0-9]*' in 'layers.[0-9]*' is not a valid bracket: as it stands it may mean these "
-        "numbers, or those that begin so; write '*' for every number, or the numbers themselves, "
-        "as in '[0-11]'"
+        "'[0-9]*' in 'layers.[0-9]*' is not a valid bracket: it could mean these numbers, or all "
+        "that begin with them; write '*' for every number, or the numbers themselves, as in "
+        "'[0-11]'"
     )
 
 
@@ -351,7 +351,7 @@ def test_layers_that_are_apart_under_two_aliases_are_stacked(gpt2):
 
 
 def test_an_alias_before_a_glob_may_not_be_an_attribute_of_the_buffer(gpt2):
-    assert "the alias 'stack' is an attribute" in _said(capture, gpt2, {"stack": RESID})
+    assert "the alias 'stack' is already an attribute" in _said(capture, gpt2, {"stack": RESID})
 
 
 def test_a_schema_has_one_glob_in_two_fields(gpt2, ids):

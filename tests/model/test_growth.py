@@ -120,7 +120,7 @@ def test_a_layout_that_only_long_texts_have_is_refused(before):
 
     model = Chunked()
     with (
-        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        pytest.raises(AxisError, match="cannot be determined from the sizes of the forward"),
         capture(model, "block", slice={"pos": -1}),
     ):
         for pos in (*before, 20):
@@ -173,7 +173,7 @@ def test_what_cannot_be_told_is_refused(by_glob):
 def test_a_module_that_runs_on_features_is_not_taken_to_read_tokens():
     model = nn.Sequential(nn.ReLU())  # which runs on token ids as well
     with (
-        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        pytest.raises(AxisError, match="cannot be determined from the sizes of the forward"),
         capture(model, "0", slice={"pos": -1}),
     ):
         model(torch.ones(2, 3, 4))
@@ -435,7 +435,7 @@ def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
     model = transformers.LongformerModel(transformers.LongformerConfig(**sizes)).eval()
     given = {"input_ids": ids[:, :6], "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     with capture(model, "encoder.layer.*", slice=-1):
-        with pytest.warns(UserWarning, match="has not one position for each token of the forward"):
+        with pytest.warns(UserWarning, match="does not have one position per token of the forward"):
             model(**given)
         model(**given)
     with capture(model, "encoder.layer.1", slice=-1):
@@ -445,7 +445,7 @@ def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
 def test_a_slice_of_the_logits_that_were_kept_warns(ids):
     model = huggingface("LlamaForCausalLM")
     with (
-        pytest.warns(UserWarning, match="'lm_head' has not one position for each token"),
+        pytest.warns(UserWarning, match="'lm_head' does not have one position per token"),
         capture(model, "lm_head", slice=0),
     ):
         model(ids, logits_to_keep=2)

@@ -336,9 +336,9 @@ def test_another_model_is_refused_with_both_shown(tmp_path, mlp):
     assert str(caught.value) == (
         f"'{path}' holds activations of a T 'x/y' with the fingerprint 0, but this model is a Mlp "
         f"with the fingerprint {found}; give the model that they were extracted from, or extract "
-        "them from this one (a model of which a part is initialised at random when it is loaded, "
-        "such as a head that was not saved, is another each time, so call torch.manual_seed() "
-        "before loading it; a model in another dtype is another, too)"
+        "them from this one (if a part of the model is initialised at random each time it is "
+        "loaded, such as a head that was not saved, call torch.manual_seed() before loading it; a "
+        "model in another dtype is also another model)"
     )
 
 

@@ -140,8 +140,8 @@ def test_what_may_be_in_another_order_than_the_tokens_is_refused(out):
     model = huggingface("MixtralForCausalLM")
     site = Site("model.layers.1.mlp.gate", axes="token choice", output=2)
     assert refusal(AxisError, model, [[3, 4, 5]], [site], out) == (
-        "a data set has rows of tokens, but 'model.layers.1.mlp.gate' has no axis 'batch': its "
-        "axes are 'token choice'; where it has one row for each token, in their order, give "
+        "a data set has one row per token, but 'model.layers.1.mlp.gate' has no axis 'batch': its "
+        "axes are 'token choice'; if it has one row for each token, in order, give "
         "Site(axes='batch pos choice'), else leave it out"
     )
 
@@ -160,8 +160,8 @@ class Halved(nn.Module):
 def test_a_site_without_a_row_for_each_token_is_refused(out):
     site = Site("alternate", axes="batch pos d")
     assert refusal(AxisError, Halved(), torch.ones(2, 6, dtype=torch.long), [site], out) == (
-        "a data set has rows of tokens, but 'alternate' fired with the shape (6, 1) for 2 x 6 "
-        "tokens, so it has not one row for each; leave it out"
+        "a data set has one row per token, but 'alternate' fired with the shape (6, 1) for 2 x 6 "
+        "tokens, so it does not have one row for each; leave it out"
     )
 
 

@@ -156,7 +156,7 @@ def test_a_disk_that_is_full_is_said(tmp_path):
         ),
         strict=True,
     ):
-        assert line == f"cannot write to '/full': {reason}; make room there, or give another path"
+        assert line == f"cannot write to '/full': {reason}; free space there, or give another path"
     assert {each.name for each in tmp_path.iterdir()} == {"a.lance", "cached"}
 
 
@@ -275,7 +275,7 @@ def test_safetensors_hold_all_columns_of_numbers(path, tmp_path):
         (".", "it is a directory; give the path of a file"),
         (
             "no/such/a.safetensors",
-            "there is no directory '{folder}/no/such'; make it, or give another path",
+            "there is no directory '{folder}/no/such'; create it, or give another path",
         ),
         ("x" * 300, "File name too long; give another path"),
     ],
@@ -312,7 +312,7 @@ def test_object_stores_are_not_written_to(data, tmp_path, monkeypatch):
             move("s3://bucket/a")
         assert str(caught.value) == (
             "cannot write to 's3://bucket/a': object stores cannot be written to; write to a local "
-            "path, and upload what is there"
+            "path, and upload the result"
         )
     assert not [*tmp_path.iterdir()]
 
@@ -327,7 +327,7 @@ def test_an_existing_path_is_not_written_over(data, tmp_path):
         with pytest.raises(DataError) as caught:
             move()
         assert str(caught.value) == (
-            f"there is something at '{tmp_path}' already; give another path, or remove it"
+            f"'{tmp_path}' already exists; give another path, or remove it"
         )
     assert [each.name for each in tmp_path.iterdir()] == ["cached"]
 
@@ -337,8 +337,7 @@ def test_an_existing_file_is_not_written_over(data, tmp_path):
     with pytest.raises(DataError) as caught:
         data.to_safetensors(tmp_path / "a.safetensors")
     assert str(caught.value) == (
-        f"there is something at '{tmp_path / 'a.safetensors'}' already; give another path, or "
-        "remove it"
+        f"'{tmp_path / 'a.safetensors'}' already exists; give another path, or remove it"
     )
     assert (tmp_path / "a.safetensors").read_text() == "mine"
 

@@ -281,7 +281,7 @@ def test_the_command_line_tells_of_versions_that_are_not_whole(out):
     newest = min((out / "_versions").glob("*.manifest"))
     newest.write_bytes(b"")
     result = actctx("info", out)
-    assert "210 rows, one a token" in result.stdout
+    assert "210 rows, one per token" in result.stdout
     assert "is not whole, as after a cut of power: its manifest is empty" in result.stderr
     result = actctx("verify", out)
     assert result.exit_code == 2
