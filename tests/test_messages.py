@@ -302,6 +302,7 @@ def test_a_hook_point_that_fires_with_other_axes_than_are_known():
             model.blocks[0].ln2, torch.randn(21, 32)
         )  # of how many sequences is not known
     assert said == (
-        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; select "
-        "along one of these, or by position with a tuple"
+        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; if it "
+        "has one row for each token, in order, give Site(axes='batch pos d_model'), else "
+        "select by position with a tuple"
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from actctx._errors import AxisError, OptionError, SelectionError
 from actctx._model.axes import Axes
 from actctx._select.own import TokenRows
-from actctx._select.slices import Positions, Selector, Step
+from actctx._select.slices import Positions, Selector, Step, of_flat_rows
 
 
 class RowSelector(NamedTuple):
@@ -115,12 +115,8 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
     if axes is None or pos is None or "batch" not in axes:
         keeps = "a data set has one row per token" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
-        if chosen and axes and axes[0] == "token":
-            named = " ".join(("batch", "pos", *axes[1:]))
-            otherwise = (
-                f"if it has one row for each token, in order, give Site(axes={named!r}), else "
-                "leave it out"
-            )
+        if axes and axes[0] == "token":
+            otherwise = f"{of_flat_rows(axes)}, else {otherwise}"
         if axes is None:
             raise AxisError(
                 f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: its axes "

@@ -247,11 +247,22 @@ def _dim(site: str, axis: str, axes: Axes | None, sizes: Mapping[str, int]) -> i
     alike = "head" in sizes and sizes["head"] == sizes.get("kv_head")
     if axis == "head" and "kv_head" in axes and alike:
         return axes.index("kv_head")
+    if axis in {"pos", "batch"} and axes[0] == "token":
+        raise AxisError(
+            f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; "
+            f"{of_flat_rows(axes)}, else select by position with a tuple"
+        )
     grouped = "'kv_head', which several heads share" if axis == "head" and "kv_head" in axes else ""
     raise AxisError(
         f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; select along "
         f"{grouped or 'one of these, or by position with a tuple'}"
     )
+
+
+def of_flat_rows(axes: Axes) -> str:
+    """Say how a site that has one row for each token is divided into sequences."""
+    named = " ".join(("batch", "pos", *axes[1:]))
+    return f"if it has one row for each token, in order, give Site(axes={named!r})"
 
 
 def _as_pick(site: str, index: Any) -> int | slice | Positions:

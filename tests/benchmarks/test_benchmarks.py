@@ -35,6 +35,8 @@ from benchmarks.ways.models import BRIDGE, PLAIN, WITHOUT, Setup, build, make_to
 from benchmarks.ways.setups import setup_of, why_not
 from benchmarks.ways.tables import TABLES, WAYS
 
+pytestmark = pytest.mark.thorough
+
 TINY = Setup(batch=2, tokens=8, layers=4, heads=4, d_model=16, vocab=50, context=64, threads=1)
 MIB = 2**20
 

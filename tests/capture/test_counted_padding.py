@@ -5,21 +5,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from configs import LLAMA_WITH_HEAD_DIM
 from models import VOCAB, huggingface, tokens
 
 from actctx import SelectionError, Site, capture
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
+_SIZES = {**LLAMA_WITH_HEAD_DIM, "intermediate_size": 48, "pad_token_id": 0}
 _TURNED = {
     "NanoChat": ("self_attn.q_norm", {}),
     "HunYuanDenseV1": ("self_attn.query_layernorm", {}),

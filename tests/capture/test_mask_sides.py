@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from masked import OTHER, RIGHT, bart
-from models import GENERATION, VOCAB, bridge, bridge_of, tokens
+from configs import PROPHET
+from masked import OTHER, RIGHT
+from models import GENERATION, VOCAB, bart, bridge, bridge_of, tokens
 
 from actctx import OptionError, SelectionError, Site, capture
 
@@ -120,12 +121,8 @@ DECODER = torch.tensor([[1] * 6, [1, 1, 1, 1, 1, 0]])
 
 @pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1.cross_attn.key_proj"])
 def test_the_side_of_a_site_is_told_by_whose_positions_it_grows_with(name):
-    sizes = {"hidden_size": 32, "vocab_size": 50, "ngram": 2}
-    sizes |= dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2)
-    sizes |= dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4)
-    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48)
     torch.manual_seed(0)
-    model = transformers.ProphetNetModel(transformers.ProphetNetConfig(**sizes)).eval()
+    model = transformers.ProphetNetModel(transformers.ProphetNetConfig(**PROPHET)).eval()
     ids = tokens(2, 6)
     with capture(model, name, mask="attention") as acts:
         model(

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 import transformers
-from masked import LAYER, LEFT, RIGHT, TWO_SIDED, bart
-from models import GENERATION, OLD_CACHE, VOCAB, hooked, huggingface, tokens
+from configs import PROPHET, SPECIAL, TWO_SIDED
+from masked import LAYER, LEFT, RIGHT
+from models import GENERATION, OLD_CACHE, VOCAB, bart, hooked, huggingface, tokens
 from torch import nn
 
 from actctx import NeverFiredError, OptionError, SelectionError, Site, capture
@@ -202,8 +203,7 @@ def test_logits_of_generate_are_of_the_last_positions(llama, ids, mask, options)
     ],
 )
 def test_generate_of_what_runs_other_than_its_tokens_is_refused(kind, layer, error, ids):
-    sizes = {**TWO_SIDED, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    sizes |= {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    sizes = {**TWO_SIDED, **PROPHET}
     sizes |= {"n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "emb_dim": 32, "d_inner": 64}
     sizes |= {"n_words": VOCAB, "bos_index": 1, "eos_index": 2, "pad_index": 0, "unk_index": 3}
     kind = getattr(transformers, kind)
@@ -228,9 +228,7 @@ def test_generate_of_a_recurrent_model_keeps_each_real_token_once(mask, ids):
         hidden_size=32,
         state_size=4,
         num_hidden_layers=2,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=1,
+        **SPECIAL,
     )
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(config).eval()

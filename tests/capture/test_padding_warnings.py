@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from masked import LAYER, LEFT, LENGTHS, RIGHT, TWO_SIDED, bart, opened
-from models import GENERATION, VOCAB, huggingface, tokens
+from configs import TWO_SIDED
+from masked import LAYER, LEFT, LENGTHS, RIGHT, opened
+from models import GENERATION, VOCAB, bart, huggingface, tokens
 
 from actctx import Site, capture
 

@@ -22,6 +22,8 @@ from actctx._model import places, sites
 from actctx._results import activations, schema
 from actctx._store import loader
 
+pytestmark = pytest.mark.thorough
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LINKED = [*PAGES, ROOT / "benchmarks" / "README.md"]

@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 import transformers
+from configs import SIZES, VOCAB
 from extracted import Read, lance, refusal
 from models import ARCHITECTURES, bart, bridge, huggingface, tokens
 from torch import nn
@@ -375,10 +376,8 @@ LEAKY = {
 
 
 def leaky(architecture):
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "vocab_size": 50}
-    config = getattr(transformers, f"{architecture}Config")(
-        num_hidden_layers=2, num_attention_heads=4, **sizes, **LEAKY[architecture]
-    )
+    options = {**SIZES, "vocab_size": VOCAB, **LEAKY[architecture]}
+    config = getattr(transformers, f"{architecture}Config")(**options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{architecture}Model")(config).eval()
     for weight in model.parameters():

@@ -17,6 +17,7 @@ from actctx._extract.signals import signals_raised
 from actctx.extract import extract
 
 pytest.importorskip("lance")
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")

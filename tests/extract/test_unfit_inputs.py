@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from configs import SIZES, VOCAB
 from extracted import RESID, Read, refusal
 from models import bridge, huggingface, tokens
 from torch import nn
@@ -128,14 +129,7 @@ def test_a_model_that_drops_at_random_is_refused(out, functional):
 
 
 def test_positions_of_roberta_begin_behind_its_padding(out):
-    config = transformers.RobertaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        vocab_size=50,
-        max_position_embeddings=20,
-    )
+    config = transformers.RobertaConfig(**SIZES, vocab_size=VOCAB, max_position_embeddings=20)
     model = transformers.RobertaModel(config).eval()
     done = extract(model, [[5] * 30], Site("encoder.layer.0", axes="batch pos d"), out)
     assert (done.rows, done.cut) == (18, 12)

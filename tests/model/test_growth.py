@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from configs import SIZES, TWO_SIDED, VISION
 from models import GENERATION, HAS_T5, Mlp, bridge, hooks_of, huggingface, tokens
 from torch import nn
 
@@ -376,15 +377,6 @@ def test_a_mask_is_refused_where_there_are_no_sequences_without_advice_that_is_w
     )
 
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-}
-
-
 def test_the_model_itself_is_selected_from_with_a_head_as_without(ids):
     model = huggingface("LlamaForCausalLM")
     with torch.no_grad():
@@ -395,20 +387,8 @@ def test_the_model_itself_is_selected_from_with_a_head_as_without(ids):
 
 
 def whisper():
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "num_mel_bins": 16,
-        "max_source_positions": 16,
-        "vocab_size": 50,
-    }
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    return transformers.WhisperModel(transformers.WhisperConfig(**sizes, **special)).eval()
+    config = transformers.WhisperConfig(**TWO_SIDED, num_mel_bins=16, max_source_positions=16)
+    return transformers.WhisperModel(config).eval()
 
 
 @pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1"])
@@ -423,7 +403,7 @@ def test_positions_are_told_where_a_table_fixes_how_many_there_are(name):
 
 
 def test_height_and_width_of_an_image_are_not_called_positions():
-    config = transformers.ViTConfig(**{**TINY, "image_size": 16, "patch_size": 4})
+    config = transformers.ViTConfig(**{**VISION, "patch_size": 4})
     model = transformers.ViTModel(config).eval()
     with capture(model, "embeddings.patch_embeddings.projection") as acts:
         model(torch.randn(2, 3, 16, 16))
@@ -431,7 +411,7 @@ def test_height_and_width_of_an_image_are_not_called_positions():
 
 
 def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
-    sizes = {**TINY, "attention_window": [4, 4], "max_position_embeddings": 64}
+    sizes = {**SIZES, "vocab_size": 50, "attention_window": [4, 4], "max_position_embeddings": 64}
     model = transformers.LongformerModel(transformers.LongformerConfig(**sizes)).eval()
     given = {"input_ids": ids[:, :6], "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     with capture(model, "encoder.layer.*", slice=-1):

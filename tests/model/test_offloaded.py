@@ -11,6 +11,7 @@ from actctx._model.offloaded import input_device
 from actctx.extract import extract
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.thorough
 
 RESID = "blocks.1.hook_resid_post"
 CPU = torch.device("cpu")

@@ -17,7 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actctx import capture
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 PIECES = {"attn.query", "attn.key", "attn.value", "attn.head_norm", "mlp.up", "mlp.act", "act in"}
 
 

@@ -27,7 +27,10 @@ from actctx import HookNameError, OutputError, Site, capture, hook_names
 from actctx._model.heads import Heads
 from actctx._model.places import Places
 
-pytestmark = pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4"),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

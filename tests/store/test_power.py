@@ -23,6 +23,7 @@ from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
 lance = pytest.importorskip("lance")
+pytestmark = pytest.mark.thorough
 
 MLP = "blocks.0.hook_mlp_out"
 DROP = {"position": [0]}
