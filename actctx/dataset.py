@@ -175,7 +175,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     @property
     def nbytes(self) -> int:
         """The size in bytes of the activations and numbers of all rows in memory."""
-        return len(self) * self._rows.nbytes
+        return len(self) * self._rows.row_bytes
 
     def read(self, name: str) -> Any:
         """Read one site, or another column, of all rows into memory.

@@ -24,7 +24,7 @@ from actctx._extract.context_length import Positions
 from actctx._extract.inputs import Reader
 from actctx._extract.leaks import LoneSequence, one_alone
 from actctx._extract.pipe import Pipe
-from actctx._extract.plan import COUNTED_BYTES, Plan
+from actctx._extract.plan import COUNTED_BYTES, ExtractionPlan
 from actctx._extract.progress import add_note_of_rows, advance, progress_bar
 from actctx._extract.resume import Remainder
 from actctx._extract.room import Room
@@ -56,7 +56,7 @@ class Tally(NamedTuple):
 
 
 def run(
-    plan: Plan,
+    plan: ExtractionPlan,
     data: Iterable[Any],
     destination: Destination,
     *,
@@ -151,7 +151,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ExtractionPlan,
         reader: Reader,
         destination: Destination,
         acts: Activations,
