@@ -409,7 +409,7 @@ ERRORS = [
         lambda data: ActivationDataset(data.path, sites="blocks.1.hook_resid_pst"),
         NotCapturedError,
         f"the data set has no 'blocks.1.hook_resid_pst'; closest: '{RESID}', '{Z}'; it "
-        f"holds '{RESID}', '{Z}'",
+        f"has '{RESID}', '{Z}'",
     ),
     (
         lambda data: ActivationDataset(data.path, sites="blocks.*.hook_q"),
