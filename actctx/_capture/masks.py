@@ -1,6 +1,6 @@
 """Determine which rows of a site are tokens and which are padding, from the masks of forwards.
 
-# NOTE [Where a mask lies on a site]
+# NOTE [Aligning a mask with a site]
 A forward's mask covers the cached tokens and then the new ones; a site has only the latter. The
 cache is asked for its length before the forward; see `generation`. Nothing else is subtracted: a
 site that is shorter than the mask for another reason counts other things than the mask does, such
@@ -38,6 +38,7 @@ from actctx._model.absolute_positions import (
 )
 from actctx._model.axes import position_dims
 from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
+from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._model.turned import depends_on_positions
@@ -66,6 +67,9 @@ class Padding:
         options: The options for all sites.
         sites: The captured sites.
 
+    Attributes:
+        is_guessed: Whether a mask had no values, in a plan, and all tokens were taken to be real.
+
     """
 
     def __init__(self, model: nn.Module, options: Options, sites: Iterable[WatchedSite]) -> None:
@@ -80,7 +84,9 @@ class Padding:
         self._fills = False
         self._previous: Start | None = None
         self._left_alone: list[Bool[Tensor, "batch pos"]] = []
+        self.is_guessed = False
         self._warned: set[str] = set()
+        self._unturned: set[str] = set()
         # On a GPU a forward does not wait: whether a slice selected padding is reported later.
         self._later: Tensor | None = None
         self._tells_slices = self._asked is None and any(map(_selects_positions, sites))
@@ -156,6 +162,8 @@ class Padding:
         assert selector is not None  # noqa: S101  the caller has looked
         if isinstance(self._asked, Chosen):
             return self._asked.rows(selector.site, shape)
+        if frame is not None:
+            self._check_turned(site, frame)
         side = self.side(site, frame)
         found = [] if frame is None else frame.masks.setdefault((self, "rows"), [])
         for steps, known_side, known_shape, rows in found:
@@ -189,7 +197,7 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self.mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or mask.is_meta or is_transformed(mask):
+        if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask) or is_transformed(mask):
             return
         real = real_of(mask)
         if side != "decoder" and not reads_tokens(core_of(self._model)):
@@ -331,11 +339,12 @@ class Padding:
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
+        self.is_guessed |= is_fake(mask)
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if not before:
-            self._check_counted(given, site, frame)
+            self._check_counted(given, frame)
         is_whole = side == "encoder" or ran in {None, pos}
         if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
@@ -395,7 +404,7 @@ class Padding:
         """Check the output of a table, if it may hold positions."""
         frame = self._frame()
         value = value[0] if isinstance(value, tuple) and value else value
-        if "left" in self._warned or not isinstance(value, Tensor):
+        if "left" in self._warned or not isinstance(value, Tensor) or is_fake(value):
             return
         if frame is not None and frame.masks[self, "start"].is_cached:
             return
@@ -424,15 +433,24 @@ class Padding:
         given = self.inputs(frame)
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
-    def _check_counted(self, mask: Tensor, site: WatchedSite, frame: Frame) -> None:
+    def _check_counted(self, mask: Tensor, frame: Frame) -> None:
         """Warn of padding that is counted although no table shows it."""
         self._warn("fault", right_padding_fault(core_of(self._model), mask))
         is_known = self._asked != "attention" or "left" in self._warned
         if is_known or not is_padded_left(mask) or self._has_positions(frame):
             return
-        by_itself = depends_on_positions(core_of(self._model), site.place)
-        if by_itself or has_bare_table(self._model):
+        if has_bare_table(self._model):
             self._warn_left()
+
+    def _check_turned(self, site: WatchedSite, frame: Frame) -> None:
+        """Warn of padding on the left if a site depends on what a rotary embedding turned."""
+        is_known = self._asked != "attention" or "left" in self._warned
+        if is_known or site.key in self._unturned or frame.masks[self, "start"].is_cached:
+            return
+        if self._padded_left(frame) and not self._has_positions(frame):
+            if depends_on_positions(core_of(self._model), site.place):
+                self._warn_left()
+            self._unturned.add(site.key)
 
     # Warnings, once for each capture.
 

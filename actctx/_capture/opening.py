@@ -1,6 +1,6 @@
 """One opening of a capture: its hooks, and the forwards that they see.
 
-# NOTE [What a thread-wide opening lends]
+# NOTE [Thread-wide openings]
 `capture(...).open()` has no block that ends it, so its hooks stay as long as something refers to
 the buffer. The hooks refer to the opening weakly, and the opening refers to its buffer, so the
 buffer does not keep the opening alive. The user is therefore given another object with the buffer's
@@ -212,6 +212,11 @@ class Opening(Generic[B]):
     def miss(self) -> None:
         """Record that a forward of another thread ran, for the message about `generate_batch()`."""
         self._misses_batches = self._misses_batches or is_batching()
+
+    @property
+    def is_guessed(self) -> bool:
+        """Whether a mask had no values, in a plan, and all tokens were taken to be real."""
+        return self._padding.is_guessed
 
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if the hooks were removed."""

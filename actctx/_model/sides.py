@@ -147,7 +147,9 @@ def _towers(core: nn.Module, encoder: nn.Module | None) -> Iterator[nn.Module]:
         if tower is not None and tower is not encoder:
             yield tower
     if input_of(core) is not None and reads_tokens(core):
-        yield from (part for part in core.modules() if input_of(part) in _NOT_TOKENS)
+        decoder = _part(core, "get_decoder")  # a wrapper of it may say what its encoder reads
+        parts = (part for part in core.modules() if input_of(part) in _NOT_TOKENS)
+        yield from (part for part in parts if id(decoder) not in _inside(part))
 
 
 def reads_tokens(model: nn.Module) -> bool:
