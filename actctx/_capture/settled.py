@@ -13,7 +13,7 @@ from actctx._select.mapped import Mapped, read_map
 from actctx._select.own import device_of, dtype_of
 from actctx._select.padding import Chosen, as_mask
 from actctx._select.slices import Selector
-from actctx._stats.statistic import Statistic
+from actctx._stats.statistic import JointStatistic, Statistic
 
 
 def watch_site(
@@ -143,6 +143,11 @@ def _recipe(shown: str, given: object) -> Statistic | None:
         raise OptionError(
             f"reduce={given.__name__} of {shown} is a class; give one of its objects, as in "
             f"reduce={given.__name__}()"
+        )
+    if isinstance(given, JointStatistic):
+        raise OptionError(
+            f"reduce={type(given).__name__}() of {shown} takes several sites at once, which a "
+            "capture does not; capture tensors, and give them to its update_all"
         )
     if not isinstance(given, Statistic):
         raise OptionError(

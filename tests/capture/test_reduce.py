@@ -23,7 +23,7 @@ from actctx import (
     captures,
     site,
 )
-from actctx.stats import Covariance, Moments, Observation, TopK
+from actctx.stats import Covariance, LinearCKA, Moments, Observation, TopK
 
 RESID = "blocks.1.hook_resid_post"
 ALL = "blocks.*.hook_resid_post"
@@ -439,6 +439,11 @@ def test_what_is_for_tensors_alone_is_refused(gpt2, ids):
             {"reduce": "mean"},
             "reduce='mean' of {} is not a statistic; give one of actctx.stats, such as Moments(), "
             "or an object with the methods of actctx.stats.Statistic",
+        ),
+        (
+            {"reduce": LinearCKA()},
+            "reduce=LinearCKA() of {} takes several sites at once, which a capture does not; "
+            "capture tensors, and give them to its update_all",
         ),
         (
             {"reduce": Moments(), "join": None},
