@@ -4,18 +4,19 @@ ActctxError
 ├── OptionError (ValueError)            an option of `capture`, `captures` or `Site` makes no sense
 ├── HookNameError (LookupError)         a name matches no hook point and no module
 ├── AxisError (LookupError)             a slice or a join names an axis that the site does not have
-├── SelectionError (IndexError)         a position lies outside the axis it selects from
+├── SelectionError (IndexError)         a position is outside its axis
 ├── OutputError (TypeError)             a site yields no tensor to capture
+├── PlanError (RuntimeError)            a forward cannot be planned, since it depends on values
 ├── CaptureStateError (RuntimeError)    opened twice, closed while not open, shallowly copied
-├── HooksRemovedError (RuntimeError)    somebody removed the hooks of an open capture
-├── NeverFiredError (RuntimeError)      a site that was asked for by name never fired
-├── StoppedError (RuntimeError)         a forward that stops early has no output and fills no cache
-├── NotCapturedError (KeyError)         the buffer does not hold what was asked of it
+├── HooksRemovedError (RuntimeError)    the hooks of an open capture were removed
+├── NeverFiredError (RuntimeError)      a site that was requested by name never fired
+├── StoppedError (RuntimeError)         a stopped forward has no output and fills no cache
+├── NotCapturedError (KeyError)         the buffer does not have what was requested
 ├── SeveralFiringsError (ValueError)    a site fired more than once in a forward
 ├── JoinError (ValueError)              activations of several forwards do not join
-├── CapacityError (ValueError)          more activations came than `capacity=` made room for
+├── CapacityError (ValueError)          there are more activations than `capacity=` allows
 ├── TypedError (TypeError)              a tensor is not what its annotation or the config says
-├── DataError (ValueError)              a data set, its input or a file is not what it has to be
+├── DataError (ValueError)              a data set, its input or a file is not valid
 └── LoadError (OSError)                 the command line cannot load a model
 
 Every message says what was asked, what was found and what to do.
@@ -43,11 +44,15 @@ class AxisError(ActctxError, LookupError):
 
 
 class SelectionError(ActctxError, IndexError):
-    """A position lies outside the axis it selects from."""
+    """A position is outside its axis."""
 
 
 class OutputError(ActctxError, TypeError):
     """A site yields no tensor to capture."""
+
+
+class PlanError(ActctxError, RuntimeError):
+    """A forward cannot be planned without running it."""
 
 
 class CaptureStateError(ActctxError, RuntimeError):
@@ -55,27 +60,27 @@ class CaptureStateError(ActctxError, RuntimeError):
 
 
 class HooksRemovedError(ActctxError, RuntimeError):
-    """The hooks of an open capture were removed by somebody else."""
+    """The hooks of an open capture were removed by other code."""
 
 
 class NeverFiredError(ActctxError, RuntimeError):
-    """A site that was asked for by its name never fired, or never can."""
+    """A site that was requested by name never fired, or never can."""
 
 
 class StoppedError(ActctxError, RuntimeError):
-    """A forward that stops early was to give an output, or to fill a cache."""
+    """The output of a stopped forward was used, or it was given a cache."""
 
 
 class NotCapturedError(ActctxError, KeyError):
-    """The buffer does not hold what was asked of it."""
+    """The buffer does not have what was requested."""
 
 
 class SeveralFiringsError(ActctxError, ValueError):
-    """A site fired more than once in a forward, so one tensor would be a silent choice."""
+    """A site fired more than once in a forward, so it is not one tensor."""
 
 
 class CapacityError(ActctxError, ValueError):
-    """More activations came than `capacity=` made room for."""
+    """There are more activations than `capacity=` allows."""
 
 
 class JoinError(ActctxError, ValueError):
@@ -87,11 +92,11 @@ class TypedError(ActctxError, TypeError):
 
 
 class DataError(ActctxError, ValueError):
-    """A data set is not what was asked for, its input is no input, or a file cannot be written."""
+    """A data set or its input is not valid, or a file cannot be written."""
 
 
 class LoadError(ActctxError, OSError):
-    """The command line cannot load the model that was asked for."""
+    """The command line cannot load the requested model."""
 
 
 for _error in (ActctxError, *ActctxError.__subclasses__()):

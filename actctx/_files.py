@@ -1,12 +1,12 @@
-"""What is written to disk whole or not at all: beside its place, and renamed at the end.
+"""Write files whole or not at all: beside their place, renamed at the end.
 
 # NOTE [Leftovers]
-What is written lies in a directory of its own beside its place, such as
-`acts.safetensors.0123456789ab.partial`, which is locked. The system lets go of the lock however a
-process ends, so a directory that nobody holds the lock of was left by one that was killed. Whoever
-writes beside it next deletes it, the lock last, so that what is half deleted is still known.
-Nothing else is touched: nothing of another name, nothing that holds other things, and nothing whose
-lock is held or cannot be told.
+A file is written in its own directory beside its place, such as
+`acts.safetensors.0123456789ab.partial`, which is locked. The system releases the lock however a
+process ends, so a directory whose lock nobody holds was left by a killed process. The next writer
+beside it deletes it, the lock last, so that a half-deleted directory is still recognized. Nothing
+else is touched: no other name, no directory with other content, and none whose lock is held or
+unknown.
 """
 
 import contextlib
@@ -42,7 +42,7 @@ _ROOM = re.compile(r".*\.[0-9a-f]{12}\.partial", re.DOTALL)
 
 
 def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
-    """Make the metadata that a file needs to be understood."""
+    """Return the metadata that describes a file."""
     return {
         "axes": json.dumps({key: " ".join(each) for key, each in axes.items()}),
         "model": model,
@@ -52,9 +52,9 @@ def describe(axes: Mapping[str, tuple[str, ...]], model: str) -> dict[str, str]:
 
 
 def expanded(path: str | PathLike[str]) -> str:
-    """Write out the home directory in a path; the address of an object store has none.
+    """Expand the home directory in a path; the address of an object store has none.
 
-    A `file://` address of this machine becomes the path that it means.
+    A `file://` address of this machine becomes its path.
 
     Raises:
         OptionError: It is not a path.
@@ -69,7 +69,8 @@ def expanded(path: str | PathLike[str]) -> str:
         os.fsencode(given)
     except UnicodeEncodeError:
         raise OptionError(
-            f"{path!r} is not a path: it has characters that the system cannot write; give another"
+            f"{path!r} is not a path: it has characters that the system does not support; give "
+            "another"
         ) from None
     address = urlsplit(given) if given.startswith("file://") else None
     if address is not None and address.netloc in {"", "localhost"}:
@@ -78,7 +79,7 @@ def expanded(path: str | PathLike[str]) -> str:
 
 
 def local_path(path: str | PathLike[str]) -> Path:
-    """Return the path of what is to be written.
+    """Return the path to write to.
 
     Raises:
         DataError: It is the address of an object store.
@@ -87,8 +88,8 @@ def local_path(path: str | PathLike[str]) -> Path:
     written_out = expanded(path)
     if "://" in written_out:
         raise DataError(
-            f"cannot write to '{path}': object stores cannot be written to; write to a local "
-            "path, and upload what is there"
+            f"cannot write to '{path}': object stores cannot be written to; write to a local path, "
+            "and upload the result"
         )
     return Path(written_out)
 
@@ -98,11 +99,11 @@ def write_safetensors(
     path: str | PathLike[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write tensors; an existing file is replaced once all is written.
+    """Write tensors; an existing file is replaced once everything is written.
 
     Raises:
         DataError: It cannot be written there, or a tensor has no values, or a dtype or a name that
-            the format does not have.
+            the format does not support.
 
     """
     from safetensors import SafetensorError
@@ -112,8 +113,8 @@ def write_safetensors(
     for name, tensor in tensors.items():
         if name == "__metadata__" or not is_utf8(name):
             raise DataError(
-                f"cannot write {name!r} to '{place}': a safetensors file has no such name; give "
-                "the site an alias, as in {'resid': ...}"
+                f"cannot write {name!r} to '{place}': a safetensors file cannot have such a name; "
+                "give the site an alias, as in {'resid': ...}"
             )
         if why := _why_not_held(tensor):
             raise DataError(
@@ -186,7 +187,7 @@ def unreadable(place: Path, reason: str, instead: str) -> DataError:
 
 
 def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
-    """Explain why a safetensors file cannot hold a tensor; None where it can."""
+    """Explain why a safetensors file cannot store a tensor; None if it can."""
     from safetensors.torch import save
 
     if tensor.is_meta:
@@ -199,10 +200,10 @@ def _why_not_held(tensor: Shaped[Tensor, "..."]) -> str | None:
 
 
 def check_place(path: str | PathLike[str]) -> Path:
-    """Make sure that there can be a file at a path, as far as can be told before writing it.
+    """Make sure that a file can be written to a path, as far as can be known beforehand.
 
     Returns:
-        The path; of a link, that of what it leads to.
+        The path; for a link, the path of its target.
 
     Raises:
         DataError: It is a directory, or in none, or a device, or in an object store.
@@ -217,8 +218,8 @@ def check_place(path: str | PathLike[str]) -> Path:
         raise DataError(f"cannot write to '{place}': it is a directory; give the path of a file")
     if not is_in_one:
         raise DataError(
-            f"cannot write to '{place}': there is no directory '{place.parent}'; make it, or give "
-            "another path"
+            f"cannot write to '{place}': there is no directory '{place.parent}'; create it, or "
+            "give another path"
         )
     if is_other:  # such as /dev/null, in whose place there would be a file
         raise DataError(
@@ -228,7 +229,7 @@ def check_place(path: str | PathLike[str]) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Wait until what a file holds, or the names in a directory, are on the disk itself.
+    """Wait until the content of a file, or the names in a directory, are on the disk.
 
     Raises:
         OSError: They could not be written there, or the file is missing.
@@ -253,7 +254,7 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Wait until a file, or all that a directory holds, is on the disk itself."""
+    """Wait until a file, or everything in a directory, is on the disk."""
     for each in sorted(path.rglob("*"), reverse=True):
         sync(each)
     sync(path)
@@ -263,24 +264,24 @@ def refuse_existing(path: Path) -> None:
     """Make sure that there is nothing at a path.
 
     Raises:
-        DataError: There is, or it cannot be told.
+        DataError: There is something, or this cannot be determined.
 
     """
     clear_leftovers(path.parent)
     with _said_of(path):
         exists = path.exists()
     if exists:
-        raise DataError(f"there is something at '{path}' already; give another path, or remove it")
+        raise DataError(f"'{path}' already exists; give another path, or remove it")
 
 
 @contextmanager
 def written_beside(
     path: Path, *, directory: bool = False, errors: tuple[type[Exception], ...] = (OSError,)
 ) -> Iterator[Path]:
-    """Give an empty file or directory to write to, which takes the place of a path at the end.
+    """Yield an empty file or directory to write to, which is moved to a path at the end.
 
-    It is deleted where the block fails; see the note on leftovers. The block's own errors of these
-    kinds are taken for those of writing; what it reads must raise others.
+    It is deleted if the block fails; see the note on leftovers. Errors of these kinds in the block
+    are treated as errors of writing; code that reads in it must raise others.
 
     Raises:
         DataError: Nothing can be written there, or not all of it.
@@ -297,20 +298,20 @@ def written_beside(
             else:
                 partial.touch(exist_ok=False)
                 mode = (path if path.exists() else partial).stat().st_mode
-        with _said_of(path, errors, "make room there, or give another path"):
+        with _said_of(path, errors, "free space there, or give another path"):
             yield partial
             sync_tree(partial)
         with _said_of(path):
             if not directory:
                 with suppress(OSError):  # not every file system has modes
-                    partial.chmod(mode)  # safetensors makes a file of its own, for its owner alone
+                    partial.chmod(mode)  # safetensors makes its own, private file
             partial.replace(path)
             sync(path.parent)
 
 
 @contextmanager
 def room_beside(path: Path) -> Iterator[Path]:
-    """Make a directory for what is to be at a path, and delete it in the end.
+    """Make a temporary directory beside a path, and delete it at the end.
 
     Raises:
         OSError: The file system refuses it.
@@ -327,7 +328,7 @@ def room_beside(path: Path) -> Iterator[Path]:
 
 
 def _locked_room(path: Path) -> "tuple[Path, BaseFileLock | None]":
-    """Make a directory beside a path, and lock it, where the file system knows locks."""
+    """Make a directory beside a path, and lock it if the file system supports locks."""
     while True:
         room = path.with_name(f"{path.name[:40]}.{uuid4().hex[:12]}.partial")
         room.mkdir()
@@ -346,7 +347,7 @@ def _locked_room(path: Path) -> "tuple[Path, BaseFileLock | None]":
 
 
 def _lock(room: Path) -> "BaseFileLock | None":
-    """Lock a directory; None where another process holds the lock, or nobody can."""
+    """Lock a directory; None if another process holds the lock, or if locks are not supported."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(room / _LOCK, timeout=0)
@@ -358,7 +359,7 @@ def _lock(room: Path) -> "BaseFileLock | None":
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Delete what writers left in a directory that were killed; see the note on leftovers."""
+    """Delete what killed writers left in a directory; see the note on leftovers."""
     try:
         rooms = [each for each in directory.glob("*.partial") if _ROOM.fullmatch(each.name)]
     except OSError:
@@ -374,7 +375,7 @@ def clear_leftovers(directory: Path) -> None:
 
 
 def _is_ours(room: Path) -> bool:
-    """Return whether a directory holds what `room_beside` puts into one, and nothing else."""
+    """Return whether a directory contains what `room_beside` puts into it, and nothing else."""
     try:
         names = {each.name for each in room.iterdir()}
     except OSError:
@@ -393,10 +394,10 @@ def _said_of(
     errors: tuple[type[Exception], ...] = (OSError,),
     remedy: str = "give another path",
 ) -> Iterator[None]:
-    """Say of errors what could not be written."""
+    """Raise errors again with what could not be written."""
     try:
         yield
-    except ActctxError:  # of which some are errors of the system's kind
+    except ActctxError:  # some of which are errors of the system
         raise
     except errors as error:
         raise cannot_write(path, error, remedy) from error
@@ -408,7 +409,7 @@ def cannot_write(path: object, error: BaseException, remedy: str) -> DataError:
 
 
 def reason_of(error: BaseException) -> str:
-    """Take what an error says: the system, or Lance, without the place in its source behind it."""
+    """Return the message of an error of the system, or of Lance without the place in its source."""
     said: str = getattr(error, "strerror", None) or next(iter(str(error).splitlines()), "")
     said = said.split(", /", maxsplit=1)[0].removeprefix("External error: ")
     return printable(said.removeprefix("LanceError(IO): "))

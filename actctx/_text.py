@@ -20,9 +20,9 @@ def counted(count: int, word: str) -> str:
 
 
 def printable(text: object) -> str:
-    r"""Write a text that a file brought so that a terminal shows it, as in `\x1b[31m`.
+    r"""Escape a text from a file for a terminal, as in `\x1b[31m`.
 
-    Characters that are not seen, but move, colour or reorder what is, are written as in Python.
+    Invisible characters that move, colour or reorder text are written as Python escapes.
     """
     shown = str(text)
     if shown.isprintable():
@@ -31,7 +31,7 @@ def printable(text: object) -> str:
 
 
 def shortened(names: list[str], most: int = 8) -> str:
-    """List names for a message, the first few of them where there are many."""
+    """List names for a message, only the first few if there are many."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 

@@ -24,7 +24,7 @@ def load_ipython_extension(shell: InteractiveShell) -> None:
 
 
 def _unquoted(word: str) -> str:
-    """Take the quotes off that IPython leaves around the words of a line."""
+    """Remove the quotes that IPython leaves around the words of a line."""
     quoted = len(word) > 1 and word[0] == word[-1] and word[0] in "\"'"
     return word[1:-1] if quoted else word
 
@@ -46,7 +46,7 @@ _word = functools.partial(argument, type=_unquoted)
 @_word("--device", help="The device to move the activations to; by default the model's.")
 @_word("--mask", choices=("attention",), help="Keep the rows of real tokens only.")
 @_word("--join", default="batch", help="The axis that forwards are joined along, or none.")
-@argument("--capacity", type=int, metavar="N", help="Make room for N rows at the first forward.")
+@argument("--capacity", type=int, metavar="N", help="Allocate N rows at the first forward.")
 @argument(
     "--grad", action="store_true", help="Keep the graph, for gradients through the activations."
 )
@@ -55,9 +55,10 @@ _word = functools.partial(argument, type=_unquoted)
 def capture_activations(line: str, cell: str) -> object:
     """Run the cell in a capture.
 
-    The buffer is there under its name from the start of the cell, and stays after it. The hooks
-    go when the cell ends, even if it raises or is interrupted. The value of the cell's last line
-    is shown, as always. It does not work with a top-level `await`; use `capture(...)` there.
+    The buffer exists under its name from the start of the cell, and stays afterwards. The hooks are
+    removed when the cell ends, even if it raises or is interrupted. The value of the cell's last
+    line is displayed, as usual. It does not work with a top-level `await`; use `capture(...)`
+    there.
 
     Example:
         %%capture_activations model "blocks.*.hook_resid_post" --slice pos=-1 --as resid
@@ -84,7 +85,7 @@ def capture_activations(line: str, cell: str) -> object:
 
 
 def _check_variable(variable: str, model: str) -> None:
-    """Refuse a name that no variable can have, or that the model goes by.
+    """Refuse a name that is not a valid variable name, or is the name of the model.
 
     Raises:
         OptionError: It is such a name.
@@ -94,7 +95,7 @@ def _check_variable(variable: str, model: str) -> None:
         raise OptionError(f"--as {variable!r} is not a valid variable name; give one such as acts")
     if variable in _names_in(model):
         raise OptionError(
-            f"--as {variable!r} would take the place of the model; give another name, such as acts"
+            f"--as {variable!r} would overwrite the model; give another name, such as acts"
         )
 
 
@@ -117,16 +118,16 @@ def _evaluate(shell: Any, model: str) -> Any:
         return shell.ev(model)
     except (NameError, SyntaxError, AttributeError, LookupError, TypeError) as error:
         raise OptionError(
-            f"the first word after %%capture_activations is the model, but {model!r} is not one: "
-            f"{type(error).__name__}: {error}; give a variable that holds one, or an "
+            f"the first word after %%capture_activations must be the model, but {model!r} is not "
+            f"one: {type(error).__name__}: {error}; give a variable that holds one, or an "
             "expression, in quotes if it has spaces"
         ) from None
 
 
 def _run(shell: Any, cell: str) -> object:
-    """Run a cell in the user's namespace, and return what its last line comes to.
+    """Run a cell in the user's namespace, and return the value of its last line.
 
-    Not with `run_cell`, which shows an error and then goes on as if there were none.
+    `run_cell` is not used, because it shows an error and then continues as if there were none.
     """
     source = shell.transform_cell(cell)
     name = shell.compile.cache(source, shell.execution_count, raw_code=cell)

@@ -1,7 +1,7 @@
-"""Pictures of activations, with matplotlib, which the extra `plot` installs.
+"""Pictures of activations, with matplotlib, which the `plot` extra installs.
 
-Each function takes what was captured, or a data set, and draws on axes that are given or made. The
-figure is the caller's, to be changed, saved and closed.
+Each function takes captured activations or a data set, and draws on given or new axes. You can
+change, save and close the figure.
 """
 
 import math
@@ -45,17 +45,17 @@ def plot_norms(
 
     Numbers of any dtype have norms, complex ones that of their magnitudes.
 
-    Where positions are known, a heat map of the norm along the last axis, averaged over all that
-    lies at a position: those of an axis `pos`, of the rows that a mask kept, and of a data set of
-    tokens. Elsewhere a line of the median norm of the rows, between its quartiles. Of a data set,
-    some thousand rows are in memory at a time, beside the norms and the position of each row: up
-    to 8 bytes a row and layer, and 16 a row.
+    If positions are known, this is a heat map of the norm along the last axis, averaged over
+    everything at a position. Positions are those of an axis `pos`, of the rows that a mask kept, or
+    of a data set of tokens. Otherwise it is a line of the median norm of the rows, between its
+    quartiles. For a data set, a few thousand rows are in memory at a time, besides the norm and the
+    position of each row: up to 8 bytes per row and layer, and 16 per row.
 
     Args:
-        acts: What was captured or extracted, in several layers, with the features along the last
+        acts: Captured or extracted activations of several layers, with the features along the last
             axis.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
-        positions: The numbers of the positions along an axis `pos`, where a slice selected some.
+        positions: The numbers of the positions along an axis `pos`, if a slice selected some.
         ax: Where to draw; a new figure by default.
 
     Returns:
@@ -66,9 +66,9 @@ def plot_norms(
         HookNameError: The name means several sites of a layer.
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
-        OptionError: There are not as many `positions` as were captured, something is given that
-            is no name or no number, torch cannot calculate with what was captured (it is on the
-            meta device, or quantized), or matplotlib is not installed.
+        OptionError: There are not as many `positions` as were captured, an argument has the wrong
+            type, torch cannot compute with the captured tensors (they are on the meta device, or
+            quantized), or matplotlib is not installed.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -86,8 +86,8 @@ def plot_norms(
     if positions is not None:
         if grid is None:
             raise OptionError(
-                f"the positions of {keys[0]!r} are not known, so they have no place in the "
-                "picture; leave out positions="
+                f"the positions of {keys[0]!r} are not known, so they cannot be shown in the "
+                "picture; omit positions="
             )
         check_count(keys[0], "positions", positions, grid.shape[1])
     picture = _picture(ax)
@@ -113,17 +113,17 @@ def plot_pattern(
 ) -> tuple["Picture", ...]:
     """Draw the attention of each head of one layer: queries downwards, keys to the right.
 
-    All heads share one scale of colours, from 0 to 1. With `tokens`, the pictures grow with their
-    number, to 24 inches at most, so that each of some hundred can be read. Queries that are not as
-    many as the keys have no numbers and no names, since which of them were selected is not known.
+    All heads share one colour scale, from 0 to 1. With `tokens`, the pictures grow with their
+    number, up to 24 inches, so that about a hundred tokens can be read. If there are fewer queries
+    than keys, queries are not labelled, since it is not known which of them were selected.
 
     Args:
-        acts: What was captured, `batch head query key`, or a selection of heads; or a data set of
-            it, which has a row for each query.
+        acts: A captured pattern, `batch head query key`, or a selection of heads; or a data set of
+            patterns, which has a row for each query.
         name: The site, such as `"blocks.3.attn.hook_pattern"`.
-        sequence: Which one of the batch; of a data set, its number in the column `sequence`.
-        tokens: What to write at the keys and queries, one for each.
-        heads: The numbers of the heads, where a slice selected some.
+        sequence: The index in the batch; for a data set, the number in the column `sequence`.
+        tokens: Labels of the keys and queries, one for each.
+        heads: The numbers of the heads, if a slice selected some.
 
     Returns:
         The axes of each head, all on one new figure.
@@ -132,8 +132,7 @@ def plot_pattern(
         NotCapturedError: Nothing was captured under this name.
         AxisError: It is not an attention pattern.
         OptionError: There are not as many tokens as keys, or numbers as heads, or there is no such
-            sequence; something is given that is no name, string or number; or matplotlib is not
-            installed.
+            sequence; an argument has the wrong type; or matplotlib is not installed.
 
     Example:
         >>> with capture(model, "blocks.1.attn.hook_pattern") as acts:
@@ -148,7 +147,7 @@ def plot_pattern(
         tokens = read_tokens(tokens)
         check_count(name, "keys", tokens, keys)
     numbers = [*range(count)] if heads is None else read_integers("heads", heads)
-    alone = "give one for each, or capture some alone, as with slice={'head': [0, 3]}"
+    alone = "give one for each, or capture only some, as with slice={'head': [0, 3]}"
     check_count(name, "heads", numbers, count, remedy=alone)
     columns = min(count, 4) if tokens is None else min(math.isqrt(count - 1) + 1, 3)
     side = None if tokens is None else min(_NAMES + _LINE * keys, _LARGEST)
@@ -172,10 +171,10 @@ def plot_similarity(
     *,
     ax: "Picture | None" = None,
 ) -> "Picture":
-    """Draw how alike the layers are: their linear CKA, of `layer_similarity`, in a square.
+    """Draw how similar the layers are: their linear CKA from `layer_similarity`, as a square.
 
     Args:
-        acts: What was captured or extracted, in several layers; or a `LinearCKA`, whose sites are
+        acts: Captured or extracted activations of several layers; or a `LinearCKA`, whose sites are
             drawn as they are, with `name` as the title.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
         ax: Where to draw; a new figure by default.
@@ -184,8 +183,8 @@ def plot_similarity(
         The axes that were drawn on.
 
     Raises:
-        OptionError: The layers cannot be compared, or matplotlib is not installed. What else is
-            wrong is said as by `layer_similarity`.
+        OptionError: The layers cannot be compared, or matplotlib is not installed. For other
+            errors, see `layer_similarity`.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -216,19 +215,18 @@ def layer_similarity(
 ) -> Float[Tensor, "layer layer"]:
     """Compare the layers with each other, by linear centred kernel alignment (CKA).
 
-    1 means that the rows of two layers are the same up to a rotation and a scale, whatever their
-    features are; 0 that no feature of one can be linearly predicted from the other's. With rows X
-    and Y, centred, it is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019,
-    "Similarity of Neural Network Representations Revisited", equation 4). Rows are everything but
-    the last axis.
+    1 means that the rows of two layers are the same up to a rotation and a scale; 0 means that no
+    feature of one can be linearly predicted from those of the other. With centred rows X and Y, it
+    is `|Y'X|^2 / (|X'X| |Y'Y|)` in Frobenius norms (Kornblith et al. 2019, "Similarity of Neural
+    Network Representations Revisited", equation 4). Rows are everything but the last axis.
 
-    Sums are taken over some thousand rows at a time: beside what was captured, the layers of these
-    rows are held in single precision, and the products of the features of one layer with those of
-    all. A data set is read once for each layer, and once for the means.
+    Sums are taken over a few thousand rows at a time. Memory holds these rows of all layers in
+    single precision, and the products of the features of one layer with those of all. A data set is
+    read once for each layer, and once for the means.
 
     Args:
-        acts: What was captured or extracted, in several layers, with the features along the last
-            axis; or a `LinearCKA`, which compares all its sites in one pass.
+        acts: Captured or extracted activations of several layers, with the features along the
+            last axis; or a `LinearCKA`, which compares all its sites in one pass.
         name: The name within a layer, or a pattern of whole names; see `Activations.stack`.
 
     Returns:
@@ -239,8 +237,8 @@ def layer_similarity(
         HookNameError: The name means several sites of a layer.
         JoinError: The layers do not have the same rows.
         AxisError: There are no features along a last axis.
-        OptionError: All rows of a layer are the same, as of a single row, or some are not finite
-            or not real, so that nothing can be compared.
+        OptionError: All rows of a layer are the same, or some are not finite or not real, so the
+            layer cannot be compared.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -257,7 +255,7 @@ def layer_similarity(
 def _draw_quartiles(
     picture: "Picture", norms: Float[Tensor, "layer row"], numbers: Sequence[str]
 ) -> None:
-    with np.errstate(invalid="ignore"):  # between infinite norms there is nothing to draw
+    with np.errstate(invalid="ignore"):  # nothing can be drawn between infinite norms
         low, middle, high = np.quantile(norms.numpy(), [0.25, 0.5, 0.75], axis=1)
     layers = range(len(numbers))
     picture.fill_between(layers, low, high, alpha=0.25, linewidth=0)
@@ -269,19 +267,19 @@ def _draw_quartiles(
 def colour_tokens(tokens: Sequence[str], values: Float[Tensor, " pos"]) -> ColouredTokens:
     """Colour each token of a text by a number, such as a neuron's activation there.
 
-    Positive values are orange, negative ones blue, the stronger the larger; in a notebook, hover
-    over a token to see its value. In plain text they stand in brackets.
+    Positive values are orange and negative ones blue, stronger for larger values. In a notebook,
+    hover over a token to see its value. In plain text, values are in brackets.
 
     Args:
-        tokens: The tokens as they are to be read, such as `model.to_str_tokens(text)`.
-        values: A number for each.
+        tokens: The tokens as text, such as `model.to_str_tokens(text)`.
+        values: A number for each token.
 
     Returns:
-        The coloured tokens, which a notebook shows at the end of a cell.
+        The coloured tokens, which a notebook displays at the end of a cell.
 
     Raises:
-        OptionError: There are not as many numbers as tokens, the tokens are no strings, or the
-            values no real numbers.
+        OptionError: There are not as many numbers as tokens, the tokens are not strings, or the
+            values are not real numbers.
 
     Example:
         >>> colour_tokens(["The", " cat"], torch.tensor([-0.5, 2.0]))
@@ -326,7 +324,7 @@ def _figure(*, rows: int, columns: int, side: float | None = None) -> "Figure":
 
 
 def _number(axis: Any, numbers: Sequence[object]) -> None:
-    """Write the numbers of what was captured, which need not be all there is."""
+    """Label an axis with the numbers of the captured items, which may be a selection."""
     from matplotlib.ticker import MaxNLocator
 
     # An escaped dollar is a dollar; others would enclose a formula.

@@ -10,36 +10,6 @@ torch.set_num_threads(1)  # the models are tiny: threads would only wait for eac
 os.environ["OMP_NUM_THREADS"] = "1"  # in the processes and kernels that tests start, too
 
 
-# Files whose tests take minutes: pages and notebooks, models of every architecture, processes that
-# are killed or stopped anywhere, type checkers.
-THOROUGH = {
-    "test_architectures",
-    "test_benchmarks",
-    "test_docs",
-    "test_every_architecture",
-    "test_forged_files",
-    "test_interrupts",
-    "test_leftovers",
-    "test_long_runs",
-    "test_marks",
-    "test_memory",
-    "test_notebooks",
-    "test_offloaded",
-    "test_parallel",
-    "test_power",
-    "test_properties",
-    "test_translated_families",
-    "test_typing",
-}
-
-
-@pytest.hookimpl(tryfirst=True)  # before `-m` selects
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.path.stem in THOROUGH:
-            item.add_marker("thorough")
-
-
 @pytest.fixture(autouse=True)
 def _gradients_are_left_as_they_were():
     assert torch.is_grad_enabled()

@@ -6,31 +6,21 @@ from importlib.metadata import version
 
 import torch
 import transformers
+from configs import LLAMA, LLAMA_WITH_HEAD_DIM, TWO_SIDED, VOCAB
 from torch import Tensor, nn
 
-VOCAB = 50
 BATCH, POS = 3, 7
 
-_LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-}
-_WITH_HEAD_DIM = {**_LLAMA, "head_dim": 8}
-_WITHOUT_GROUPS = {name: size for name, size in _LLAMA.items() if name != "num_key_value_heads"}
+_WITHOUT_GROUPS = {name: size for name, size in LLAMA.items() if name != "num_key_value_heads"}
 
 _CONFIGS = {
     "GPT2LMHeadModel": ("GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
-    "LlamaForCausalLM": ("LlamaConfig", _WITH_HEAD_DIM),
-    "MistralForCausalLM": ("MistralConfig", _WITH_HEAD_DIM),
-    "Qwen2ForCausalLM": ("Qwen2Config", _LLAMA),
-    "Qwen3ForCausalLM": ("Qwen3Config", _WITH_HEAD_DIM),
-    "Gemma2ForCausalLM": ("Gemma2Config", _WITH_HEAD_DIM),
-    "Gemma3ForCausalLM": ("Gemma3TextConfig", _WITH_HEAD_DIM),
+    "LlamaForCausalLM": ("LlamaConfig", LLAMA_WITH_HEAD_DIM),
+    "MistralForCausalLM": ("MistralConfig", LLAMA_WITH_HEAD_DIM),
+    "Qwen2ForCausalLM": ("Qwen2Config", LLAMA),
+    "Qwen3ForCausalLM": ("Qwen3Config", LLAMA_WITH_HEAD_DIM),
+    "Gemma2ForCausalLM": ("Gemma2Config", LLAMA_WITH_HEAD_DIM),
+    "Gemma3ForCausalLM": ("Gemma3TextConfig", LLAMA_WITH_HEAD_DIM),
     "GPTNeoXForCausalLM": ("GPTNeoXConfig", _WITHOUT_GROUPS),
     "PhiForCausalLM": ("PhiConfig", _WITHOUT_GROUPS),
     "OPTForCausalLM": (
@@ -40,7 +30,7 @@ _CONFIGS = {
     "BloomForCausalLM": ("BloomConfig", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
     "MixtralForCausalLM": (
         "MixtralConfig",
-        {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
+        {**LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
     "BertForMaskedLM": ("BertConfig", _WITHOUT_GROUPS),
     "T5ForConditionalGeneration": (
@@ -66,7 +56,7 @@ _JOINT_CONFIGS = {
         {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4},
     ),
     "GPTBigCodeForCausalLM": ("GPTBigCodeConfig", _GPT),
-    "Phi3ForCausalLM": ("Phi3Config", _LLAMA),
+    "Phi3ForCausalLM": ("Phi3Config", LLAMA),
 }
 # Some whose layers differ, or that scale outside of their modules what a bridge shows scaled.
 UNEVEN = (
@@ -76,7 +66,7 @@ UNEVEN = (
     "GraniteForCausalLM",
     "GraniteMoeForCausalLM",
 )
-_MIXTURE = {**_LLAMA, "num_experts_per_tok": 2}
+_MIXTURE = {**LLAMA, "num_experts_per_tok": 2}
 _SCALED = {"embedding_multiplier": 12.0, "residual_multiplier": 0.5}
 _UNEVEN_CONFIGS = {
     "DeepseekV3ForCausalLM": (
@@ -99,7 +89,7 @@ _UNEVEN_CONFIGS = {
     "Llama4ForCausalLM": (
         "Llama4TextConfig",
         {
-            **_WITH_HEAD_DIM,
+            **LLAMA_WITH_HEAD_DIM,
             "interleave_moe_layer_step": 2,
             "num_local_experts": 4,
             "intermediate_size_mlp": 64,
@@ -117,7 +107,7 @@ _UNEVEN_CONFIGS = {
             "use_mamba_kernels": False,
         },
     ),
-    "GraniteForCausalLM": ("GraniteConfig", {**_LLAMA, **_SCALED}),
+    "GraniteForCausalLM": ("GraniteConfig", {**LLAMA, **_SCALED}),
     "GraniteMoeForCausalLM": (
         "GraniteMoeConfig",
         {**_MIXTURE, **_SCALED, "num_local_experts": 4},
@@ -260,19 +250,8 @@ def other_weights():
 
 def bart():
     """Build a tiny BART, whose logits are as long as what its encoder is given."""
-    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
-    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
-    config = transformers.BartConfig(
-        d_model=32,
-        vocab_size=50,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        decoder_start_token_id=2,
-        **sizes,
-        **heads,
-    )
+    config = transformers.BartConfig(**TWO_SIDED, max_position_embeddings=64)
     config.architectures = ["BartForConditionalGeneration"]
+    config._attn_implementation = "eager"
     torch.manual_seed(0)
     return transformers.BartForConditionalGeneration(config).eval()

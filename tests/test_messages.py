@@ -40,8 +40,8 @@ def test_an_unknown_module(mlp):
 def test_a_hook_name_that_another_architecture_has():
     assert message_of(capture, bridge("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid") == (
         "no hook point matches 'blocks.0.hook_resid_mid'; closest: 'blocks.0.hook_resid_pre', "
-        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has names that "
-        "end so, but this architecture may not (see actctx.hook_names(model))"
+        "'blocks.0.hook_resid_post', 'blocks.1.hook_resid_pre'; TransformerLens has names with "
+        "this ending, but this architecture may not (see actctx.hook_names(model))"
     )
     plain = message_of(capture, huggingface("GPTNeoXForCausalLM"), "blocks.0.hook_resid_mid")
     assert "but this architecture may not, or only in a TransformerBridge (see" in plain
@@ -75,8 +75,8 @@ def test_a_firing_that_is_no_number():
 def test_a_model_of_a_decorated_call_that_is_none():
     decorated = captures("block", model="model")(lambda: None)
     assert message_of(decorated) == (
-        "@captures(..., model='model') is no model; give one, or what finds it among the arguments "
-        "of a call, as in model=lambda self, *args, **kwargs: self.model"
+        "@captures(..., model='model') is not a model; give one, or a function that finds it among "
+        "the arguments of a call, as in model=lambda self, *args, **kwargs: self.model"
     )
 
 
@@ -96,7 +96,7 @@ def test_a_pattern_that_matches_nothing(gpt2):
 
 def test_names_that_ask_for_nothing(gpt2):
     assert message_of(capture, gpt2, []) == (
-        "no hook point was asked for: the names are empty, or the predicate accepts none (see "
+        "no hook point was requested: the names are empty, or the predicate accepts none (see "
         "actctx.hook_names(model))"
     )
 
@@ -119,21 +119,21 @@ def test_an_alias_of_several_places_that_is_read_as_one(gpt2):
     acts = run(gpt2, {"resid": "*hook_resid_post"})
     several = "'resid.blocks.0.hook_resid_post', 'resid.blocks.1.hook_resid_post'"
     assert message_of(acts.__getitem__, "resid") == (
-        f"nothing was captured from 'resid': it means 2 of the captured sites, so read one of "
+        "nothing was captured from 'resid': it matches 2 of the captured sites, so read one of "
         f"{several}, or acts.stack('resid') for its layers"
     )
     with pytest.raises(AttributeError) as caught:
         acts.resid  # noqa: B018
     assert str(caught.value) == (
-        f"'resid' stands for several sites, so read acts.stack('resid') or one of {several}"
+        f"'resid' matches several sites, so read acts.stack('resid') or one of {several}"
     )
 
 
 @pytest.mark.parametrize("alias", ["tensor", "items", "save", "to"])
 def test_an_alias_that_the_buffer_has_already(gpt2, alias):
     assert message_of(capture, gpt2, {alias: RESID}) == (
-        f"the alias {alias!r} is an attribute that the buffer has already, so acts.{alias} could "
-        "not read the site; give another alias"
+        f"the alias {alias!r} is already an attribute of the buffer, so acts.{alias} could not "
+        "read the site; give another alias"
     )
 
 
@@ -148,7 +148,7 @@ def test_a_module_that_is_named_like_an_attribute_of_the_buffer_is_captured():
 def test_one_place_with_two_sets_of_options(gpt2):
     glob = "blocks.*.hook_resid_post"
     assert message_of(capture, gpt2, [Site(glob, slice=0), Site(RESID, slice=1)]) == (
-        "'blocks.1.hook_resid_post' is asked for twice with different options; name each with a "
+        "'blocks.1.hook_resid_post' is requested twice with different options; name each with a "
         "mapping, such as {'first': Site('blocks.*.hook_resid_post', ...), 'second': "
         "Site('blocks.1.hook_resid_post', ...)}"
     )
@@ -173,8 +173,8 @@ def test_an_io_that_is_neither():
 
 def test_axes_that_name_one_twice():
     assert message_of(Site, RESID, axes="pos pos") == (
-        "Site(axes='pos pos') names an axis twice; give each axis a name of its own, in their "
-        "order, as in axes='batch pos d_model'"
+        "Site(axes='pos pos') names an axis twice; give each axis its own name, in order, as in "
+        "axes='batch pos d_model'"
     )
 
 
@@ -290,7 +290,7 @@ def test_what_does_not_select(gpt2):
 def test_a_site_that_fires_with_other_axes_than_were_named(mlp):
     assert message_of(run, mlp, Site("block", axes="batch pos head d_head")) == (
         "'block' fired with the shape (3, 7, 8), but Site(axes='batch pos head d_head') names 4 "
-        "axes; name each axis that it has"
+        "axes; name all axes that it has"
     )
 
 
@@ -302,6 +302,7 @@ def test_a_hook_point_that_fires_with_other_axes_than_are_known():
             model.blocks[0].ln2, torch.randn(21, 32)
         )  # of how many sequences is not known
     assert said == (
-        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; select "
-        "along one of these, or by position with a tuple"
+        "'blocks.0.ln2.hook_normalized' has no axis 'pos'; its axes are 'token d_model'; if it "
+        "has one row for each token, in order, give Site(axes='batch pos d_model'), else "
+        "select by position with a tuple"
     )

@@ -126,7 +126,7 @@ def test_a_variable_that_is_none_is_refused(kernel, name):
 
 def test_the_model_keeps_its_name(kernel):
     for expression in ("model[0:2]", "list(model.children())[0]", '"[0, model][1]"'):
-        with pytest.raises(CellExecutionError, match="--as 'model' would take the place of the "):
+        with pytest.raises(CellExecutionError, match="--as 'model' would overwrite the "):
             run(kernel, f"%%capture_activations {expression} 0 --as model\nmodel(x)")
     assert run(kernel, "type(model).__name__") == "'Sequential'"
 
@@ -142,7 +142,7 @@ def test_the_model_keeps_its_name(kernel):
     ],
 )
 def test_a_model_that_is_not_there_is_refused(kernel, word, reason):
-    said = re.escape(f"is the model, but '{word}' is not one: {reason}")
+    said = re.escape(f"must be the model, but '{word}' is not one: {reason}")
     with pytest.raises(CellExecutionError, match=said):
         run(kernel, f"%%capture_activations {word} 0\nmodel(x)")
 
@@ -209,7 +209,7 @@ def test_the_magic_explains_itself(kernel):
     assert "The device to move the activations to; by default the model's." in " ".join(
         shown.split()
     )
-    assert "Make room for N rows at the first forward." in " ".join(shown.split())
+    assert "Allocate N rows at the first forward." in " ".join(shown.split())
 
 
 EXAMPLE = dedent(capture_activations.__doc__.partition("Example:\n")[2]).split("\n\n")[0]
@@ -251,7 +251,7 @@ def test_without_widgets_it_shows_so_in_characters(kernel, tmp_path):
     pytest.importorskip("lance")
     run(
         kernel,
-        "import actctx._extract.progress\nactctx._extract.progress.find_spec = lambda name: None",
+        "import actctx._store.progress\nactctx._store.progress.find_spec = lambda name: None",
     )
     shown = run(kernel, EXTRACTION.format(out=tmp_path / "acts"))
     assert "30/30 [00:0" in shown

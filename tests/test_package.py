@@ -68,6 +68,9 @@ def test_the_public_names_are_these():
         "NotCapturedError",
         "OptionError",
         "OutputError",
+        "Plan",
+        "PlanError",
+        "PlannedSite",
         "Schema",
         "SelectionError",
         "SeveralFiringsError",
@@ -225,8 +228,8 @@ def test_nnsight_may_be_imported_first_or_last(order):
     """It adds a method to every object, among which beartype, when imported, finds no hash."""
     pytest.importorskip("nnsight")
     assert _run(NNSIGHT.format(*order)).stdout == (
-        "the argument 'mask' of checked is a int, which is no Float[Tensor, 'batch'] | None: its "
-        "type is another\n"
+        "the argument 'mask' of checked is a int, which does not match Float[Tensor, 'batch'] | "
+        "None: it has a different type\n"
     )
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough
+
 TYPING = Path(__file__).parent / "typing"
 CHECKERS = {
     "mypy": ["--output=json", "--strict"],

@@ -1,4 +1,4 @@
-"""The life of a capture: sites settled, hooks on, forwards watched and stopped, hooks off.
+"""The life of a capture: settle sites, add hooks, watch and stop forwards, remove hooks.
 
-Nothing here knows of data sets.
+Nothing here depends on data sets.
 """

@@ -1,11 +1,12 @@
-"""Where the axes of an activation lie: what its name proposes, checked against the model.
+"""Determine the axes of an activation: its name proposes them, and the model decides.
 
 # NOTE [Names propose, the model decides]
-In this order. The user's `Site(axes=...)` holds. Else the name of a hook point proposes axes, with
-the position where TransformerLens declares it. They are checked against the numbers of sequences
-and positions that the forward was given: where these leave no other axes, they hold. Where sizes
-coincide, or disagree, or no name proposes anything, the model is run with other sizes, and what
-grows tells (see `growth`). What still cannot be told is refused, where something depends on it.
+In this order: The user's `Site(axes=...)` is used as it is. Otherwise the name of a hook point
+proposes axes, with the position where TransformerLens declares it. They are checked against the
+numbers of sequences and positions of the forward, and used if these leave no other axes. If sizes
+coincide or disagree, or the name proposes nothing, the model is run with other sizes, and the axes
+that grow are identified (see `growth`). If the axes are still unclear and something depends on
+them, the site is refused.
 """
 
 import weakref
@@ -26,8 +27,8 @@ class Numbers(NamedTuple):
     """The numbers of sequences and positions that a forward was given.
 
     Attributes:
-        batch: The number of sequences; None where that is not known.
-        positions: The numbers of positions: of the tokens, and of those of a decoder.
+        batch: The number of sequences; None if unknown.
+        positions: The numbers of positions: of the tokens, and of a decoder's tokens.
 
     """
 
@@ -36,21 +37,21 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
-    """Read the numbers of sequences and positions off what forwards were called with.
+    """Read the numbers of sequences and positions from the arguments of forwards.
 
     Args:
-        forwards: The arguments by name, of the innermost forward first.
+        forwards: The arguments by name, those of the innermost forward first.
 
     """
     for given in forwards:
         found = [(name, each) for name, each in _flat(given) if _holds_tokens(name, each)]
-        # Others have two axes as well, such as the sizes of pictures. A bridge names its tokens
-        # otherwise than those of its decoder.
+        # Other arguments have two axes too, such as the sizes of images. A bridge uses different
+        # names for its tokens and those of its decoder.
         named = [each for name, each in found if name.endswith(_TOKENS)]
         is_named = any(name.endswith(_TOKENS) and "decoder" not in name for name, _ in found)
         tokens = named if is_named else [each for _, each in found]
         if tokens:
-            labels = given.get("labels")  # of which an encoder's decoder makes its own tokens
+            labels = given.get("labels")  # from which the decoder makes its own tokens
             also = [labels] if isinstance(labels, Tensor) and labels.dim() == _WITH_TOKENS else []
             return Numbers(len(tokens[0]), frozenset(each.shape[1] for each in tokens + also))
     return Numbers()
@@ -63,7 +64,7 @@ _WITH_TOKENS = 2
 
 
 def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Flatten arguments, those inside a batch or `*args` of a wrapper included."""
+    """Flatten arguments, including those inside a batch or `*args` of a wrapper."""
     for name, value in given.items():
         if isinstance(value, Mapping):
             yield from _flat(value)
@@ -95,7 +96,7 @@ def plainly_told(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) ->
 
 
 def proposed_axes(site: WatchedSite, shape: tuple[int, ...], numbers: Numbers) -> Axes | None:
-    """Return the axes that the name of a site proposes; None where the sizes contradict it."""
+    """Return the axes that the name of a site proposes; None if the sizes contradict them."""
     proposed = fired_axes(site.place.name, site.place.axes, len(shape))
     if proposed is None or numbers.batch is None or not numbers.positions:
         return proposed
@@ -111,10 +112,10 @@ class Teller:
     Attributes:
         model: The model.
         module: The hook point or module of the site.
-        io: Whether the activation is given to it or returned by it.
+        io: Whether the activation is an input or an output of it.
         read: Finds the activation in that.
         proposed: The axes that the name proposes.
-        known: What runs have told already.
+        known: The results of earlier runs.
 
     """
 
@@ -134,11 +135,11 @@ class Teller:
         return cls(*held, io, site.reader, place.axes, known)
 
     def grew(self, numbers: Numbers | None = None) -> Grew | None:
-        """Return what the axes grow with, if the model is still alive.
+        """Return what the axes grow with, if the model still exists.
 
         Args:
-            numbers: What a forward was given. A module that does not say what it reads was run on
-                token ids, which tells nothing of forwards on anything else.
+            numbers: The numbers of a forward. A module that does not say what it reads was run on
+                token ids, so the run says nothing about forwards on other inputs.
 
         """
         model, module = self.model(), self.module()
@@ -154,8 +155,8 @@ class Teller:
     ) -> Axes | None:
         """Return the axes of an activation of this shape, by default of that of the run.
 
-        None where it has other sequences than the forward: a model may do other things with long
-        texts than with those of the run.
+        None if it has other sequences than the forward: a model may treat long texts differently
+        from those of the run.
         """
         grew = self.grew(numbers)
         return None if grew is None else self.named(grew, name, shape, numbers)
@@ -178,7 +179,7 @@ class Teller:
     def later(
         self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
     ) -> Callable[[], Named | None]:
-        """Return a function that finds the axes of what a site leaves, when it is called."""
+        """Return a function that finds the axes of a site's values when it is called."""
         name, selector, rows = site.place.name, site.selector, site.rows
 
         def tell() -> Named | None:
@@ -189,11 +190,11 @@ class Teller:
 
 
 def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "decoder"] | None:
-    """Find by a run on whose tokens a site of an encoder-decoder model runs.
+    """Find by a run whose tokens a site of an encoder-decoder model runs on.
 
     Returns:
-        The side whose positions its own grow with; None where that is not told, as of a module that
-        both sides run.
+        The side whose positions its own grow with; None if that is unclear, as for a module
+        that both sides run.
 
     """
     teller = Teller.of(model, site)
@@ -207,7 +208,7 @@ def side_of_run(model: nn.Module, site: WatchedSite) -> Literal["encoder", "deco
 
 
 def must_tell_axes(seen: Seen, shape: torch.Size, numbers: Numbers) -> bool:
-    """Return whether the known axes of a site may not hold for this activation."""
+    """Return whether the known axes of a site may be wrong for this activation."""
     site = seen.site
     if len(shape) != seen.rank or not seen.column.firings:
         return True
@@ -223,14 +224,14 @@ def tell_axes(
 
     Args:
         model: The model that runs.
-        seen: The site, which is told.
+        seen: The site, which is given the axes.
         shape: The shape of the activation.
-        numbers: What the forward was given.
-        known: What runs have told already.
+        numbers: The numbers of the forward.
+        known: The results of earlier runs.
 
     Raises:
-        AxisError: Something depends on it, and it cannot be told.
-        SelectionError: A position lies outside an axis.
+        AxisError: Something depends on them, and they cannot be determined.
+        SelectionError: A position is outside an axis.
 
     """
     site = seen.site

@@ -1,10 +1,11 @@
-"""Count what `run_with_cache` would hold in place of a capture, or estimate it."""
+"""Count or estimate the memory of `run_with_cache`."""
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from actctx._capture.hooks import Hook
 from actctx._model.axes import axis_sizes
 from actctx._model.flags import is_switched_off
 from actctx._model.places import Places
+from actctx._model.structure import tensors_in
 
-# Hook points that fire with a storage that another one fired with before: what a component is
-# given, which one before it returned, and what a component returns that its last part returned.
+# Hook points that share a storage with an earlier one: the input of a component, which is the
+# output of an earlier one, and the output of a component, which is that of its last part.
 _SHARES = re.compile(
     r"""
     .* (?<! \b o) (?<! \b out) (?<! \b ln2) (?<! \b embed) (?<! _embed) \.hook_in
@@ -30,9 +32,9 @@ _IN_FLOAT32 = re.compile(r".*\.(?:hook_scale|hook_normalized)")
 
 
 def estimate_cache_bytes(model: nn.Module, batch: int, pos: int) -> int | None:
-    """Estimate what `run_with_cache` would hold after a forward of this size.
+    """Estimate the memory of `run_with_cache` for a forward of this size.
 
-    It comes from the axes of the hook points and the sizes in the model's config, so no forward
+    The estimate uses the axes of the hook points and the sizes in the model's config, so no forward
     runs. It is within a tenth of what `count_cache_bytes` counts for most models, and within a
     third for those whose attention scores and pattern are one storage (OPT, BERT).
 
@@ -69,10 +71,10 @@ def _shares(name: str, places: Places) -> bool:
 
 
 def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
-    """Count what `run_with_cache` would hold after a forward, without holding it.
+    """Count the memory of `run_with_cache` for a forward, without using it.
 
-    It keeps what every hook point last fired with, under each of its names; tensors that share a
-    storage are counted once, at the size of the storage.
+    `run_with_cache` keeps the last value of every hook point, under each of its names. Tensors that
+    share a storage are counted once, with the size of the storage.
 
     Args:
         model: A TransformerLens model.
@@ -82,20 +84,63 @@ def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
         The bytes of the storages.
 
     """
-    held: dict[str, tuple[StorageWeakRef, int]] = {}
+    with counting_cache(model) as held, torch.no_grad():
+        forward()
+    return held.nbytes
 
-    def see(name: str, value: object) -> None:
+
+class Held:
+    """The storages that a cache would hold, counted and not held."""
+
+    def __init__(self) -> None:
+        self._storages: dict[object, list[tuple[StorageWeakRef, int]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the storages, each counted once."""
+        held = itertools.chain.from_iterable(self._storages.values())
+        return sum({reference.cdata: nbytes for reference, nbytes in held}.values())
+
+    def see_point(self, name: str, value: object) -> None:
+        """Count what a hook point fired with, in the place of what it fired with before."""
         tensor = value[0] if isinstance(value, tuple) and value else value
         if isinstance(tensor, Tensor):
-            storage = tensor.untyped_storage()
-            # A weak reference keeps the storage's address from being used again, not its memory.
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            held[name] = (reference, storage.nbytes())
+            self._storages[name] = [_storage_of(tensor)]
 
-    with ExitStack() as undo, torch.no_grad():
-        for name, point in Places(model).hook_points.items():
-            hook = Hook(point, name, functools.partial(see, name), io="point")
+    def see_output(self, module: nn.Module, value: object) -> None:
+        """Count all tensors that a module returned, beside what it returned before."""
+        self._storages.setdefault(module, []).extend(map(_storage_of, tensors_in(value)))
+
+
+def _storage_of(tensor: Tensor) -> tuple[StorageWeakRef, int]:
+    storage = tensor.untyped_storage()
+    # A weak reference keeps the storage's address from being used again, not its memory.
+    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return reference, storage.nbytes()
+
+
+@contextmanager
+def counting_cache(model: nn.Module) -> Iterator[Held]:
+    """Count what caching everything would hold of the forward that runs in the block.
+
+    Of a TransformerLens model that is what `run_with_cache` holds; see `count_cache_bytes`. Of
+    any other it is what its modules return, at each call of each of them.
+
+    Args:
+        model: The model.
+
+    """
+    held = Held()
+    points = Places(model).hook_points.items()
+    hooks = [
+        Hook(point, name, functools.partial(held.see_point, name), io="point")
+        for name, point in points
+    ] or [
+        Hook(module, name, functools.partial(held.see_output, module), io="out")
+        for name, module in model.named_modules()
+    ]
+    with ExitStack() as undo:
+        for hook in hooks:
             undo.callback(hook.remove)
             hook.put_on()
-        forward()
-    return sum({reference.cdata: nbytes for reference, nbytes in held.values()}.values())
+        yield held

@@ -1,4 +1,4 @@
-"""The capture context: what users ask for, checked before the model is touched."""
+"""The capture context: options are checked before the model is touched."""
 
 import functools
 import weakref
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actctx._capture.axis_layout import axes_before
 from actctx._capture.opening import B, Opening, Scope
+from actctx._capture.plan import Asked, plan_forward
 from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 from actctx._errors import (
     CaptureStateError,
@@ -28,6 +29,7 @@ from actctx._model.sites import Names, Request, Site, resolve
 from actctx._results.activations import Activations
 from actctx._results.annotations import is_checking
 from actctx._results.early_checks import Expected, refuse_dtype, refuse_impossible
+from actctx._results.plan import Plan
 from actctx._results.schema import Part, Schema, parts_of
 from actctx._select.slices import Slice
 from actctx._text import shortened
@@ -64,7 +66,7 @@ def capture(
     model: nn.Module,
     names: Names | type[Schema],
     *,
-    slice: Slice = None,  # noqa: A002  the word of the field, as in TransformerLens' pos_slice
+    slice: Slice = None,  # noqa: A002  the common term, as in TransformerLens' pos_slice
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     stop: bool = False,
@@ -74,59 +76,57 @@ def capture(
     grad: bool = False,
     check: bool = True,
 ) -> "Capture[Any]":
-    """Capture activations from the forwards that run in a `with` block, and only those.
+    """Capture chosen activations from the forwards that run in a `with` block.
 
-    Inside the block the model is called as always: by itself, in a loop, through code of others.
-    The captured tensors are owned: detached, contiguous, sharing storage with nothing, holding
-    only what was selected. Block and forwards run without gradients. Hooks go when the block is
-    left, however it is left.
+    Call the model inside the block as usual: directly, in a loop, or through other code. The
+    captured tensors own their memory: they are detached, contiguous, share storage with nothing,
+    and hold only the selection. The block and its forwards run without gradients. Hooks are removed
+    when the block ends, however it ends.
 
     Args:
         model: A TransformerLens model of any generation, or any module.
-        names: What to capture: a hook name or module name, or the end of several; a glob; a
-            module of the model; a `Site`, which carries options of its own; a predicate on
-            names; an iterable of these; a mapping of aliases to names or sites; or a `Schema`
-            class, whose fields say what they are. In a glob `*` stays within two dots, `**` spans
-            them and `[8-11]` stands for those numbers; without a dot it matches the last part of
-            a name. An alias of several places stands before the name of each, as in
-            `last.blocks.0.hook_resid_post`. Hook names are those of TransformerLens, aliases
-            included; `hook_names(model)` lists them.
+        names: What to capture: a hook name or module name, or a suffix of several; a glob; a module
+            of the model; a `Site` with its own options; a predicate on names; an iterable of these;
+            a mapping of aliases to names or sites; or a `Schema` class. In a glob `*` stays within
+            two dots, `**` spans them and `[8-11]` matches these numbers; without a dot it matches
+            the last part of a name. An alias of several sites comes before the name of each, as in
+            `last.blocks.0.hook_resid_post`. Hook names are those of TransformerLens, including
+            aliases; `hook_names(model)` lists them.
         slice: What to select along the named axes of every site, as in
-            `{"pos": -1, "head": [0, 3]}`: an int, which drops the axis; a slice; a range; a list
-            or one-dimensional tensor of positions; or a bool mask of the axis. Without a mapping
-            it selects along `pos`, for an attention pattern the query axis. A tuple selects by
-            position, as in `np.s_[:, -1]`. A negative position counts from the end of the
-            padded sequence.
+            `{"pos": -1, "head": [0, 3]}`: an int, which drops the axis; a slice; a range; a list or
+            one-dimensional tensor of positions; or a bool mask of the axis. Without a mapping it
+            selects along `pos`, or along `query` for an attention pattern. A tuple selects by
+            position, as in `np.s_[:, -1]`. A negative position counts from the end of the padded
+            sequence.
         dtype: The dtype of captured floating-point activations; others, such as token ids, keep
-            theirs. By default that of the model.
+            theirs. By default the model's.
         device: The device that captured activations move to. By default they stay.
         stop: Whether to end each forward as soon as every site has fired. A stopped call returns
             a `Stopped` value, which has no output.
         join: The axis along which activations of several forwards are joined, or None for a
             list of them.
-        mask: Where the real tokens of padded sequences are: `"attention"` for the
-            `attention_mask` that each forward is given, or a tensor of the shape `batch pos`.
-            Only their rows are kept, as `token ...` instead of `batch pos ...`, and a slice
-            along `pos` counts real tokens: -1 is the last of each sequence, with its rows
-            `batch ...`. With `"attention"` a model that counts padding on the left as positions
-            is warned of; without a mask, a slice that takes padding is.
-        capacity: The number of elements along `join` (rows, for the batch) to make room for
-            once, to be filled in place by all forwards. Without it, joining copies each forward
-            once more when it is read.
+        mask: The real tokens of padded sequences: `"attention"` for the `attention_mask` that each
+            forward is given, or a tensor of the shape `batch pos`. Only their rows are kept, as
+            `token ...` instead of `batch pos ...`, and a slice along `pos` counts real tokens: -1
+            is the last of each sequence, with rows `batch ...`. With `"attention"`, a model that
+            counts padding on the left as positions gives a warning; without a mask, a slice that
+            selects padding does.
+        capacity: The number of elements along `join` (rows, for the batch) to allocate once and
+            fill in place. Without it, reading copies each forward once more to join them.
         grad: Whether the captured tensors stay in the autograd graph. Block and forwards then
             run with gradients.
         check: Whether the fields of a `Schema` are checked against their annotations. The
-            environment variable `ACTCTX_CHECK=0` switches that off everywhere.
+            environment variable `ACTCTX_CHECK=0` disables this everywhere.
 
     Returns:
-        A context manager. `with capture(...) as acts` gives an `Activations` buffer, or the
-        `Schema` that was asked for; a fresh one each time that it is entered.
+        A context manager. `with capture(...) as acts` yields an `Activations` buffer, or the
+        requested `Schema`; a new one each time that it is entered.
 
     Raises:
         HookNameError: A name matches nothing, or an alias is an attribute of the buffer.
         AxisError: A site does not have the axis to select from or to join along.
-        SelectionError: A position lies outside an axis whose size the model's config tells.
-        TypedError: A field of a `Schema` can never be what its annotation says.
+        SelectionError: A position is outside an axis whose size the model's config gives.
+        TypedError: A field of a `Schema` can never match its annotation.
         OptionError: Another option makes no sense.
 
     Example:
@@ -152,9 +152,9 @@ capture.__module__ = "actctx"  # where users find it
 
 
 class Capture(Generic[B]):
-    """A context manager that captures activations; made by `capture`.
+    """A context manager that captures activations; created by `capture`.
 
-    It can be entered again once it was left, and gives a fresh buffer each time.
+    It can be entered again after it has ended, and yields a new buffer each time.
     """
 
     def __init__(
@@ -201,11 +201,11 @@ class Capture(Generic[B]):
         warn(*faults_of(model, [site.place.name for site in self._sites]))
 
     def __enter__(self) -> B:
-        """Put the hooks on, until the block is left.
+        """Add the hooks until the block ends.
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model,
+            NeverFiredError: A site that was requested by name is switched off in the model,
                 or all that a pattern matches is.
 
         """
@@ -217,11 +217,11 @@ class Capture(Generic[B]):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Take the hooks off.
+        """Remove the hooks.
 
         Raises:
-            NeverFiredError: The block ended well, but a site that was asked for by its name
-                never fired. What the others left can still be read.
+            NeverFiredError: The block ended without an error, but a site that was requested by name
+                never fired. The other sites can still be read.
             CaptureStateError: It is not open.
 
         """
@@ -239,15 +239,15 @@ class Capture(Generic[B]):
             self._opening = None
 
     def open(self) -> B:
-        """Put the hooks on until `close`, for a capture that spans the cells of a notebook.
+        """Add the hooks until `close`, for a capture that spans cells of a notebook.
 
         Forwards run without gradients, as in a block, but the code between them keeps its grad
-        mode. All forwards of this thread are captured. A capture that nobody closes ends once
-        neither it nor its buffer is held any more.
+        mode. All forwards of this thread are captured. A capture that is never closed ends once
+        nothing refers to it or its buffer.
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model,
+            NeverFiredError: A site that was requested by name is switched off in the model,
                 or all that a pattern matches is.
 
         Example:
@@ -262,36 +262,67 @@ class Capture(Generic[B]):
         return self._begin("thread")
 
     def close(self) -> None:
-        """Take the hooks off that `open` put on.
+        """Remove the hooks that `open` added.
 
         Raises:
-            NeverFiredError: A site that was asked for by its name never fired.
+            NeverFiredError: A site that was requested by name never fired.
             CaptureStateError: It is not open.
 
         """
         self.__exit__(None, None, None)
 
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Tell what a forward would leave in this capture, without running it.
+
+        Only shapes are followed through the model: weights are not read, nothing is computed but
+        what the inputs alone decide, such as masks, nobody's hooks fire, and the model stays as it
+        is. Inputs and weights may be on the meta device; then a mask has no values and is taken to
+        have no padding, which makes the rows of real tokens an upper bound.
+
+        Args:
+            args: What the model's forward would be given.
+            kwargs: The same, by name.
+
+        Returns:
+            The plan: for each site its axes, shape, dtype, device and bytes.
+
+        Raises:
+            PlanError: What the forward leaves depends on values of its activations, as inside of
+                experts, or torch cannot run the model without values.
+            ActctxError: As a capture of this forward would raise.
+
+        Example:
+            >>> plan = capture(model, "blocks.*.hook_resid_post", slice=-1).plan(tokens)
+            >>> plan["blocks.0.hook_resid_post"].shape, plan.nbytes
+            ((4, 32), 1024)
+
+        """
+        _refuse_what_is_off(self._model, self._sites)
+        return plan_forward(
+            Asked(self._model, self._sites, self._options, self._hand_over, args, kwargs)
+        )
+
     @property
     def sites(self) -> list[WatchedSite]:
-        """What is captured."""
+        """The captured sites."""
         return self._sites
 
     def watch(self, sites: list[WatchedSite]) -> None:
-        """Capture these sites instead, from the next time it is entered."""
+        """Capture these sites instead, starting with the next time it is entered."""
         self._sites = sites
 
     def check_fired(self) -> None:
-        """Raise now what leaving the block would raise.
+        """Raise what the end of the block would raise.
 
         Raises:
-            NeverFiredError: A site that was asked for by its name has not fired.
+            NeverFiredError: A site that was requested by name has not fired.
 
         """
         if self._opening is not None:
             self._opening.finish()
 
     def prepared(self, scope: Scope = "block") -> Opening[B]:
-        """Return a fresh opening that holds its hooks only while it is entered, time and again."""
+        """Return a new opening that has its hooks only while it is entered, any number of times."""
         _refuse_what_is_off(self._model, self._sites)
         return Opening(
             self._model, self._sites, self._options, scope=scope, hand_over=self._hand_over
@@ -300,27 +331,27 @@ class Capture(Generic[B]):
     def _begin(self, scope: Scope) -> B:
         if self._opening is not None:
             raise CaptureStateError(
-                "this capture is open already; leave its block first, or make another capture"
+                "this capture is already open; leave its block first, or create another capture"
             )
         opening = self.prepared(scope)
         try:
             self._opening = opening
             return opening.attach()
-        except BaseException:  # an interrupt: the block will not run, so nothing will end it
+        except BaseException:  # an interrupt: the block will not run, so nothing else will close it
             opening.detach()
             self._opening = None
             raise
 
     def __getattr__(self, name: str) -> Never:
         raise AttributeError(
-            f"a capture has no {name!r}; what it captures is in the buffer: "
-            "`with capture(...) as acts`"
+            f"a capture has no {name!r}; captured tensors are in the buffer: `with capture(...) as "
+            "acts`"
         )
 
     def __getitem__(self, name: object) -> Never:
         raise CaptureStateError(
-            f"a capture holds nothing under {name!r}; what it captures is in the buffer: "
-            "`with capture(...) as acts`"
+            f"a capture has no item {name!r}; captured tensors are in the buffer: `with "
+            "capture(...) as acts`"
         )
 
     def __repr__(self) -> str:
@@ -352,7 +383,7 @@ def _check_schema(schema: type[Schema], options: Options) -> None:
 def _check_part(
     part: Part, sites: list[WatchedSite], sizes: Mapping[str, int], model: nn.Module
 ) -> None:
-    """Refuse a field that can never be what its annotation says."""
+    """Refuse a field that can never match its annotation."""
     for name, site in zip(part.keys, sites, strict=True):
         what, hint = f"{part.field.what}, from {name!r},", part.field.hint
         refuse_dtype(what, hint, site.dtype)
@@ -372,7 +403,7 @@ def _check_part(
 def _expected(
     site: WatchedSite, whole: Axes, sizes: Mapping[str, int], stacked: int | None
 ) -> Expected:
-    """Predict what a site will leave, stacked over layers if it is."""
+    """Predict the value of a site, stacked over layers if the field is."""
     axes, left = site.selected(whole, tuple(sizes.get(axis) for axis in whole))
     dropped = [axis for axis in whole if axis not in axes]
     because = f" (without {' '.join(dropped)!r}, which slice= or mask= drops)"
@@ -382,7 +413,7 @@ def _expected(
 
 
 def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
-    """Refuse a site that was asked for by its name and is switched off, or a pattern of such sites.
+    """Refuse a site that was requested by name and is switched off, or a pattern of such sites.
 
     Raises:
         NeverFiredError: There is one.
@@ -401,17 +432,17 @@ def _refuse_what_is_off(model: nn.Module, sites: list[WatchedSite]) -> None:
     for pattern, silent in off.items():
         if pattern in awake or (pattern is None and awake):
             continue
-        asked = "what was asked for" if pattern is None else repr(pattern)
+        asked = "the request" if pattern is None else repr(pattern)
         names = shortened([site.shown for site in silent])
         reason = why_it_never_fires(model, silent[0].place)
-        raise NeverFiredError(f"{asked} would never fire, since it means only {names}: {reason}")
+        raise NeverFiredError(f"{asked} would never fire, since it matches only {names}: {reason}")
 
 
 def _check_alias(request: Request) -> None:
-    """Refuse an alias under which `acts.alias` would find something else."""
+    """Refuse an alias for which `acts.alias` would return something else."""
     alias = request.key.partition(".")[0]
     if request.key not in request.place.names and hasattr(Activations, alias):
         raise HookNameError(
-            f"the alias {alias!r} is an attribute that the buffer has already, so "
-            f"acts.{alias} could not read the site; give another alias"
+            f"the alias {alias!r} is already an attribute of the buffer, so acts.{alias} could not "
+            "read the site; give another alias"
         )

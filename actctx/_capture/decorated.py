@@ -1,4 +1,4 @@
-"""The calls of a decorated function: its parameters, and the capture that each call has."""
+"""The calls of a decorated function: its parameters, and the capture of each call."""
 
 import inspect
 import types
@@ -21,7 +21,7 @@ Open = Callable[[Mapping[str, Any], tuple[Any, ...], Any], Capture[Any]]
 
 
 class Function:
-    """A decorated function: which parameter wants the buffer, and which are annotated."""
+    """A decorated function: the parameter for the buffer, and the annotated parameters."""
 
     def __init__(self, function: Callable[..., Any], open_for: Open, handed: type) -> None:
         self.function = function
@@ -52,7 +52,7 @@ class Function:
 
 
 class Call:
-    """One call of a decorated function, and the capture that is its own."""
+    """One call of a decorated function, with its own capture."""
 
     def __init__(
         self, function: Function, args: Any, kwargs: Any, *, scope: Scope = "block"
@@ -68,7 +68,7 @@ class Call:
         self.opening = capturing.prepared(scope)
 
     def start(self) -> Any:
-        """Call the function, passing the buffer as the parameter that wants it.
+        """Call the function, passing the buffer if it has a parameter for it.
 
         Raises:
             TypedError: An argument does not fit its annotation, in the scope of a `Schema`.
@@ -80,7 +80,7 @@ class Call:
         if function.buffer is None:
             return function.function(*bound.args, **bound.kwargs)
         given = {**bound.arguments, function.buffer: self.opening.handed}
-        # In the order of the parameters, as `BoundArguments` wants them.
+        # In the order of the parameters, as `BoundArguments` requires.
         ordered = {name: given[name] for name in function.signature.parameters if name in given}
         call = inspect.BoundArguments(function.signature, ordered)
         return function.function(*call.args, **call.kwargs)
@@ -96,14 +96,14 @@ class Call:
 
 
 def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
-    """Refuse a decorator that was written without names and so got the function itself.
+    """Refuse a decorator without names, which was given the function itself.
 
     Args:
         names: The names to capture.
-        misplaced: What was given behind them, where `capture` has the names.
+        misplaced: Positional arguments after them, where `capture` has the names.
 
     Raises:
-        OptionError: The names are a function, or there is something behind them.
+        OptionError: The names are a function, or there are arguments after them.
 
     """
     if misplaced:
@@ -112,25 +112,24 @@ def check_names(names: Any, misplaced: tuple[object, ...] = ()) -> None:
         shown = repr(wanted) if isinstance(wanted, str) else "names"
         given = ", ".join(type(each).__name__ for each in (names, *misplaced))
         raise OptionError(
-            f"@captures takes the names alone, and all else by keyword, but got ({given}); write "
-            f"@captures({shown}, model=model), or leave the model out where it is an argument of "
-            "the calls"
+            f"@captures takes only the names by position, but got ({given}); write "
+            f"@captures({shown}, model=model), or omit the model if it is an argument of the calls"
         )
     if inspect.isfunction(names) and names.__name__ != "<lambda>":
         parameters = inspect.signature(names).parameters
         if len(parameters) != 1:
             raise OptionError(
-                f"@captures got the function {names.__name__!r} for the names to capture; name "
-                "them, as in @captures('blocks.0.hook_resid_post')"
+                f"@captures got the function {names.__name__!r} instead of the names to capture; "
+                "give names, as in @captures('blocks.0.hook_resid_post')"
             )
 
 
 def check_function(function: Any) -> None:
-    """Refuse what cannot be wrapped, and say what to do instead."""
+    """Refuse objects that cannot be wrapped, and say what to do instead."""
     if isinstance(function, nn.Module):
         raise OptionError(
-            f"@captures wants to decorate a function but got a {type(function).__name__}; name "
-            "what to capture, as in @captures('blocks.0.hook_resid_post')"
+            f"@captures decorates a function, but got a {type(function).__name__}; give the names "
+            "to capture first, as in @captures('blocks.0.hook_resid_post')"
         )
     if isinstance(function, type):
         raise OptionError(
@@ -148,7 +147,7 @@ def check_function(function: Any) -> None:
 def _hints(function: Callable[..., Any], signature: inspect.Signature) -> dict[str, Any]:
     """Read a function's annotations, those of parameters and of `return`, one by one.
 
-    What can be read only by a type checker stays a string.
+    Annotations that only a type checker can read stay strings.
     """
     written = {name: p.annotation for name, p in signature.parameters.items()}
     written["return"] = signature.return_annotation
@@ -174,7 +173,7 @@ def _buffer_parameter(
     """Find the parameter for the buffer: one annotated as such, or named `acts`.
 
     Raises:
-        OptionError: The parameter `acts` is annotated as something else that is handed over.
+        OptionError: The parameter `acts` is annotated as another kind of buffer.
 
     """
     for name in signature.parameters:
@@ -187,19 +186,20 @@ def _buffer_parameter(
     hint = hints.get("acts")
     if isinstance(hint, type) and issubclass(hint, Activations | Schema):
         raise OptionError(
-            f"the parameter 'acts' is annotated {hint.__name__}, but what it receives here is "
+            f"the parameter 'acts' is annotated {hint.__name__}, but it receives "
             f"{handed.__name__}; annotate it so"
         )
     return "acts"
 
 
 def _check_readable(function: Any, hints: Mapping[str, Any]) -> None:
-    """Refuse annotations of tensors that cannot be read and therefore not checked."""
+    """Refuse annotations of tensors that cannot be read, and so cannot be checked."""
     for name, hint in hints.items():
         if isinstance(hint, str) and "Tensor" in hint:
             raise OptionError(
-                f"the annotation {hint} of {name!r} cannot be read, so it could not be held to a "
-                f"Schema; import what it names where the module of {_name_of(function)} can see it"
+                f"the annotation {hint} of {name!r} cannot be read, so it could not be checked "
+                f"against a Schema; import what it names where the module of {_name_of(function)} "
+                "can see it"
             )
 
 
@@ -222,8 +222,9 @@ def model_of(
         return model(*args, **kwargs)
     if model is not None:
         raise OptionError(
-            f"@captures(..., model={model!r}) is no model; give one, or what finds it among the "
-            "arguments of a call, as in model=lambda self, *args, **kwargs: self.model"
+            f"@captures(..., model={model!r}) is not a model; give one, or a function that finds "
+            "it among the arguments of a call, as in model=lambda self, *args, **kwargs: "
+            "self.model"
         )
     for value in arguments.values():
         nested = value if isinstance(value, tuple) else (value,)

@@ -1,4 +1,4 @@
-"""The decorator: a fresh capture for each call."""
+"""The decorator: a new capture for each call."""
 
 import functools
 import inspect
@@ -67,14 +67,14 @@ def captures(
     model: ModelOf | None = None,
     **options: Unpack[CaptureOptions],
 ) -> _Decorator[Any]:
-    """Decorate a function so that each call of it runs in a capture of its own.
+    """Decorate a function so that each call runs in its own capture.
 
-    A function with a parameter that is annotated `Activations`, or named `acts`, receives the
-    live buffer there, and with `@captures(Acts)` one that is annotated `Acts` the live `Acts`;
-    its result is returned as it is. Otherwise a call returns `(result, acts)`, as
-    `run_with_cache` returns `(logits, cache)`. Callers do not pass the buffer, and it is not in
-    the decorated function's signature; put the parameter first, or behind `self`, and type
-    checkers know that as well.
+    A parameter that is annotated `Activations`, or named `acts`, receives the live buffer; with
+    `@captures(Acts)`, a parameter that is annotated `Acts` receives the live `Acts`. A call then
+    returns the function's own result. Without such a parameter, a call returns `(result, acts)`, as
+    `run_with_cache` returns `(logits, cache)`. Callers do not pass the buffer, and it is not in the
+    signature of the decorated function. Put the parameter first, or after `self`, so that type
+    checkers know this too.
 
     Plain functions, methods, coroutines, generators and async generators can be decorated. The
     hooks are on while the function runs, and off while a generator waits to be resumed.
@@ -89,9 +89,9 @@ def captures(
             with its fields.
 
     Raises:
-        OptionError: What is decorated is a class or no function; its parameter `acts` is
-            annotated as another kind of buffer, or what is annotated cannot be read; or a call
-            has no model among its arguments.
+        OptionError: A class or something else than a function is decorated; its parameter `acts` is
+            annotated as another kind of buffer; an annotation cannot be read; or a call has no
+            model among its arguments.
         TypedError: An argument or a result of a call does not fit its annotation, in the scope
             of a `Schema`.
         ActctxError: In a call, as `capture` and its block raise.
@@ -109,7 +109,7 @@ def captures(
     unknown = [name for name in options if name not in CaptureOptions.__annotations__]
     if unknown:
         raise TypeError(f"captures() got an unexpected keyword argument {unknown[0]!r}")
-    if isinstance(names, Iterator):  # it would be used up by the first call
+    if isinstance(names, Iterator):  # the first call would use it up
         names = list(names)
     handed = names if isinstance(names, type) and issubclass(names, Schema) else Activations
 

@@ -1,17 +1,17 @@
 """Watch the forwards of a model while captures are open: where they begin, end and stop.
 
 # NOTE [One interceptor a model]
-To stop a forward early, a hook raises, and something has to catch it where the forward began, so
-that the rest of the user's block runs on. A context manager cannot: it sees an exception only once
-the block is left. So while captures are open, `model.forward` is shadowed by an `Interceptor`, one
-for all captures of that model, in whatever order they open and close. It also tells where a forward
-ends, so that nothing of a forward that raised is kept.
+To stop a forward early, a hook raises an exception, which must be caught where the forward began,
+so that the user's block continues. A context manager cannot do this: it sees an exception only when
+the block has ended. So while captures are open, `model.forward` is shadowed by an `Interceptor`,
+one for all captures of that model, in whatever order they open and close. It also detects the end
+of a forward, so that nothing of a forward that raised is kept.
 
 # NOTE [Frames]
-A call of an intercepted forward is a `Frame`, which holds what the captures that watch it have
-staged. Frames live in a context variable: another thread, or another coroutine, has frames of its
-own. Interceptors nest where captures watch a model and a part of it. A forward stops once nothing
-in the whole chain of frames waits for a site, and it stops in the outermost.
+A call of an intercepted forward is a `Frame`, which holds the staged values of the captures that
+watch it. Frames are in a context variable: another thread or coroutine has its own frames.
+Interceptors nest if captures watch a model and a part of it. A forward stops once no frame in the
+whole chain waits for a site, and it stops in the outermost.
 """
 
 import contextlib
@@ -51,35 +51,35 @@ class Watcher(Protocol):
         """Return whether it captures the forwards of this thread and context."""
 
     def miss(self) -> None:
-        """Record that a forward ran in another thread or context, which nobody captured."""
+        """Record that a forward ran in another thread or context, and was not captured."""
 
     def check_hooks(self) -> None:
-        """Raise `HooksRemovedError` if somebody removed its hooks."""
+        """Raise `HooksRemovedError` if its hooks were removed."""
 
     def receive(self, value: Any, io: str) -> None:
-        """Capture what the model itself is given (`io` is "in") or returns ("out")."""
+        """Capture an input (`io` is "in") or output ("out") of the model itself."""
 
     def write(self, forward: dict[str, list[Any]]) -> None:
-        """Keep what one finished forward left."""
+        """Keep the values of one finished forward."""
 
 
 class StopForward(Exception):  # noqa: N818  a signal, not an error; torch only unwinds for Exception
-    """Unwinds a forward whose rest nobody needs, up to its outermost frame."""
+    """Unwinds a forward up to its outermost frame, once its rest is not needed."""
 
     def __init__(self, frame: "Frame", site: str) -> None:
-        super().__init__("actctx stopped this forward early, which its caller catches")
+        super().__init__("actctx stopped this forward early; its caller catches this")
         self.frame = frame
         self.site = site
 
 
 class Frame:
-    """One call of an intercepted forward, and what its watchers have staged.
+    """One call of an intercepted forward, with the staged values of its watchers.
 
     Attributes:
-        staged: What the sites of each watcher have left so far, firing by firing.
+        staged: The values of each watcher's sites so far, firing by firing.
         waiting: The sites that each watcher waits for.
         counts: How often each site of each watcher has fired.
-        masks: What watchers have learned about the padding of this forward.
+        masks: What watchers know about the padding of this forward.
 
     """
 
@@ -101,8 +101,8 @@ class Frame:
 
     @functools.cached_property
     def inputs(self) -> dict[str, Any]:
-        """What the forward was called with, its parameters by name."""
-        # Every masked site asks for it, and it is not cheap.
+        """The arguments of the forward, by name."""
+        # Every masked site needs it, and it is not cheap.
         return self._name_inputs()
 
     def count(self, watcher: Watcher, key: str) -> int:
@@ -111,32 +111,45 @@ class Frame:
         return self.counts[watcher, key] - 1
 
     def write(self) -> None:
-        """Make each watcher keep what it has staged, when the forward ends or is stopped."""
+        """Make each watcher keep its staged values, when the forward ends or is stopped."""
         for watcher, forward in self.staged.items():
             watcher.write(forward)
 
     def chain(self) -> "list[Frame]":
-        """List this frame and those around it, from the inside out."""
+        """List this frame and the enclosing ones, from the inside out."""
         return [self] if self.parent is None else [self, *self.parent.chain()]
 
 
 _FRAME: ContextVar[Frame | None] = ContextVar("actctx_frame", default=None)
 running_frame = _FRAME.get
-"""Returns the innermost frame of this thread and context; bare, since every firing asks."""
+"""Returns the innermost frame of this thread and context; called by every firing."""
 
 
 _UNWATCHED: ContextVar[bool] = ContextVar("actctx_unwatched", default=False)
 is_unwatched = _UNWATCHED.get
-"""Tells whether what runs in this thread and context is nobody's forward."""
+"""Returns whether forwards are hidden from all captures in this thread and context."""
 
 
 @contextlib.contextmanager
 def unwatched() -> Iterator[None]:
-    """Hide forwards from all captures, inside a captured forward or outside of one."""
+    """Hide forwards from all captures, inside a captured forward or outside."""
     frame, before = _FRAME.get(), _UNWATCHED.get()
     try:
         _FRAME.set(None)
         _UNWATCHED.set(True)
+        yield
+    finally:
+        _FRAME.set(frame)
+        _UNWATCHED.set(before)
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Run forwards as if none was running around them, and nothing was hidden."""
+    frame, before = _FRAME.get(), _UNWATCHED.get()
+    try:
+        _FRAME.set(None)
+        _UNWATCHED.set(False)
         yield
     finally:
         _FRAME.set(frame)
@@ -152,10 +165,10 @@ def frame_of(watcher: Watcher) -> Frame | None:
 
 
 def stop_if_done(key: str) -> None:
-    """Stop the running forward if stopping was asked for and nothing waits for the rest of it.
+    """Stop the running forward if stopping was requested and nothing waits for the rest of it.
 
     Raises:
-        StopForward: Nothing waits, now that the site of this key has fired.
+        StopForward: Nothing waits any more, now that the site of this key has fired.
 
     """
     innermost = _FRAME.get()
@@ -170,8 +183,8 @@ class Interceptor:
     """Stands in for `model.forward` while captures watch the model; see the notes above."""
 
     def __init__(self, model: nn.Module) -> None:
-        # `generate` of Hugging Face reads the signature of `forward`. First of all, since it takes
-        # over the attributes, too, which are those of another interceptor where that was wrapped.
+        # Hugging Face's `generate` reads the signature of `forward`. This comes first, since it
+        # also copies the attributes, which are those of another interceptor if that was wrapped.
         functools.update_wrapper(self, model.forward)
         self._shadowed: Any = model.__dict__.get("forward")
         self._forward: Callable[..., Any] = model.forward
@@ -193,14 +206,14 @@ class Interceptor:
         """Show the forwards of the model to a watcher."""
         # Replaced, not changed, since other threads may be iterating over it.
         self._watchers = [*self._watchers, reference]
-        # Not `setattr`, which a TransformerBridge passes on to the module that it wraps.
+        # Not `setattr`, which a TransformerBridge passes on to the wrapped module.
         model.__dict__["forward"] = self
 
     def unwatch(self, reference: "weakref.ref[Watcher]") -> None:
         """Remove a watcher, and restore the model's forward after the last one."""
         self._watchers = [other for other in self._watchers if other is not reference]
         model = self._model()
-        # If somebody shadowed it in turn, it stays below and passes every call through.
+        # If other code shadowed it in turn, it stays below and passes every call through.
         if not self._watchers and model is not None and model.__dict__.get("forward") is self:
             self._give_back(model)
 
@@ -230,7 +243,7 @@ class Interceptor:
         return inspect.signature(self._forward)
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Name the arguments of the forward, as far as its signature tells."""
+        """Name the arguments of the forward, as far as its signature does."""
         try:
             named = self._signature.bind(*args, **kwargs).arguments
         except (TypeError, ValueError):  # the call itself will raise
@@ -258,7 +271,7 @@ class Interceptor:
                 frame.write()
                 raise
             output = Stopped(self._name, signal.site)
-            # A traceback that lives on would keep the unwound frames' tensors alive.
+            # A traceback would keep the tensors of the unwound frames alive.
             signal.__traceback__ = signal.__context__ = None
         finally:
             _FRAME.set(frame.parent)  # not by a token, which an interrupt could lose
@@ -275,7 +288,7 @@ class Interceptor:
                 )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A copied or pickled model gets the forward that it has without captures.
+        # A copied or pickled model gets its forward without captures.
         forward = self._forward
         if not isinstance(forward, types.MethodType):
             return (_same, (forward,))
@@ -294,9 +307,9 @@ def _bound(function: Callable[..., Any], owner: object) -> Callable[..., Any]:
 
 
 class Stopped:
-    """What a forward returns that was stopped early: it has no output.
+    """The return value of a stopped forward, which has no output.
 
-    Every use of it raises a `StoppedError` that says why.
+    Every use of it raises a `StoppedError` that explains this.
     """
 
     def __init__(self, model: str, site: str) -> None:
@@ -304,21 +317,21 @@ class Stopped:
 
     def __repr__(self) -> str:
         model, site = self.__dict__["_why"]
-        return f"<Stopped: {model}.forward ended after {site!r}, as capture(stop=True) asked>"
+        return f"<Stopped: {model}.forward ended after {site!r}, as capture(stop=True) requested>"
 
     def _refuse(self, *_args: object, **_kwargs: object) -> Never:
         model, site = self.__dict__["_why"]
         raise StoppedError(
-            f"this forward of {model} was stopped after {site!r}, the last site that was asked "
-            "for, so it has no output; to use the output, or to call generate(), "
-            "run_with_cache() or a parent module, capture with stop=False"
+            f"this forward of {model} was stopped after {site!r}, the last requested site, so it "
+            "has no output; to use the output, or to call generate(), run_with_cache() or a "
+            "parent module, capture with stop=False"
         )
 
     def __getattr__(self, name: str) -> Never:
         if (name.startswith("__") and name.endswith("__")) or name.startswith(
             ("_repr_", "_ipython")
         ):
-            raise AttributeError(name)  # what copy, pickle and notebooks probe for
+            raise AttributeError(name)  # looked up by copy, pickle and notebooks
         self._refuse()
 
     @classmethod
@@ -326,7 +339,7 @@ class Stopped:
         cls, func: object, types: object, args: tuple[object, ...] = (), kwargs: Any = None
     ) -> Never:
         given: list[Any] = [*args, *(kwargs or {}).values()]
-        while not isinstance(given[0], cls):  # torch.stack and its like take lists
+        while not isinstance(given[0], cls):  # torch.stack and similar functions take lists
             first = given.pop(0)
             given += first if isinstance(first, list | tuple) else []
         given[0]._refuse()

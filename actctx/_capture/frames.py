@@ -1,4 +1,4 @@
-"""Masks of frames, for models that are given a mask of samples."""
+"""Masks of frames, for models that take a mask of samples."""
 
 import functools
 import inspect
@@ -15,22 +15,22 @@ _COUNTS = ("_get_feat_extract_output_lengths", "_get_subsampling_output_length")
 def counted_frames(
     mask: Bool[Tensor, "batch samples"], count: int, core: nn.Module, place: nn.Module
 ) -> Bool[Tensor, "batch frames"] | None:
-    """Make a mask of frames from one of samples, by what a model says of their numbers.
+    """Convert a mask of samples to a mask of frames, using the model's own conversion.
 
     Args:
         mask: The mask of samples, on the CPU.
-        count: How many frames there are.
+        count: The number of frames.
         core: The model.
         place: The module that yields the frames.
 
     Returns:
-        The mask; None where padding is not on the right, or no part of the model that holds the
-        place says that so many samples make so many frames.
+        The mask; None if padding is not on the right, or if no part of the model that contains the
+        place converts these samples to this number of frames.
 
     """
     lengths = mask.sum(1)
     if not torch.equal(mask, torch.arange(mask.shape[1]) < lengths[:, None]):
-        return None  # models for sound take it to be on the right
+        return None  # audio models assume that it is on the right
     for count_frames in _counters(core, place):
         if count_frames(torch.tensor([mask.shape[1]])) == [count]:
             frames = torch.tensor(count_frames(lengths))
@@ -39,7 +39,7 @@ def counted_frames(
 
 
 def of_frames(mask: Bool[Tensor, "batch samples"], count: int) -> Bool[Tensor, "batch frames"]:
-    """Return for each frame whether its first sample is real, as far as even spacing tells.
+    """Return for each frame whether its first sample is real, assuming even spacing.
 
     That is good enough for a warning, and needs nothing from the model.
     """
@@ -50,7 +50,7 @@ def of_frames(mask: Bool[Tensor, "batch samples"], count: int) -> Bool[Tensor, "
 
 
 def _counters(core: nn.Module, place: nn.Module) -> Iterator[Callable[[Tensor], list[int]]]:
-    """List what tells how many frames so many samples make, in the models that hold a place."""
+    """List the methods that convert samples to frames, in the models that contain a place."""
     for module in core.modules():
         for count in filter(callable, (getattr(module, name, None) for name in _COUNTS)):
             if not any(inner is place for inner in module.modules()):
@@ -68,7 +68,7 @@ def _parameters(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _counted(count: Callable[..., Any], options: dict[str, bool], lengths: Tensor) -> list[int]:
-    """Count frames; some models tell several numbers, of which the last is what comes out."""
+    """Count frames; some models return several numbers, the last of which is the output's."""
     counted = count(lengths, **options)
     last = counted[-1] if isinstance(counted, tuple) else counted
     return [int(each) for each in last] if isinstance(last, Tensor) else []

@@ -1,14 +1,13 @@
-"""Find which forwards continue each other, from the caches that they are given and return.
+"""Determine which forwards continue each other, from the caches that they are given and return.
 
 # NOTE [Lines]
-A forward that is given a cache which holds something continues the sequences of the forward that
-filled it: both are of one line, and have its number. It is the same line if it is the same cache
-object, and it holds what the last forward left there. A copy of a cache, one that was filled while
-nobody captured, and one that was cut back or is frozen to be used again, each begin a line of their
-own. Only `generate()` cuts a cache back and continues the same sequences, to take back tokens that
-it guessed. Such a forward repeats positions.
+A forward with a filled cache continues the sequences of the forward that filled it: both belong to
+one line, and have its number. It is the same line if it is the same cache object with the content
+that the last forward left. A copy of a cache, a cache that was filled outside of captures, and a
+cache that was cropped or is frozen for reuse each start a new line. Only `generate()` crops a cache
+and continues the same sequences, to take back guessed tokens. Such a forward repeats positions.
 
-What a cache holds is asked of it before the forward runs, which changes it.
+A cache is asked for its length before the forward runs, because the forward changes it.
 """
 
 import contextlib
@@ -33,19 +32,19 @@ CACHES = (
     "mems",
     "state",
 )
-"""What forwards call the caches that they are given and return."""
+"""The names of the caches that forwards are given and return."""
 
 
 class Start(NamedTuple):
     """What is known of a forward before it runs.
 
     Attributes:
-        line: The number of the line that it is of.
-        before: How many positions its cache holds; None where it holds some, but does not say
-            how many, as those of recurrent models.
-        limit: How many positions its cache has room for, if that is fixed.
-        repeats: Whether positions were taken back that it runs again.
-        is_cached: Whether it was given a cache that holds something.
+        line: The number of its line.
+        before: The number of positions in its cache; None if the cache is filled but does not say
+            how far, like those of recurrent models.
+        limit: The number of positions that its cache can hold, if fixed.
+        repeats: Whether it runs positions again that were taken back.
+        is_cached: Whether it was given a filled cache.
 
     """
 
@@ -72,12 +71,12 @@ class Lines:
 
     @functools.cached_property
     def _layer(self) -> int:
-        """The first layer of the model, or of the part of one, that a cache counts for."""
+        """The first layer of the model, or of its part, that a cache belongs to."""
         numbers = (getattr(module, "layer_idx", None) for module in self._model.modules())
         return min((number for number in numbers if type(number) is int), default=0)
 
     def begin(self, inputs: Mapping[str, Any]) -> Start:
-        """Find what a forward continues that is about to run."""
+        """Find what the forward that is about to run continues."""
         limit = None
         for cache in _caches(inputs):
             anchor, length = _anchor(cache), _length_of(cache, self._layer)
@@ -106,18 +105,18 @@ class Lines:
             if length is None and start.before is not None:
                 count = positions_of(inputs)
                 length = None if count is None else start.before + count
-            with contextlib.suppress(TypeError):  # such as a dict, which has no weak references
+            with contextlib.suppress(TypeError):  # such as a dict
                 self._left[id(anchor)] = _Left(weakref.ref(anchor), start.line, length)
 
 
 def positions_of(inputs: Mapping[str, Any]) -> int | None:
-    """Count the positions that a forward was given, on the side that is cached."""
+    """Count the positions of a forward, on the cached side."""
     ran = ran_of(inputs)
     return None if ran is None else ran[1]
 
 
 def ran_of(inputs: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Count the sequences and positions that a forward was given, on the side that is cached."""
+    """Count the sequences and positions of a forward, on the cached side."""
     for names in (("decoder_input_ids", "decoder_inputs_embeds"), ("input_ids", "inputs_embeds")):
         for name in names:
             if isinstance(inputs.get(name), Tensor) and inputs[name].dim() > 1:
@@ -137,7 +136,7 @@ def _caches_in(output: Any) -> Iterator[Any]:
 
 
 def _length_of(cache: Any, layer: int) -> int | None:
-    """Count the positions that a cache holds; None where it does not say."""
+    """Count the positions in a cache; None if it does not say."""
     if callable(getattr(cache, "get_seq_length", None)):
         try:
             return int(cache.get_seq_length(layer))
@@ -165,7 +164,7 @@ def generating() -> FrameType | None:
 
 
 def is_batching() -> bool:
-    """Return whether the thread that is running is one of Hugging Face's `generate_batch()`."""
+    """Return whether the current thread is one of Hugging Face's `generate_batch()`."""
     frame = inspect.currentframe()
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
@@ -190,7 +189,7 @@ def _is_frozen(cache: Any) -> bool:
 
 
 def _is_filled(cache: Any) -> bool:
-    """Return whether a cache that does not count positions holds something."""
+    """Return whether a cache that does not count positions is filled."""
     if isinstance(cache, tuple | list):
         return _anchor(cache) is not None
     if isinstance(cache, Mapping):
@@ -214,7 +213,7 @@ def _limit_of(cache: Any) -> int | None:
 
 
 def _anchor(cache: Any) -> Any:
-    """Return the object by which a cache is recognised: itself, or a tensor in it."""
+    """Return the object that identifies a cache: itself, or a tensor in it."""
     while isinstance(cache, tuple | list):
         cache = next((each for each in cache if isinstance(each, tuple | list | Tensor)), None)
     return cache

@@ -1,4 +1,4 @@
-"""The masks that forwards are given, in the forms in which they come."""
+"""The masks that forwards are given, in their different forms."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,19 +25,19 @@ def mask_of_generate(
     sequences: int,
     given: tuple[Mapping[str, Any], ...],
 ) -> Bool[Tensor, "batch pos"] | None:
-    """Make the mask of a forward that `generate()` gave none, of what it was given itself.
+    """Make the mask of a forward without one, from the arguments of a running `generate()`.
 
-    What it generates is real.
+    Generated tokens are real.
 
     Returns:
-        The mask of what the cache holds and of what is run now; None where there is no
-        `generate()`, or it does not say.
+        The mask of the cached and the new tokens; None if there is no `generate()`, or if it
+        does not say.
 
     """
     running = generating()
     known = None if running is None else running.f_locals.get("model_kwargs")
     ran = next(filter(None, map(ran_of, given)), None)
-    # XLNet's and XLM's append placeholders to the tokens, and count them nowhere.
+    # XLNet and XLM append placeholders to the tokens, which are not counted anywhere.
     appends = any(name in inputs for inputs in given for name in ("target_mapping", "langs"))
     if not isinstance(known, dict) or ran is None or appends or side == "encoder":
         return None
@@ -45,7 +45,7 @@ def mask_of_generate(
     if side != "decoder" and name not in known:
         return None
     prompt, (batch, count) = known.get(name), ran
-    sequences = batch if sequences == 1 else sequences  # what fires once for all is refused
+    sequences = batch if sequences == 1 else sequences  # one for all is refused
     real = torch.ones(sequences, (before or 0) + count, dtype=torch.bool)
     if prompt is None:
         return real
@@ -72,10 +72,10 @@ def left_masks(forwards: Iterable[Mapping[str, Any]]) -> list[Bool[Tensor, "batc
 def diagonal(
     mask: Shaped[Tensor, "batch head query key"], sequences: int, before: int | None
 ) -> Bool[Tensor, "sequences pos"]:
-    """Make a mask of two axes of one that tells who attends to whom: padding not to itself.
+    """Convert a mask of who attends to whom to one of two axes: padding does not attend to itself.
 
     Raises:
-        OptionError: Tokens attend to themselves that may be padding for all that others do.
+        OptionError: Tokens attend to themselves, but judging by the others they may be padding.
 
     """
     ran, keys = mask.shape[-2:]
@@ -87,9 +87,9 @@ def diagonal(
     real = among.diagonal(dim1=1, dim2=2) & ~is_opened
     if bool(_alone(seen & ~is_opened[:, :, None], first, real).any()):
         raise OptionError(
-            "the forward's mask of four axes does not tell which tokens are padding: some attend "
-            "to themselves, but no other attends to them; give capture the mask itself, of the "
-            "shape batch pos"
+            "the forward's mask of four axes does not say which tokens are padding: some attend to "
+            "themselves, but no other attends to them; pass the mask to capture, of the shape "
+            "batch pos"
         )
     past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
     return torch.cat([past, real], 1).expand(sequences, -1)
@@ -98,9 +98,9 @@ def diagonal(
 def _opened(
     seen: Bool[Tensor, "batch query key"], among: Bool[Tensor, "batch query later"]
 ) -> Bool[Tensor, "batch query"]:
-    """Find queries without a key, which are often given all of them.
+    """Find queries without a key, which are often given all keys.
 
-    The last token of a text has all keys as well, but only the last.
+    The last token of a text also has all keys, but only the last.
     """
     is_opened = seen.all(2)
     unseen = ~among & ~is_opened[:, :, None]
@@ -112,10 +112,10 @@ def _opened(
 def _alone(
     seen: Bool[Tensor, "batch query key"], first: int, real: Bool[Tensor, "batch query"]
 ) -> Bool[Tensor, "batch query"]:
-    """Find tokens to which no other attends, though one should if they were real.
+    """Find tokens that no other token attends to, although one should if they were real.
 
-    The last token of a text is such a one, too. But it attends to those before it, and nothing
-    behind it does: what passes over a token, or is seen by it from behind, is of the same text.
+    The last token of a text is also such a token. But it attends to those before it, and no later
+    token does: a token that attends past it, or that it sees from behind, belongs to the same text.
     """
     among = seen[:, :, first : first + real.shape[1]]
     others = among & ~torch.eye(real.shape[1], dtype=torch.bool, device=seen.device)
@@ -123,12 +123,12 @@ def _alone(
     sees_none = ~(others.any(2) | seen[:, :, :first].any(2))
     sees_on = others.triu(1).any(2)
     reach = torch.where(seen.any(2), seen.int().argmax(2) - first, real.shape[1])
-    # The first key that any of the queries behind a token attends to.
+    # The first key that any of the later queries attends to.
     behind = reach.flip(1).cummin(1).values.flip(1).roll(-1, 1)
     behind[:, -1] = real.shape[1]
     is_passed = behind < torch.arange(real.shape[1], device=seen.device)
     is_one_of_several = sees_none & (real.sum(1, keepdim=True) > 1)
-    # Behind tokens that all see each other, a last one that sees them need not be real.
+    # After tokens that all see each other, a last one that sees them need not be real.
     is_behind_all = others[:, :-1, :-1].sum((1, 2)) == (real.shape[1] - 1) * (real.shape[1] - 2)
     is_behind_all &= real.shape[1] > 2  # noqa: PLR2004
     is_last = torch.arange(real.shape[1], device=seen.device) == real.shape[1] - 1

@@ -1,16 +1,16 @@
-"""Find which axes of a model's activations grow with its sequences, and which with their positions.
+"""Determine which axes of a model's activations grow with its sequences, and which with positions.
 
 # NOTE [Growth]
-A name proposes where an axis lies; what the model does decides. A copy of the model whose weights
-are torch's fake tensors, which have shapes and no values, runs a few times, each time with another
-number of sequences or of positions. An axis that grows with the sequences is `batch`, one that
-grows with the positions is `pos`, one that grows with both holds flattened tokens. No value is
-computed, the model itself is not touched, and nobody's hooks run.
+A name proposes where an axis is; the behaviour of the model decides. A copy of the model runs a few
+times, each time with another number of sequences or positions. Its weights are torch's fake
+tensors, which have shapes but no values. An axis that grows with the sequences is `batch`, one that
+grows with the positions is `pos`, and one that grows with both has flattened tokens. No value is
+computed, the model itself is not touched, and no hooks run.
 
-A model may look at values, which fake tensors do not have: whether a mask has zeros, or whether
-there are as many image tokens as images. Such questions are answered with no, or else with yes.
-Where a size depends on values, as with some mixtures of experts, the copy shares the weights and
-runs for real, on a few tokens.
+A model may read values, which fake tensors do not have: for example, whether a mask has zeros, or
+whether there are as many image tokens as images. Such questions are answered with no, then with
+yes. If a size depends on values, as in some mixtures of experts, the copy shares the weights and
+runs on a few real tokens.
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from actctx._capture.forward import unwatched
 from actctx._capture.hooks import Hook
@@ -31,6 +30,7 @@ from actctx._capture.samples import MANY, SEQUENCES, Sample, samples_of
 from actctx._model.axes import Axes, Growth, grown_axes
 from actctx._model.parallel import is_cut
 from actctx._model.places import is_hook_point
+from actctx._model.shape_run import Answers, fake_of, is_fake, original_of
 from actctx._model.sides import input_of
 from actctx._model.stand_in import stand_in, undisturbed
 from actctx._model.structure import Inputs, tensor_of
@@ -43,14 +43,14 @@ class _Shape(NamedTuple):
 
 @dataclass(eq=False)
 class _Seen:
-    """What one module was given and returned in a run, tensors replaced by their shapes."""
+    """The inputs and outputs of one module in a run, with shapes instead of tensors."""
 
     given: list[Any]
     returned: list[Any]
 
 
 Run = weakref.WeakKeyDictionary[nn.Module, _Seen]
-"""What the modules of a model were given and returned in one run."""
+"""The inputs and outputs of a model's modules in one run."""
 
 
 class Grew(NamedTuple):
@@ -58,11 +58,11 @@ class Grew(NamedTuple):
 
     Attributes:
         growth: What each axis grows with.
-        shape: The shape that it had at first.
-        is_whole: Whether runs with other positions ended as well, not only those with other
+        shape: Its shape in the first run.
+        is_whole: Whether runs with other positions also finished, not only those with other
             sequences.
-        is_of_part: Whether a part of the model was run, whose sequences may be others, such as
-            images.
+        is_of_part: Whether only a part of the model was run, whose sequences may be different, such
+            as images.
         is_of_images: Whether it was run on images, whose height and width grow.
 
     """
@@ -78,12 +78,12 @@ class Grew(NamedTuple):
 
         Args:
             proposed: The axes that the name proposes.
-            shape: The shape of the activation, by default the one that it had at first.
+            shape: The shape of the activation, by default that of the first run.
 
         """
         found = grown_axes(self.growth, proposed, self.shape if shape is None else shape)
         if self.is_of_images and found is not None and "query" not in (proposed or ()):
-            # Two axes that grow with an image are its height and width, which have no names.
+            # Two axes that grow with an image are its height and width, which are not named.
             found = tuple("_" if axis in {"query", "key"} else axis for axis in found)
         if self.is_whole or found is None:
             return found
@@ -94,11 +94,11 @@ class Grew(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Grown:
-    """What was seen of a model in runs of other sizes.
+    """Observations of a model in runs of different sizes.
 
     Attributes:
         first: The run that the others are compared with.
-        others: Those in which one thing had grown, by its name, such as `"batch"`.
+        others: The runs in which one size had grown, by its name, such as `"batch"`.
         is_of_images: Whether they were on images.
 
     """
@@ -112,11 +112,11 @@ class Grown:
 
         Args:
             module: The hook point, or the module that it is given to or returned by.
-            io: Whether it is given (`"in"`) or returned (`"out"`).
+            io: Whether it is an input (`"in"`) or an output (`"out"`).
             read: Finds the activation in that.
 
         Returns:
-            An entry for each axis; None where the module did not run, or not always alike.
+            An entry for each axis; None if the module did not run, or not always in the same way.
 
         """
         first = _shapes(self.first, module, io, read)
@@ -150,7 +150,7 @@ def _compared(first: torch.Size, others: dict[str, torch.Size]) -> Grew | None:
         size * MANY // few if {"batch", "rows"} & grows else size
         for size, grows in zip(first, growth, strict=True)
     ]
-    if many is not None and [*many] != wide:  # where axes lie depends on how long they are
+    if many is not None and [*many] != wide:  # the layout of axes depends on their sizes
         return None
     return Grew(growth, first, "pos" in others)
 
@@ -158,7 +158,7 @@ def _compared(first: torch.Size, others: dict[str, torch.Size]) -> Grew | None:
 def _shapes(
     run: Run, module: nn.Module, io: str, read: Callable[[Any], Tensor]
 ) -> list[torch.Size]:
-    """Read the shapes of an activation off what was seen of its module, firing by firing."""
+    """Return the shapes of an activation in the observations of its module, firing by firing."""
     seen = run.get(module)
     values = [] if seen is None else seen.given if io == "in" else seen.returned
     try:
@@ -176,8 +176,8 @@ def grown(model: nn.Module) -> Grown | None:
     """Run a copy of a model without values, to see what grows.
 
     Returns:
-        What was seen, the same object as long as the model has the same modules and settings; None
-        where no run came to its end.
+        The observations, the same object as long as the model has the same modules and
+        settings; None if no run finished.
 
     """
     settings = _settings(model)
@@ -188,7 +188,7 @@ def grown(model: nn.Module) -> Grown | None:
 
 
 Known = weakref.WeakKeyDictionary[nn.Module, Grown | None]
-"""What was seen of models and parts of models since a capture was made or opened."""
+"""Observations of models and parts of models since a capture was created or opened."""
 
 
 def growth_at(
@@ -201,11 +201,12 @@ def growth_at(
 ) -> Grew | None:
     """Return what the axes of an activation grow with; see `Grown.of`.
 
-    What did not run with the model, such as a tower for images, is asked of the innermost part that
-    says what it reads. What is known already is not compared with the model again, which takes as
-    long as it has modules.
+    For modules that did not run with the model, such as an image tower, the innermost part that
+    says what it reads is run. Earlier observations are not compared with the model again, because
+    that takes time for each module.
     """
     known = weakref.WeakKeyDictionary() if known is None else known
+    model, module = original_of(model), original_of(module)
     for part in itertools.chain([model], _parts_with(model, module)):
         if part not in known:
             known[part] = grown(part)
@@ -217,7 +218,7 @@ def growth_at(
 
 
 def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the parts that hold a module and say what they read, innermost first."""
+    """Yield the parts that contain a module and say what they read, innermost first."""
     parts = [
         part
         for part in model.modules()
@@ -229,13 +230,13 @@ def _parts_with(model: nn.Module, module: nn.Module) -> Iterator[nn.Module]:
 
 
 def says_what_it_reads(model: nn.Module) -> bool:
-    """Return whether a model is known to read tokens, or says what else it reads."""
+    """Return whether a model is known to read tokens, or says what it reads instead."""
     is_hooked = isinstance(getattr(model, "hook_dict", None), Mapping)
     return is_hooked or input_of(model) is not None
 
 
 def _settings(model: nn.Module) -> object:
-    """Return what must be unchanged for a model to behave as before: modules and switches."""
+    """Return what must be unchanged for a model to behave as before: modules and flags."""
     config = getattr(model, "cfg", None)
     switches = (
         [value for name, value in sorted(vars(config).items()) if name.startswith("use_")]
@@ -255,14 +256,14 @@ def _grown(model: nn.Module) -> Grown | None:
         with contextlib.suppress(Exception):  # such as a forward that does not say what it takes
             samples += samples_of(model)
         for way, sample in itertools.product(ways, samples):
-            with contextlib.suppress(Exception):  # whatever a model raises for want of values
+            with contextlib.suppress(Exception):  # whatever a model raises without values
                 found = way(model, sample)
                 return None if _has_positions_first(model, found) else found
     return None
 
 
 def _has_positions_first(model: nn.Module, found: Grown) -> bool:
-    """Return whether a model takes ids to be `pos batch`, by its layers of torch that do so."""
+    """Return whether a model takes ids as `pos batch`, judging by its torch layers."""
     layers = (nn.RNNBase, nn.MultiheadAttention)
     for module in model.modules():
         if isinstance(module, layers) and not module.batch_first:
@@ -277,20 +278,20 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        hollow, copies = stand_in(model, mode.from_tensor)
+        hollow, copies = stand_in(model, functools.partial(fake_of, mode=mode))
         for module in hollow.modules():
-            # The kernel that is usual for experts has no rule for the shapes of float32.
+            # The default kernel for experts does not infer shapes for float32.
             config: Any = vars(module).get("config")
             if getattr(config, "_experts_implementation", None) is not None:
                 config._experts_implementation = "batched_mm"
-        with mode, _Answers(answer):
+        with mode, Answers(answer=answer):
             return _watched(hollow, copies, sample)
 
     return run
 
 
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(each.is_meta or is_fake(each) for each in model.parameters()):
         raise ValueError("the weights lie elsewhere")
     hollow, copies = stand_in(model, _same)
     return _watched(hollow, copies, sample)
@@ -301,7 +302,7 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: Sample) -> Grown:
-    """Run a copy of a model on samples, and see what each module is given and returns."""
+    """Run a copy of a model on samples, and record the inputs and outputs of each module."""
     runs: list[Run] = []
     _take_notes(copies, runs)
     for args, kwargs in sample.calls(copied):
@@ -311,23 +312,8 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
     return Grown(runs[0], others, sample.is_of_images)
 
 
-class _Answers(TorchFunctionMode):
-    """Answers questions about values, which fake tensors do not have."""
-
-    def __init__(self, answer: bool) -> None:  # noqa: FBT001  it is yes or no
-        super().__init__()
-        self._answer = answer
-
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in {torch.Tensor.__bool__, torch.equal, torch.allclose, torch.Tensor.equal}:
-            return self._answer
-        return func(*args, **(kwargs or {}))
-
-
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:
-    """Make each copy record what it is given and returns, in the last of the runs."""
+    """Make each module of the copy record its inputs and outputs in the current run."""
     for module, hollow in copies.items():
         reference = weakref.ref(module)
         returned = functools.partial(_note_out, reference, runs)
@@ -354,7 +340,7 @@ def _seen(reference: "weakref.ref[nn.Module]", runs: list[Run]) -> _Seen:
 
 
 def _emptied(value: Any) -> Any:
-    """Copy a structure with the shapes of its tensors, and without what else it holds."""
+    """Copy a structure with shapes instead of tensors, and without other values."""
     if isinstance(value, Tensor):
         return _Shape(value.shape, value.dtype)
     if isinstance(value, Inputs):
@@ -368,7 +354,7 @@ def _emptied(value: Any) -> Any:
 
 
 def _filled(value: Any, module: nn.Module) -> Any:
-    """Put tensors of these shapes, which have no values, in their place again."""
+    """Replace shapes by tensors without values."""
     if isinstance(value, _Shape):
         return torch.empty(value.shape, dtype=value.dtype, device="meta")
     if isinstance(value, Inputs):
@@ -381,8 +367,8 @@ def _filled(value: Any, module: nn.Module) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Change what a list, a tuple or a named tuple holds."""
+    """Map the elements of a list, a tuple or a named tuple."""
     changed = map(change, value)
-    if hasattr(value, "_fields"):  # whose own constructor may look at the tensors
+    if hasattr(value, "_fields"):  # whose own constructor may read the tensors
         return tuple.__new__(type(value), changed)
     return type(value)(changed)

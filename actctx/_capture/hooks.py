@@ -1,4 +1,4 @@
-"""Put hooks on hook points and modules, find them again, and take them off."""
+"""Add hooks to hook points and modules, find them again, and remove them."""
 
 import gc
 import weakref
@@ -11,14 +11,14 @@ from actctx._errors import CaptureStateError
 from actctx._model.structure import Inputs
 
 Fire = Callable[[Any], None]
-"""What a hook calls with the value that it sees."""
+"""The callback of a hook."""
 
 
 class Hook:
     """One hook of an open capture, on a hook point or a module.
 
-    It returns None, so the value stays as it was. Putting it on may be interrupted anywhere, so it
-    is removed wherever it is found, and not by a handle that may never have been returned.
+    It returns None, so it does not change the value. Adding it may be interrupted at any point, so
+    it is removed wherever it is found, not by a handle that may never have been returned.
     """
 
     def __init__(self, module: nn.Module, name: str, fire: Fire, *, io: str) -> None:
@@ -28,7 +28,7 @@ class Hook:
         self._number = -1
 
     def put_on(self) -> None:
-        """Put the hook on."""
+        """Add the hook."""
         if isinstance(self._hook, _PointHook):
             self._put_on_hook_point()
         elif isinstance(self._hook, _InputHook):
@@ -37,24 +37,24 @@ class Hook:
             self._number = self._module.register_forward_hook(self._hook).id
 
     def _put_on_hook_point(self) -> None:
-        # Its own `add_hook`, since a plain torch hook would miss `hook_conversion`, which for one
-        # splits queries into heads. TransformerLens 3 does not return what it appends.
+        # Its own `add_hook`, since a plain torch hook would miss `hook_conversion`, which splits
+        # queries into heads, for example. TransformerLens 3 does not return what it appends.
         point = self._module
         lens = point.add_hook(self._hook) or point.fwd_hooks[-1]
         self._number = lens.hook.id
-        # What TransformerLens registers is a closure, which a copy of the model would share.
+        # TransformerLens registers a closure, which a copy of the model would share.
         hooks = point._forward_hooks
         hooks[self._number] = _OwnHook(self._hook, hooks[self._number])
 
     @property
     def is_attached(self) -> bool:
-        """Whether the hook is still where it was put."""
+        """Whether the hook is still where it was added."""
         return self._number in self._module._forward_hooks or (
             self._number in self._module._forward_pre_hooks
         )
 
     def remove(self) -> None:
-        """Remove the hook, if it is on."""
+        """Remove the hook, if it was added."""
         module = self._module
         places = (module._forward_hooks, module._forward_pre_hooks)
         found = [n for hooks in places for n, hook in list(hooks.items()) if self._is_in(hook)]
@@ -66,13 +66,13 @@ class Hook:
             module.fwd_hooks[:] = [lens for lens in module.fwd_hooks if lens.hook.id not in numbers]
 
     def _is_in(self, registered: Any) -> bool:
-        # A closure of TransformerLens refers to the hook that it was made for.
+        # A closure of TransformerLens refers to its hook.
         cells = getattr(registered, "__closure__", None) or ()
         return any(each is self._hook for each in (registered, *gc.get_referents(*cells)))
 
 
 def _ignore(*_args: object, **_kwargs: object) -> None:
-    """Do nothing, in place of a hook, in a copy of a model that was made during a capture."""
+    """Do nothing: replaces a hook in a copy of a model that was made during a capture."""
 
 
 def _idle() -> Callable[..., None]:
@@ -88,7 +88,7 @@ class _SiteHook:
         self._fire = fire
 
     def check(self, module: nn.Module) -> None:
-        """Refuse another module than the one it was put on.
+        """Refuse another module than the one it was added to.
 
         Raises:
             CaptureStateError: It is a shallow copy, which shares hooks and `forward` with it.
@@ -96,11 +96,11 @@ class _SiteHook:
         """
         if module is not self._module():
             raise CaptureStateError(
-                f"a shallow copy of the {type(module).__name__} that is captured ran, as a replica "
-                "of DataParallel is one; it shares the forward and the hooks of the original, so "
+                f"a shallow copy of the {type(module).__name__} that is captured ran, such as a "
+                "replica of DataParallel; it shares the forward and the hooks of the original, so "
                 "it can neither be captured nor run by itself; capture from the module that "
-                "DataParallel wraps, on one device, or run one process a device; elsewhere use "
-                "copy.deepcopy"
+                "DataParallel wraps, on one device, or run one process per device; for other "
+                "copies use copy.deepcopy"
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,7 +111,7 @@ class _SiteHook:
 
 
 class _OwnHook:
-    """A torch hook that only the hook point it was put on keeps."""
+    """A torch hook that is not copied with its hook point."""
 
     def __init__(self, made_for: _SiteHook, hook: Callable[..., Any]) -> None:
         self._made_for = made_for
@@ -143,6 +143,6 @@ class _InputHook(_SiteHook):
 
 class _OutputHook(_SiteHook):
     def __call__(self, module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        if module is not self._module():  # asked here first, since calling costs as much
+        if module is not self._module():  # checked here first, since calling costs as much
             self.check(module)
         self._fire(output)

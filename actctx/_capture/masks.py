@@ -1,16 +1,15 @@
-"""Find which rows of a site are tokens and which are padding, from the masks of forwards.
+"""Determine which rows of a site are tokens and which are padding, from the masks of forwards.
 
-# NOTE [Where a mask lies on a site]
-A forward's mask counts what its cache holds and then what it runs; a site has only the latter. What
-the cache holds is asked of it before the forward; see `generation`. Nothing else is subtracted: a
+# NOTE [Aligning a mask with a site]
+A forward's mask covers the cached tokens and then the new ones; a site has only the latter. The
+cache is asked for its length before the forward; see `generation`. Nothing else is subtracted: a
 site that is shorter than the mask for another reason counts other things than the mask does, such
-as frames instead of samples. Where the model itself says how many frames so many samples make, that
-is used. Where a forward kept the logits of the last positions only, those are taken. All else is
-refused.
+as frames instead of samples. If the model itself converts samples to frames, that is used. If a
+forward computed only the logits of the last positions, those are taken. Everything else is refused.
 
-# NOTE [Forwards that are given no mask]
-`generate()` of Hugging Face leaves out a mask that has no zeros. Whether it did is read where it
-keeps it, since some models are not handed on a mask that has some.
+# NOTE [Forwards without a mask]
+Hugging Face's `generate()` omits a mask without zeros. The mask is read where `generate()` keeps
+it, since some models are not passed a mask that has zeros.
 """
 
 import inspect
@@ -38,7 +37,8 @@ from actctx._model.absolute_positions import (
     widths_of,
 )
 from actctx._model.axes import position_dims
-from actctx._model.known_faults import decoder_fault, mask_fault, warn
+from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
+from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._model.turned import depends_on_positions
@@ -53,19 +53,22 @@ _PADS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_chunk_len
 
 
 class _Given(NamedTuple):
-    """A mask as it lies on a site: its rows, and the position of the first of them."""
+    """The mask of a site: its rows, and the position of the first of them."""
 
     real: Bool[Tensor, "batch pos"]
     first: int
 
 
 class Padding:
-    """What a capture knows of the padding of the forwards that it watches.
+    """What a capture knows about the padding of the forwards that it watches.
 
     Args:
         model: The model that is captured from.
-        options: What holds for all sites.
-        sites: What is captured.
+        options: The options for all sites.
+        sites: The captured sites.
+
+    Attributes:
+        is_guessed: Whether a mask had no values, in a plan, and all tokens were taken to be real.
 
     """
 
@@ -81,8 +84,10 @@ class Padding:
         self._fills = False
         self._previous: Start | None = None
         self._left_alone: list[Bool[Tensor, "batch pos"]] = []
+        self.is_guessed = False
         self._warned: set[str] = set()
-        # On a GPU nothing is waited for in a forward: whether a slice took padding is told later.
+        self._unturned: set[str] = set()
+        # On a GPU a forward does not wait: whether a slice selected padding is reported later.
         self._later: Tensor | None = None
         self._tells_slices = self._asked is None and any(map(_selects_positions, sites))
         self._tracks = self._joins_positions or not (
@@ -90,11 +95,11 @@ class Padding:
         )
 
     def hooks(self) -> Iterator[Hook]:
-        """Make the hooks that capture nothing, but record masks."""
+        """Make the hooks that only record masks."""
         reads = self._asked == "attention" if isinstance(self._asked, str) else self._tells_slices
         inner = core_of(self._model)
         if inner is not self._model:
-            # A bridge makes tokens and a mask of its own for texts, and hands back no cache.
+            # A bridge makes its own tokens and mask for texts, and returns no cache.
             yield Hook(inner, "original_model", _weakly(self._note_given), io="in")
             if reads or self._tracks:
                 yield Hook(inner, "original_model", _weakly(self._note_returned), io="out")
@@ -141,22 +146,24 @@ class Padding:
         self._later = None
 
     def rows(self, site: WatchedSite, shape: tuple[int, int], frame: Frame | None) -> TokenRows:
-        """Find the rows of real tokens, once for all sites that select alike.
+        """Find the rows of real tokens, once for all sites with the same selection.
 
         Args:
             site: The site, which has rows.
             shape: The number of sequences and of positions of its activation.
-            frame: The forward, or None where a part of the model was called by itself.
+            frame: The forward, or None if a part of the model was called directly.
 
         Raises:
             OptionError: There is no mask.
-            SelectionError: The mask does not fit the site, or has none of what is selected.
+            SelectionError: The mask does not fit the site, or has no selected token.
 
         """
         selector = site.rows
         assert selector is not None  # noqa: S101  the caller has looked
         if isinstance(self._asked, Chosen):
             return self._asked.rows(selector.site, shape)
+        if frame is not None:
+            self._check_turned(site, frame)
         side = self._side(site, frame)
         found = [] if frame is None else frame.masks.setdefault((self, "rows"), [])
         for steps, known_side, known_shape, rows in found:
@@ -188,20 +195,20 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or mask.is_meta or is_transformed(mask):
+        if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask) or is_transformed(mask):
             return
         real = real_of(mask)
         if side != "decoder" and not reads_tokens(core_of(self._model)):
             real = of_frames(real, size[1])
         if tuple(real.shape) != size:
-            return  # behind a cache, for example, what is run is not padding
+            return  # after a cache, for example, the new tokens are not padding
         padded = ~Selector(site.key, steps, None).select(real).all()
         if mask.is_cpu:
             if bool(padded):
                 self._warn_slice()
         else:
             later = padded if self._later is None else self._later
-            self._later = later | padded.to(later.device)  # masks may lie on several devices
+            self._later = later | padded.to(later.device)  # masks may be on several devices
 
     # Which mask, and how it lies.
 
@@ -210,7 +217,7 @@ class Padding:
             self._sides = Sides(self._model)
         side = self._sides.of(site.place, io=site.io, output=site.output)
         if self._sides.two and side != "tower":
-            if site.key not in self._run_sides:  # asked of every site in every forward
+            if site.key not in self._run_sides:  # called for every site in every forward
                 self._run_sides[site.key] = side_of_run(self._model, site)
             return self._run_sides[site.key] or side
         if side is not None or self._sides.two or frame is None:
@@ -222,13 +229,13 @@ class Padding:
         told = self._run_sides[site.key]
         if told is not None:
             return told
-        # A custom model, of which only the names of parts tell.
+        # A custom model, for which only the names of parts decide.
         parts = site.place.name.split(".")
         named = [side for side in _SIDES if any(part.startswith(side) for part in parts)]
         return named[0] if len(named) == 1 else "shared"
 
     def inputs(self, frame: Frame) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-        """List what a forward was given, and what the model that it wraps was given."""
+        """List the arguments of a forward, and those of the wrapped model."""
         return frame.inputs, frame.masks.get((self, "given"), {})
 
     def _mask(self, side: Side | None, frame: Frame) -> Any:
@@ -253,16 +260,15 @@ class Padding:
             return _Given(as_mask(self._asked), before)
         if frame is None:
             raise OptionError(
-                f"mask='attention' takes the attention_mask of a forward of "
+                "mask='attention' uses the attention_mask of a forward of "
                 f"{type(self._model).__name__}, but a part of it that holds {site.place.name!r} "
-                "was called by itself, as generate() calls an encoder; capture from that part, as "
-                "in capture(model.encoder, ...), or give capture the mask itself"
+                "was called directly, as generate() calls an encoder; capture from that part, as "
+                "in capture(model.encoder, ...), or pass the mask to capture"
             )
         if side == "tower":
             raise SelectionError(
-                f"{site.shown} runs on pictures or sound, not on the tokens that the forward's "
-                "attention_mask is for; capture it without mask=, or give capture a mask of its "
-                "own positions"
+                f"{site.shown} runs on images or sound, not on the tokens of the forward's "
+                "attention_mask; capture it without mask=, or pass a mask of its own positions"
             )
         if side == "shared":
             return self._given_of_either(site, shape, frame)
@@ -274,14 +280,14 @@ class Padding:
         if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
-                f"mask='attention' takes the forward's {name}, but this forward of "
-                f"{type(self._model).__name__} got none; pass it to the model, or give capture the "
-                "mask itself"
+                f"mask='attention' uses the forward's {name}, but this forward of "
+                f"{type(self._model).__name__} was given none; pass it to the model, or pass the "
+                "mask to capture"
             )
         return self._aligned(mask, site, side, shape, frame)
 
     def _given_of_either(self, site: WatchedSite, shape: tuple[int, int], frame: Frame) -> _Given:
-        """Find the mask of what both sides run, by the number of its positions."""
+        """Find the mask of a site that both sides run, by the number of its positions."""
         fitting: list[_Given] = []
         sides: tuple[Side, ...] = ("encoder", "decoder")
         for side in sides:
@@ -291,9 +297,9 @@ class Padding:
                 continue
         if not fitting or any(not torch.equal(each.real, fitting[0].real) for each in fitting):
             raise SelectionError(
-                f"{site.shown} is run by the encoder and the decoder, and its {shape[1]} positions "
-                f"do not tell by which; give a decoder_attention_mask and sequences of another "
-                "length, or capture from a module of one of them"
+                f"{site.shown} is run by both the encoder and the decoder, and its {shape[1]} "
+                "positions do not determine which one; give a decoder_attention_mask and "
+                "sequences of another length, or capture from a module of one of them"
             )
         return fitting[0]
 
@@ -310,18 +316,19 @@ class Padding:
         shape: tuple[int, int],
         frame: Frame,
     ) -> _Given:
-        """Lay a forward's mask on a site; see the note above."""
+        """Align a forward's mask with a site; see the note above."""
         before, ran = self._before(side, frame), positions_of(frame.inputs)
         if isinstance(mask, dict):  # one for each kind of layer
             tensors = [each for each in mask.values() if isinstance(each, Tensor)]
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
+        self.is_guessed |= is_fake(mask)
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
         if not before:
-            self._check_counted(given, site, frame)
+            self._check_counted(given, frame)
         is_whole = side == "encoder" or ran in {None, pos}
         if width == pos and (is_whole or not before):  # TransformerLens 3 takes masks of new tokens
             return _Given(given, before or 0)
@@ -344,20 +351,19 @@ class Padding:
             why = f", and {holds}" if width > pos else ""
             raise SelectionError(
                 f"{site.shown} has {pos} positions, but the forward's mask has {width}{why}: they "
-                "count different things; capture it without mask=, or give capture a mask of its "
-                "positions"
+                "count different things; capture it without mask=, or pass a mask of its positions"
             )
         return _Given(given if frames is None else frames, 0)
 
     def _pads(self, site: WatchedSite) -> bool:
-        """Return whether a part that holds a site fills sequences up on the right for itself."""
+        """Return whether a part that contains a site pads sequences on the right itself."""
         return any(
             any(inner is site.place.module for inner in module.modules())
             for module in core_of(self._model).modules()
             if _fills_up(module)
         )
 
-    # What is noted while a forward runs.
+    # What is recorded while a forward runs.
 
     def _frame(self) -> Frame | None:
         frame = running_frame()
@@ -379,10 +385,10 @@ class Padding:
             frame.masks[self, "returned"] = caches
 
     def _look_up(self, value: Any) -> None:
-        """Look at what a table yielded, if it may be one of positions."""
+        """Check the output of a table, if it may hold positions."""
         frame = self._frame()
         value = value[0] if isinstance(value, tuple) and value else value
-        if "left" in self._warned or not isinstance(value, Tensor):
+        if "left" in self._warned or not isinstance(value, Tensor) or is_fake(value):
             return
         if frame is not None and frame.masks[self, "start"].is_cached:
             return
@@ -400,7 +406,7 @@ class Padding:
         return left
 
     def _note_encoder(self, given: Inputs) -> None:
-        """Record the mask of an encoder that is called by itself, as `generate()` does."""
+        """Record the mask of an encoder that is called directly, as `generate()` does."""
         if self._frame() is None:
             self._left_alone = left_masks([listed_inputs(given, by_position=False)])
 
@@ -411,16 +417,26 @@ class Padding:
         given = self.inputs(frame)
         return any(inputs.get(name) is not None for inputs in given for name in _POSITIONS)
 
-    def _check_counted(self, mask: Tensor, site: WatchedSite, frame: Frame) -> None:
-        """Warn of padding on the left that no table shows to be counted."""
+    def _check_counted(self, mask: Tensor, frame: Frame) -> None:
+        """Warn of padding that is counted although no table shows it."""
+        self._warn("fault", right_padding_fault(core_of(self._model), mask))
         is_known = self._asked != "attention" or "left" in self._warned
         if is_known or not is_padded_left(mask) or self._has_positions(frame):
             return
-        by_itself = depends_on_positions(core_of(self._model), site.place)
-        if by_itself or has_bare_table(self._model):
+        if has_bare_table(self._model):
             self._warn_left()
 
-    # What is said, once for each capture.
+    def _check_turned(self, site: WatchedSite, frame: Frame) -> None:
+        """Warn of padding on the left if a site depends on what a rotary embedding turned."""
+        is_known = self._asked != "attention" or "left" in self._warned
+        if is_known or site.key in self._unturned or frame.masks[self, "start"].is_cached:
+            return
+        if self._padded_left(frame) and not self._has_positions(frame):
+            if depends_on_positions(core_of(self._model), site.place):
+                self._warn_left()
+            self._unturned.add(site.key)
+
+    # Warnings, once for each capture.
 
     def _warn(self, what: str, said: str | None) -> None:
         if said is None or what in self._warned:
@@ -430,7 +446,7 @@ class Padding:
 
     def _warn_left(self) -> None:
         takes = "position_ids" in _parameters(self._model)
-        ids = ", or pass position_ids that begin at each first token" if takes else ""
+        ids = ", or pass position_ids that start at the first token of each" if takes else ""
         self._warn(
             "left",
             f"the sequences are padded on the left, and {type(self._model).__name__} counts the "
@@ -442,8 +458,8 @@ class Padding:
         self._tells_slices = False
         self._warn(
             "slice",
-            "a slice along 'pos' selects padding of a forward that was given a mask; capture with "
-            "mask='attention', so that positions count real tokens, of which -1 is the last",
+            "a slice along 'pos' selects padding, by the mask that the forward was given; capture "
+            "with mask='attention', so that positions count real tokens and -1 is the last",
         )
 
     def warn_positions(self, site: WatchedSite) -> None:
@@ -451,19 +467,19 @@ class Padding:
         if self._side(site, None) != "tower" and reads_tokens(core_of(self._model)):
             self._warn(
                 "positions",
-                f"{site.shown} has not one position for each token of the forward, so a slice "
-                "along 'pos' may select what the model adds, such as padding to a multiple, or "
-                "patches; look at the whole site first, or select by position with a tuple, as in "
-                "slice=np.s_[:, -1], which says nothing of tokens",
+                f"{site.shown} does not have one position per token of the forward, so a slice "
+                "along 'pos' may select what the model adds, such as patches or padding to a "
+                "multiple; look at the whole site first, or select by position with a tuple, as "
+                "in slice=np.s_[:, -1], which does not count tokens",
             )
 
     def _warn_repeats(self) -> None:
         self._warn(
             "repeats",
-            "generate() takes back tokens that it guessed and runs their positions again, and what "
-            "it took back is captured, too; of the rows of one position, which acts.positions() "
-            "tells, only the last is of the text, and none is behind its end; or generate without "
-            "guesses of an assistant or a prompt lookup",
+            "generate() takes back wrong guesses and runs their positions again, but the guesses "
+            "are captured too; if acts.positions() has several rows of one position, keep only the "
+            "last, and drop those after the end of the text; or generate without an assistant "
+            "model or a prompt lookup",
         )
 
     def _check_joined(self, start: Start, previous: Start) -> None:
@@ -473,9 +489,10 @@ class Padding:
             self._warn(
                 "joined",
                 "join='pos' joins a forward to one that it does not continue, so positions repeat "
-                "or are of other sequences, as under guidance, assisted decoding, without a KV "
-                "cache, or in a second generate(); capture with join=None for a list, or with "
-                "mask='attention', where acts.positions() tells sequence and position of each row",
+                "or belong to other sequences, as with guidance, with assisted decoding, without a "
+                "KV cache, or in a second generate(); capture with join=None for a list, or with "
+                "mask='attention', where acts.positions() gives the sequence and position of each "
+                "row",
             )
 
 
@@ -483,7 +500,7 @@ _SIDES: tuple[Side, ...] = ("encoder", "decoder")
 
 
 def _fills_up(module: nn.Module) -> bool:
-    """Return whether a module fills sequences up to a multiple of a length, on the right."""
+    """Return whether a module pads sequences to a multiple of a length, on the right."""
     return any(hasattr(type(module), name) for name in _PADS)
 
 
@@ -503,7 +520,7 @@ def _dims(site: WatchedSite, rank: int) -> tuple[int, int] | None:
 
 
 def _chooses(selector: Selector, dim: int, rank: int) -> bool:
-    """Return whether single positions are chosen; leaving out the first ones chooses none."""
+    """Return whether single positions are selected; dropping the first ones does not count."""
     picks = [step.pick for step in selector.steps if step.dim % rank == dim]
     return any(
         pick.stop is not None or (pick.start or 0) < 0
@@ -514,7 +531,7 @@ def _chooses(selector: Selector, dim: int, rank: int) -> bool:
 
 
 def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:
-    """Tell of how many of its last positions a forward was asked to make logits."""
+    """Return the number of last positions that a forward was asked to compute logits for."""
     kept = inputs.get("logits_to_keep", inputs.get("num_logits_to_keep"))
     return min(kept, count) if count and type(kept) is int and kept > 0 else None
 
@@ -531,7 +548,7 @@ def _signature(function: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Call a method as long as its owner lives, without keeping it."""
+    """Call a method as long as its owner exists, without keeping it alive."""
     reference = weakref.WeakMethod(method)
 
     def call(value: Any) -> None:

@@ -1,12 +1,12 @@
-"""What an open capture sets beside its hooks: the grad mode, and eager runs of compiled models.
+"""What an open capture sets besides its hooks: the grad mode, and eager runs of compiled models.
 
-Both are given back in whatever order blocks close.
+Both are restored in whatever order blocks close.
 
 # NOTE [Compiled models run eagerly]
-A hook that is put on after the first call of a compiled model may silently not fire, and one that
-is put on before it is compiled in. `torch.compiler.set_stance("force_eager")` has compiled models
-run as they were written, without recompiling anything afterwards. The stance is one for the whole
-process, so the first capture to open sets it and the last to close gives it back.
+A hook that is added after the first call of a compiled model may silently not fire, and one that is
+added before is compiled in. `torch.compiler.set_stance("force_eager")` makes compiled models run
+eagerly, without recompiling anything afterwards. There is one stance for the whole process, so the
+first capture to open sets it and the last to close restores it.
 """
 
 import sys
@@ -17,7 +17,7 @@ import torch
 
 
 class _Stack(threading.local):
-    """The blocks that are open in a thread; torch's grad mode belongs to a thread, too."""
+    """The open blocks of a thread; torch's grad mode belongs to a thread too."""
 
     def __init__(self) -> None:
         self.modes: list[GradMode] = []
@@ -29,9 +29,9 @@ _STACK = _Stack()
 class GradMode:
     """Sets the grad mode of this thread until it is restored.
 
-    `torch.no_grad()` would leave the wrong mode behind where blocks close in another order than
-    the reverse of their opening: the first to close gives back what it found, and the last what
-    the first had set. Here a block that closes below another hands down what it found.
+    `torch.no_grad()` would leave the wrong mode behind if blocks do not close in reverse order: the
+    first to close restores the mode that it found, and the last the mode that the first had set.
+    Here, a block that closes below another one passes on the mode that it found.
     """
 
     def __init__(self, *, enabled: bool) -> None:
@@ -49,10 +49,10 @@ class GradMode:
         torch.set_grad_enabled(self._enabled)
 
     def restore(self) -> None:
-        """Give back the mode that was found, or hand it to the block above, which will.
+        """Restore the mode that was found, or pass it to the block above, which will.
 
-        Another thread's mode is out of reach: that thread gets it back with the next block that
-        opens or closes in it.
+        Another thread's mode cannot be set: it is restored with the next block that opens or closes
+        in that thread.
         """
         self._restored = True
         if self._modes is _STACK.modes:
@@ -60,14 +60,14 @@ class GradMode:
 
 
 def _settle(modes: list[GradMode]) -> None:
-    """Give back the modes of the blocks that have closed; those of this thread."""
+    """Restore the modes of the closed blocks of this thread."""
     for mode in [mode for mode in modes if mode._restored]:
         above = modes[modes.index(mode) + 1 :]
         if above:
             above[0]._before = mode._before
         else:
             torch.set_grad_enabled(mode._before)
-        modes.remove(mode)  # last, so that after an interrupt it is all done again
+        modes.remove(mode)  # last, so that everything is repeated after an interrupt
 
 
 class _Stance:
@@ -96,15 +96,15 @@ _STANCE = _Stance()
 
 
 def run_eagerly(holder: int) -> None:
-    """Have compiled models run eagerly, until the holder calls `run_compiled`.
+    """Make compiled models run eagerly, until the holder calls `run_compiled`.
 
-    Where nothing was compiled yet in this process, importing the compiler to tell it so would take
-    seconds for nothing.
+    If nothing was compiled yet in this process, the compiler is not imported, which would take
+    seconds.
     """
     if "torch._dynamo" in sys.modules:
         _STANCE.hold(holder)
 
 
 def run_compiled(holder: int) -> None:
-    """Let compiled models run compiled again, as far as this holder is concerned."""
+    """Let compiled models run compiled again, unless another holder needs them eager."""
     _STANCE.release(holder)

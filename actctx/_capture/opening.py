@@ -1,15 +1,15 @@
-"""One opening of a capture: its hooks, put on and taken off, and the forwards that they see.
+"""One opening of a capture: its hooks, and the forwards that they see.
 
-# NOTE [What a thread-wide opening lends]
-`capture(...).open()` has no block that ends it, so its hooks stay on for as long as somebody holds
-the buffer. The hooks refer to the opening weakly, and the opening holds its buffer, so neither
-keeps the other alive from outside. What is handed to the user is therefore another object with the
-buffer's attributes: it keeps the opening alive, and when it is collected, so is the opening, which
-takes its hooks off.
+# NOTE [Thread-wide openings]
+`capture(...).open()` has no block that ends it, so its hooks stay as long as something refers to
+the buffer. The hooks refer to the opening weakly, and the opening refers to its buffer, so the
+buffer does not keep the opening alive. The user is therefore given another object with the buffer's
+attributes. It keeps the opening alive, and when it is collected, so is the opening, which removes
+its hooks.
 
 # NOTE [Firings counted from the end]
-`firing=-2` is known only when a forward ends. Until then the last two firings are kept, the older
-ones are dropped as they come, and of a forward that had fewer than two nothing is kept.
+`firing=-2` is known only when a forward ends. Until then the last two firings are kept, and older
+ones are dropped. If a forward had fewer than two, nothing is kept.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ from actctx._results.schema import Schema
 from actctx._text import counted, shortened
 
 B = TypeVar("B")
-"""What is handed over: the buffer, or a `Schema` before it."""
+"""What the user is given: the buffer, or a `Schema` around it."""
 
 Scope = Literal["block", "context", "thread"]
 
@@ -63,20 +63,20 @@ _NUMBERS = itertools.count()
 class Opening(Generic[B]):
     """One opening of a capture: its hooks, its buffer, and what it has seen.
 
-    Hooks and interceptor hold it weakly, so that a capture that is dropped while open is
-    collected, and takes its hooks off.
+    Hooks and interceptor refer to it weakly, so that a capture that is dropped while open is
+    collected, and removes its hooks.
 
     Args:
         model: The model to capture from.
         sites: What to capture.
-        options: What holds for all sites.
-        scope: Whose forwards are captured, and what runs without gradients (or with them, as
-            asked): for a `"block"`, the forwards of this context, and all of the block; for a
-            `"context"`, its forwards alone, since other coroutines of the thread may run in
-            between; for a `"thread"`, all forwards of the thread.
+        options: The options for all sites.
+        scope: Whose forwards are captured, and what runs without gradients (or with them, if
+            requested): for a `"block"`, the forwards of this context, and the whole block; for a
+            `"context"`, only its forwards, since other coroutines of the thread may run in between;
+            for a `"thread"`, all forwards of the thread.
 
     Attributes:
-        detach: Takes the hooks off, in reverse, and gives the model back as it was.
+        detach: Removes the hooks in reverse order, and restores the model.
 
     """
 
@@ -103,12 +103,12 @@ class Opening(Generic[B]):
         )
         self._model = model
         self._sites = sites
-        # What the model itself is given and returns comes from the interceptor, not from a hook.
+        # Inputs and outputs of the model itself come from the interceptor, not from a hook.
         self._roots = [
             site for site in sites if site.place.module is model and not site.place.is_hook_point
         ]
         self._hooked = [site for site in sites if site not in self._roots]
-        # See the note on firings that are counted from the end.
+        # See the note on firings counted from the end.
         self._late = {
             site.key: site.firing
             for site in sites
@@ -138,10 +138,10 @@ class Opening(Generic[B]):
         return self.buffer.expect(label, site.column_options)
 
     def attach(self) -> B:
-        """Put the hooks on, all or none.
+        """Add the hooks, all or none.
 
         Returns:
-            The buffer. For a `"thread"`, the hooks stay on as long as somebody holds it.
+            The buffer. For a `"thread"`, the hooks stay as long as something refers to it.
 
         """
         try:
@@ -182,7 +182,7 @@ class Opening(Generic[B]):
         return Hook(site.place.module, site.place.name, fire, io=io)
 
     def _notes(self) -> Iterator[Hook]:
-        """Make the hooks that capture nothing."""
+        """Make the hooks that do not capture."""
         # It refuses shallow copies of the model.
         yield Hook(self._model, type(self._model).__name__, _ignore, io="in")
         yield from self._padding.hooks()
@@ -190,7 +190,7 @@ class Opening(Generic[B]):
     def _lend(self) -> B:
         lent = object.__new__(Activations)
         lent.__dict__ = self.buffer.__dict__
-        # See the note on what is lent.
+        # See the note on thread-wide openings.
         self._undo.append(weakref.finalize(lent, _ignore, self).detach)
         return self._hand_over(lent)
 
@@ -210,11 +210,16 @@ class Opening(Generic[B]):
         return self._number in _OPEN.get() or self._thread == threading.get_ident()
 
     def miss(self) -> None:
-        """Record that a forward of another thread ran, which matters for `generate_batch()`."""
+        """Record that a forward of another thread ran, for the message about `generate_batch()`."""
         self._misses_batches = self._misses_batches or is_batching()
 
+    @property
+    def is_guessed(self) -> bool:
+        """Whether a mask had no values, in a plan, and all tokens were taken to be real."""
+        return self._padding.is_guessed
+
     def check_hooks(self) -> None:
-        """Raise `HooksRemovedError` if somebody removed the hooks."""
+        """Raise `HooksRemovedError` if the hooks were removed."""
         gone = [key for key, hook in self._hooks.items() if not hook.is_attached]
         if gone:
             raise HooksRemovedError(
@@ -224,7 +229,7 @@ class Opening(Generic[B]):
             )
 
     def receive(self, value: Any, io: str) -> None:
-        """Capture what the model itself is given or returns."""
+        """Capture an input or output of the model itself."""
         frame = running_frame()
         if frame is not None and io == "in":
             self._padding.begin(frame, is_first=not self.buffer.forwards)
@@ -239,7 +244,7 @@ class Opening(Generic[B]):
                 self.fire(self._seen[site.key], given)
 
     def write(self, forward: dict[str, list[Any]]) -> None:
-        """Keep what one forward left."""
+        """Keep the values of one forward."""
         self._ran += 1
         for key, firing in self._late.items():
             last = forward.pop(key, [])
@@ -252,8 +257,8 @@ class Opening(Generic[B]):
             self.buffer.write(forward, max([self._seen[key].tokens for key in forward]))
 
     def fire(self, seen: Seen, value: Any) -> None:
-        """Capture what a site yields, if it does so in a forward that this capture watches."""
-        frame = running_frame()  # nearly always the right one, so that no search is needed
+        """Capture the value of a site, if it fires in a forward that this capture watches."""
+        frame = running_frame()  # nearly always the right one, so no search is needed
         if frame is None or self not in frame.staged:
             frame = frame_of(self)
         site = seen.site
@@ -279,7 +284,7 @@ class Opening(Generic[B]):
                 stop_if_done(site.key)
 
     def _fire_outside(self, seen: Seen, value: Any) -> None:
-        """Capture from a part that is called by itself, as `generate` calls an encoder.
+        """Capture from a part that is called directly, as `generate` calls an encoder.
 
         It counts as a forward of one firing, which is its first and its last.
         """
@@ -291,13 +296,13 @@ class Opening(Generic[B]):
         """Check what the block captured, together with `more` claims of a typed function.
 
         Raises:
-            NeverFiredError: A forward ran, and a site that must fire did not; or all that ran was
-                `generate_batch()`, whose forwards run in another thread.
+            NeverFiredError: A forward ran, and a site that must fire did not; or only
+                `generate_batch()` ran, whose forwards run in another thread.
             TypedError: A field of a `Schema`, or one of `more`, does not fit its annotation.
 
         """
         self._padding.finish()
-        for seen in self._seen.values():  # while the model is still alive
+        for seen in self._seen.values():  # while the model still exists
             seen.column.finish()
         self._check_fired()
         if isinstance(self.handed, Schema):
@@ -307,7 +312,7 @@ class Opening(Generic[B]):
         if self._misses_batches and not self._ran:
             raise NeverFiredError(
                 f"no forward of {type(self._model).__name__} was captured: generate_batch() runs "
-                "them in a thread of its own, and a capture sees those of the thread that opened "
+                "them in its own thread, and a capture only sees those of the thread that opened "
                 "it; call generate(), or the model itself"
             )
         silent = [site for site in self._sites if site.exact and site.key not in self._fired]
@@ -333,9 +338,9 @@ def _firing(reference: "weakref.ref[Opening[Any]]", seen: Seen) -> Callable[[Any
 
 
 def _if_returned(fire: Callable[[Any], None]) -> Callable[[Any], None]:
-    """Skip a firing that lacks the output, such as a pattern that was not asked for.
+    """Skip a firing without the output, such as an attention pattern that was not returned.
 
-    What a glob over TransformerLens' names leaves out is listed in `acts.missing`.
+    Sites that a glob over TransformerLens' names skips are listed in `acts.missing`.
     """
 
     def fire_if_returned(value: Any) -> None:

@@ -1,4 +1,4 @@
-"""From what a site yields to what is staged of it: read, checked, selected, kept."""
+"""Read, check, select and stage the value of a site."""
 
 import weakref
 from typing import Any
@@ -30,8 +30,8 @@ class Recorder:
 
     Args:
         model: The model that is captured from.
-        options: What holds for all sites.
-        padding: Tells the real tokens of each forward.
+        options: The options for all sites.
+        padding: Finds the real tokens of each forward.
 
     """
 
@@ -41,20 +41,20 @@ class Recorder:
         self._grad = options.grad
         self._padding = padding
         self._pieces = pieces_of(model)
-        # What runs of the model with other sizes told, for as long as the capture is open.
+        # The results of runs with other sizes, for as long as the capture is open.
         self._known: Known = weakref.WeakKeyDictionary()
 
     def stage(self, seen: Seen, value: Any, frame: Frame | None, number: int) -> Any:
-        """Return what is staged of a firing, in memory of its own.
+        """Return the staged values of a firing, in their own memory.
 
         Args:
             seen: The site that fired, and what is known of it.
-            value: What its module was given or returned.
-            frame: The forward in which it fired; None outside of one.
-            number: Which of the stages of this forward it will be.
+            value: The input or output of its module.
+            frame: The forward in which it fired; None outside a forward.
+            number: The index of the stage in this forward.
 
         Raises:
-            AxisError, OutputError, SelectionError: The value does not have what was asked for.
+            AxisError, OutputError, SelectionError: The value does not have what was requested.
 
         """
         is_it = seen.is_plain and type(value) is Tensor and self._pieces is None
@@ -63,7 +63,7 @@ class Recorder:
             return self._settled(seen, activation, frame, number)
         if seen.site.rows is not None and is_mapped(activation):
             raise SelectionError(
-                f"{seen.site.shown} fired inside of torch.vmap, where mask= cannot tell which "
+                f"{seen.site.shown} fired inside torch.vmap, where mask= cannot determine which "
                 "rows are tokens; capture it without a mask, and select afterwards"
             )
         with outside():
@@ -98,7 +98,7 @@ class Recorder:
         return activation
 
     def _by_sequence(self, activation: Tensor, frame: Frame | None) -> Tensor:
-        """Divide an activation that has one row a token, if it does, into sequences."""
+        """Split an activation with one row per token into sequences."""
         numbers = self._numbers(frame)
         for pos in numbers.positions:
             if numbers.batch is not None and len(activation) == numbers.batch * pos:
@@ -106,10 +106,10 @@ class Recorder:
         return activation
 
     def _settle(self, seen: Seen, activation: Tensor, frame: Frame | None) -> None:
-        """Check an activation of another shape than the last, whose axes may lie elsewhere.
+        """Check an activation of another shape than the last, whose axes may be different.
 
         Raises:
-            AxisError, SelectionError: It does not have what is to be selected.
+            AxisError, SelectionError: It does not have what is selected.
 
         """
         shape, numbers = activation.shape, self._numbers(frame)
@@ -120,7 +120,7 @@ class Recorder:
             self._padding.warn_positions(seen.site)
 
     def _numbers(self, frame: Frame | None) -> Numbers:
-        """Return how much the running forward was given."""
+        """Return the numbers of sequences and positions of the running forward."""
         if isinstance(self._mask, Chosen):
             batch, pos = self._mask.shape
             return Numbers(batch, frozenset({pos}))

@@ -17,19 +17,19 @@ from actctx._model.axes import hugging_face_config
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 SEQUENCES = (2, 3)
-"""The sequences of a call, and of one in which they have grown."""
+"""The number of sequences of a call, and of a call with more."""
 
 MANY = 13
-"""The sequences of a call that has more of them than positions."""
+"""The number of sequences of a call with more sequences than positions."""
 
 _STEP = 4
-"""What the positions of a call are a multiple of, where a model does not attend in windows."""
+"""The positions of a call are a multiple of this, unless a model attends in windows."""
 
 _ANY_SIDE = 64
 """The height and width of an image for a model that takes any."""
 
 _TARGET, _LONGER = 5, 7
-"""The positions of a decoder beside an encoder."""
+"""The number of positions of a decoder in an encoder-decoder."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Sample:
 
     Attributes:
         grown: What has grown in each call after the first: `"batch"`, `"pos"`, and `"target"`, the
-            positions of a decoder beside an encoder. `"many"` are the sequences again, which are
-            more than the positions then: a custom module may depend on it.
-        calls: Makes the calls for a copy of the model, on which it may change what fixes a size.
-        is_of_images: Whether it holds images.
+            positions of a decoder in an encoder-decoder. `"many"` means more sequences than
+            positions, since a custom module may depend on that.
+        calls: Makes the calls for a copy of the model, and may change on it what fixes a size.
+        is_of_images: Whether it consists of images.
 
     """
 
@@ -51,7 +51,10 @@ class Sample:
 
 
 def samples_of(model: nn.Module) -> list[Sample]:
-    """List inputs that a model may take, the most informative first. It may accept none of them."""
+    """List inputs that a model may accept, the most informative first.
+
+    It may accept none of them.
+    """
     whole: Any = getattr(model, "original_model", model)
     config: Any = hugging_face_config(model)
     reads = getattr(whole, "main_input_name", "input_ids")
@@ -64,7 +67,7 @@ def samples_of(model: nn.Module) -> list[Sample]:
 
 
 _CUSTOM_WITH_DECODER = types.SimpleNamespace(is_encoder_decoder=True)
-"""What is known of a custom model that takes tokens for a decoder as well."""
+"""What is known of a custom model that also takes tokens for a decoder."""
 
 
 def _of_tokens(config: Any) -> Iterator[Sample]:
@@ -78,7 +81,7 @@ def _of_tokens(config: Any) -> Iterator[Sample]:
 
 
 def _ids(batch: int, pos: int) -> Int64[Tensor, "batch pos"]:
-    """Make token ids that every vocabulary has, not all alike."""
+    """Make token ids that are in every vocabulary, and not all equal."""
     return torch.arange(batch * pos).view(batch, pos) % 7 + 1
 
 
@@ -89,7 +92,7 @@ def _of_images(config: Any) -> Iterator[Sample]:
         return
     if patch:
         sizes, each = (side, side + patch), (side // patch, side // patch + 1)
-    else:  # several stages, each of which divides further
+    else:  # several stages, each of which divides the size further
         sizes, each = (side, 2 * side), (0, 0)
     channels = getattr(config, "num_channels", 3)
     positions = (each[0] ** 2, each[1] ** 2)
@@ -111,7 +114,7 @@ def _of_sound(config: Any) -> Iterator[Sample]:
 
 def _of_features(config: Any) -> Iterator[Sample]:
     mels, frames = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", 0)
-    if mels and frames:  # Whisper and its like, which halve the frames
+    if mels and frames:  # Whisper and similar models halve the frames
         sizes, positions = (2 * frames, 2 * frames + 8), (frames, frames + 4)
         yield from _fixed(config, lambda b, s: torch.zeros(b, mels, s), sizes, positions)
     names = ("feature_projection_input_dim", "input_feat_per_channel", "num_mel_bins", "input_dim")
@@ -132,14 +135,14 @@ _READERS: Mapping[str, Callable[[Any], Iterator[Sample]]] = {
 
 
 def _side(size: Any) -> int | None:
-    """Return the one number of a size that may be given as a pair of equal ones."""
+    """Return a size as one number, also if it is given as a pair."""
     sides = {*size} if isinstance(size, list | tuple) else {size}
     side = sides.pop() if len(sides) == 1 else None
     return side if isinstance(side, int) and side > 0 else None
 
 
 def _growing(config: Any, make: Callable[[int, int], Any], usual: int, longer: int) -> Sample:
-    """Give inputs that may be of any length."""
+    """Yield inputs that may have any length."""
     return _sample(config, make, (usual, longer), lambda _hollow: None)
 
 
@@ -149,7 +152,7 @@ def _fixed(
     sizes: tuple[int, int],
     positions: tuple[int, int],
 ) -> Iterator[Sample]:
-    """Give inputs of a size that the model may fix, by a table of positions."""
+    """Yield inputs of a size that the model may fix, by a table of positions."""
     usual, _ = sizes
     yield _sample(config, make, sizes, lambda _hollow: None)
     yield _sample(config, make, sizes, lambda hollow: _stretch(hollow, sizes, positions))
@@ -198,7 +201,7 @@ def _call(
     given: dict[str, Any] = {}
     if first.is_floating_point():
         first = first.to(like.dtype)
-    elif "attention_mask" in named:  # without one, some look for padding among the ids
+    elif "attention_mask" in named:  # without one, some models look for padding among the ids
         given["attention_mask"] = torch.ones_like(first)
     if "use_cache" in named:
         given["use_cache"] = False
@@ -208,7 +211,7 @@ def _call(
 
 
 def _stretch(hollow: nn.Module, sizes: tuple[int, int], positions: tuple[int, int]) -> None:
-    """Have a copy without values take inputs of another size than its tables are made for."""
+    """Make a copy without values accept inputs of another size than its tables allow."""
     of = {"image_size": sizes, "max_length": sizes}
     of |= {"max_source_positions": positions, "num_patches": positions}
     for module in hollow.modules():
@@ -230,7 +233,7 @@ def _stretch(hollow: nn.Module, sizes: tuple[int, int], positions: tuple[int, in
 
 
 def _longer(shape: torch.Size, usual: int, larger: int) -> list[int] | None:
-    """Return the shape of a table of positions, a few of which are of no patch, with more."""
+    """Return the shape of a longer table of positions, a few of which do not belong to patches."""
     for dim in range(min(2, len(shape) - (shape[:1] != (1,)))):
         if 0 <= shape[dim] - usual <= 2 and all(size == 1 for size in shape[:dim]):  # noqa: PLR2004
             return [*shape[:dim], shape[dim] + larger - usual, *shape[dim + 1 :]]

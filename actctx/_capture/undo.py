@@ -1,7 +1,7 @@
 """Change a model for a capture and change it back, even if an interrupt comes at any time.
 
-What undoes a step is registered before the step is done. Undoing a step that was never done, was
-half done, or is undone already does no harm.
+The undo of a step is registered before the step is done. It is safe to undo a step that was never
+done, was half done, or is already undone.
 """
 
 import threading
@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable
 
 Action = Callable[[], object]
 
-# Captures of several threads open and close on one model; reentrant, since one that is collected as
-# garbage closes while another opens.
+# Captures of several threads open and close on one model. Reentrant, since a garbage-collected
+# capture may close while another opens.
 _LOCK = threading.RLock()
 
 
@@ -25,8 +25,7 @@ def do(steps: Iterable[tuple[Action, Action]], undo: list[Action]) -> None:
 def take_back(undo: list[Action]) -> None:
     """Undo everything on the list, the last first.
 
-    An error does not keep the rest from being undone, nor does an interrupt. The first error is
-    raised at the end.
+    The rest is undone even after an error or an interrupt. The first error is raised at the end.
     """
     try:
         _take_back(undo)

@@ -1,4 +1,4 @@
-"""The sites of a capture: places with their options, settled."""
+"""The sites of a capture: places with their final options."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from actctx._select.slices import Selector, Slice, parse_slice
 
 @dataclass(frozen=True, eq=False)
 class WatchedSite:
-    """A place, and the options with which its activations are captured."""
+    """A place, with the options for capturing its activations."""
 
     key: str
     place: Place
@@ -48,53 +48,53 @@ class WatchedSite:
 
     @property
     def shown(self) -> str:
-        """The name for messages: the user's alias, and what it stands for."""
+        """The name for messages: the user's alias, and its site."""
         known = self.key in self.place.names
         return repr(self.key) if known else f"{self.key!r} ({self.place.name!r})"
 
     @property
     def is_known_at_once(self) -> bool:
-        """Whether it is known at each firing, before the forward ends, if it is the wanted one."""
+        """Whether each firing shows if it is the requested one, before the forward ends."""
         return self.firing is None or self.firing >= 0
 
     @property
     def known_axes(self) -> Axes | None:
-        """The axes of its activations: those that the user named, the model told, or its name."""
+        """The axes of its activations: from the user, from a run of the model, or from its name."""
         known = self.named_axes, self.told_axes, self.place.axes
         return next((axes for axes in known if axes is not None), None)
 
     @property
     def selects_by_name(self) -> bool:
-        """Whether something is selected along axes that are found by their names."""
+        """Whether the selection is along axes that are found by name."""
         return bool(self.selector.steps) and not isinstance(self.asked, tuple)
 
     @property
     def column_options(self) -> ColumnOptions:
-        """What becomes of what it yields."""
+        """The options for its column."""
         return ColumnOptions(self.options.join, self.options.capacity, self.dtype, self.device)
 
     @functools.cached_property
     def reader(self) -> Callable[[Any], Tensor]:
-        """Finds the activation in what its module is given or returns.
+        """Finds the activation in the inputs or outputs of its module.
 
-        It raises an `OutputError` where there is none.
+        It raises an `OutputError` if there is none.
         """
         return functools.partial(_read, self.shown, self.output, self.place.readout)
 
     def found(self, value: Any) -> Tensor:
-        """Find the tensor that the activation is read off; see `reader`."""
+        """Find the tensor that the activation is read from; see `reader`."""
         return _found(self.shown, self.output, self.place.readout, value)
 
     def along(self, axes: Axes, sizes: Mapping[str, int] | None = None) -> "WatchedSite":
-        """Select along these axes, which the model told.
+        """Select along these axes, which a run of the model determined.
 
         Raises:
-            AxisError: They lack one that is to be selected from.
-            SelectionError: A position lies outside an axis of these sizes.
+            AxisError: A selected axis is missing.
+            SelectionError: A position is outside an axis of these sizes.
 
         """
         selector, rows = _selecting(self.key, self.asked, axes, sizes or {}, self.options)
-        if rows is not None and self.rows is not None:  # an extraction has chosen tokens before
+        if rows is not None and self.rows is not None:  # an extraction has already chosen tokens
             rows = rows._replace(tokens=self.rows.tokens)
         return replace(self, told_axes=axes, selector=selector, rows=rows)
 
@@ -107,7 +107,7 @@ class WatchedSite:
 
     @property
     def takes_all(self) -> bool:
-        """Whether all of an activation is captured, as it is and where it is."""
+        """Whether the whole activation is captured, without a cast or a move."""
         changes = self.selector.steps, self.rows, self.dtype, self.device
         return changes == ((), None, None, None)
 
@@ -123,14 +123,14 @@ class WatchedSite:
             if isinstance(chosen, Chosen) and len(shape) == len(self.named_axes) - 1:
                 sequences, positions = chosen.shape
                 raise AxisError(
-                    f"a data set has rows of tokens, but {self.shown} fired with the shape "
-                    f"{tuple(shape)} for {sequences} x {positions} tokens, so it has not one row "
-                    "for each; leave it out"
+                    f"a data set has one row per token, but {self.shown} fired with the shape "
+                    f"{tuple(shape)} for {sequences} x {positions} tokens, so it does not have one "
+                    "row for each; leave it out"
                 )
             raise AxisError(
                 f"{self.shown} fired with the shape {tuple(shape)}, but "
                 f"Site(axes={' '.join(self.named_axes)!r}) names {len(self.named_axes)} axes; name "
-                "each axis that it has"
+                "all axes that it has"
             )
 
     def tokens_of(self, shape: torch.Size) -> tuple[int, int]:
@@ -141,39 +141,39 @@ class WatchedSite:
 
     @property
     def needs_sequences(self) -> bool:
-        """Whether what is asked for is found by the sequences, which some models flatten."""
+        """Whether the selection needs sequences, which some models flatten."""
         by_name = self.rows is not None or (self.selector.steps and self.selector.axes is not None)
         return bool(by_name) and (self.known_axes or ())[:2] == ("batch", "pos")
 
     def is_flattened(self, activation: Shaped[Tensor, "..."]) -> bool:
-        """Return whether an activation may have one row a token, as those of OPT's MLP do."""
+        """Return whether an activation may have one row per token, as in OPT's MLP."""
         return self.needs_sequences and activation.dim() == len(self.known_axes or ()) - 1
 
     def selected(self, whole: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
-        """Name the axes of what is captured from an activation, and the sizes that are fixed.
+        """Name the axes of the captured part of an activation, and its fixed sizes.
 
         Args:
             whole: The axes of the activation.
-            sizes: Their sizes, None for those that are not the same in all forwards.
+            sizes: Their sizes, None for sizes that differ between forwards.
 
         """
         return _selected(self.selector, self.rows, whole, sizes)
 
     @property
     def needs_axes(self) -> bool:
-        """Whether it has to be known, from the first activation on, where its axes lie."""
+        """Whether its axes must be known from the first activation on."""
         joins = self.options.join not in {None, "batch"}
         return self.rows is not None or self.selects_by_name or joins
 
     def refuse_axes(self, shape: torch.Size) -> AxisError:
-        """Say that nothing tells where the axes lie that are needed."""
+        """Raise an error: the axes are needed but cannot be determined."""
         proposed = self.place.axes
         named = "" if proposed is None else f", which its name says are {' '.join(proposed)!r},"
         return AxisError(
-            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be told "
-            "from the sizes of the forward, nor from a run of the model with other sizes; name "
-            "them, as in Site(..., axes='batch pos d_model'), or select by position with a tuple, "
-            "as in slice=np.s_[:, -1]"
+            f"{self.shown} fired with the shape {tuple(shape)}; its axes{named} cannot be "
+            "determined from the sizes of the forward, nor from a run of the model with other "
+            "sizes; name them, as in Site(..., axes='batch pos d_model'), or select by position "
+            "with a tuple, as in slice=np.s_[:, -1]"
         )
 
 
@@ -189,7 +189,7 @@ def _selected(
 def named_after(
     selector: Selector, rows: RowSelector | None, whole: Axes, shape: tuple[int, ...]
 ) -> Named:
-    """Name the axes of what is left of activations of this shape."""
+    """Name the axes of the captured part of activations of this shape."""
     sizes = fixed_sizes(whole, shape)
     own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
     return Named(*_selected(selector, rows, whole, sizes), own)
@@ -205,7 +205,7 @@ def _read(site: str, output: int | str | None, readout: Readout | None, value: A
 
 
 def fixed_sizes(axes: Axes, shape: tuple[int, ...]) -> Sizes:
-    """Return the sizes that all forwards have in common: those of axes that no input changes."""
+    """Return the sizes that are the same in all forwards: those of axes that no input changes."""
     free = {"batch", "token", "_", *POSITIONS}
     return tuple(None if axis in free else size for axis, size in zip(axes, shape, strict=True))
 
@@ -216,11 +216,11 @@ class Seen:
 
     Attributes:
         site: The site.
-        column: What it leaves.
-        is_known_at_once: Whether each firing tells at once if it is the wanted one.
+        column: The column for its values.
+        is_known_at_once: Whether each firing shows at once if it is the requested one.
         is_plain: Whether the hooked value can be captured as it is, if it is a tensor.
         is_whole: Whether a clone of the whole activation is captured.
-        rank: The number of axes of its last activation, whose places are settled.
+        rank: The number of axes of its last activation, whose layout is known.
         shape: The shape of its last activation.
         tokens: The sequences and positions that it covered.
 
@@ -239,7 +239,7 @@ class Seen:
         self.take(self.site)
 
     def take(self, site: WatchedSite) -> None:
-        """Select as this site does."""
+        """Select this site's part of an activation."""
         self.site = site
         self.is_plain = site.yields_it
         self.is_whole = site.takes_all and self.column.copies
@@ -248,7 +248,7 @@ class Seen:
         """Check an activation of another shape than the last.
 
         Raises:
-            AxisError, SelectionError: Its axes or sizes are not what was asked for.
+            AxisError, SelectionError: Its axes or sizes are not those requested.
 
         """
         self.site.check_axes(shape)
@@ -256,10 +256,10 @@ class Seen:
         self.shape, self.tokens = shape, self.site.tokens_of(shape)
 
     def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
-        """Name the axes of what it leaves of activations of this shape; None where nothing does."""
+        """Name the axes of the captured part of activations of this shape; None if unknown."""
         named = axes if axes is not None else ("_",) * len(shape)
         found = named_after(self.site.selector, self.site.rows, named, shape)
-        # Axes that only the user names are checked against the config, not against themselves.
+        # Axes that only the user named are checked against the config, not against themselves.
         label = self.column.label
         label.named = found._replace(whole={}) if self.site.named_axes else found
         label.batch_dropped = self.site.selector.drops(0, len(shape))
@@ -267,7 +267,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Options:
-    """What holds for all sites of a capture."""
+    """The options for all sites of a capture."""
 
     stop: bool
     join: str | None
@@ -288,16 +288,16 @@ def watch_site(
     """Settle the options of one site; those of the capture are the defaults.
 
     Args:
-        request: What was asked for.
+        request: The requested site.
         defaults: The options of the capture.
-        sizes: The sizes of axes that the model's config tells.
-        options: What holds for all sites.
-        grow: Tells the axes of a site, and their sizes, by what the model does. It is asked before
-            anything is refused.
+        sizes: The sizes of axes in the model's config.
+        options: The options for all sites.
+        grow: Determines the axes of a site, and their sizes, by a run of the model. It is called
+            before anything is refused.
 
     Raises:
         AxisError: It does not have the axis to select from or to join along.
-        SelectionError: A position lies outside an axis whose size is known.
+        SelectionError: A position is outside an axis of known size.
         OptionError: Another option makes no sense.
 
     """
@@ -335,8 +335,8 @@ def watch_site(
 def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
     by_name = site.named_axes is None and site.told_axes is None
     if by_name and axes in ROUTER_AXES and isinstance(site.options.mask, Chosen):
-        # A router sees the tokens in their order, so they are divided into sequences. What is
-        # inside an expert may be in another order.
+        # A router sees the tokens in order, so they are split into sequences. Inside an expert they
+        # may be in another order.
         axes = ("batch", "pos", *axes[1:])
         site = replace(site, named_axes=axes)
     selector, rows = _selecting(site.key, site.asked, axes, sizes, site.options)
@@ -348,7 +348,7 @@ def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> 
 def _selecting(
     key: str, asked: Slice, axes: Axes | None, sizes: Mapping[str, int], options: "Options"
 ) -> tuple[Selector, RowSelector | None]:
-    """Read what is selected along the axes of a site, and along its real tokens."""
+    """Parse the selection along the axes of a site, and along its real tokens."""
     if options.mask is None:
         return parse_slice(key, asked, axes, sizes), None
     chosen = isinstance(options.mask, Chosen)
@@ -358,7 +358,7 @@ def _selecting(
 
 
 def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
-    """Return the mask that was asked for.
+    """Return the requested mask.
 
     Raises:
         OptionError: It is not a valid mask.
@@ -375,10 +375,10 @@ def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
 
 
 def check_capacity(options: Options) -> None:
-    """Refuse a capacity that is not a positive int, or that other options rule out.
+    """Refuse a capacity that is not a positive int, or that conflicts with other options.
 
     Raises:
-        OptionError: It is not a positive int, or another option rules it out.
+        OptionError: It is not a positive int, or it conflicts with another option.
 
     """
     capacity = options.capacity
@@ -389,7 +389,8 @@ def check_capacity(options: Options) -> None:
     if options.join is None or options.grad:
         other = "join=None" if options.join is None else "grad=True"
         raise OptionError(
-            f"capacity= fills one tensor in place, which {other} cannot; leave one of them out"
+            f"capacity= fills one tensor in place, which does not work with {other}; leave one of "
+            "them out"
         )
 
 
@@ -403,8 +404,8 @@ def _check_firing(site: WatchedSite, options: Options) -> None:
         )
     if options.capacity is not None and site.firing != -1:
         raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, for which capacity= cannot make room; "
-            "count firings from the first"
+            f"{site.shown} asks for firing={site.firing}, which capacity= cannot store; count "
+            "firings from the first"
         )
 
 
@@ -438,7 +439,9 @@ def why_silent(model: nn.Module, site: WatchedSite) -> str:
         return f"it did not fire often enough for firing={site.firing}; see acts.firings(name)"
     if isinstance(site.place.module, nn.ModuleList | nn.ModuleDict):
         kind = type(site.place.module).__name__
-        return f"a {kind} is never called itself; capture what it holds: '{site.place.name}.*'"
+        return (
+            f"a {kind} is never called itself; capture the modules inside it: '{site.place.name}.*'"
+        )
     if site.place.is_hook_point:
         return "the forwards did not reach this hook point; see actctx.hook_names(model)"
     return "the forwards did not call this module, or only its .forward, which skips hooks"

@@ -1,6 +1,6 @@
 """The command line, `actctx`, also as `python -m actctx`.
 
-What the commands do is imported when one of them runs, so that help and completion need no torch.
+The implementation of a command is imported when it runs, so that help and completion need no torch.
 """
 
 import sys
@@ -10,6 +10,7 @@ from typing import Annotated
 from actctx._cli.options import (
     Add,
     AsDtype,
+    Batch,
     BatchSize,
     Carry,
     Context,
@@ -23,6 +24,7 @@ from actctx._cli.options import (
     Force,
     Hooks,
     Into,
+    Length,
     MaskName,
     MaxTokens,
     Model,
@@ -49,7 +51,7 @@ except ModuleNotFoundError as error:
     )
 
 app = typer.Typer(
-    help="Capture activations from chosen places of a transformer model, and only those.",
+    help="Capture chosen activations of a transformer model, and nothing else.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -79,9 +81,9 @@ def _actctx(
 
 @app.command("names")
 def _names(model: Model, pattern: Pattern = None) -> None:
-    """List what can be captured from MODEL: names, their aliases, their axes.
+    """List what can be captured from MODEL, with aliases and axes.
 
-    Every place has a line. A pipe gets the lines unbroken and without a header, for grep.
+    There is one line for each place. In a pipe, lines are unbroken and without a header, for grep.
     """
     with errors_as_messages(model):
         from actctx._cli import commands
@@ -104,12 +106,12 @@ def _capture(
     tokenizer: Tokenizer = None,
     device: Device = "cpu",
 ) -> None:
-    """Run texts through MODEL, capture what every HOOK leaves, show its size and save it.
+    """Run texts through MODEL, capture every HOOK, show the sizes and save the activations.
 
-    A text becomes tokens as in TransformerLens, with a BOS token where the model has one. A
-    forward stops once the last HOOK has fired. Texts of one length run together, so no forward
-    sees padding; the rows are in the order of the texts. Where texts differ in length, shorter
-    rows are filled up with zeros at their end, and `lengths` in the metadata tells them apart.
+    Texts become tokens as in TransformerLens, with a BOS token if the model has one. A forward
+    stops once the last HOOK has fired. Texts of equal length run together, so no forward sees
+    padding. The rows are in the order of the texts. If texts differ in length, shorter rows are
+    filled with zeros at the end, and `lengths` in the metadata gives their lengths.
     """
     with errors_as_messages(model):
         from actctx._cli import commands
@@ -127,6 +129,27 @@ def _capture(
             tokenizer=tokenizer,
             device=device,
         )
+
+
+@app.command("plan")
+def _plan(
+    model: Model,
+    hook: Hooks,
+    *,
+    batch: Batch = 8,
+    length: Length = None,
+    slice: Slice = None,  # noqa: A002  as in `capture`
+    dtype: AsDtype = None,
+) -> None:
+    """Show what every HOOK would leave of a forward of MODEL, and its size, without running it.
+
+    Only the config of MODEL is read, no weights. The sizes are those of a model in float32, and
+    of a forward without padding.
+    """
+    with errors_as_messages(model):
+        from actctx._cli import commands
+
+        commands.plan(model, hook, batch=batch, length=length, slices=slice or [], dtype=dtype)
 
 
 @app.command("extract")
@@ -154,10 +177,10 @@ def _extract(
     tokenizer: Tokenizer = None,
     device: Device = "cpu",
 ) -> None:
-    """Run a corpus through MODEL and write what every HOOK leaves to a data set on disk.
+    """Run a corpus through MODEL and write the activations of every HOOK to a data set on disk.
 
-    A row is a token; with `--slice pos=-1` or `--pool` a row is a sequence. However it ends, what
-    was written stays, and the same command goes on after it.
+    A row is a token; with `--slice pos=-1` or `--pool` a row is a sequence. If it is interrupted,
+    everything that was written is kept, and the same command resumes.
     """
     with errors_as_messages(model):
         from actctx._cli import commands
@@ -189,7 +212,7 @@ def _extract(
 
 @app.command("info")
 def _info(path: DataSet) -> None:
-    """Show what a data set holds, and what it came from: sites, rows, model, input, versions."""
+    """Show what a data set contains and where it comes from: sites, rows, model and input."""
     with errors_as_messages(""):
         from actctx._cli import commands
 
@@ -198,7 +221,7 @@ def _info(path: DataSet) -> None:
 
 @app.command("verify")
 def _verify(path: DataSet) -> None:
-    """Compare all that a data set holds with what was written, and name what is damaged."""
+    """Compare a data set with what was written, and name what is damaged."""
     with errors_as_messages(""):
         from actctx._cli import commands
 
@@ -207,9 +230,9 @@ def _verify(path: DataSet) -> None:
 
 @app.command("repair")
 def _repair(path: DataSet, *, dry_run: DryRun = False) -> None:
-    """Drop from a data set the first row that is damaged and all after it.
+    """Drop the first damaged row of a data set and everything after it.
 
-    `actctx extract`, called as before, writes them again.
+    `actctx extract`, called as before, writes these rows again.
     """
     with errors_as_messages(""):
         from actctx._cli import commands
@@ -218,5 +241,5 @@ def _repair(path: DataSet, *, dry_run: DryRun = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; what it refuses ends in a message and the exit status 2."""
+    """Run the command line; invalid requests end with a message and exit status 2."""
     app(prog_name="actctx")

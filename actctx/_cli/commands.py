@@ -1,4 +1,4 @@
-"""What the commands do, once they are read: this imports torch, which reading them does not."""
+"""The implementation of the commands. It imports torch, unlike the parsing of their arguments."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -15,8 +16,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from actctx._capture.capture import capture as take
 from actctx._cli.corpus import paragraphs, read_corpus
-from actctx._cli.load_model import load
+from actctx._cli.load_model import load, load_without_weights
 from actctx._cli.options import Dtype, Pooling
 from actctx._cli.texts import (
     Result,
@@ -38,9 +40,12 @@ from actctx._store.libraries import import_lance
 from actctx._store.repair import repair as mend
 from actctx._store.validation import count_rows, reading
 from actctx._store.verification import check_whole
-from actctx._store.versions import Newest, newest_whole, open_lance
+from actctx._store.versions import NewestVersion, newest_whole, open_lance
 from actctx._text import counted, dtype_name, format_bytes, is_utf8, printable, shortened
 from actctx.extract import extract as write
+
+_LENGTH = 1024
+"""The tokens of a sequence in a plan, unless the model reads fewer."""
 
 _UNBROKEN = 10_000
 """More columns than any table has."""
@@ -65,7 +70,7 @@ def capture(
     tokenizer: str | None,
     device: str,
 ) -> None:
-    """Run texts through a model, show what the hooks leave, and save it."""
+    """Run texts through a model, show the captured activations, and save them."""
     selected = _slices(slices)
     _check_out(out, force=force)
     texts = _read_texts(text, prompts)
@@ -86,6 +91,41 @@ def capture(
     _note_what_was_lost(result, sequences)
     _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
     typer.echo("not saved, which --out FILE does" if out is None else f"saved {out}")
+
+
+def plan(
+    model: str,
+    hooks: list[str],
+    *,
+    batch: int,
+    length: int | None,
+    slices: Sequence[str],
+    dtype: Dtype | None,
+) -> None:
+    """Show what the hooks would leave of a forward, without running it."""
+    selected = _slices(slices)
+    outlined: Any = load_without_weights(model)
+    limit = outlined.cfg.n_ctx
+    length = min(_LENGTH, limit) if length is None else length
+    if length > limit:
+        raise OptionError(
+            f"--length {length} is more than the {limit} tokens that {model} reads; give fewer"
+        )
+    tokens = torch.ones((batch, length), dtype=torch.long)
+    capturing = take(outlined, hooks, slice=selected, dtype=_torch(dtype), stop=True)
+    planned = capturing.plan(tokens)
+    if planned.missing:
+        _note(f"matched, but would never fire: {shortened(list(planned.missing))}")
+    table = _table("site", "axes", "shape", "dtype", "bytes")
+    table.columns[-1].justify = "right"
+    for name in planned:
+        row = planned[name].row(name)
+        table.add_row(row.site, row.axes, row.shape, row.dtype, format_bytes(row.nbytes))
+    _print(table)
+    said = f"{format_bytes(planned.nbytes)} would be captured"
+    if planned.cache_nbytes is not None:
+        said += f"; run_with_cache would hold {format_bytes(planned.cache_nbytes)}"
+    typer.echo(f"{said} for {counted(batch, 'text')} of {counted(length, 'token')}")
 
 
 def extract(
@@ -112,7 +152,7 @@ def extract(
     tokenizer: str | None,
     device: str,
 ) -> None:
-    """Run a corpus through a model and write what the hooks leave to a data set on disk."""
+    """Run a corpus through a model and write the activations to a data set on disk."""
     import_lance()  # before the model, which takes longer to load
     corpus = read_corpus(data)
     done = write(
@@ -138,17 +178,19 @@ def extract(
     )
     if done.cut:
         _note(
-            f"tokens were cut off at the ends of texts, {done.cut} in all: the model reads "
-            "only so many at once"
+            f"{counted(done.cut, 'token')} cut off at the ends of texts, which are longer than the "
+            "model reads at once"
         )
     if done.empty:
-        _note(f"{done.empty} of the inputs left no rows: they have no tokens, or none that is kept")
-    new = "now with what was added" if add else f"{done.new_rows} of them new"
+        _note(
+            f"{done.empty} of the inputs left no rows: they have no tokens, or none of them is kept"
+        )
+    new = "with the new columns" if add else f"{done.new_rows} of them new"
     typer.echo(f"{done.rows} rows in {done.path}, {new}")
 
 
 def info(path: str) -> None:
-    """Show what a data set holds, and what it came from."""
+    """Show what a data set contains and where it comes from."""
     found = _open(path)
     if found.lost:
         _note(f"{found.lost}; {found.remedy}")
@@ -166,7 +208,7 @@ def info(path: str) -> None:
     _print(table)
     state = "finished" if layout.finished else "not finished"
     name = printable(layout.model["name"] or layout.model["class"])
-    typer.echo(f"{rows} rows, one a {layout.rows}, {state}, from {name}")
+    typer.echo(f"{rows} rows, one per {layout.rows}, {state}, from {name}")
     carried = [f"{each.name} {each.type}" for each in lance.schema if each.name in layout.carried]
     written = ", ".join(f"{package} {each}" for package, each in layout.versions.items())
     facts = {"fingerprint": layout.model["fingerprint"], **layout.input}
@@ -189,7 +231,7 @@ def verify(path: str) -> None:
 
 
 def repair(path: str, *, dry_run: bool) -> None:
-    """Drop from a data set what is not whole."""
+    """Drop what is damaged from a data set."""
     import_lance()
     rows, dropped, said = mend(local_path(path), dry_run=dry_run)
     for damage in said:
@@ -202,11 +244,11 @@ def repair(path: str, *, dry_run: bool) -> None:
     typer.echo(f"{counted(dropped, 'row')} {done}, {counted(rows, 'row')} kept")
 
 
-def _open(path: str) -> Newest:
-    """Open a data set, of which the newest versions may be damaged."""
+def _open(path: str) -> NewestVersion:
+    """Open a data set, whose newest versions may be damaged."""
     import_lance()
     is_there = "://" not in path and (Path(path) / "_versions").is_dir()
-    return newest_whole(path) if is_there else Newest(open_lance(path))
+    return newest_whole(path) if is_there else NewestVersion(open_lance(path))
 
 
 # What was asked.
@@ -217,7 +259,8 @@ def _slices(asked: Sequence[str]) -> dict[str, Index]:
     for option in asked:
         if option.partition("=")[0] == "batch":
             raise OptionError(
-                f"--slice {option} cannot be: the command line makes the batches; give fewer texts"
+                f"--slice {option} is not supported: the command line makes the batches; give "
+                "fewer texts"
             )
     return parse_words(asked)
 
@@ -226,7 +269,7 @@ def _drop(asked: Sequence[str]) -> dict[str, list[int]]:
     """Read the `--drop` options, such as `position=0`.
 
     Raises:
-        OptionError: One of them is none.
+        OptionError: One of them is not valid.
 
     """
     found: dict[str, list[int]] = {}
@@ -246,13 +289,13 @@ def _torch(dtype: Dtype | None) -> torch.dtype | None:
 
 
 def _check_out(out: Path | None, *, force: bool) -> None:
-    """Refuse what could not be written before the model runs."""
+    """Refuse an output that cannot be written, before the model runs."""
     if out is None:
         return
     try:
         found = "it is a directory" if out.is_dir() else ""
         if not out.parent.is_dir():
-            found = "it lies in a directory that does not exist"
+            found = "its directory does not exist"
         if not found and out.exists() and not out.is_file():
             found = "it is a device or a pipe"
         if not found:
@@ -282,12 +325,12 @@ def _read_texts(file: str | None, prompts: Sequence[str]) -> list[str]:
             f"cannot read --text {file!r}: {reason}; give a text file, or '-' for stdin"
         ) from None
     if not (texts := [*paragraphs(io.StringIO(text))]):
-        raise OptionError(f"--text {file!r} has no text in it; give a file that has some")
+        raise OptionError(f"--text {file!r} contains no text; give a file that does")
     return texts
 
 
 def _matching(model: nn.Module, pattern: str | None) -> list[Place]:
-    """List the places that a pattern matches; none is an error that names the closest."""
+    """List the places that a pattern matches; raise an error if there are none."""
     places = Places(model)
     found = dict.fromkeys(places[name] for name in hook_names(model, pattern))
     if found or pattern is None:
@@ -305,12 +348,12 @@ def _progress(batches: Sequence[TextBatch]) -> Iterable[TextBatch]:
 
 
 def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
-    """Say on stderr what a user could take for granted that is not so."""
+    """Report on stderr what was cut off, filled or missing."""
     cut = [tokens for tokens in sequences.cut if tokens]
     if cut:
         _note(
-            f"tokens were cut off at the end of {len(cut)} of the {len(sequences.cut)} texts, "
-            f"{sum(cut)} in all: the model reads {sequences.limit} at once"
+            f"{counted(sum(cut), 'token')} cut off at the ends of {len(cut)} of the "
+            f"{len(sequences.cut)} texts: the model reads {sequences.limit} at once"
         )
     if result.filled:
         lengths = [len(tokens) for tokens in sequences.tokens]
@@ -348,12 +391,12 @@ def _print_sizes(acts: Activations, cache_bytes: int, texts: int) -> None:
 def _table(*columns: str, header: bool = True) -> Table:
     table = Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=header)
     for column in table.columns:
-        column.no_wrap = column.header != "axes"  # a name that is broken could not be copied
+        column.no_wrap = column.header != "axes"  # a broken name could not be copied
     return table
 
 
 def _print(table: Table) -> None:
-    """Print a table as wide as the terminal; unbroken where there is none, or too narrow a one."""
+    """Print a table as wide as the terminal; unbroken if there is none, or if it is too narrow."""
     for column in table.columns:
         if column.no_wrap:
             column.min_width = max(len(str(cell)) for cell in (column.header, *column.cells))

@@ -1,4 +1,4 @@
-"""What `actctx extract` reads: texts of a file, objects of a file, a Hugging Face dataset."""
+"""The input of `actctx extract`: texts of a file, objects of a file, or a Hugging Face dataset."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,22 +8,22 @@ from typing import Any
 from actctx._errors import OptionError
 
 _LINES = {".jsonl", ".ndjson"}
-"""What files with an object a line are called."""
+"""Suffixes of files with one object per line."""
 _MOST = 2**20
-"""The characters of a paragraph, at most: without blank lines a whole file would be one."""
+"""The most characters in a paragraph: without blank lines a whole file would be one."""
 _DATA = {".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather"}
-"""What files of objects or rows are called that are not read here."""
+"""Suffixes of files with objects or rows that are not supported."""
 
 
 def read_corpus(path: Path) -> Iterable[Any]:
-    """Read what is at a path, bit by bit.
+    """Read the input at a path, piece by piece.
 
     Args:
-        path: A text file, whose paragraphs are texts; a `.jsonl` file, with an object a line; or
+        path: A text file, whose paragraphs are texts; a `.jsonl` file, with one object per line; or
             the directory of a Hugging Face dataset.
 
     Raises:
-        OptionError: It is neither.
+        OptionError: It is none of these.
 
     """
     suffix = path.suffix.lower()
@@ -38,8 +38,9 @@ def read_corpus(path: Path) -> Iterable[Any]:
         ) from None
     if suffix in _DATA:
         raise OptionError(
-            f"--data '{path}' holds data, not text; write it as a .jsonl file, an object a line, "
-            "or read it with datasets.load_dataset, and give the directory that save_to_disk writes"
+            f"--data '{path}' contains data, not text; write it as a .jsonl file, one object per "
+            "line, or read it with datasets.load_dataset, and give the directory that "
+            "save_to_disk writes"
         )
     return _objects(path) if suffix in _LINES else _paragraphs(path)
 
@@ -49,8 +50,8 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         from datasets import Dataset, load_from_disk
     except ModuleNotFoundError:
         raise OptionError(
-            f"--data '{path}' is a directory, which is read with datasets, which is not installed; "
-            "install it with: pip install datasets"
+            f"--data '{path}' is a directory, and reading it needs datasets, which is not "
+            "installed; install it with: pip install datasets"
         ) from None
     try:
         found: Any = load_from_disk(str(path))
@@ -61,7 +62,7 @@ def _hugging_face(path: Path) -> Iterable[Any]:
         ) from None
     except (ValueError, LookupError, TypeError, OSError) as error:
         raise OptionError(
-            f"the Hugging Face dataset --data '{path}' is damaged: {error}; write it anew with "
+            f"the Hugging Face dataset --data '{path}' is damaged: {error}; write it again with "
             "Dataset.save_to_disk"
         ) from None
     if not isinstance(found, Dataset):
@@ -76,11 +77,14 @@ def _objects(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except (ValueError, RecursionError) as error:  # too many digits are no JSONDecodeError
+            except (
+                ValueError,
+                RecursionError,
+            ) as error:  # of too many digits
                 reason = getattr(error, "msg", str(error)).partition(";")[0]
                 raise OptionError(
-                    f"--data '{path}' has no JSON that can be read in line {number}: {reason}; "
-                    "give an object a line"
+                    f"--data '{path}' has invalid JSON in line {number}: {reason}; give one object "
+                    "per line"
                 ) from None
 
 
@@ -90,7 +94,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
     except OverflowError:
         raise OptionError(
             f"--data '{path}' has a paragraph of more than {_MOST} characters, which would be one "
-            "text; put blank lines between texts, or write a .jsonl file, an object a line"
+            "text; put blank lines between texts, or write a .jsonl file, one object per line"
         ) from None
 
 
@@ -99,7 +103,7 @@ def paragraphs(lines: Iterable[str], *, most: int | None = None) -> Iterator[str
 
     Args:
         lines: The lines, or parts of them.
-        most: The number of characters of a paragraph, at most.
+        most: The most characters in a paragraph.
 
     Raises:
         OverflowError: One has more.
@@ -121,7 +125,7 @@ def paragraphs(lines: Iterable[str], *, most: int | None = None) -> Iterator[str
 
 
 def _lines(path: Path, most: int = -1) -> Iterator[str]:
-    """Read lines, of which a longer one comes in parts."""
+    """Read lines; long ones come in parts."""
     try:
         with path.open(encoding="utf-8-sig") as file:
             yield from iter(lambda: file.readline(most), "")

@@ -1,4 +1,4 @@
-"""Loading the model that the command line was given: by hub name, by path, or the packaged one."""
+"""Load the model for the command line: by hub name, by path, or the packaged one."""
 
 import sys
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ _WITHOUT_NETWORK = (
     "or the directory of a saved model"
 )
 
-# The files of a tokenizer, of which a model's directory has one at least.
+# The files of a tokenizer; a model's directory has at least one.
 _TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -33,8 +33,8 @@ def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.
 
     Args:
         name: A hub name, the directory of a saved model, or `"minilm"`.
-        device: Where its parameters go.
-        tokenizer: The hub name, or the directory, of another tokenizer than its own.
+        device: The device of its parameters.
+        tokenizer: The hub name or directory of a tokenizer other than its own.
 
     Raises:
         LoadError: The hub cannot be reached or does not have the model, the directory holds
@@ -51,7 +51,7 @@ def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.
     boot = _boot()
     other = None if tokenizer is None else _tokenizer(tokenizer)
     try:
-        # What is initialised at random is the same each time, so that data sets can be resumed.
+        # Random initialisation is the same each time, so that data sets can be resumed.
         with (
             _quiet(bars=directory is None and sys.stderr.isatty()),
             torch.random.fork_rng(devices=[]),
@@ -68,6 +68,52 @@ def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.
     return model.eval()  # type: ignore[no-any-return]
 
 
+def load_without_weights(name: str) -> nn.Module:
+    """Make a `TransformerBridge` of a model's config alone, in eval mode.
+
+    Its weights are torch's fake tensors, which have shapes and take no memory; it has no tokenizer
+    of use.
+
+    Args:
+        name: A hub name, the directory of a saved model, or `"minilm"`. Only its config is read.
+
+    Raises:
+        LoadError: The hub cannot be reached or does not have the model, the directory holds none,
+            or TransformerLens is too old or cannot make a model of the architecture without
+            weights.
+
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    directory = _directory(name)
+    if directory is None:
+        _check_hub(name)
+    boot = _boot()
+    try:
+        with _quiet(bars=False), FakeTensorMode(allow_non_fake_inputs=True):
+            model: Any = boot(
+                str(directory or name), load_weights=False, tokenizer=_tokenizer_of_nothing()
+            )
+    except Exception as error:  # an adapter may read weights
+        hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
+        raise LoadError(
+            f"cannot make {name!r} without its weights: {_first_line(error)}{hint}"
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _tokenizer_of_nothing() -> Any:
+    """Make a tokenizer for a model that gets no texts, where TransformerLens wants one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = "<unk>"
+    words = Tokenizer(models.WordLevel({unknown: 0}, unk_token=unknown))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token=unknown, pad_token=unknown, eos_token=unknown
+    )
+
+
 def _directory(name: str) -> Path | None:
     """Find the directory of a model on disk; None for a hub name."""
     if name == MINILM:
@@ -76,8 +122,8 @@ def _directory(name: str) -> Path | None:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise LoadError(
-                f"the directory {name!r} holds no model: it has no config.json; "
-                "give the directory that save_pretrained wrote"
+                f"the directory {name!r} does not contain a model: it has no config.json; give the "
+                "directory that save_pretrained wrote"
             )
         return path
     # A hub name has one slash at most, and begins with none of these.
@@ -92,8 +138,8 @@ def _directory(name: str) -> Path | None:
 
 def _without_tokenizer(name: str) -> str:
     return (
-        f"{name!r} was saved without a tokenizer, so text cannot be given to it; "
-        "save its tokenizer to the same directory, or give --tokenizer"
+        f"{name!r} was saved without a tokenizer, so it cannot take text; save its tokenizer to "
+        "the same directory, or give --tokenizer"
     )
 
 
@@ -102,7 +148,7 @@ def _has_tokenizer(directory: Path) -> bool:
 
 
 def _tokenizer(name: str) -> Any:
-    """Load a tokenizer by itself.
+    """Load a tokenizer alone.
 
     Raises:
         LoadError: There is no such model, or no model in this directory.
@@ -115,8 +161,8 @@ def _tokenizer(name: str) -> Any:
         _check_hub(name)
     elif not _has_tokenizer(directory):
         raise LoadError(
-            f"the directory --tokenizer {name!r} holds none; give the one that its save_pretrained "
-            "wrote"
+            f"the directory --tokenizer {name!r} does not contain one; give the one that its "
+            "save_pretrained wrote"
         )
     try:
         return AutoTokenizer.from_pretrained(str(directory if directory.is_dir() else name))
@@ -135,7 +181,7 @@ def _packaged() -> Path:
 
 
 def _boot() -> Any:
-    """Import TransformerLens, which takes seconds, once that much is known to be worthwhile."""
+    """Import TransformerLens, which takes seconds, after the cheaper checks."""
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ModuleNotFoundError:
@@ -155,16 +201,16 @@ def _check_device(device: str) -> None:
 
 
 def _check_hub(name: str) -> None:
-    """Fail at once where there is no network: loading would try again for minutes."""
+    """Fail at once if there is no network: loading would retry for minutes."""
     from huggingface_hub import HfApi, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         HfApi().model_info(name, timeout=10)
     except (HfHubHTTPError, HFValidationError):
-        return  # not for want of a network, so loading will say what is wrong
+        return  # not a missing network, so loading will say what is wrong
     except Exception as error:
-        # Of requests, httpx or httpx2, depending on the version of huggingface_hub.
+        # From requests, httpx or httpx2, depending on the version of huggingface_hub.
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
         if cached and isinstance(error, OfflineModeIsEnabled):
             return
@@ -177,7 +223,7 @@ def _check_hub(name: str) -> None:
 
 @contextmanager
 def _quiet(*, bars: bool) -> Iterator[None]:
-    """Keep transformers from reporting heads that are not in a file, and files that load fast."""
+    """Keep transformers from reporting missing heads and the progress of loading."""
     from transformers.utils import logging
 
     level, had_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -1,4 +1,4 @@
-"""What the commands take: their arguments and options, and how what is refused is said."""
+"""The arguments and options of the commands, and how errors are printed."""
 
 import re
 import sys
@@ -31,12 +31,12 @@ class Pooling(StrEnum):
 
 
 def _path(given: str) -> Path:
-    """Read a path, of which a shell leaves `~` as it is behind a `=`."""
+    """Read a path, and expand `~`, which a shell does not expand after a `=`."""
     return Path(given).expanduser()
 
 
 def _expanded(given: str) -> str:
-    """Read the path, or the address, of a data set."""
+    """Read the path or address of a data set."""
     from actctx._files import expanded
 
     return expanded(given)
@@ -55,34 +55,35 @@ Pattern = Annotated[
     str | None,
     typer.Argument(
         metavar="PATTERN",
-        help="A name, the end of one, or a glob in quotes: `*` stays within two dots, `**` spans "
-        "them, `[8-11]` is those numbers. Without a dot it matches the last part of a name.",
+        help="A name, the end of a name, or a glob in quotes: `*` stays within two dots, `**` "
+        "spans them, `[8-11]` matches these numbers. Without a dot it matches the last part of a "
+        "name.",
     ),
 ]
 Hooks = Annotated[
     list[str],
     typer.Argument(
         metavar="HOOK",
-        help="Hook names, ends of them, or globs in quotes; `actctx names MODEL` lists them.",
+        help="Hook names, ends of names, or globs in quotes; `actctx names MODEL` lists them.",
     ),
 ]
 Text = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="Read texts from a file, or from the standard input with `-`: each paragraph, up "
-        "to a blank line, is one.",
+        help="Read texts from a file, or from standard input with `-`. Each paragraph, up to a "
+        "blank line, is one text.",
     ),
 ]
 Prompt = Annotated[
-    list[str] | None, typer.Option(metavar="TEXT", help="One text. Can be given again.")
+    list[str] | None, typer.Option(metavar="TEXT", help="One text. Can be repeated.")
 ]
 Slice = Annotated[
     list[str] | None,
     typer.Option(
         metavar="AXIS=INDEX",
         help="What to keep along an axis: `pos=-1`, the last token of each text; `pos=0:10`; "
-        "`head=0,3`. Can be given again, for another axis.",
+        "`head=0,3`. Can be repeated for other axes.",
     ),
 ]
 AsDtype = Annotated[Dtype | None, typer.Option(help="The dtype to keep. [default: the model's]")]
@@ -94,19 +95,28 @@ Out = Annotated[
         help="Save to this safetensors file. [default: only the table]",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace the file, if there is one.")]
-BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts in a forward, at most.")]
-Device = Annotated[str, typer.Option(metavar="DEVICE", help="Where the model runs.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
+BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="The most texts in a forward.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="The sequences in the forward.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="The tokens in a sequence. [default: 1024, or as many as the model reads]",
+    ),
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="The device to run the model on.")]
 
 
-# Where the library says how to switch a hook point on.
+# How the library's messages say how to switch a hook point on.
 _SWITCH = re.compile(r" is off: call (model\..*) first")
 
 
-# The options of Python's calls, which the library's messages name, outside of quotes.
+# The options of Python calls in the library's messages, outside quotes.
 _OPTION = re.compile(
     r"(?P<quoted>(?<!\w)'[^']*')"
-    r"|give resume=True to go on with it, or (?P<another>another)?"
+    r"|give resume=True to resume it, or (?P<another>another)?"
     r"|\b(?P<flag>pack|add|equal_lengths|finite|resume)=(?P<set>True|False)\b"
     r"|\bdrop=\{'(?P<dropped>\w+)': \[(?P<what>\d+)\]\}"
     r"|\b(?P<name>(?:batch_size|context|dtype|slice|mask|pool|tokenizer)(?==)|max_tokens)"
@@ -115,7 +125,7 @@ _OPTION = re.compile(
 
 
 def _as_typed(option: re.Match[str]) -> str:
-    """Write an option of Python's as it is typed."""
+    """Convert a Python option to a command-line option."""
     if option["quoted"]:
         return option[0]
     if option["flag"]:
@@ -125,7 +135,7 @@ def _as_typed(option: re.Match[str]) -> str:
         return f"--drop {option['dropped']}={option['what']}"
     if not option["name"]:
         rest = "give another" if option["another"] else ""
-        return f"leave out --no-resume to go on with it, or {rest}"
+        return f"leave out --no-resume to resume it, or {rest}"
     value = (option["value"] or "").strip("'")
     return f"--{option['name'].replace('_', '-')} {value}".rstrip()
 
@@ -151,19 +161,19 @@ Data = Annotated[
     typer.Option(
         metavar="PATH",
         parser=_path,
-        help="Read texts from a file, each paragraph one; from a `.jsonl` file, an object a line, "
-        "with its `text` or its `input_ids`; or from the directory of a Hugging Face dataset.",
+        help="Read texts from a file, one per paragraph; from a `.jsonl` file, one object per "
+        "line, with a `text` or `input_ids`; or from the directory of a Hugging Face dataset.",
     ),
 ]
 Into = Annotated[
-    str, typer.Option(metavar="DIRECTORY", help="Write to this data set, or go on with it.")
+    str, typer.Option(metavar="DIRECTORY", help="Write to this data set, or resume it.")
 ]
 MaxTokens = Annotated[
-    int | None, typer.Option(min=1, metavar="N", help="Stop at exactly so many rows.")
+    int | None, typer.Option(min=1, metavar="N", help="Stop after exactly this many rows.")
 ]
 Context = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Tokens in a sequence, at most. [default: the model's]"),
+    typer.Option(min=1, metavar="N", help="The most tokens in a sequence. [default: the model's]"),
 ]
 Pack = Annotated[
     bool, typer.Option("--pack", help="Join the texts and cut them into --context tokens each.")
@@ -172,22 +182,22 @@ EqualLengths = Annotated[
     bool,
     typer.Option(
         "--equal-lengths",
-        help="Run only texts of one length together, so that no forward sees padding: for models "
-        "that let it into the tokens beside it, such as CANINE and ConvBERT.",
+        help="Run only texts of equal length together, so that no forward sees padding. For models "
+        "in which padding changes the tokens next to it, such as CANINE and ConvBERT.",
     ),
 ]
 Drop = Annotated[
     list[str] | None,
     typer.Option(
         metavar="WHAT=N",
-        help="Leave out tokens: `position=0`, the first of each sequence; `token=50256,0`. Can be "
-        "given again.",
+        help="Drop tokens: `position=0`, the first of each sequence; `token=50256,0`. Can be "
+        "repeated.",
     ),
 ]
 Carry = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="NAME", help="Keep this of each object, such as a label. Can be given again."
+        metavar="NAME", help="Keep this entry of each object, such as a label. Can be repeated."
     ),
 ]
 MaskName = Annotated[
@@ -207,25 +217,25 @@ Finite = Annotated[
 ]
 Resume = Annotated[
     bool,
-    typer.Option("--resume/--no-resume", help="Go on with a data set that is there, or refuse to."),
+    typer.Option("--resume/--no-resume", help="Resume an existing data set, or refuse to."),
 ]
 Add = Annotated[
     bool,
     typer.Option(
         "--add",
-        help="Add every HOOK to the rows of the data set that is there, from the --data and with "
-        "the options that they came from.",
+        help="Add every HOOK to the rows of an existing data set, with the --data and the options "
+        "that the rows came from.",
     ),
 ]
 Sync = Annotated[
     bool,
     typer.Option(
         "--sync/--no-sync",
-        help="Wait at each commit until it is on the disk itself, so that a cut of power costs "
-        "nothing that was committed.",
+        help="Wait at each commit until it is on the disk, so that power loss cannot lose what was "
+        "committed.",
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be dropped.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only report what would be dropped.")]
 Tokenizer = Annotated[
     str | None,
     typer.Option(

@@ -1,15 +1,15 @@
-"""Texts through a model: token sequences, batches of one length, and their rows put together.
+"""Run texts through a model: token sequences, batches of equal length, and joined rows.
 
 # NOTE [No padding in a forward]
-Batches hold sequences of one length, so that no forward sees padding. Each row is then what the
-model computes for that text alone, whatever the architecture does with masks and positions, and a
-negative position counts from the last token of the text. Only what was captured is filled up.
+Batches contain sequences of equal length, so that no forward sees padding. Each row is then what
+the model computes for that text alone, whatever the architecture does with masks and positions, and
+a negative position counts from the last token of the text. Only captured tensors are padded.
 
 # NOTE [Counting caches]
-What `run_with_cache` would hold is counted with hooks on a whole forward, which takes longer than
-one that stops early. Texts of many lengths make many shapes, so no more than a few are counted: the
-bytes are linear in the batch and quadratic in the positions (attention patterns), so six small
-shapes tell the rest. That is only relied on if it gives the largest shape to the byte.
+The memory of `run_with_cache` is counted with hooks on a whole forward, which takes longer than one
+that stops early. Texts of many lengths have many shapes, so only a few are counted: the bytes are
+linear in the batch and quadratic in the positions (attention patterns), so six small shapes
+determine the rest. This is only used if it predicts the largest shape to the byte.
 """
 
 import functools
@@ -36,11 +36,11 @@ from actctx._select.slices import Index
 
 @dataclass(frozen=True, eq=False)
 class Sequences:
-    """Texts as a model reads them.
+    """Tokenized texts.
 
     Attributes:
         tokens: The token ids of each text.
-        limit: The tokens that the model can read at once.
+        limit: The most tokens that the model can read at once.
         cut: For each text, how many tokens were cut off its end to fit.
 
     """
@@ -51,7 +51,7 @@ class Sequences:
 
 
 def tokenize(model: Any, texts: Sequence[str]) -> Sequences:
-    """Turn texts into tokens, as the model does with a string: `model.to_tokens`.
+    """Convert texts to tokens as `model.to_tokens` does.
 
     Raises:
         OptionError: A text has no tokens.
@@ -70,14 +70,14 @@ def tokenize(model: Any, texts: Sequence[str]) -> Sequences:
 
 @dataclass(frozen=True, eq=False)
 class TextBatch:
-    """Sequences of one length, and the rows of the result that are theirs."""
+    """Sequences of equal length, and their rows in the result."""
 
     tokens: Int[Tensor, "batch pos"]
     rows: list[int]
 
 
 def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[TextBatch]:
-    """Put sequences of one length together, `size` of them at most; the longest come first."""
+    """Batch sequences of equal length, at most `size` of them; the longest come first."""
     by_length: dict[int, list[int]] = {}
     for row, sequence in enumerate(sequences):
         by_length.setdefault(len(sequence), []).append(row)
@@ -93,12 +93,12 @@ def in_batches(sequences: Sequence[Int[Tensor, " _"]], size: int) -> list[TextBa
 
 @dataclass(eq=False)
 class Result:
-    """What is left of the batches.
+    """The result of all batches.
 
     Attributes:
-        activations: What was captured: a row for each sequence, in their order.
+        activations: The captured activations: a row for each sequence, in order.
         missing: The names that a pattern matched and that never fired.
-        filled: Whether shorter sequences were filled up with zeros, so that rows join.
+        filled: Whether shorter sequences were filled with zeros so that rows join.
 
     """
 
@@ -109,7 +109,7 @@ class Result:
 
 @dataclass(eq=False)
 class _Left:
-    """What one site left, batch by batch."""
+    """The values of one site, batch by batch."""
 
     axes: Axes
     names: tuple[str, ...]
@@ -126,18 +126,18 @@ def run(
     dtype: torch.dtype | None,
     watch: Callable[[Sequence[TextBatch]], Iterable[TextBatch]] = iter,
 ) -> Result:
-    """Run batches through a model, each forward stopped early, and join what they leave.
+    """Run batches through a model, stopping each forward early, and join the results.
 
     Args:
         model: A `TransformerBridge`.
         names: What to capture; see `capture`.
-        batches: What `in_batches` made of the sequences.
+        batches: The result of `in_batches`.
         slice: What to select; see `capture`.
         dtype: The dtype of captured floating-point activations.
-        watch: Passes the batches on as they are run, and shows how far they are.
+        watch: Passes the batches on as they run, and shows progress.
 
     Raises:
-        JoinError: There are several batches, and a site does not leave a row for each sequence.
+        JoinError: There are several batches, and a site does not have a row for each sequence.
         ActctxError: As `capture`.
 
     """
@@ -158,7 +158,7 @@ def run(
 
 
 def _join_all(result: Result, left: dict[str, _Left], rows: int) -> None:
-    """Move what was left into one buffer, site by site, so that it is held twice for one only."""
+    """Move the values into one buffer, site by site, so that only one site is in memory twice."""
     joined = {}
     for key in list(left):
         site = left.pop(key)
@@ -173,7 +173,7 @@ def _without_batch(site: _Left, part: Shaped[Tensor, "..."]) -> tuple[int, ...]:
 
 
 def _joined(key: str, site: _Left, rows: int) -> Shaped[Tensor, "..."]:
-    """Put rows where they belong, filled up with zeros at the end of the axes that differ."""
+    """Put rows in their places, filled with zeros at the end of the axes that differ."""
     if len(site.parts) == 1 and len(site.parts[0][1]) == rows:
         return site.parts[0][0]
     dim = site.axes.index("batch") if "batch" in site.axes else None
@@ -195,11 +195,11 @@ def _joined(key: str, site: _Left, rows: int) -> Shaped[Tensor, "..."]:
 
 
 _FEW = 7
-"""As many shapes are counted where there are more: six small ones, and the largest."""
+"""The most shapes that are counted: six small ones, and the largest."""
 
 
 def count_caches(model: nn.Module, batches: Sequence[TextBatch]) -> int:
-    """Count what `run_with_cache` would hold for all of the batches; see the note above.
+    """Count the memory of `run_with_cache` for all batches; see the note above.
 
     Returns:
         Bytes.

@@ -2,11 +2,11 @@
 
 # NOTE [Adding]
 The new sites are extracted to a data set beside the other, `acts.lance.adding`, resumed as any,
-which is held against the rows that are there. Once it has them all, the metadata is told of them;
-of sites whose columns are missing, nobody takes notice. Then their columns are added in one commit,
+which is compared with the rows that are there. Once it has all, the metadata names the new sites;
+sites whose columns are missing are ignored. Then their columns are added in one commit,
 which writes new files and touches no old one: by it the sites are there, or they are not. What lies
 beside is renamed, `acts.lance.adding.done`: what is half deleted is not taken for half done.
-Whatever ended in between, the same call goes on: with the data set beside it, or with its deletion.
+If any step is interrupted, the same call resumes the extraction or the deletion.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 
 from actctx._errors import DataError, OptionError
 from actctx._extract.compatibility import Facts
-from actctx._extract.plan import Plan
+from actctx._extract.plan import ExtractionPlan
 from actctx._extract.run import Tally, run
 from actctx._files import sync
 from actctx._store.contents import Contents
@@ -24,7 +24,7 @@ from actctx._store.destination import Destination, delete, found_at
 
 
 def add_sites(
-    plan: Plan,
+    plan: ExtractionPlan,
     data: Iterable[Any],
     *,
     destination: Destination,
@@ -38,8 +38,8 @@ def add_sites(
         plan: The extraction.
         data: The input that the rows came from.
         destination: Where the data set is.
-        most: The number of rows to stop at, which nobody may give.
-        resume: Whether to go on with an addition that is half done.
+        most: The number of rows to stop at, which is refused.
+        resume: Whether to resume an addition that is half done.
         progress: Whether a progress bar is shown.
 
     Returns:
@@ -53,7 +53,7 @@ def add_sites(
     """
     if most is not None:
         raise OptionError(
-            f"max_tokens={most} does not go with add=True, which adds to all rows that are there; "
+            f"max_tokens={most} does not work with add=True, which adds to all existing rows; "
             "leave max_tokens out"
         )
     whole, facts = destination.contents, plan.facts
@@ -92,7 +92,7 @@ def add_sites(
 def clear_additions(destination: Destination) -> None:
     """Delete what an addition left that was killed when all was done, or before anything was."""
     if destination.contents is not None:
-        with contextlib.suppress(DataError, OSError):  # whoever adds is told
+        with contextlib.suppress(DataError, OSError):  # adding sites reports it
             _clear(destination)
 
 
@@ -101,15 +101,10 @@ def _beside(path: Path, word: str) -> Path:
 
 
 def _clear(destination: Destination) -> None:
-    """Delete what a finished addition left, or one without rows.
-
-    Raises:
-        DataError: There is something else in its place.
-
-    """
+    """Delete what a finished addition left, or one without rows."""
     adding, done = _beside(destination.path, "adding"), _beside(destination.path, "adding.done")
     if found := found_at(done):
-        raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
+        raise DataError(f"'{done}' {found}, but adding sites needs that path; move it")
     if done.exists():
         delete(done)
     if not adding.exists():
@@ -134,24 +129,19 @@ def _check_half(facts: Facts, staged: Contents, whole: Contents) -> None:
     asked = facts.names(half)
     if sorted(half) != sorted(asked):
         raise DataError(
-            f"'{staged.path}' holds a half-done addition of {half}, not of {asked}; finish it "
-            "first, with the sites that it has, or delete that directory"
+            f"'{staged.path}' contains an unfinished addition of {half}, not of {asked}; finish it "
+            "first, with its sites, or delete that directory"
         )
     if staged.row_count > whole.row_count:
         raise DataError(
-            f"'{staged.path}' holds {staged.row_count} rows of a half-done addition, but "
-            f"'{whole.path}' has {whole.row_count}, so it is one to another data set; delete that "
+            f"'{staged.path}' holds {staged.row_count} rows of an unfinished addition, but "
+            f"'{whole.path}' has {whole.row_count}, so it belongs to another data set; delete that "
             "directory"
         )
 
 
 def _has_them(facts: Facts, whole: Contents) -> bool:
-    """Return whether all that was asked for is there already.
-
-    Raises:
-        DataError: Some of it is, or a site is there as another.
-
-    """
+    """Return whether all that was asked for is there already."""
     there = {site.name for site in whole.layout.sites}
     asked = facts.names(there)
     known = [name for name in asked if name in there]

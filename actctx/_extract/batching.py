@@ -1,4 +1,4 @@
-"""Make batches of sequences, with their padding behind the tokens or left out.
+"""Batches of sequences, with their padding moved after the tokens or left out.
 
 # NOTE [Padding before tokens]
 Many models number the positions of a batch from its left end, padding included, so that what they
@@ -10,7 +10,7 @@ their order, positions and digests are those of the batch as it came.
 
 import functools
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,13 +30,13 @@ class Batch:
 
     Attributes:
         tokens: The token ids.
-        real: Where they are no padding; None where none are.
+        real: Where tokens are not padding; None if there is no padding.
         sequences: The number of each sequence in the input.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence, such as its label, by name.
-        kept: Where a token that is no padding leaves a row; None where all do.
+        kept: Which tokens besides padding leave a row; None if all do.
         cut: The number of tokens that were cut off the ends of its sequences.
-        attended: Where tokens are no padding, if padding leaves rows; else None, as `real` says it.
+        attended: Where tokens are not padding, if padding leaves rows; else None.
         mark: The place in the input where its first sequence begins, if it can be resumed there.
         empty: The sequences before it in the input that have no tokens.
 
@@ -55,12 +55,12 @@ class Batch:
 
     @property
     def unpadded(self) -> Bool[Tensor, "batch pos"] | None:
-        """Where tokens are no padding, whether padding leaves rows or not; None where all are."""
+        """Where tokens are not padding, whether padding leaves rows or not; None if all are."""
         return self.attended if self.real is None else self.real
 
     @functools.cached_property
     def digests(self) -> Int64[Tensor, " batch"]:
-        """A number for each sequence that tells apart what the model is given, and what is carried.
+        """A digest of each sequence: what the model is given of it, and what is carried.
 
         Padding does not count, nor how many sequences run together. Where padding leaves rows, the
         mask counts as well, unless it masks nothing.
@@ -92,10 +92,21 @@ class Batch:
         return int.from_bytes(found.digest(), "little", signed=True)
 
 
+def beginning(mark: Mark, batches: Iterable[Batch], *, empty: int) -> Iterator[Batch]:
+    """Give the first of some batches what comes before it: a mark, and empty sequences."""
+    first = True
+    for batch in batches:
+        yield replace(batch, mark=mark, empty=empty) if first else batch
+        first = False
+    if first and empty:
+        none = torch.empty(0, dtype=torch.long)
+        yield Batch(none.view(0, 0), None, none, mark=mark, empty=empty)
+
+
 def with_padding_behind(
     batch: Batch, where: Int64[Tensor, "token 2"]
 ) -> tuple[Batch, Int64[Tensor, "token 2"]]:
-    """Move the padding of a batch behind its tokens.
+    """Move the padding of a batch after its tokens.
 
     Args:
         batch: The batch.
@@ -154,8 +165,8 @@ def in_equal_lengths(batch: Batch) -> Iterator[Batch]:
         return
     if batch.real is None:
         raise OptionError(
-            "equal_lengths=True runs no padding, but mask=None keeps its rows; leave one of them "
-            "out"
+            "equal_lengths=True runs without padding, but mask=None keeps its rows; leave one of "
+            "them out"
         )
     first, lengths = spans(unpadded)
     for length in dict.fromkeys(lengths.tolist()):
@@ -165,7 +176,7 @@ def in_equal_lengths(batch: Batch) -> Iterator[Batch]:
 
 
 def spans(unpadded: Bool[Tensor, "batch pos"]) -> tuple[Int64[Tensor, " _"], Int64[Tensor, " _"]]:
-    """Tell of each sequence its first token, and how many there are up to its last one."""
+    """Return the first token of each sequence, and the length up to its last one."""
     count, width = unpadded.shape
     if not width:
         none = torch.zeros(count, dtype=torch.long, device="cpu")
@@ -229,8 +240,8 @@ def _at(
     shape = f" of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
     raise DataError(
         f"from sequence {int(batch.sequences[0])} on, the input has padding, and {name!r}{shape}, "
-        "of which it is not known what belongs to which token; give single sequences, or batches "
-        "without padding before the tokens"
+        "and it is not known which of its entries belong to which token; give single sequences, "
+        "or batches without padding before the tokens"
     )
 
 

@@ -1,9 +1,9 @@
 """Compare an extraction with the data set that it resumes or adds to.
 
 # NOTE [What is not compared]
-The names of the model and of the tokenizer are noted, but the same weights and the same texts come
-from many paths: the weights and the tokens on disk tell whether they are others. The batch size is
-noted since it orders single sequences, an order that any other keeps; see `Reader.ordered_as`.
+The names of the model and of the tokenizer are recorded, but the same weights and texts come from
+many paths: the weights and the tokens on disk tell whether they differ. The batch size is recorded
+since it orders single sequences, an order that any other keeps; see `Reader.ordered_as`.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -25,7 +25,7 @@ from actctx._store.layout import Layout
 from actctx._store.site_columns import StoredSite, column_name
 from actctx._text import dtype_name, printable
 
-_NOTED = {"name", "tokenizer", "batch_size"}
+_NOT_COMPARED = {"name", "tokenizer", "batch_size"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Facts:
         return [site.key for site in self.sites if site.exact or site.key in there]
 
     def check(self, contents: Contents, *, resume: bool, otherwise: str = "another path") -> None:
-        """Hold what is known before any forward against the data set that is there.
+        """Compare what is known before any forward with the data set to be resumed.
 
         Args:
             contents: The data set that is there.
@@ -62,27 +62,27 @@ class Facts:
         layout = contents.layout
         if not resume:
             raise DataError(
-                f"'{contents.path}' exists; give resume=True to go on with it, or {otherwise}"
+                f"'{contents.path}' exists; give resume=True to resume it, or {otherwise}"
             )
         stored = [site.name for site in layout.sites]
         asked = self.names(stored)
         facts = [
             *self._of_model(layout),
-            # what was added is behind the others, wherever a pattern has it
+            # added sites come after the others, wherever a pattern has them
             ("list of sites", stored, stored if sorted(asked) == sorted(stored) else asked),
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]
-        _compare(f"cannot go on with '{contents.path}'", facts, otherwise)
+        _compare(f"cannot resume '{contents.path}'", facts, otherwise)
         if more := layout.unlisted(contents.schema):
             raise DataError(
-                f"cannot go on with '{contents.path}': it has a column {more[0]!r} that extract() "
-                "did not write, so new rows would have nothing in it; drop it, with "
+                f"cannot resume '{contents.path}': it has a column {more[0]!r} that extract() did "
+                "not write, so new rows would have no value in it; drop it, with "
                 f"lance.dataset(path).drop_columns([{more[0]!r}]), or give {otherwise}"
             )
 
     def check_rows(self, contents: Contents) -> None:
-        """Hold what decides which rows there are against a data set that sites are added to.
+        """Compare what decides which rows there are with a data set that sites are added to.
 
         Raises:
             DataError: Its rows came from another model, or were chosen otherwise; or a column has
@@ -92,7 +92,7 @@ class Facts:
         layout = contents.layout
         if not layout.sites:
             raise DataError(
-                f"cannot add to '{contents.path}': it has no site, so nothing says what was "
+                f"cannot add to '{contents.path}': it has no site, so it is not known what was "
                 "selected along its tokens; extract to another path"
             )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
@@ -114,7 +114,7 @@ class Facts:
             )
 
     def check_added(self, contents: Contents) -> None:
-        """Hold sites against those of the data set that they were added to.
+        """Compare sites with those of the data set that they were added to.
 
         Raises:
             DataError: Those that were added are others.
@@ -123,7 +123,7 @@ class Facts:
         _compare(f"cannot add to '{contents.path}'", self._of_sites(contents.layout))
 
     def check_sites(self, contents: Contents, sites: Iterable[StoredSite]) -> None:
-        """Hold what a forward has told of the sites against the data set that is there.
+        """Compare the sites, as a forward left them, with the data set that is resumed.
 
         Raises:
             DataError: A row of theirs is another.
@@ -138,7 +138,7 @@ class Facts:
                 (f"shape of {was.name!r}", was.shape, now.shape),
                 (f"list of axes of {was.name!r}", [*was.axes], [*now.axes]),
             ]
-        _compare(f"cannot go on with '{contents.path}'", facts)
+        _compare(f"cannot resume '{contents.path}'", facts)
 
     def check_hooks(self, contents: Contents, changing: Collection[str]) -> None:
         """Compare the hooks of others, once a forward has told which ones change what passes.
@@ -154,17 +154,17 @@ class Facts:
         facts = self._of_model(
             contents.layout, flags_of(site.place for site in self.sites), changing
         )
-        _compare(f"cannot go on with '{contents.path}'", facts)
+        _compare(f"cannot resume '{contents.path}'", facts)
 
     def on_batch_size(self, contents: Contents, reader: Reader) -> str | None:
-        """Say that values are the same to rounding only; None where forwards are as they were."""
+        """Warn that values are equal up to rounding; None if the forwards are as they were."""
         was = contents.layout.input.get("batch_size")
         if was is None or not reader.runs_otherwise(was):
             return None
         return (
-            f"the rows in '{contents.path}' were run with batch_size={was}, and more are run with "
-            f"batch_size={reader.batch_size}, so values are equal to those of one run up to "
-            f"rounding only; give batch_size={was} for the same bits"
+            f"the rows in '{contents.path}' were run with batch_size={was}, and new ones are run "
+            f"with batch_size={reader.batch_size}, so values equal those of a single run only up "
+            f"to rounding; give batch_size={was} for the same bits"
         )
 
     def _of_model(
@@ -199,14 +199,14 @@ class Facts:
         yield "kind of row", layout.rows, self.layout.rows
         yield "list of carried columns", [*layout.carried], [*self.layout.carried]
         for name, was in {"equal_lengths": False, **layout.input}.items():
-            if name not in _NOTED:
+            if name not in _NOT_COMPARED:
                 yield name, was, self.layout.input.get(name)
 
 
 def check_padding(
     works: Iterable[Work], there: Contents, model: nn.Module, *, before: int = 0
 ) -> Iterator[Work]:
-    """Pass on what is run, unless rows on disk may have counted padding as positions.
+    """Pass on forwards, unless rows on disk may have counted padding as positions.
 
     Args:
         works: All there is, from a mark in the input on.
@@ -226,8 +226,8 @@ def check_padding(
         is_there = may_count and count < there.row_count
         if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):
             raise DataError(
-                f"cannot go on with '{there.path}': an older version of actctx wrote it, which ran "
-                "padding before the tokens as it is, and this model may count that as positions, "
+                f"cannot resume '{there.path}': an older version of actctx wrote it, which did not "
+                "move padding behind the tokens, and this model may count padding as positions, "
                 "so its rows may be wrong; give another path"
             )
         count += len(work.token)

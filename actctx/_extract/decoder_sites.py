@@ -8,7 +8,7 @@ from torch import nn
 
 from actctx._capture.watched import WatchedSite
 from actctx._errors import OptionError
-from actctx._extract.model_inputs import innermost
+from actctx._model.config import innermost
 from actctx._model.sides import Sides
 
 _OF_DECODERS = ("decoder", "tgt", "target")
@@ -16,12 +16,7 @@ _OF_DECODERS = ("decoder", "tgt", "target")
 
 
 def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
-    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's.
-
-    Raises:
-        OptionError: There is one.
-
-    """
+    """Refuse sites that run on a decoder's tokens, since the rows are of the encoder's."""
     sides, inner = Sides(model), innermost(model)
     by_name = not sides.two and _is_named_for_both(inner)
     for site in sites:
@@ -32,8 +27,8 @@ def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
         later = side == "shared" and site.firing not in {None, 0}
         if side == "decoder" or named or later:
             raise OptionError(
-                f"{site.shown} is of the decoder, but a row is a token of what the encoder is "
-                "given; capture it with capture(), or extract from the decoder by itself"
+                f"{site.shown} belongs to the decoder, but a row is a token of the encoder's "
+                "input; capture it with capture(), or extract from the decoder alone"
             )
 
 

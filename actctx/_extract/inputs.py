@@ -1,13 +1,7 @@
 """Read inputs: batches of token ids from whatever holds texts or tokens.
 
-# NOTE [Batches of sequences]
 Batches that come as such, tensors `batch pos` or dicts of them, are run as they are. Single
-sequences are put together here. Packed, they are cut out of one stream, `context` tokens each.
-Otherwise those of a window that follow each other are sorted by length, so that there is next to no
-padding to be computed, and its batches run in an order drawn by chance, so that those which come
-first are of any length; windows are of a fixed number of sequences, and the seed is fixed, so that
-the same input always leaves the same rows in the same order, which is what resuming relies on. What
-is resumed with another batch size keeps the order, and its batches run in parts.
+sequences are put together, either packed or sorted by length.
 """
 
 import contextlib
@@ -21,22 +15,22 @@ from typing import Any, TypeGuard
 import numpy as np
 import torch
 from jaxtyping import Bool
-from torch import Tensor, nn
+from torch import Tensor
 
 from actctx._capture.given_masks import MASKS
 from actctx._errors import DataError, OptionError
-from actctx._extract.batching import Batch, in_equal_lengths
+from actctx._extract.batching import Batch, beginning, in_equal_lengths
 from actctx._extract.containers import check_container
 from actctx._extract.items import (
     Item,
     Items,
-    ids_of,
     is_batch,
     is_mask_of_tokens,
     is_number,
     tokens_in,
 )
 from actctx._extract.packing import Packing
+from actctx._extract.sorting import Sorting
 from actctx._extract.source import Source, fingerprint_of, is_stateful, place
 from actctx._store.marks import START, Mark
 from actctx._text import is_utf8
@@ -111,13 +105,13 @@ class Reader:
         """Read an input, batch by batch.
 
         Raises:
-            DataError: It is empty, or holds what is no input.
+            DataError: It is empty, or holds something other than inputs.
 
         """
         return self.batches_of(self.source(data))
 
     def ways(self, data: Iterable[Any], marks: Sequence[Mark]) -> Iterator[tuple[Source, Mark]]:
-        """Yield the ways to go on with an input, each with the mark that it begins at.
+        """Yield the ways to resume an input, each with the mark that it begins at.
 
         A way is asked for where the one before came to other rows than those on disk; the last one
         reads all of the input. See the note of `Source`.
@@ -152,7 +146,7 @@ class Reader:
             of: What the input is a part of; itself by default.
 
         Raises:
-            DataError: It is empty, or holds what is no input.
+            DataError: It is empty, or holds something other than inputs.
 
         """
         of = data if of is None else of
@@ -164,10 +158,10 @@ class Reader:
         items = iter(data)
         head = [*itertools.islice(items, 1)]
         if not head and at is START:
-            raise DataError("data has nothing in it, so there is nothing to run; give some input")
+            raise DataError("data is empty, so there is nothing to run; give some input")
         if head and is_number(head[0]):
             raise DataError(
-                "data holds single numbers, as one sequence of token ids does; give a list of "
+                "data holds single numbers, like one sequence of token ids; give a list of "
                 "sequences, such as [data]"
             )
         kind = at.kind
@@ -190,7 +184,7 @@ class Reader:
         yield from map(self._telling, read)
 
     def _telling(self, batch: Batch) -> Batch:
-        """Say which tokens are no padding, also where all are."""
+        """Give the forward an attention mask, also if nothing is padding."""
         name = self.takes_mask
         if name is None or name in batch.given or not self.tells_all:
             return batch
@@ -206,7 +200,7 @@ class Reader:
         return bool(self._made) and batch_size != self.batch_size
 
     def is_at_hand(self, data: Iterable[Any]) -> bool:
-        """Return whether an input is a list of batches, or one, which can be gone through twice."""
+        """Return whether an input is a batch or a list of batches, which can be read twice."""
         if _is_one(data):
             return True
         return isinstance(data, list | tuple) and bool(data) and is_batch(tokens_in(data[0]))
@@ -224,7 +218,7 @@ class Reader:
         return total
 
     def _longest(self, item: Any) -> int | None:
-        """Bound the tokens of a single sequence; None where there is no telling."""
+        """Return the most tokens that a single sequence can have; None if unknown."""
         tokens = tokens_in(item)
         if isinstance(tokens, str):
             return None if self.pack else self.context
@@ -248,7 +242,7 @@ class Reader:
                 "instead"
             )
         for mark, item in _marked(source):
-            tokens, count = ids_of(item.tokens), mark.sequences
+            tokens, count = item.tokens, mark.sequences
             numbers = torch.arange(count, count + len(tokens))
             given = self._renamed(item.given)
             batch = Batch(
@@ -257,7 +251,7 @@ class Reader:
             if self.equal_lengths:
                 parts = [*in_equal_lengths(batch)]
                 empty = len(tokens) - sum(len(part.tokens) for part in parts)
-                yield from _beginning(mark, parts, empty=empty)
+                yield from beginning(mark, parts, empty=empty)
                 continue
             if batch.unpadded is not None and not self.is_told(batch):
                 _check_unmasked(batch.unpadded, count, self._warned)
@@ -293,10 +287,10 @@ class Reader:
                 return
 
     def _tokenized(self, items: list[Item]) -> Iterator[Item]:
-        texts = [item.tokens for item in items if isinstance(item.tokens, str)]
+        texts = [item.text for item in items if item.text is not None]
         if texts and self.tokenize is None:
             raise OptionError("data holds texts, and the model has no tokenizer; give tokenizer=")
-        numbers = [item.number for item in items if isinstance(item.tokens, str)]
+        numbers = [item.number for item in items if item.text is not None]
         try:
             found = self.tokenize(texts) if texts and self.tokenize else []
         except Exception:
@@ -306,77 +300,36 @@ class Reader:
         for item in items:
             if item.number in ids:
                 tokens = self._items.ids(ids[item.number], rank=1, number=item.number)
-                item = replace(item, tokens=tokens)  # noqa: PLW2901
+                item = replace(item, tokens=tokens, text=None)  # noqa: PLW2901
             yield item
 
     def _sorted(self, source: Source) -> Iterator[Batch]:
-        size = self.ordered_as or self.batch_size
-        mark = source.mark()
-        while window := [*self._sequences(source, _WINDOW * size)]:
-            kept = [sequence for sequence in window if len(sequence.tokens)]
-            batches = self._of_window(kept, size)
-            yield from _beginning(mark, batches, empty=len(window) - len(kept))
-            mark = source.mark()
-
-    def _of_window(self, sequences: list[Item], size: int) -> Iterator[Batch]:
-        sequences.sort(key=_length, reverse=True)
-        batches = [
-            together[start : start + size]
-            for together in self._together(sequences)
-            for start in range(0, len(together), size)
-        ]
-        # Whoever stops early is not left with the longest.
-        chance = torch.Generator().manual_seed(0)
-        for number in torch.randperm(len(batches), generator=chance).tolist():
-            for start in range(0, len(batches[number]), self.batch_size):
-                yield self._padded(batches[number][start : start + self.batch_size])
-
-    def _together(self, sequences: list[Item]) -> Iterator[list[Item]]:
-        """Divide sequences by length where padding would be attended to, or none was asked for."""
-        if self.takes_mask is not None and not self.equal_lengths:
-            yield sequences
-            return
-        for _, alike in itertools.groupby(sequences, _length):
-            yield [*alike]
-
-    def _padded(self, sequences: list[Item]) -> Batch:
-        ids = [ids_of(sequence.tokens) for sequence in sequences]
-        lengths = torch.tensor([len(each) for each in ids])
-        real = torch.arange(int(lengths.max())) < lengths[:, None]
-        masks = [each.kept for each in sequences if each.kept is not None]
-        given = {
-            name: _pad([each.given[name] for each in sequences]) for name in sequences[0].given
-        }
-        has_padding = not bool(real.all())
-        if has_padding and self.takes_mask is not None:
-            given[self.takes_mask] = real.long()
-        return Batch(
-            tokens=_pad(ids, self.padding),
-            real=real if has_padding else None,
-            sequences=torch.tensor([sequence.number for sequence in sequences]),
-            given=given,
-            carried={name: [each.carried[name] for each in sequences] for name in self.carry},
-            kept=_pad(masks) if masks else None,
-            cut=sum(sequence.cut for sequence in sequences),
+        sorting = Sorting(
+            batch_size=self.batch_size,
+            ordered_as=self.ordered_as or self.batch_size,
+            padding=self.padding,
+            takes_mask=self.takes_mask,
+            equal_lengths=self.equal_lengths,
         )
+        yield from sorting.batches(self._chunks(source, _WINDOW * sorting.ordered_as))
 
     def _packed(self, source: Source, at: Mark) -> Iterator[Batch]:
         if self.carry:
             raise OptionError(
-                "carry= goes with whole sequences, which pack=True joins; leave one of them out"
+                "carry= needs whole sequences, but pack=True joins them; leave one of them out"
             )
         if self.mask != "attention":
             raise OptionError(
-                "mask= goes with whole sequences, which pack=True joins; leave one of them out"
+                "mask= needs whole sequences, but pack=True joins them; leave one of them out"
             )
         if self.context is None:
-            raise OptionError("pack=True needs context=, since the model has no limit of its own")
+            raise OptionError("pack=True needs context=, since the model does not state a limit")
         packing = Packing(self.batch_size, self.context, self.separator)
-        yield from packing.batches(self._chunks(source), at)
+        yield from packing.batches(self._chunks(source, _AT_ONCE), at)
 
-    def _chunks(self, source: Source) -> Iterator[tuple[Mark, list[Item]]]:
+    def _chunks(self, source: Source, most: int) -> Iterator[tuple[Mark, list[Item]]]:
         mark = source.mark()
-        while chunk := [*self._sequences(source, _AT_ONCE)]:
+        while chunk := [*self._sequences(source, most)]:
             yield mark, chunk
             mark = source.mark()
 
@@ -389,17 +342,6 @@ def _marked(source: Source) -> Iterator[tuple[Mark, Item]]:
         mark = source.mark()
 
 
-def _beginning(mark: Mark, batches: Iterable[Batch], *, empty: int) -> Iterator[Batch]:
-    """Note in the first of some batches what comes before it: a mark, and empty sequences."""
-    first = True
-    for batch in batches:
-        yield replace(batch, mark=mark, empty=empty) if first else batch
-        first = False
-    if first and empty:
-        none = torch.empty(0, dtype=torch.long)
-        yield Batch(none.view(0, 0), None, none, mark=mark, empty=empty)
-
-
 def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
     name = min(here ^ first)
     has, lacks = (number, 0) if name in here else (0, number)
@@ -410,18 +352,13 @@ def _refuse_some(number: int, here: set[str], first: set[str]) -> None:
 
 
 def _check_texts(items: Iterable[Item]) -> None:
-    """Say which text a tokenizer cannot be given, if there is one.
-
-    Raises:
-        DataError: There is.
-
-    """
+    """Refuse a text that a tokenizer cannot be given."""
     for item in items:
-        if isinstance(item.tokens, str) and not is_utf8(item.tokens):
+        if item.text is not None and not is_utf8(item.text):
             raise DataError(
-                f"sequence {item.number} of the input has characters that UTF-8 cannot write, "
-                "which the tokenizer does not take; replace them, as text.encode(errors='replace')"
-                ".decode() does"
+                f"sequence {item.number} of the input has characters that UTF-8 cannot encode, "
+                "which the tokenizer does not accept; replace them, as "
+                "text.encode(errors='replace').decode() does"
             ) from None
 
 
@@ -431,16 +368,12 @@ def _is_one(data: Iterable[Any]) -> TypeGuard[Tensor | np.ndarray]:
 
 
 def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[str]) -> None:
-    """Check padding that a forward cannot be told of; behind the tokens causal models ignore it.
+    """Check padding that a forward cannot be told of; causal models ignore it after the tokens.
 
     Args:
         real: Where tokens are not padding.
         number: The number of the first sequence in the input.
         warned: What was warned of before, which is warned of once.
-
-    Raises:
-        DataError: It stands before tokens.
-
     """
     if bool(real.all()):
         return
@@ -448,21 +381,13 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[st
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
         raise DataError(
             f"from sequence {number} on, the input has padding before tokens, but the model's "
-            f"forward takes no attention mask, so that they would attend to it; {remedy}"
+            f"forward takes no attention mask, so tokens would attend to it; {remedy}"
         )
     if "unmasked" in warned:
         return
     warned.add("unmasked")
     warnings.warn(
-        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
-        f"them if it is not causal; {remedy}",
+        "the model's forward takes no attention mask, so tokens attend to the padding after them "
+        f"if it is not causal; {remedy}",
         stacklevel=2,
     )
-
-
-def _length(sequence: Item) -> int:
-    return len(sequence.tokens)
-
-
-def _pad(parts: list[Tensor], padding: int = 0) -> Tensor:
-    return nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=padding)

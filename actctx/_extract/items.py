@@ -1,6 +1,6 @@
 """Read the items of an input: token ids or a text, and what comes along with them.
 
-Batches wait to be run, and a caller may fill his tensors anew meanwhile: what is read is copied.
+What is read is copied, since batches wait to be run and callers may reuse their tensors meanwhile.
 """
 
 import numbers
@@ -19,15 +19,16 @@ from actctx._extract.containers import as_plain, why_no_values
 from actctx._text import is_utf8, shortened
 
 TOKENS = ("input_ids", "tokens", "text")
-"""What a dict may hold its tokens, or its text, under."""
+"""The keys under which a dict may hold its tokens or its text."""
 
 _ELSEWHERE = (
     *("decoder", "cross", "head", "past"),
     *("pixel", "image", "video", "second_per", "audio", "feature", "input_features"),
 )
-"""How the names begin of what a forward takes that is not about the tokens of its input."""
+"""Prefixes of the arguments of a forward that are not about the tokens of its input."""
 
 _MOST = 2**63
+_NO_IDS = torch.empty(0, dtype=torch.long, device="cpu")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,37 +36,39 @@ class Item:
     """A batch, or a sequence, as it was read.
 
     Attributes:
-        tokens: The token ids; of a text, the text, until it is tokenized.
+        tokens: The token ids; none of a text until it is tokenized.
         number: The number of its first sequence in the input.
-        real: Where they are no padding, as the item tells.
-        kept: Where they leave rows, as the item tells.
-        attended: Where they are no padding, as a batch tells whose padding leaves rows too.
+        real: Where tokens are not padding, as the item says.
+        kept: Where they leave rows, as the item says.
+        attended: Where they are not padding, in a batch whose padding leaves rows too.
         given: What else the forward is given, by name.
         carried: What comes along with each sequence of a batch, or with the sequence, by name.
+        text: The text, until it is tokenized.
         is_text: Whether it was a text.
         cut: The number of tokens that were cut off its end.
 
     """
 
-    tokens: Int64[Tensor, "*batch pos"] | str
+    tokens: Int64[Tensor, "*batch pos"]
     number: int
     real: Bool[Tensor, "..."] | None
     kept: Bool[Tensor, "..."] | None
     given: Mapping[str, Any]
     carried: Mapping[str, Any]
+    text: str | None = None
     is_text: bool = False
     cut: int = 0
     attended: Bool[Tensor, "batch pos"] | None = None
 
     def of_single_tokens(self) -> "Item":
-        """Return a sequence without its padding, of which all has an entry for each token.
+        """Return a sequence without its padding.
 
         Raises:
             DataError: A mask, or what the forward is given, has another number of them.
 
         """
         self.check_masks()
-        shape = ids_of(self.tokens).shape
+        shape = self.tokens.shape
         for name, value in self.given.items():
             if not isinstance(value, Tensor) or value.shape[:1] != shape:
                 raise DataError(
@@ -78,19 +81,14 @@ class Item:
         (places,) = self.real.nonzero(as_tuple=True)
         if len(places) and len(places) != int(places[-1] - places[0]) + 1:
             raise DataError(
-                f"the attention mask of sequence {self.number} has a hole, and single sequences "
-                "run without what it leaves out; give it in a batch, which runs as it is"
+                f"the attention mask of sequence {self.number} has a gap, and single sequences run "
+                "without the tokens that it excludes; give it in a batch, which runs as it is"
             )
         return self._at(self.real)
 
     def check_masks(self) -> None:
-        """Refuse masks that are not of the shape of the tokens.
-
-        Raises:
-            DataError: They are.
-
-        """
-        shape = ids_of(self.tokens).shape
+        """Refuse masks that are not of the shape of the tokens."""
+        shape = self.tokens.shape
         for name, mask in (("attention mask", self.real), ("mask of rows", self.kept)):
             if mask is not None and mask.shape != shape:
                 raise DataError(
@@ -108,7 +106,7 @@ class Item:
     def _at(self, index: Any) -> "Item":
         return replace(
             self,
-            tokens=ids_of(self.tokens)[index].clone(),
+            tokens=self.tokens[index].clone(),
             real=None,
             kept=None if self.kept is None else self.kept[index].clone(),
             given={name: value[index].clone() for name, value in self.given.items()},
@@ -161,7 +159,7 @@ class Items:
             if not isinstance(item, Mapping) or name not in item:
                 there = shortened([*map(repr, item)]) if isinstance(item, Mapping) else found(item)
                 raise DataError(
-                    f"carry names {name!r}, but sequence {number} of the input has nothing under "
+                    f"carry names {name!r}, but sequence {number} of the input has no entry of "
                     f"that name, only {there}; give dicts that have it"
                 )
         carried = {name: _scalar(name, item[name], number) for name in self.carry}
@@ -207,13 +205,14 @@ class Items:
     def _read(self, item: Any, tokens: Tensor | str, number: int) -> Item:
         if not isinstance(item, Mapping):
             item = {}
+        text, ids = (tokens, _NO_IDS) if isinstance(tokens, str) else (None, tokens)
         real = kept = attended = None
-        is_batch = not isinstance(tokens, str) and tokens.dim() > 1
+        is_batch = ids.dim() > 1
         named = next((name for name in MASKS if item.get(name) is not None), None)
         if named is not None and (self.mask is not None or not is_batch):
             real = _as_mask(item, named, is_binary=True)
-        elif named is not None and not isinstance(tokens, str):
-            attended = _attended(item[named], tokens.shape)
+        elif named is not None:
+            attended = _attended(item[named], ids.shape)
         if self.mask is not None and self.mask != "attention":
             kept = _kept(item, self.mask)
         self._check_masks_are_named(item)
@@ -225,10 +224,10 @@ class Items:
             # a mask is made where sequences are put together
             and (is_batch or name not in MASKS)
         }
-        if self.mask == "attention" and real is None and not isinstance(tokens, str):
-            _check_padding_is_told(given, tokens.shape)
-        is_text = isinstance(tokens, str)
-        return Item(tokens, number, real, kept, given, {}, is_text, attended=attended)
+        if self.mask == "attention" and real is None and text is None:
+            _check_padding_is_told(given, ids.shape)
+        is_text = text is not None
+        return Item(ids, number, real, kept, given, {}, text, is_text, attended=attended)
 
     def _check_masks_are_named(self, item: Mapping[str, Any]) -> None:
         """Refuse a mask that nothing reads, whose padding would leave rows."""
@@ -238,9 +237,9 @@ class Items:
         for name in item:
             if str(name).endswith(("mask", "masks")) and name not in read:
                 raise DataError(
-                    f"data holds {name!r}, which nothing reads, and no 'attention_mask'; call it "
-                    f"'attention_mask' where it tells padding, give mask={name!r} where it tells "
-                    "which tokens leave rows, or leave it out"
+                    f"data holds {name!r}, which is not used, and no 'attention_mask'; name it "
+                    f"'attention_mask' if it marks padding, give mask={name!r} if it marks the "
+                    "tokens that become rows, or leave it out"
                 )
 
     def _carried(self, item: Any, name: str, number: int, batch: int) -> list[Any]:
@@ -256,7 +255,7 @@ class Items:
 
 
 def tokens_in(item: Any) -> Any:
-    """Find the token ids, or the text, in what an input holds.
+    """Find the token ids, or the text, of an item.
 
     Raises:
         DataError: There are none, or it is not known which they are.
@@ -267,16 +266,16 @@ def tokens_in(item: Any) -> Any:
         if name is None:
             names = f"dicts of {', '.join(map(repr, item))}, none" if item else "empty dicts, none"
             raise DataError(
-                f"data holds {names} of which is input_ids, tokens or text; rename what holds the "
-                "tokens"
+                f"data holds {names} of which is input_ids, tokens or text; rename the entry with "
+                "the tokens"
             )
         return item[name]
     # As a DataLoader hands over what a TensorDataset holds.
     if isinstance(item, list | tuple) and item and _has_axes(item[0]):
         if len(item) > 1:
             raise DataError(
-                f"data holds a {type(item).__name__} of {len(item)} tensors, which do not say what "
-                "they are; give dicts of input_ids and what else there is, such as attention_mask"
+                f"data holds a {type(item).__name__} of {len(item)} tensors without names; give "
+                "dicts of input_ids and the others, such as attention_mask"
             )
         return item[0]
     return item
@@ -307,25 +306,14 @@ def _is_integer(ids: Tensor) -> bool:
 
 
 def _as_long(ids: Tensor, number: int) -> Int64[Tensor, "..."]:
-    """Copy token ids, of which unsigned ones must not become negative.
-
-    Raises:
-        DataError: One is too large.
-
-    """
+    """Copy token ids, of which unsigned ones must not become negative."""
     own = ids.to("cpu", torch.long, copy=True)
     if ids.dtype == torch.uint64 and bool((own < 0).any()):
         raise DataError(
-            f"from sequence {number} on, the input holds token ids of 2**63 and more; give the ids "
+            f"from sequence {number} on, the input holds token ids of 2**63 or more; give the ids "
             "of the model's own tokenizer"
         )
     return own
-
-
-def ids_of(tokens: Tensor | str) -> Int64[Tensor, "..."]:
-    """Return the token ids of what is no text any more."""
-    assert isinstance(tokens, Tensor)  # noqa: S101  as it was tokenized
-    return tokens
 
 
 def found(value: object) -> str:
@@ -338,7 +326,7 @@ def found(value: object) -> str:
 def _kept(item: Mapping[str, Any], name: str) -> Shaped[Tensor, "..."]:
     if item.get(name) is None:
         raise DataError(
-            f"mask names {name!r}, but the input has nothing under that name; give dicts that have "
+            f"mask names {name!r}, but the input has no entry of that name; give dicts that have "
             "it, or 'attention' for all tokens that are not padding"
         )
     return _as_mask(item, name)
@@ -351,21 +339,20 @@ def _no_ids(tokens: Any, number: int) -> str:
     if is_list and any(isinstance(each, str) for each in tokens):
         return (
             f"from sequence {number} on, the input holds a {type(tokens).__name__} of texts; give "
-            "single texts, such as itertools.chain.from_iterable(data), which are put into batches"
+            "single texts, such as itertools.chain.from_iterable(data), which are batched here"
         )
     if hasattr(tokens, "to_pylist") or hasattr(tokens, "as_py"):
         way = "to_pylist" if hasattr(tokens, "to_pylist") else "as_py"
         return (
-            f"from sequence {number} on, the input holds {found(tokens)} of Arrow's; give Python's "
+            f"from sequence {number} on, the input holds {found(tokens)} of Arrow; give Python "
             f"values, as its {way}() returns them"
         )
     lengths = _lengths_in(tokens) if is_list else []
     if len({*lengths}) > 1:
         return (
             f"from sequence {number} on, the input holds a batch of sequences of {min(lengths)} to "
-            f"{max(lengths)} tokens; fill them up to one length, with an attention_mask, as "
-            "tokenizer(..., padding=True) does, or give single sequences, which are put into "
-            "batches"
+            f"{max(lengths)} tokens; pad them to one length, with an attention_mask, as "
+            "tokenizer(..., padding=True) does, or give single sequences, which are batched here"
         )
     return (
         f"from sequence {number} on, the input holds {found(tokens)}, which is not a tensor of "
@@ -391,13 +378,13 @@ def _as_mask(
         ) from None
     if is_binary and not bool(((mask == 0) | (mask == 1)).all()):
         raise DataError(
-            f"{name!r} holds other values than 0 and 1; give 1 for each token that is not padding"
+            f"{name!r} has values other than 0 and 1; give 1 for each token that is not padding"
         )
     return mask.to("cpu", torch.bool, copy=True)
 
 
 def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | None:
-    """Read which tokens are no padding, where a mask that decides about no rows tells it."""
+    """Read which tokens are not padding from a mask that does not decide about rows."""
     given = _as_given(mask)
     if not isinstance(given, Tensor) or given.shape != shape:
         return None
@@ -405,18 +392,13 @@ def _attended(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "batch pos"] | 
 
 
 def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> None:
-    """Refuse a mask of another name for the forward, where no attention mask tells of padding.
-
-    Raises:
-        DataError: There is one, and it is not the same for all tokens.
-
-    """
+    """Refuse a mask of another name for the forward, where no attention mask tells of padding."""
     for name, mask in given.items():
         if is_mask_of_tokens(name, mask, shape) and bool((mask != mask.flatten()[0]).any()):
             raise DataError(
                 f"data holds {name!r}, which the model's forward takes, but no 'attention_mask', "
-                "so that it is not known which tokens are padding; give an 'attention_mask' as "
-                f"well, or mask={name!r} where it is not 0 for the tokens that leave rows"
+                "so it is not known which tokens are padding; also give an 'attention_mask', or "
+                f"mask={name!r} if it is not 0 for the tokens that become rows"
             )
 
 
@@ -453,7 +435,7 @@ def _scalar(name: str, value: Any, number: int) -> Any:
     elif value is None:
         wrong = "None; give a value of the same type as the others, such as -1"
     elif isinstance(value, str) and not is_utf8(value):
-        wrong = f"{value!r}, which has characters that UTF-8 cannot write; replace them"
+        wrong = f"{value!r}, which has characters that UTF-8 cannot encode; replace them"
     elif not isinstance(value, int | float | str):
         wrong = f"{found(value)}; give one value for each sequence, a number or a string"
     else:

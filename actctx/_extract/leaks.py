@@ -1,4 +1,4 @@
-"""Find out whether padding reaches the tokens beside it, by running one sequence alone.
+"""Detect padding that reaches the tokens beside it, by running one sequence alone.
 
 # NOTE [Leaks]
 Some models let padding into the tokens beside it whatever the mask says: a convolution runs over
@@ -59,9 +59,9 @@ class LoneSequence:
             most = max(_OFF.get(each, _OFF_BY_DEFAULT) for each in (dtype, rows.dtype))
             if off > most:
                 warn(
-                    f"padding reaches the tokens beside it: what {name!r} leaves of sequence "
-                    f"{int(self.batch.sequences[0])} is {off:.0%} off from what it leaves of it "
-                    "alone; give equal_lengths=True, with which no forward has padding"
+                    f"padding changes the tokens next to it: {name!r} of sequence "
+                    f"{int(self.batch.sequences[0])} differs by {off:.0%} from the same sequence "
+                    "run alone; give equal_lengths=True, so that no forward has padding"
                 )
                 return
 
@@ -77,7 +77,7 @@ def one_alone(batch: Batch, where: Int64[Tensor, "token 2"]) -> LoneSequence | N
     """Choose a sequence that has rows and padding; None where none can be taken by itself.
 
     Args:
-        batch: The batch as it is run, with padding behind the tokens.
+        batch: The batch as it is run, with padding after the tokens.
         where: The tokens that are rows.
 
     """

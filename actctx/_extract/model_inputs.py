@@ -1,4 +1,4 @@
-"""Find out what a model reads: its tokenizer, context, vocabulary and the forward's arguments."""
+"""Settle how an input is read for a model: its tokenizer and the arguments of its forward."""
 
 import functools
 import hashlib
@@ -14,6 +14,15 @@ from actctx._capture.given_masks import MASKS
 from actctx._errors import OptionError
 from actctx._extract.inputs import Reader
 from actctx._extract.items import TOKENS
+from actctx._model.config import (
+    context_length,
+    innermost,
+    is_hooked,
+    is_hugging_face,
+    takes_anything,
+    vocabulary_size,
+    within,
+)
 from actctx._model.known_faults import mask_fault
 from actctx._store.indexing import whole_number
 from actctx._text import counted, is_utf8
@@ -77,10 +86,10 @@ def reader_of(
             or set(name) & set(_NOT_IN_COLUMNS)
         ):
             raise OptionError(
-                f"carry names {name!r}, which no column can be called; rename it to a string "
-                f"without {' '.join(_NOT_IN_COLUMNS)}"
+                f"carry names {name!r}, which cannot be the name of a column; rename it to a "
+                f"string without {' '.join(_NOT_IN_COLUMNS)}"
             )
-    limit = _limit_of(model)
+    limit = context_length(model)
     if context is not None and limit is not None and context > limit:
         raise OptionError(
             f"context={context} is more than the {limit} tokens that the model reads; give {limit} "
@@ -90,9 +99,9 @@ def reader_of(
     using, tokenize, identify = _tokenizing(model, tokenizer)
     taken = taken_by(model)
     takes_mask = next((name for name in MASKS if name in taken), None)
-    uncached = "use_cache" in taken and not _is_hooked(model)
+    uncached = "use_cache" in taken and not is_hooked(model)
     takes = taken | {*MASKS} if takes_mask else taken | _passed_on_by(model)
-    vocabulary = _vocabulary_of(model)
+    vocabulary = vocabulary_size(model)
     return Reader(
         tokenize=tokenize,
         batch_size=batch_size,
@@ -104,7 +113,7 @@ def reader_of(
         carry=carry,
         takes=takes,
         takes_mask=takes_mask,
-        tells_all=_is_hooked(model) or is_hugging_face(innermost(model)),
+        tells_all=is_hooked(model) or is_hugging_face(innermost(model)),
         equal_lengths=equal_lengths,
         mask=mask,
         vocabulary=vocabulary,
@@ -125,9 +134,9 @@ def taken_by(model: Any) -> frozenset[str]:
     by_name = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
     by_place = [each for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD]
     names = {each.name for each in (*by_place[1:], *by_name)} - _NOT_GIVEN
-    within = _within(model) if _takes_anything(model) else None
-    if within is not None:
-        names = names - {*MASKS} | taken_by(within)
+    inner = within(model) if takes_anything(model) else None
+    if inner is not None:
+        names = names - {*MASKS} | taken_by(inner)
     # A mask that makes a bridge wrong is not one that it takes: it runs sequences of one length.
     return frozenset(names - {*MASKS} if mask_fault(model) else names)
 
@@ -135,57 +144,9 @@ def taken_by(model: Any) -> frozenset[str]:
 def _passed_on_by(model: Any) -> frozenset[str]:
     """Name what a forward might take that does not say what it takes."""
     inner = innermost(model)
-    if is_hugging_face(inner) or not _takes_anything(inner):
+    if is_hugging_face(inner) or not takes_anything(inner):
         return frozenset()
     return _USUAL
-
-
-def _takes_anything(model: Any) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(each.kind is each.VAR_KEYWORD for each in parameters)
-
-
-def is_hugging_face(model: Any) -> bool:
-    """Return whether a model is one of transformers', whose forwards say all that they take."""
-    return isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
-
-
-def _is_hooked(model: Any) -> bool:
-    """Return whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
-    while model is not None:
-        if hasattr(model, "hook_dict"):
-            return True
-        model = _within(model)
-    return False
-
-
-def innermost(model: Any) -> Any:
-    """Find the model within wrappers that pass on what they are given."""
-    while (within := _within(model)) is not None:
-        model = within
-    return model
-
-
-def _within(model: Any) -> nn.Module | None:
-    """Find the model that a wrapper passes its arguments on to."""
-    if hasattr(model, "get_base_model"):  # PEFT
-        found: nn.Module = model.get_base_model()
-        return found
-    for name in ("original_model", "_orig_mod", "module"):
-        within = getattr(model, name, None)
-        if isinstance(within, nn.Module):
-            return within
-    return _only_child(model)
-
-
-def _only_child(model: Any) -> nn.Module | None:
-    """Find what is within a module whose forward takes `*args, **kwargs`, and nothing by name."""
-    if not isinstance(model, nn.Module):
-        return None
-    kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
-    children = [*model.children()]
-    takes_all = kinds == [inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD]
-    return children[0] if takes_all and len(children) == 1 else None
 
 
 def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
@@ -197,42 +158,8 @@ def _padding_of(model: Any, tokenizer: Any, vocabulary: int | None) -> int:
     return 0
 
 
-def _limit_of(model: Any) -> int | None:
-    lens, hugging = getattr(model, "cfg", None), getattr(model, "config", None)
-    sizes = [getattr(lens, "n_ctx", None), getattr(hugging, "max_position_embeddings", None)]
-    if isinstance(model, nn.Module):
-        sizes = [*_numbered_behind_padding(model)[:1], *sizes]
-    return next((size for size in sizes if isinstance(size, int) and size > 0), None)
-
-
-def _numbered_behind_padding(model: nn.Module) -> list[int]:
-    """Return the positions of models like RoBERTa, whose numbers begin behind that of padding."""
-    return [
-        module.num_embeddings - module.padding_idx - 1
-        for name, module in model.named_modules()
-        if name.endswith("position_embeddings")
-        and isinstance(module, nn.Embedding)
-        and module.padding_idx is not None
-    ]
-
-
-def _vocabulary_of(model: Any) -> int | None:
-    inner = innermost(model)
-    # It is not always as long as the config's vocabulary: some models were given more tokens.
-    try:
-        size = inner.get_input_embeddings().num_embeddings
-    except (AttributeError, NotImplementedError):
-        size = getattr(getattr(model, "cfg", None), "d_vocab", None)
-    return size if isinstance(size, int) and size > 0 else None
-
-
 def _check_is_settled(model: nn.Module) -> None:
-    """Refuse a model that leaves other activations each time, or learns from what it is given.
-
-    Raises:
-        OptionError: A module of it is in training mode, and drops at random or keeps statistics.
-
-    """
+    """Refuse a model that leaves other activations each time, or learns from what it is given."""
     for name, module in model.named_modules():
         if not module.training:
             continue
@@ -246,18 +173,13 @@ def _check_is_settled(model: nn.Module) -> None:
         if dropping or isinstance(module, nn.modules.batchnorm._BatchNorm):
             what = f"drops at random (p={dropping[0]})" if dropping else "learns its statistics"
             raise OptionError(
-                f"the model is in training mode, in which {name or 'it'!r} {what}, so that each "
-                "run leaves other activations; call model.eval() first"
+                f"the model is in training mode, in which {name or 'it'!r} {what}, so each run "
+                "yields other activations; call model.eval() first"
             )
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[Any]:
-    """Turn texts into tokens.
-
-    Raises:
-        OptionError: The tokenizer returns something else, or not as many.
-
-    """
+    """Turn texts into tokens."""
     found = tokenizer(texts, **({"verbose": False} if _takes(tokenizer, "verbose") else {}))
     ids = found.get("input_ids") if isinstance(found, Mapping) else None
     if not isinstance(ids, Sized) or not isinstance(ids, Iterable):

@@ -1,4 +1,4 @@
-"""Whether an input comes in the same order each time, without which nothing can be resumed."""
+"""Refuse inputs whose order differs each time, which cannot be resumed."""
 
 import sys
 from collections.abc import Iterator
@@ -15,16 +15,11 @@ from actctx._errors import DataError
 
 _SAMPLERS = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 _DRAWN = 2**96
-"""What a seed of NumPy's that nobody gave is almost always beyond."""
+"""A bound that almost every seed drawn by NumPy itself exceeds."""
 
 
 def check_order(data: Any) -> None:
-    """Refuse an input that is shuffled without a seed.
-
-    Raises:
-        DataError: It is.
-
-    """
+    """Refuse an input that is shuffled without a seed."""
     if isinstance(data, DataLoader):
         sampler: Any = getattr(data.batch_sampler, "sampler", data.sampler)
         # Others, such as accelerate's, are subclasses with seeds of their own.
@@ -37,8 +32,8 @@ def check_order(data: Any) -> None:
 
 def _refusal(what: str, seed: str) -> str:
     return (
-        f"data is a {what} that shuffles without a seed, so its order is another each time, and "
-        f"what is written could never be resumed; give it {seed}, or give resume=False"
+        f"data is a {what} that shuffles without a seed, so its order differs each time, and the "
+        f"run could never be resumed; give it {seed}, or give resume=False"
     )
 
 
@@ -55,7 +50,7 @@ def _is_shuffled_stream(data: Any) -> bool:
 
 
 def _parts(stream: Any) -> Iterator[Any]:
-    """Go through what a stream is made of."""
+    """Yield the parts of a stream."""
     waiting = [getattr(stream, "_ex_iterable", None)]
     while waiting:
         part = waiting.pop()

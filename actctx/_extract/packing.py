@@ -1,4 +1,4 @@
-"""Sequences that are joined, and cut into as many tokens as the context has."""
+"""Join sequences, and cut them into as many tokens as the context has."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from actctx._errors import OptionError
 from actctx._extract.batching import Batch
-from actctx._extract.items import Item, ids_of
+from actctx._extract.items import Item
 from actctx._store.marks import Mark
 
 
@@ -57,7 +57,7 @@ class Packing:
     def _joined(self, sequences: list[Item], stream: "_Stream") -> Iterator[Int64[Tensor, " _"]]:
         """Pass on tokens, and what parts texts, unless the tokenizer has put it there itself."""
         for sequence in sequences:
-            tokens = ids_of(sequence.tokens)
+            tokens = sequence.tokens
             if sequence.given:
                 raise OptionError(
                     f"pack=True joins sequences, but they come with {min(sequence.given)!r}, which "

@@ -27,7 +27,7 @@ class Pipe(Generic[T]):
         """Put an item in, once there is room for it.
 
         Returns:
-            Whether anybody will take it out.
+            Whether it will be taken out.
 
         """
         with self._changed:
@@ -38,13 +38,13 @@ class Pipe(Generic[T]):
             return not self._is_abandoned
 
     def close(self, error: BaseException | None = None) -> None:
-        """Say that nothing more will come, and the error because of which nothing will."""
+        """Announce that nothing more will come, and the error that ended it."""
         with self._changed:
             self._is_closed, self._error = True, error
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Say that nothing more will be taken out."""
+        """Announce that nothing more will be taken out."""
         with self._changed:
             self._is_abandoned = True
             self._items.clear()
@@ -72,7 +72,7 @@ class Pipe(Generic[T]):
         return None
 
     def __iter__(self) -> Iterator[T]:
-        """Take out what comes; the error, if there was one, is raised behind it."""
+        """Take out items until the pipe is closed; then raise its error, if there was one."""
         while (item := self.take()) is not None:
             yield item
-            del item  # its memory goes with whoever took it
+            del item  # so that only the consumer keeps its memory

@@ -28,7 +28,7 @@ COUNTED_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ExtractionPlan:
     """What an extraction does.
 
     Attributes:
@@ -81,17 +81,8 @@ def make_plan(
     drop: Mapping[str, list[int]],
     pooling: str | None,
     finite: bool,
-) -> Plan:
-    """Plan an extraction; see `Plan`.
-
-    Args:
-        model: The model.
-        capture: Captures the sites, with `chosen` for its mask.
-        chosen: The mask.
-        reader: Reads the input.
-        drop: The tokens and positions that leave no rows.
-        pooling: How the rows of a sequence are joined; None if they are not.
-        finite: Whether NaN and infinite values are refused.
+) -> ExtractionPlan:
+    """Plan an extraction without the tokens and positions of `drop`; see `ExtractionPlan`.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -130,20 +121,20 @@ def make_plan(
     }
     row_choice = RowChoice(rows.tokens, dropped, pools=pooling is not None)
     facts = Facts(layout, sites, slices)
-    return Plan(model, capture, chosen, sites, reader, row_choice, pooling, finite, facts)
+    return ExtractionPlan(model, capture, chosen, sites, reader, row_choice, pooling, finite, facts)
 
 
 def _check_names(names: list[str]) -> None:
     for name in names:
         if not name or not is_utf8(name):
             raise OptionError(
-                f"a column needs a name, which {name!r} is not; give the site an alias, as in "
+                f"{name!r} cannot be the name of a column; give the site an alias, as in "
                 "{'resid': ...}"
             )
         if name in TAKEN or names.count(name) > 1:
             raise OptionError(
                 f"{name!r} is the name of another column; give the site an alias, as in "
-                "{'resid': ...}, or rename what is carried"
+                "{'resid': ...}, or rename the carried entry"
             )
 
 
@@ -153,8 +144,8 @@ def _shared_rows(sites: Sequence[WatchedSite]) -> RowSelector:
     for site in sites:
         if site.rows is None or picks_of(site.rows.tokens) != picks_of(shared.tokens):
             raise OptionError(
-                f"{site.shown} selects other positions than {sites[0].shown}, but they are to "
-                "have the same rows; give them one slice along 'pos', or a data set each"
+                f"{site.shown} selects other positions than {sites[0].shown}, but all sites need "
+                "the same rows; give them one slice along 'pos', or a data set each"
             )
     return shared
 

@@ -5,7 +5,7 @@ How many rows a batch leaves follows from its tokens and its mask alone. So how 
 has come is told by the number of rows on disk, and by nothing else: to resume, the input is read
 from its start, or from a mark with a number of rows, the batches whose rows are all there are not
 run, and of the one in whose middle the last commit ended only the rows that are missing are kept.
-What is skipped behind the mark is compared with what is on disk: the token of each row, and a
+What is skipped after the mark is compared with what is on disk: the token of each row, and a
 digest of all that the model was given of its sequence.
 """
 
@@ -63,7 +63,7 @@ class Work(NamedTuple):
 
     @property
     def digest(self) -> Int64[Tensor, " row"]:
-        """What tells apart of what input each row is; see `Batch.digests`."""
+        """The digest of the input of each row; see `Batch.digests`."""
         return self.batch.digests[self.within]
 
     def without_rows(self, start: int, stop: int) -> int:
@@ -76,7 +76,7 @@ class Work(NamedTuple):
         return last - first - len(behind) + before
 
     def rows(self, start: int, stop: int) -> "Work":
-        """Return it with some of its rows only."""
+        """Return a forward that keeps only some of the rows."""
         some = self._replace(
             token=self.token[start:stop],
             sequence=self.sequence[start:stop],
@@ -190,7 +190,7 @@ def pool_rows(
 
 
 def dropping(drop: Mapping[str, Iterable[int]] | None) -> dict[str, list[int]]:
-    """Read what is to be left out.
+    """Read which tokens and positions leave no rows.
 
     Raises:
         OptionError: It names other things than tokens and positions, or no numbers.

@@ -1,4 +1,4 @@
-"""The model of an extraction, described before its first forward and behind it."""
+"""The model of an extraction, described before and after its first forward."""
 
 import contextlib
 from collections.abc import Collection, Iterator, Mapping

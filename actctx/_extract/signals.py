@@ -1,4 +1,4 @@
-"""Signals that end a process end an extraction in good order: what is whole is committed first."""
+"""End an extraction cleanly at signals that end the process: what is complete is committed."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""An input as it is read, item by item: counted, digested, and found again where it was left.
+"""Read an input item by item, count and digest the items, and find the place where it was left.
 
 # NOTE [What was read before]
 Resuming does not run again what left the rows on disk. An input that tells its place, by a
@@ -6,8 +6,8 @@ Resuming does not run again what left the rows on disk. An input that tells its 
 dataset with the fingerprint that it had is entered by its index. All others are read, but not
 tokenized, batched or compared row by row: a digest of each item and all before it tells whether
 they are the same up to a mark. Where they are not, what came since the mark before is put back, and
-compared with the rows on disk. So it is in any case with what comes behind the last mark, of which
-there are rows on disk; where an input was put at a wrong place, it is read from its start.
+compared with the rows on disk. The same is done with what comes after the last mark and has rows on
+disk. An input that was put at a wrong place is read from its start.
 """
 
 import contextlib
@@ -86,7 +86,7 @@ class Source:
         is_known = not item.is_text or self._texts is not None
         self._digest = _digest(item, self._digest, self._texts) if is_known else None
         self._count += 1
-        self._size += item.tokens.numel() if isinstance(item.tokens, Tensor) else len(item.tokens)
+        self._size += item.tokens.numel() if item.text is None else len(item.text)
         self.sequences += len(item.tokens) if self.kind == "batches" else 1
         return item
 
@@ -120,10 +120,10 @@ class Source:
         return None
 
     def skip(self, marks: Sequence[Mark]) -> Mark:
-        """Read what is known, as long as it is what it was.
+        """Skip what was read before, as long as it is unchanged.
 
         Returns:
-            The mark that it came to; what was read behind it comes again.
+            The mark that was reached; what was read after it comes again.
 
         """
         reached, read = START, deque[Item]()
@@ -140,7 +140,7 @@ class Source:
 
 
 def is_stateful(data: Any) -> bool:
-    """Return whether an input knows its place."""
+    """Return whether an input can save and restore its place."""
     return all(callable(getattr(data, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
@@ -154,7 +154,7 @@ def fingerprint_of(data: Any) -> str | None:
 
 
 def place(data: Any, mark: Mark) -> tuple[Any, Callable[[], None]] | None:
-    """Put an input that knows its place at a mark.
+    """Move an input that has a `state_dict` to a mark.
 
     Returns:
         The input to go through, and what puts it back; None where it cannot be put there.
@@ -190,7 +190,7 @@ def _digest(item: Item, before: bytes | None, tokenizer: str | None) -> bytes | 
         return None
     found = hashlib.blake2b(before, digest_size=16)
     held = {
-        "tokens": item.tokens,
+        "tokens": item.tokens if item.text is None else item.text,
         "tokenizer": tokenizer if item.is_text else None,
         "real": item.real,
         "kept": item.kept,

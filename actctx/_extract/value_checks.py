@@ -1,4 +1,4 @@
-"""Values that look wrong though they can be written: a site that is constant, or lost in a cast."""
+"""Warn of values that look wrong: a site that is constant, or loses values in a cast."""
 
 from collections.abc import Iterable
 
@@ -11,19 +11,19 @@ from actctx._model.known_faults import warn
 from actctx._select.cast_loss import CastLoss
 
 _ENOUGH = 1000
-"""The rows after which a site that is constant is one."""
+"""The rows after which a site counts as constant."""
 
 _FEW = 16
 """The rows that may be alike, unless they are 0."""
 
 _BETWEEN = 64
-"""The forwards between two looks at what was lost, for which a GPU is waited for."""
+"""The forwards between two checks of what was lost, each of which waits for the GPU."""
 
 
 class ValueChecks:
     """Watches the values of sites, and warns once of each.
 
-    Rows that are alike are no surprise where their tokens are, unless they are 0.
+    Rows may be alike if their tokens are, unless they are 0.
 
     Args:
         sites: The sites, of which those with a `cast_loss` are cast.
@@ -57,7 +57,7 @@ class ValueChecks:
             self._differing.add(name)
 
     def tell(self, *, ended: bool = False) -> None:
-        """Warn of what there is to say, after a forward or at the end."""
+        """Warn of what was found, after a forward or at the end."""
         self._forwards += 1
         if ended or self._forwards % _BETWEEN == 1:
             for name, loss in [*self._losses.items()]:
@@ -70,7 +70,7 @@ class ValueChecks:
                 what = "are 0" if is_zero else "have the same values"
                 warn(
                     f"all {rows} rows of {name!r} that were written {what}; check that the site "
-                    "and the slice are those that you want"
+                    "and the slice are the ones that you want"
                 )
 
     def _warn_loss(self, name: str, loss: CastLoss) -> None:

@@ -1,4 +1,4 @@
-"""Writing rows to disk in a thread of its own: whole commits, one writer at a time.
+"""Write rows to disk in a thread: whole commits, one writer at a time.
 
 # NOTE [Commits]
 Lance streams rows into a file of its own, and makes them part of the data set in one step, by a new
@@ -50,7 +50,7 @@ class Writer:
 
     Args:
         contents: The data set.
-        finite: Whether values that are no numbers, or infinite, are refused.
+        finite: Whether NaN and infinite values are refused.
         seen: Looks at the rows of each site, and their tokens.
 
     Attributes:
@@ -89,8 +89,8 @@ class Writer:
     def close(self) -> None:
         """Write the rest, and wait until it is on disk.
 
-        An interrupt is raised behind that: the lock must not be let go of while a thread writes,
-        or whoever writes next writes the same rows.
+        An interrupt is raised after that: if the lock were released while a thread writes, the next
+        writer would write the same rows.
         """
         interrupt: BaseException | None = None
         while self._thread.ident is not None and not self._ended.is_set():
@@ -175,12 +175,7 @@ class Writer:
 
 
 def _each_row(name: str, values: Any, within: Any) -> Any:
-    """Return each row what its sequence carries.
-
-    Raises:
-        DataError: It is more than a column holds.
-
-    """
+    """Repeat for each row what its sequence carries."""
     import pyarrow as pa
 
     try:
@@ -188,8 +183,8 @@ def _each_row(name: str, values: Any, within: Any) -> Any:
     except pa.ArrowInvalid:  # of texts, which older versions wrote to each row
         raise DataError(
             f"carry names {name!r}, whose values take more than 2 GiB in the rows of one forward, "
-            "since an older version of actctx began this data set; give another path, where texts "
-            "are stored once a sequence"
+            "since an older version of actctx started this data set; give another path, where "
+            "texts are stored once per sequence"
         ) from None
 
 
@@ -199,12 +194,7 @@ def commit_seconds(elapsed: float) -> float:
 
 
 def _alike(site: StoredSite, outcome: Outcome, before: int) -> Shaped[Tensor, "row ..."]:
-    """Return what a site left, of which each row must be as those before it.
-
-    Raises:
-        DataError: The site did not fire, or its rows have another shape or dtype.
-
-    """
+    """Return the rows of a site, which must have the shape and dtype of those before."""
     if site.name not in outcome.activations:
         raise DataError(
             f"{site.name!r} did not fire in the forward after row {before}, so its rows would be "
@@ -237,7 +227,7 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
             found = found.cast(kind)  # of ints that a float holds exactly
     except (pa.ArrowException, UnicodeEncodeError) as error:  # of half a surrogate pair
         raise DataError(
-            f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
+            f"carry names {name!r}, whose values cannot form a column: {error}; give ints, floats, "
             "bools or strings, of one type throughout"
         ) from None
     if isinstance(found, pa.ChunkedArray):
@@ -255,12 +245,7 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
 
 
 def _check_finite(name: str, values: Shaped[Tensor, "row ..."], work: Work, before: int) -> None:
-    """Refuse values that are no numbers, or infinite, or were beyond the end of eight bits.
-
-    Raises:
-        DataError: There are some.
-
-    """
+    """Refuse NaN and infinite values, and those beyond the range of eight bits."""
     if not values.numel() or not values.dtype.is_floating_point:
         return
     dtype = values.dtype
@@ -288,7 +273,7 @@ def _shown(found: Tensor, dtype: torch.dtype) -> str:
 def _remedy(found: Tensor, dtype: torch.dtype) -> str:
     if dtype in FLOAT8:  # some of which take nan for what is beyond their end
         end = torch.finfo(dtype).max
-        return f"{dtype_name(dtype)} ends at {end:g}, beyond which dtype=torch.bfloat16 goes; "
+        return f"{dtype_name(dtype)} ends at {end:g}, but dtype=torch.bfloat16 has a larger range; "
     if dtype == torch.float16 and bool(found.isinf()):
-        return "float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; "
+        return "float16 ends at 65504, but dtype=torch.bfloat16 has a larger range; "
     return ""

@@ -1,14 +1,15 @@
 """Find out whether a model counts padding on the left as positions.
 
-# NOTE [How it is told]
-Models with rotary or relative positions do not mind where a sequence begins. Those that add a row
-of a table for each position do, unless they number positions by the mask, as OPT does, or by the
-ids, as RoBERTa does. No list can say which, so it is seen while the model runs: the tables that may
-be of positions are hooked. In a forward whose mask has zeros on the left, a table has counted the
-padding that yields the same rows for sequences whose padding is not the same.
+# NOTE [How this is detected]
+For models with rotary or relative positions it does not matter where a sequence begins. For models
+that add a row of a table for each position it does, unless they number positions by the mask, as
+OPT does, or by the ids, as RoBERTa does. No list can cover all models, so this is checked while the
+model runs: tables that may hold positions are hooked. If the mask of a forward has zeros on the
+left, and a table yields the same rows for sequences with different padding, then the table has
+counted the padding.
 
 # NOTE [What is not seen]
-Tables that are not modules, such as CTRL's, are known by their name and their width.
+Tables that are not modules, such as CTRL's, are recognized by their name and width.
 """
 
 import re
@@ -70,17 +71,17 @@ def widths_of(model: nn.Module) -> set[int]:
 
 
 def is_padded_left(mask: Bool[Tensor, "batch pos"]) -> bool:
-    """Return whether a real token of a sequence comes behind padding that begins it."""
+    """Return whether a sequence starts with padding that is followed by a real token."""
     return bool((~mask[:, 0] & mask.any(1)).any()) if mask.shape[1] else False
 
 
 def counts_padding(
     looked_up: Shaped[Tensor, "..."], mask: Bool[Tensor, "batch pos"], widths: set[int]
 ) -> bool:
-    """Return whether what a table yielded shows that padding on the left was counted.
+    """Return whether the output of a table shows that padding on the left was counted.
 
     Args:
-        looked_up: What the table yielded in a forward.
+        looked_up: The output of the table in a forward.
         mask: The mask of that forward, with padding on the left.
         widths: The possible widths of the table's rows, as far as they are known.
 
@@ -102,7 +103,7 @@ def counts_padding(
         if 0 <= begin < padding and both.any():
             both = both.to(table.device)
             return torch.equal(table[row][both], table[longest][both])
-    # All sequences are padded alike: the padding itself then has one place, or places of its own.
+    # All sequences are padded alike: then the padding has one position, or its own positions.
     return padding > 1 and _is_numbered(table[longest, :padding])
 
 

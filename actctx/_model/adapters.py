@@ -37,7 +37,7 @@ class Walk:
         modules: The modules of the model itself, by name.
         sizes: The adapter's config.
         mode: That of the stand-in's tensors.
-        divided: How joint projections divide, by what they have in common.
+        divided: How joint projections are split, by what they have in common.
 
     """
 
@@ -91,7 +91,7 @@ class Walk:
         self._add_aliases(component, f"{path}.", module)
 
     def _read_latents(self, component: Any, path: str) -> None:
-        """Read latents of keys and values without the axis that Hugging Face has for one head."""
+        """Read latents of keys and values without Hugging Face's axis of size one for heads."""
         points = self.found.points
         if not hasattr(component, "hook_kv_latent"):
             return
@@ -104,7 +104,7 @@ class Walk:
         self.found.inside.extend(f"{path}.{name}" for name in names)
 
     def _split_heads(self, component: Any, path: str, module: nn.Module) -> None:
-        """Split queries, keys, values and what is mixed of them into heads."""
+        """Split queries, keys, values and the mixed values into heads."""
         points = self.found.points
         is_joint = f"{path}.qkv.hook_out" in points and hasattr(component, "split_qkv_matrix")
         if is_joint:
@@ -125,21 +125,21 @@ class Walk:
                 points[name] = (projection, Readout(readout.io, part=split))
             elif is_joint and key in "qkv":
                 why = (
-                    f"TransformerLens' adapter cannot divide {projection!r} into queries, keys and "
-                    f"values ({split}); capture {projection!r}, and divide what it returns"
+                    f"TransformerLens' adapter cannot split {projection!r} into queries, keys and "
+                    f"values ({split}); capture {projection!r}, and split what it returns"
                 )
                 self.found.lack(name, why)
                 self.found.lack(name.replace("hook_out", "hook_in"), why)
             else:
                 verb, io = ("is given", ", io='in'") if readout.io == "in" else ("returns", "")
                 why = (
-                    f"what {projection!r} {verb} cannot be divided into heads for certain "
-                    f"({split}); capture it whole, by Site({projection!r}{io})"
+                    f"what {projection!r} {verb} cannot be reliably split into heads ({split}); "
+                    f"capture it whole, with Site({projection!r}{io})"
                 )
                 self.found.lack(name, why)
 
     def _joint_heads(self, component: Any, module: nn.Module) -> dict[str, Heads | str]:
-        """Divide a joint projection, or say why that fails."""
+        """Split a joint projection, or say why that fails."""
         shapes = tuple(tuple(each.shape) for each in module.parameters())
         alike = (type(component), component.name, shapes)
         if alike not in self.divided:
@@ -163,8 +163,8 @@ class Walk:
             if attention != "eager":
                 why = (
                     f"the attention of this {type(self.modules['']).__name__} is {attention!r}, "
-                    "which computes no pattern; load the model with attn_implementation='eager', "
-                    "or capture from a TransformerBridge of it"
+                    "which does not compute patterns; load the model with "
+                    "attn_implementation='eager', or capture from a TransformerBridge of it"
                 )
                 self.found.lack(f"{path}.{point}", why)
                 continue
@@ -211,7 +211,7 @@ def _returned(component: Any) -> Readout:
     """Choose what to read of a component: a router's logits, an embedding's scaled output."""
     scale = getattr(component, "_output_contribution_scale", 1.0)
     part = None if scale == 1 else functools.partial(torch.mul, other=scale)
-    if hasattr(component, "hook_comb"):  # of a hyper-connection, what it makes of its streams
+    if hasattr(component, "hook_comb"):  # for a hyper-connection, the combination of its streams
         return Readout("out", 2)
     return Readout("out", getattr(component, "logits_index", None) or None, part)
 

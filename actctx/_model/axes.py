@@ -1,7 +1,7 @@
 """The named axes of TransformerLens' hook points, and their sizes in a model's config.
 
 The names follow TransformerLens' documentation of its hook points: `batch pos d_model` for the
-residual stream, `batch pos head d_head` for queries and the attention's output a head,
+residual stream, `batch pos head d_head` for queries and the attention's output per head,
 `batch head query key` for attention patterns. A size-one axis is written `1`, as in jaxtyping.
 """
 
@@ -17,8 +17,8 @@ Axes = tuple[str, ...]
 Growth = tuple[frozenset[str], ...]
 """What each axis of an activation grows with.
 
-`"batch"` for the sequences; `"rows"` for what comes several times for each of them, such as tokens
-or heads; `"pos"` for the positions; `"target"` for those of a decoder beside an encoder.
+`"batch"` for sequences; `"rows"` for items that come several times per sequence, such as tokens or
+heads; `"pos"` for positions; `"target"` for the positions of a decoder in an encoder-decoder.
 """
 
 POSITIONS = frozenset({"pos", "query", "key"})
@@ -75,7 +75,7 @@ AXIS_NAMES = frozenset(
 )
 """Every name that an axis of a hook point, or of a stack of them, can have."""
 
-# A mixture of experts routes tokens, not sequences: its router's hooks have one row a token.
+# A mixture of experts routes tokens, not sequences: its router's hooks have one row per token.
 _ROUTER = {
     "hook_in": ("token", "d_model"),
     "hook_out": ("token", "expert"),
@@ -83,7 +83,7 @@ _ROUTER = {
     "hook_expert_indices": ("token", "choice"),
 }
 ROUTER_AXES = frozenset(_ROUTER.values())
-"""The axes of what has one row for each token, in their order."""
+"""The axes of an activation with one row per token, in order."""
 
 # T5's relative position bias.
 _BIAS = {"hook_in": ("query", "key"), "hook_out": ("query", "key", "head")}
@@ -112,7 +112,7 @@ _ORDER = {part: rank for rank, part in enumerate(_PARTS.split())}
 def running_order(name: str) -> tuple[int, ...]:
     """Rank a hook point's name by when it runs in a pre-norm block.
 
-    Parts that are not known run last of their component.
+    Unknown parts come last in their component.
     """
     return tuple(
         int(part) if part.isdecimal() else _ORDER.get(part, len(_ORDER)) for part in name.split(".")
@@ -124,8 +124,8 @@ def hook_axes(name: str, siblings: Container[str], pos_dim: int | None = None) -
 
     Args:
         name: The canonical name of the hook point, such as `blocks.0.attn.q.hook_out`.
-        siblings: All hook names of the model: some names mean another thing in some
-            architectures, and their neighbours tell.
+        siblings: All hook names of the model. Some names mean different things in different
+            architectures, and the other names decide which.
         pos_dim: The axis that holds the position, where the model declares it
             (`HookPoint.pos_dim` of TransformerLens 4.3).
 
@@ -153,7 +153,7 @@ def _usual_axes(name: str) -> Axes | None:
 
 
 def _with_pos_at(dim: int, axes: Axes) -> Axes | None:
-    """Move `pos` where the model says that it is, as in a norm of the queries a head."""
+    """Move `pos` to where the model says that it is, as in a norm of the queries of each head."""
     rest = [axis for axis in axes if axis != "pos"]
     if not 0 <= dim <= len(rest):
         return None
@@ -162,18 +162,18 @@ def _with_pos_at(dim: int, axes: Axes) -> Axes | None:
 
 
 def ungrouped(axes: Axes | None) -> Axes | None:
-    """Name the axes where `ungroup_grouped_query_attention` repeats keys and values a head."""
+    """Name the axes if `ungroup_grouped_query_attention` repeats keys and values for each head."""
     return axes and tuple("head" if axis == "kv_head" else axis for axis in axes)
 
 
 def fired_axes(name: str, axes: Axes | None, rank: int) -> Axes | None:
-    """Propose the axes of an activation of this rank, whose hook point is said to have `axes`.
+    """Propose the axes of an activation of this rank, given the `axes` of its hook point.
 
-    OPT's MLP works on flattened sequences, so what is `batch pos ...` elsewhere has one row a
-    token there. TransformerLens 3 norms the inputs of attention head by head where it splits them.
+    OPT's MLP works on flattened sequences, so what is `batch pos ...` elsewhere has one row per
+    token there. TransformerLens 3 norms the inputs of attention head by head if it splits them.
 
     Returns:
-        The axes, or None where there is nothing to propose.
+        The axes, or None if there is nothing to propose.
 
     """
     if axes is not None and len(axes) == rank:
@@ -193,7 +193,7 @@ def are_the_only(
     Args:
         axes: The axes that a name proposes.
         shape: The shape of the activation.
-        batch: The number of sequences that the forward was given, where that is known.
+        batch: The number of sequences that the forward was given, if known.
         positions: The numbers of positions that it was given: one, or an encoder's and a decoder's.
 
     """
@@ -216,13 +216,12 @@ def grown_axes(growth: Growth, proposed: Axes | None, shape: tuple[int, ...]) ->
 
     Args:
         growth: What each axis grows with.
-        proposed: The axes that the name proposes, whatever their number; they name those axes that
-            do not grow, in their order.
+        proposed: The axes that the name proposes, however many; they name the axes that do not
+            grow, in order.
         shape: The shape of the activation.
 
     Returns:
-        The axes, `"_"` for those that nothing names; None where more of them grow than can be
-        told apart.
+        The axes, `"_"` for unnamed ones; None if more of them grow than can be distinguished.
 
     """
     if len(growth) != len(shape):
@@ -246,7 +245,7 @@ def grown_axes(growth: Growth, proposed: Axes | None, shape: tuple[int, ...]) ->
 
 
 def position_dims(axes: Axes) -> list[int]:
-    """List the axes along which a slice along `pos` selects; keys are not among them."""
+    """List the axes that a slice along `pos` selects from; keys are not among them."""
     return [dim for dim, axis in enumerate(axes) if axis in {"pos", "query"}]
 
 
@@ -288,11 +287,11 @@ def _along(growth: Growth, along: list[int], proposed: Axes | None) -> list[str]
 def axis_sizes(model: nn.Module) -> Mapping[str, int]:
     """Read the sizes that a model's config fixes, such as `{"d_model": 768, "head": 12}`.
 
-    The config is TransformerLens' (`model.cfg`), or Hugging Face's (`model.config`) where that is
-    all there is. A bridge's config holds four times `d_model` for the `d_mlp` of OPT and T5,
-    whatever their MLP is, so Hugging Face's, which the bridge wraps, is asked for that first.
-    A size that differs within the model is left out: that of a head with latent attention, and
-    the layers of an encoder and a decoder that are not alike.
+    The config is TransformerLens' (`model.cfg`), or else Hugging Face's (`model.config`). For OPT
+    and T5, a bridge's config always says that `d_mlp` is four times `d_model`, so this size is read
+    from the Hugging Face config that the bridge wraps. Sizes that differ within the model are left
+    out: that of a head with latent attention, and the number of layers if an encoder and a decoder
+    differ.
 
     Returns:
         The known sizes in elements; empty for a model without such a config.
@@ -311,7 +310,7 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
         "layer": _first(lens, "n_layers") or _first(hugging, "num_hidden_layers"),
     }
     grouped = _first(lens, "n_key_value_heads") or _first(hugging, "num_key_value_heads")
-    # Falcon's configs give the number, or say that all share one.
+    # Falcon's configs give the number, or say that all heads share one.
     if _value(hugging, "new_decoder_architecture"):
         grouped = _first(hugging, "num_kv_heads")
     elif _value(hugging, "multi_query"):
@@ -327,7 +326,7 @@ def axis_sizes(model: nn.Module) -> Mapping[str, int]:
 
 
 def _text_config(config: Any) -> object:
-    """Return the config of the language model, where one config holds those of several parts."""
+    """Return the config of the language model, if one config contains those of several parts."""
     if _first(config, "hidden_size", "n_embd", "d_model") or not hasattr(config, "get_text_config"):
         return config
     return config.get_text_config()

@@ -1,14 +1,14 @@
-"""Digests of tensors: to the bit for weights, to rounding for what a model computes anew.
+"""Digests of tensors: exact for weights, up to rounding for tensors that a model recomputes.
 
 # NOTE [What a digest covers]
-The sum of a tensor's bits as integers, and a few of its elements in their places. Integers sum up
-alike on every device and in every order, and as fast as memory is read. A change of any one element
-changes it. It tells tensors apart that differ by accident; somebody who wants two to look alike can
-manage it.
+The sum of a tensor's bits as integers, and a few of its elements with their positions. Integer sums
+are the same on every device and in every order, and as fast as memory is read. A change of any
+single element changes the digest. It distinguishes tensors that differ by accident; it is not
+secure against deliberate collisions.
 
-What a model computes when it is made, such as rotary frequencies, comes out a little different on
-each device. Of such a tensor one number is kept: the mean of its elements, on a scale that is
-logarithmic but near zero, each with a weight of its own. Rounding moves it by less than
+Tensors that a model computes when it is created, such as rotary frequencies, differ slightly
+between devices. For such a tensor one number is kept: the weighted mean of its elements, each with
+its own weight, on a scale that is logarithmic except near zero. Rounding changes it by less than
 `TOLERANCE`.
 """
 
@@ -45,7 +45,7 @@ def exact(weights: Tensor) -> str:
 
 
 def sketched(values: Tensor) -> str | list[Any]:
-    """Describe a tensor that is computed anew; one of integers to the bit."""
+    """Describe a tensor that is recomputed; integers are compared exactly."""
     is_dense = type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided
     if not is_dense or not (values.is_floating_point() or values.is_complex()):
         return exact(values)
@@ -55,7 +55,7 @@ def sketched(values: Tensor) -> str | list[Any]:
 
 
 def is_alike(was: Any, now: Any) -> bool:
-    """Compare two descriptions of tensors, or of whatever else; sketches up to rounding."""
+    """Compare two descriptions of tensors or of anything else; sketches up to rounding."""
     if is_sketch(was) and is_sketch(now):
         return bool(was[0] == now[0] and abs(was[1] - now[1]) <= TOLERANCE)
     return bool(was == now)
@@ -80,7 +80,7 @@ def _sketch(flat: Float64[Tensor, " _"]) -> float:
 
 
 def _parts(weights: Tensor) -> Iterator[Tensor]:
-    """List the dense tensors that a tensor consists of: one, but for some kinds."""
+    """List the dense tensors that a tensor consists of: one, except for some kinds."""
     if hasattr(weights, "full_tensor"):  # a DTensor, which is gathered
         yield from _parts(weights.full_tensor())
     elif weights.is_quantized:
@@ -120,7 +120,7 @@ def _bits(weights: Shaped[Tensor, "..."]) -> list[int]:
 
 
 def _sum(words: Shaped[Tensor, " _"]) -> Shaped[Tensor, " 1"]:
-    """Sum up integers, in wider ones where they divide evenly; an overflow wraps around."""
+    """Sum up integers, as wider integers if they divide evenly; overflow wraps around."""
     per_long = 8 // words.element_size()
     if len(words) % per_long == 0:
         aligned = words.storage_offset() % per_long == 0

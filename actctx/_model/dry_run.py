@@ -1,16 +1,16 @@
 """Find out what the modules of a Hugging Face model are called with, by a run without values.
 
-# NOTE [What a dry run tells]
+# NOTE [What a dry run shows]
 A stand-in of the model is run under fake tensors, on a few sequences and then on one more token.
-Which modules it calls, and whether what they are given and return are tensors, does not depend on
-values. It may depend on what the model is given: so a tower for pictures, which a text does not
-reach, is not judged, nor is anything where the run does not come to its end; and a module is only
-said to be passed by where a long text does not reach it either. Where the run fails, as of a model
-whose calls depend on values, the source of the model tells what it never calls.
+Which modules it calls, and whether their inputs and outputs are tensors, does not depend on values.
+It may depend on the kind of input: so nothing is said about an image tower, which a text does not
+reach, or about any module if the run does not finish. A module is only reported as never called if
+a long text does not reach it either. If the run fails, as for a model whose calls depend on values,
+the source of the model is searched for calls instead.
 
-# NOTE [Layers that are alike]
-Of layers that are built alike, the first is run, and the others return what it returned: a hundred
-layers take no longer than one.
+# NOTE [Identical layers]
+If layers are built identically, the first one is run, and the others return its output. So a
+hundred layers take no longer than one.
 """
 
 import ast
@@ -31,7 +31,7 @@ _SEQUENCES, _SHORT, _LONG = 2, 16, 130
 _SAMPLES = 4000
 _PATTERN_RANK = 4
 _NUMBERS = {"layer_idx", "layer_id", "layer_index", "layer_number", "block_idx", "block_id"}
-# Methods that pass modules on and do not call them.
+# Methods that return modules without calling them.
 _NOT_RUN = (
     "__init__",
     "_init_weights",
@@ -49,7 +49,7 @@ class Call:
 
     Attributes:
         is_given_tensor: Whether the first argument that it was given is a tensor.
-        returned: The shapes of all tensors that it returned, or None where it did not return.
+        returned: The shapes of all tensors that it returned, or None if it did not return.
 
     """
 
@@ -58,7 +58,7 @@ class Call:
 
     @property
     def has_pattern(self) -> bool:
-        """Whether there may be an attention pattern beside the output, as far as that is known."""
+        """Whether it may also return an attention pattern, as far as is known."""
         return self.returned is None or any(
             len(shape) == _PATTERN_RANK for shape in self.returned[1:]
         )
@@ -71,7 +71,7 @@ class DryRun:
     Attributes:
         model: The model.
         calls: What each module was given and returned, by its name, at its last call.
-        is_whole: Whether the run came to its end.
+        is_whole: Whether the run finished.
         modules: The modules of the stand-in that ran, by name.
 
     """
@@ -104,7 +104,7 @@ class DryRun:
 
     @functools.cached_property
     def with_attentions(self) -> "DryRun":
-        """The run that asked for attention patterns."""
+        """The run that requested attention patterns."""
         return dry_run(self.model, output_attentions=True)
 
     @functools.cached_property
@@ -113,15 +113,15 @@ class DryRun:
 
 
 def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun:
-    """Run a stand-in of a Hugging Face model without values. Nobody's hooks fire in it.
+    """Run a stand-in of a Hugging Face model without values. No hooks of others fire in it.
 
     Args:
         model: The model, which is left as it is.
         positions: How many tokens a sequence has.
-        options: What the forward is given beside its inputs.
+        options: Further arguments of the forward.
 
     Returns:
-        What was seen of its modules. Nothing is raised, whatever the model raises.
+        What was observed of its modules. Errors of the model are not raised.
 
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -141,7 +141,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
     try:
         with undisturbed(model), torch.device("cpu"), mode:
             _run(whole, positions, options)
-    except Exception:  # noqa: BLE001  what a model raises that cannot run without values
+    except Exception:  # noqa: BLE001  whatever a model raises if it cannot run without values
         is_whole = False
     for name in modules:
         first = _first_alike(name, alike)
@@ -151,7 +151,7 @@ def dry_run(model: nn.Module, positions: int = _SHORT, **options: Any) -> DryRun
 
 
 def _first_alike(name: str, alike: Mapping[str, str]) -> str:
-    """Name the same module of the first layer that is built alike."""
+    """Name the corresponding module of the first identical layer."""
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         first = alike.get(".".join(parts[:length]))
@@ -161,7 +161,7 @@ def _first_alike(name: str, alike: Mapping[str, str]) -> str:
 
 
 def _run_once(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Have layers that are built alike run once, and tell the first of each."""
+    """Make identical layers run once, and return the first of each."""
     alike: dict[str, str] = {}
     for name, module in modules.items():
         if not isinstance(module, nn.ModuleList):
@@ -196,7 +196,7 @@ def _built(module: nn.Module) -> object:
 
 
 class _Once:
-    """The forward of layers that are built alike: all return what the first returned."""
+    """The forward of identical layers: all return the output of the first."""
 
     def __init__(self, first: nn.Module) -> None:
         self._first = first
@@ -219,7 +219,7 @@ def _set_runnable(module: nn.Module) -> None:
     if getattr(config, "_attn_implementation", "eager") not in {"eager", "sdpa"}:
         config._attn_implementation = "eager"
     if getattr(config, "_experts_implementation", None) is not None:
-        # Other implementations look at which experts were chosen.
+        # Other implementations read which experts were chosen.
         config._experts_implementation = "batched_mm"
     if hasattr(config, "pad_token_id") and config.pad_token_id is None:
         config.pad_token_id = 0  # classifiers take no batch without one
@@ -312,9 +312,9 @@ def _may_call(kind: type[nn.Module], attribute: str) -> bool:
 
 @functools.lru_cache
 def _called_in(file: str) -> frozenset[str] | None:
-    """List the attributes that code in a file may call, or hand on to what calls them.
+    """List the attributes that code in a file may call, or pass on to be called.
 
-    Those of which only attributes are read, as in `self.conv1d.weight`, are not among them.
+    Attributes that are only read from, as in `self.conv1d.weight`, are not included.
     """
     try:
         tree = ast.parse(Path(file).read_text(encoding="utf-8"))
@@ -332,7 +332,7 @@ def _collect(node: ast.AST, found: set[str]) -> None:
         if isinstance(node.ctx, ast.Load):
             found.add(node.attr)
         inner = node.value
-        # Of `self.conv1d.weight`, it is the weight that is loaded.
+        # In `self.conv1d.weight`, only the weight is loaded.
         while isinstance(inner, ast.Attribute):
             inner = inner.value
         _collect(inner, found)

@@ -1,13 +1,13 @@
-"""What a model is: its weights, its buffers and its settings, so that data of two are not mixed.
+"""Identify a model by its weights, buffers and settings, so that data of two models are not mixed.
 
 # NOTE [What it covers]
-Every parameter and every buffer that is saved with the weights, to the bit; buffers that a model
-computes when it is made, up to rounding; see the note on digests. Then what it computes with beside
-them: classes and attributes of its modules, its configs, adapters that are on, autocast, and hooks
-of others. A model that was compiled, in parts or as a whole, is the one that it was before.
+Every parameter and every buffer that is saved with the weights, exactly; buffers that a model
+computes when it is created, up to rounding (see the note on digests). Then everything else that it
+computes with: classes and attributes of its modules, its configs, active adapters, autocast, and
+hooks of others. Compiling a model, in parts or as a whole, does not change its identity.
 
-The fingerprint is one of what is saved. Where no buffers are, it is that of the parameters alone,
-which is all that data sets of earlier versions have.
+The fingerprint covers what is saved with the weights. If no buffers are, it covers the parameters
+alone, which is all that data sets of earlier versions have.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from actctx._model.settings import settings_of, without_compiled
 
 
 def describe_model(model: nn.Module) -> dict[str, str]:
-    """Return what a data set says of the model: its name, class, fingerprint and settings.
+    """Describe the model for a data set: its name, class, fingerprint and settings.
 
     Raises:
         OptionError: Its weights are on the meta device, and nowhere else.
@@ -68,12 +68,12 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def settled(described: Mapping[str, str], model: nn.Module, changing: set[str]) -> dict[str, str]:
-    """Leave out of a description what the first forward changed: that is a state, no setting.
+    """Remove from a description what the first forward changed: that is state, not a setting.
 
     Args:
         described: The model before its first forward.
         model: The model behind it.
-        changing: The places whose hooks changed what passed.
+        changing: The places whose hooks changed values.
 
     """
     model = uncompiled(model)
@@ -87,7 +87,7 @@ def settled(described: Mapping[str, str], model: nn.Module, changing: set[str]) 
     ]
     for section in ("buffers", "computed", "attributes"):
         found[section] = {name: each for name, each in found[section].items() if name not in states}
-    # Of hooks that only look nothing is kept, and of one that holds a state the name alone.
+    # Hooks that only read are dropped; of a hook with state, only the name is kept.
     found["hooks"] = {
         place: [each if each in hooks.get(place, []) else [each[0], ""] for each in there]
         for place, there in found["hooks"].items()
@@ -98,7 +98,7 @@ def settled(described: Mapping[str, str], model: nn.Module, changing: set[str]) 
 
 
 class _Digested(NamedTuple):
-    """A tensor by its name: what is shown of it, and what is digested."""
+    """A tensor by its name: the description shown to users, and the digest."""
 
     name: str
     shown: str
@@ -106,7 +106,7 @@ class _Digested(NamedTuple):
 
 
 class _Buffers(NamedTuple):
-    """The buffers of a model: those that are saved, and the sections of all."""
+    """The buffers of a model: those that are saved, and the sections of all of them."""
 
     saved: list[_Digested]
     sections: dict[str, dict[str, Any]]

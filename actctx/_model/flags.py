@@ -8,7 +8,7 @@ from torch import nn
 
 from actctx._model.places import Place
 
-# Where TransformerLens skips a hook point unless a flag of its config is set.
+# Hook points that TransformerLens skips unless a flag of its config is set.
 _FLAGS = {
     "attn.hook_result": "use_attn_result",
     "hook_q_input": "use_split_qkv_input",
@@ -17,14 +17,14 @@ _FLAGS = {
     "hook_mlp_in": "use_hook_mlp_in",
     "hook_attn_in": "use_attn_in",
 }
-# What the component of a bridge says of itself, where it can honor a flag.
+# The attribute by which a component of a bridge says whether it supports a flag.
 _SUPPORT = {
     "use_attn_result": "supports_attn_result",
     "use_split_qkv_input": "supports_split_qkv_fork",
     "use_attn_in": "supports_split_qkv_fork",
 }
 _EXCLUDES = {"use_split_qkv_input": "use_attn_in", "use_attn_in": "use_split_qkv_input"}
-# What to capture in place of what cannot be switched on, and what it is to it.
+# What to capture instead of a hook point that cannot be switched on, and how the two are related.
 _INSTEAD = {
     "use_attn_result": ("attn.hook_z", "whose product with its part of W_O is each head's result"),
     "use_split_qkv_input": ("hook_resid_pre", "of which it would be a copy"),
@@ -69,8 +69,8 @@ def why_it_never_fired(model: nn.Module, place: Place) -> str | None:
 def is_repeated(model: nn.Module, place: Place) -> bool:
     """Return whether a hook point fires several times a forward with the same values.
 
-    `HookedTransformer` norms what queries, keys and values are given one by one, though it is one
-    tensor unless `use_split_qkv_input` makes copies of it.
+    `HookedTransformer` norms the inputs of queries, keys and values separately, although they are
+    the same tensor unless `use_split_qkv_input` makes copies.
     """
     is_of_norm = place.is_hook_point and ".ln1.hook_" in place.name
     splits = getattr(getattr(model, "cfg", None), "use_split_qkv_input", True)
@@ -101,7 +101,7 @@ def _why_it_stays_off(model: nn.Module, place: Place, flag: str) -> str:
         return "this architecture's bridge cannot switch it on"
     name = _block_of(place)
     if not name.startswith("blocks."):
-        return "a bridge switches it on in its 'blocks' alone"
+        return "a bridge switches it on only in its 'blocks'"
     if flag in _SUPPORT:
         attention = _submodule(model, f"{name}.attn")
         return "" if getattr(attention, _SUPPORT[flag], True) else "this layer cannot switch it on"

@@ -1,9 +1,9 @@
 """Hooks of others, which may change what is captured.
 
 # NOTE [Which ones count]
-A hook that only looks on changes no value, and what it returns is not known before it runs. So all
-hooks of others are listed, and in the first forward what passes through them is compared. Those
-that libraries put on are left out, such as those of bridges, of tensor parallelism, of captures.
+A hook that only reads changes no value, and this is not known before it runs. So all hooks of
+others are listed, and in the first forward the values before and after them are compared. Hooks of
+libraries are left out, such as those of bridges, tensor parallelism and captures.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ _INPUT, _OUTPUT = "input", "output"
 
 
 def list_hooks(model: nn.Module) -> dict[str, list[list[str]]]:
-    """List the hooks of others: by where they are, the name and a digest of each."""
+    """List the hooks of others by place, with the name and a digest of each."""
     return {
         place: [[*describe_function(hook)] for hook in hooks]
         for place, _, _, hooks in _places(model)
@@ -31,7 +31,7 @@ def list_hooks(model: nn.Module) -> dict[str, list[list[str]]]:
 
 @contextlib.contextmanager
 def noting_changes(model: nn.Module) -> Iterator[set[str]]:
-    """Note, while a forward runs, the places whose hooks change what passes."""
+    """Record, while a forward runs, the places whose hooks change values."""
     changing: set[str] = set()
     handles: list[RemovableHandle] = []
     try:
@@ -56,7 +56,7 @@ def _places(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, str, list
 
 
 class _Between:
-    """Compares what passes before and after the hooks of a place."""
+    """Compares the values before and after the hooks of a place."""
 
     def __init__(self, place: str, changing: set[str]) -> None:
         self._place = place
@@ -64,7 +64,7 @@ class _Between:
         self._before: list[list[Tensor]] = []
 
     def put_on(self, module: nn.Module | None, io: str) -> list[RemovableHandle]:
-        """Put a hook before all others, and one behind them."""
+        """Add a hook before all others, and one after them."""
         if module is None:
             register: Callable[..., RemovableHandle] = (
                 every.register_module_forward_pre_hook

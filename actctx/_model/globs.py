@@ -1,11 +1,11 @@
-"""The grammar of names: full names, their endings and globs, read alike wherever a name is given.
+"""The grammar of names: full names, suffixes and globs, with the same meaning everywhere.
 
 | written | means |
 | --- | --- |
-| `blocks.3.hook_out` | that place, or every one whose name ends so, part by part |
-| `hook_z`, `attn.hook_z` | every place whose name ends so |
-| `*resid_post` | a glob without a dot: every place whose last part it matches |
-| `blocks.*.attn.hook_z` | a glob with dots: every place whose whole name it matches |
+| `blocks.3.hook_out` | this place, or every place whose last parts are these |
+| `hook_z`, `attn.hook_z` | every place whose last parts are these |
+| `*resid_post` | a glob without a dot: matches the last part of a name |
+| `blocks.*.attn.hook_z` | a glob with dots: matches a whole name |
 """
 
 import functools
@@ -39,13 +39,12 @@ def matcher(pattern: str) -> Callable[[str], bool]:
     """Compile a pattern into a predicate on names.
 
     `*`, `?` and brackets stay within one part of a name, `**` spans any number of parts. A bracket
-    holds numbers, which are whole numbers in a name and whose ranges include both ends (`[8-11]`,
-    `[0,3,11]`, and `[!0]` for all others), or characters (`[qkv]`, `[!qk]`). A glob without a dot
-    matches the last part of a name, at any depth, as in a `.gitignore`. Any other
-    name matches the end of a name, part by part.
+    contains whole numbers, with ranges that include both ends (`[8-11]`, `[0,3,11]`, and `[!0]` for
+    all others), or characters (`[qkv]`, `[!qk]`). A glob without a dot matches the last part of a
+    name, at any depth, as in a `.gitignore`. Any other name matches the last parts of a name.
 
     Raises:
-        HookNameError: A bracket holds something else.
+        HookNameError: A bracket contains something else.
 
     """
     if not is_glob(pattern):
@@ -63,19 +62,19 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def meant(wanted: str, named: Mapping[str, Iterable[str]]) -> dict[str, str]:
-    """Find which of several sites a name means.
+    """Find the sites that a name matches.
 
     Args:
-        wanted: The key of a site; a name of one; an alias that several have before their names;
-            or an ending or a glob of names.
+        wanted: The key or a name of a site; an alias that several sites have before their names; or
+            a suffix or a glob.
         named: The names of each site, by its key.
 
     Returns:
-        The name by which each site that is meant was found, by its key: `wanted` itself, unless
-        it is an alias, an ending or a glob.
+        The name by which each matching site was found, by its key: `wanted` itself, unless it is an
+        alias, a suffix or a glob.
 
     Raises:
-        HookNameError: It is a pattern that means nothing.
+        HookNameError: It is not a valid pattern.
 
     """
     if wanted in named:
@@ -107,7 +106,7 @@ def _regex_of(parts: list[str], pattern: str) -> str:
             regex += _part(part, pattern) + ("" if is_last else r"\.")
         elif not is_last:
             regex += r"(?:[^.]*\.)*"
-        else:  # it may match no part at all, and then not the dot before it either
+        else:  # it may match no part at all, and then the dot before it is dropped too
             regex = regex.removesuffix(r"\.") + r"(?:\.[^.]*)*"
     return regex
 
@@ -126,7 +125,7 @@ def _part(part: str, pattern: str) -> str:
 
 
 def _bracket(token: str, before: str, behind: str, pattern: str) -> str:
-    """Read a bracket, which stands between two other tokens."""
+    """Read a bracket between two other tokens."""
     inside = re.sub(r"\s*([,-])\s*", r"\1", token.removeprefix("[").removesuffix("]").strip())
     negation = "!" if inside.startswith("!") else ""
     inside = inside.removeprefix("!")
@@ -142,7 +141,7 @@ def _bracket(token: str, before: str, behind: str, pattern: str) -> str:
 
 
 def _is_digit(before: str, behind: str) -> bool:
-    """Return whether a bracket is one character of a number, by what stands beside it."""
+    """Return whether a bracket is one character of a number, judging by its neighbours."""
     return any(each.isdecimal() or each in {"?", "[", "]"} for each in (before, behind) if each)
 
 
@@ -166,8 +165,8 @@ def _numbers(inside: str, negation: str, token: str, behind: str, pattern: str) 
         raise HookNameError(_refusal(token, pattern, remedy))
     if behind.startswith("*") and re.fullmatch(r"\d(?:[-,]\d)*", inside):
         remedy = (
-            "as it stands it may mean these numbers, or those that begin so; write '*' for every "
-            "number, or the numbers themselves, as in '[0-11]'"
+            "it could mean these numbers, or all that begin with them; write '*' for every number, "
+            "or the numbers themselves, as in '[0-11]'"
         )
         raise HookNameError(_refusal(f"{token}*", pattern, remedy))
     one = "|".join(str(number) for first, last in bounds for number in range(first, last + 1))
@@ -181,7 +180,7 @@ def _refusal(token: str, pattern: str, remedy: str) -> str:
 
 
 def _remedy(inside: str, negation: str) -> str:
-    """Say what to write in place of a bracket."""
+    """Say what to write instead of a bracket."""
     if (found := re.fullmatch(r"(\d*):(\d+)", inside)) and int(found[2]) > int(found[1] or 0):
         low, high = int(found[1] or 0), int(found[2]) - 1
         numbers = f"{low}-{high}" if high > low else f"{low}"

@@ -1,17 +1,17 @@
-"""How features divide into heads, and the outputs of a joint projection into queries, keys, values.
+"""Split features into heads, and the outputs of a joint projection into queries, keys and values.
 
 # NOTE [Sizes of a layer]
-Layers of one model may have heads of different sizes and numbers, and a model may hold several
-towers. So heads are split by what the attention module of the layer says of itself, checked against
-the widths of its projections: queries are `heads * d_head` wide, or twice that where the adapter
-says that a gate lies beside each query; keys are as deep as queries; values and what is mixed of
-them are `heads * d_value` wide. What does not add up is refused, not guessed.
+Layers of one model may have heads of different sizes and numbers, and a model may contain several
+towers. So heads are split by the attributes of the layer's attention module, checked against the
+widths of its projections: queries are `heads * d_head` wide, or twice that if the adapter says that
+each query has a gate; keys have the size of queries; values and mixed values are `heads * d_value`
+wide. Sizes that do not add up are refused, not guessed.
 
-# NOTE [Dividing by labels]
-TransformerLens' adapters divide weights, not activations. So one is given a projection whose
-weights are the numbers of its outputs, and the numbers that come back as the weights of the queries
-are theirs. What comes back is checked against what was given, since an adapter that reads other
-weights than these would give any features for the heads.
+# NOTE [Splitting by labels]
+TransformerLens' adapters split weights, not activations. So an adapter is given a projection whose
+weights are the indices of its outputs, and the indices that it returns as the weights of the
+queries are those of the queries. The result is checked against the input, because an adapter that
+reads other weights than these would return wrong features.
 """
 
 import copy
@@ -75,22 +75,22 @@ def _regular(start: int, stride: int, heads: int, d_head: int) -> Int64[Tensor, 
 
 
 _DEPTHS = ("qk_head_dim", "head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
-"""What attention modules of Hugging Face's call the size of a query."""
+"""Names of the attribute with the size of a query in Hugging Face's attention modules."""
 
 _COUNTS = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-"""What they call the number of query heads."""
+"""Names of the attribute with the number of query heads."""
 
 
 def heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
-    """Return how the projections of an attention module divide into heads.
+    """Return how to split the projections of an attention module into heads.
 
     Args:
         component: The adapter's part for the attention.
         attention: The attention, as Hugging Face has it.
-        config: The adapter's config, which tells of gates, and the sizes where a module does not.
+        config: The adapter's config, with gates, and with sizes that the module does not have.
 
     Returns:
-        For `"q"`, `"k"`, `"v"` and `"z"`, as far as the attention has them: how it divides, or why
+        For `"q"`, `"k"`, `"v"` and `"z"`, as far as the attention has them: how to split it, or why
         that is not known.
 
     """
@@ -101,7 +101,7 @@ def heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Hea
 
 
 def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[str, Heads | str]:
-    """Return how a joint projection divides into queries, keys and values, and those into heads.
+    """Return how to split a joint projection into queries, keys and values, and those into heads.
 
     Args:
         component: The adapter's part for the attention.
@@ -134,7 +134,7 @@ def joint_heads_of(component: Any, attention: nn.Module, config: Any) -> dict[st
 def _divided_by(
     widths: Mapping[str, int | str], attention: Any, config: Any, *, is_joint: bool = False
 ) -> dict[str, Heads | str]:
-    """Divide features of these widths by the sizes that the attention module names."""
+    """Split features of these widths by the sizes that the attention module states."""
     unknown = next((width for width in widths.values() if isinstance(width, str)), "")
     if unknown:
         return {
@@ -269,10 +269,10 @@ def _bare(weight: Float[Tensor, "..."], bias: Float[Tensor, " outputs"]) -> nn.M
 
 
 def _of_falcon(attention: Any, numbers: Float[Tensor, " outputs"]) -> list[Float[Tensor, " _"]]:
-    """Divide as Falcon's newer decoders do themselves: each group has its queries, key and value.
+    """Split as Falcon's newer decoders do: each group has its queries, key and value.
 
-    TransformerLens' adapter takes all queries to come first. The method of the model repeats a key
-    for all queries of its group.
+    TransformerLens' adapter assumes that all queries come first. The model's own method repeats a
+    key for all queries of its group.
     """
     parts = attention._split_heads(numbers[None, None])
     return [torch.tensor([*dict.fromkeys(part.flatten().tolist())]) for part in parts]

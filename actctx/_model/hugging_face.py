@@ -1,9 +1,9 @@
-"""TransformerLens' hook names on a plain Hugging Face model, for which no bridge is built.
+"""TransformerLens' hook names on a plain Hugging Face model, without building a bridge.
 
-# NOTE [Whose mapping it is]
-TransformerLens' architecture adapters tell which module of a Hugging Face model each component is,
-which aliases its hook points have, and how a joint projection divides into queries, keys and
-values. The adapter of the model is asked for all of that; there is no table of architectures here.
+# NOTE [Where the mapping comes from]
+TransformerLens' architecture adapters say which module of a Hugging Face model each component is,
+which aliases its hook points have, and how to split a joint projection into queries, keys and
+values. All of it is read from the adapter; there is no table of architectures here.
 """
 
 import functools
@@ -24,9 +24,9 @@ from actctx._model.translation import Readout, Translation
 
 @dataclass(frozen=True, eq=False)
 class _Known:
-    """What was found in a model, for as long as it has the same modules.
+    """The names found in a model, valid for as long as it has the same modules.
 
-    It holds none of them, so that a model is freed as if nobody had asked.
+    It keeps no reference to them, so that it does not keep the model alive.
     """
 
     attention: tuple[str | None, ...]
@@ -34,7 +34,7 @@ class _Known:
     found: Translation
 
     def holds(self, attention: tuple[str | None, ...], modules: Mapping[str, nn.Module]) -> bool:
-        """Return whether it is still right."""
+        """Return whether it is still valid."""
         return (
             self.attention == attention
             and self.modules.keys() == modules.keys()
@@ -53,8 +53,8 @@ def translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translation
         modules: All of its modules, by name.
 
     Returns:
-        The names, the same object as long as the model has the same modules and attention; or
-        why there are none. Nothing is raised, whatever an adapter raises.
+        The names, the same object as long as the model has the same modules and attention; or why
+        there are none. Errors of an adapter are not raised.
 
     """
     configs = {id(each.config): each.config for each in modules.values() if "config" in vars(each)}
@@ -70,7 +70,7 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError:
-        return Translation(lacks="TransformerLens 3 or later tells them; install it")
+        return Translation(lacks="TransformerLens 3 or later provides them; install it")
     name = type(model).__name__
     remedy = "give the names of its modules (see actctx.hook_names(model))"
     try:
@@ -78,7 +78,7 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
         if best.points:
             _drop(best, dry_run(model))
             return best
-    except Exception as error:  # noqa: BLE001  of a model that nothing stands in for
+    except Exception as error:  # noqa: BLE001  from a model that cannot have a stand-in
         failed = told(error)
     if failed:
         lacks = f"TransformerLens' adapter fails on this {name} ({failed}); {remedy}"
@@ -90,7 +90,7 @@ def _translate(model: nn.Module, modules: Mapping[str, nn.Module]) -> Translatio
 def _best(
     model: nn.Module, modules: Mapping[str, nn.Module], aliases: Mapping[str, Any]
 ) -> tuple[Translation, str]:
-    """Find the names that the first adapter has which knows the layers, or why one fails."""
+    """Find the names of the first adapter that knows the layers, or why an adapter fails."""
     best, failed = Translation(), ""
     kinds = dict.fromkeys(filter(None, map(_adapter, _relatives(model))))
     for name, kind in kinds:
@@ -101,7 +101,7 @@ def _best(
                 adapter = kind(_config(whole, name))
                 root = _roots(whole)[number]
                 found = _walked(adapter, mode, (whole, root), modules, aliases)
-            except Exception as error:  # noqa: BLE001  what an adapter raises for what it cannot do
+            except Exception as error:  # noqa: BLE001  whatever an adapter raises
                 failed = failed or told(error)
                 continue
             best = best if best.points and not found.has_layers else found
@@ -111,10 +111,10 @@ def _best(
 
 
 def _roots(model: nn.Module) -> list[nn.Module]:
-    """List what an adapter may take for the whole model.
+    """List what an adapter may treat as the whole model.
 
-    That is the model itself; the same as the body of a model with a head, which it has under a name
-    such as `transformer` of GPT-2; and the body alone, where the adapter refuses the head.
+    That is the model itself; the model as the body of a model with a head, under a name such as
+    GPT-2's `transformer`; and the body alone, if the adapter refuses the head.
     """
     prefix = getattr(model, "base_model_prefix", "")
     body = getattr(model, prefix, None) if prefix else None
@@ -134,8 +134,8 @@ def _walked(
     Args:
         adapter: A fresh one, which is prepared for the stand-in.
         mode: That of the stand-in's tensors.
-        models: The stand-in of the model, under whose names its modules are; and what of it the
-            adapter is given for the model.
+        models: The stand-in of the model, which provides the names of modules; and the part of it
+            that the adapter is given as the model.
         modules: The modules of the model itself.
         aliases: Those of a bridge.
 
@@ -154,7 +154,7 @@ def _walked(
 
 
 def _drop(found: Translation, run: DryRun) -> None:
-    """Drop the points that no forward reaches, and record why for whoever asks for them."""
+    """Drop the points that no forward reaches, and record why."""
     whose: dict[str, list[str]] = {}
     for alias, name in found.aliases.items():
         whose.setdefault(name, []).append(alias)
@@ -192,7 +192,7 @@ def _why_never(run: DryRun, module: str, readout: Readout) -> str:
 
 
 def is_hugging_face(model: nn.Module) -> bool:
-    """Recognise a `PreTrainedModel` without importing it; wrappers pass attributes through."""
+    """Recognize a `PreTrainedModel` without importing it; wrappers pass attributes through."""
     return hasattr(type(model), "base_model_prefix")
 
 
@@ -204,8 +204,8 @@ def why_wrapped(model: nn.Module) -> str:
         return ""
     return (
         f"it is a name in the Hugging Face model that this {type(model).__name__} holds as "
-        f"{inside!r}; capture from that, as in capture(model.get_submodule({inside!r}), ...), "
-        "and run the whole as before"
+        f"{inside!r}; capture from that, as in capture(model.get_submodule({inside!r}), ...), and "
+        "run the wrapper as before"
     )
 
 
@@ -215,7 +215,7 @@ def _relatives(model: nn.Module) -> list[str]:
 
     config: Any = model.config
     kinds = sorted(name for name in vars(auto) if name.endswith("_MAPPING_NAMES"))
-    # Of several, what most people load: a decoder first, then an encoder, then both.
+    # Of several, the most common comes first: a decoder, then an encoder, then both.
     first = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM")
     kinds = [*(f"MODEL_FOR_{kind}_MAPPING_NAMES" for kind in first), *kinds]
     found = dict.fromkeys(each.__name__ for each in type(model).__mro__)
@@ -226,17 +226,17 @@ def _relatives(model: nn.Module) -> list[str]:
 
 
 def _adapter(architecture: str) -> tuple[str, Any] | None:
-    """Find the adapter of an architecture, and the name that it has there."""
+    """Find the adapter of an architecture, and its name there."""
     from transformer_lens.factories.architecture_adapter_factory import ArchitectureAdapterFactory
 
     ArchitectureAdapterFactory.discover_entry_points()
-    # It spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
+    # TransformerLens spells some names as the first checkpoints did, such as PhiMoE for Phimoe.
     known = ArchitectureAdapterFactory._adapters
     spelled = {name.lower(): name for name in known}
     name = architecture if architecture in known else spelled.get(architecture.lower())
     if name is None:
         return None
-    # Libraries that load a model's pictures are not needed for one that is loaded.
+    # Libraries that load images are not needed for a model that is already loaded.
     return name, _without_libraries(known[name])
 
 
@@ -252,7 +252,7 @@ def _config(model: Any, architecture: str) -> Any:
 
 
 def _with_head(model: nn.Module) -> nn.Module:
-    """Put a model without a head where one with a head has it, as `transformer` of GPT-2."""
+    """Put a model without a head where a model with a head has it, as GPT-2's `transformer`."""
     whole: Any = nn.Module()
     whole.add_module(getattr(model, "base_model_prefix", "") or "model", model)
     whole.config = model.config

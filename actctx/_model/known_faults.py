@@ -1,7 +1,7 @@
-"""Warn of models that are known to compute something else than one expects.
+"""Warn of models that are known to compute something other than expected.
 
-Most are bridges. A capture gives what they compute, so it warns. Each fault of a bridge lists the
-versions it was seen in; later ones are assumed to be fixed.
+Most are bridges. A capture records what they compute, so it warns. Each fault of a bridge lists the
+versions in which it was observed; later versions are assumed to be fixed.
 """
 
 import inspect
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import version
 from typing import Any
 
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 _WRONG_UP_TO = (4, 3)  # TransformerLens
@@ -23,11 +24,11 @@ _LIBRARIES = (
     "jaxtyping",
     "beartype",
 )
-_CACHES = ("past_key_values", "cache")  # what a forward is given one as, in old and new versions
+_CACHES = ("past_key_values", "cache")  # names of the argument, in old and new versions
 
 
 def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
-    """Explain what is wrong with a bridge, whatever its forwards are given.
+    """Explain what is wrong with a bridge for any input.
 
     Args:
         model: The model that is captured.
@@ -38,14 +39,14 @@ def faults_of(model: nn.Module, names: Iterable[str]) -> Iterator[str]:
     kind = getattr(config, "model_type", None)
     if kind == "falcon" and _mixes_heads(config):
         yield (
-            f"{_lens()} divides the queries, keys and values of Falcon's new decoder wrongly where "
-            "there are several heads of keys, so the bridge computes other numbers than the model, "
-            "and that is what is captured; capture from the Hugging Face model itself"
+            f"{_lens()} splits the queries, keys and values of Falcon's new decoder wrongly if "
+            "there are several key heads, so the bridge computes other values than the model, and "
+            "captures are wrong; capture from the Hugging Face model itself"
         )
     patterns = [name for name in names if name.endswith("hook_pattern")]
     if kind == "switch_transformers" and patterns:
         yield (
-            f"{patterns[0]!r} holds the bias of the positions and not the attention pattern, since "
+            f"{patterns[0]!r} is the position bias instead of the attention pattern, since "
             f"{_lens()} takes the wrong output of Switch's attention; capture the pattern from the "
             "Hugging Face model, as the output 2 of its attention module"
         )
@@ -56,9 +57,9 @@ def mask_fault(model: nn.Module) -> str | None:
     if _bridged_config(model, "openai-gpt") is None:
         return None
     return (
-        f"{_lens()} lets the tokens of OpenAI GPT attend to those behind them where a forward is "
-        "given an attention_mask, also one without padding, so what is captured is wrong; run "
-        "sequences of one length without a mask, or capture from the Hugging Face model itself"
+        f"{_lens()} lets the tokens of OpenAI GPT attend to later ones if a forward is given an "
+        "attention_mask, even one without padding, so captures are wrong; run sequences of one "
+        "length without a mask, or capture from the Hugging Face model itself"
     )
 
 
@@ -80,9 +81,21 @@ def decoder_fault(core: nn.Module, given: Mapping[str, Any]) -> str | None:
     if is_single or (not caches and given.get("input_ids") is not None):
         return None
     return (
-        "the decoder of FSMT attends to every token that it is given, also to padding and to those "
-        "behind, unless it is given input_ids and use_cache=False, so the activations differ from "
-        "those of the sequences alone; pass both"
+        "the decoder of FSMT attends to all tokens, including padding and later ones, unless it is "
+        "given input_ids and use_cache=False, so the activations differ from those of the "
+        "sequences alone; pass both"
+    )
+
+
+def right_padding_fault(core: nn.Module, mask: Bool[Tensor, "batch pos"]) -> str | None:
+    """Explain what is wrong with a plain model that is padded on the right; None if nothing is."""
+    kind = getattr(getattr(core, "config", None), "model_type", None)
+    if kind != "cpmant" or not mask.shape[1] or bool(mask[:, -1].all()):
+        return None
+    return (
+        "CPM-Ant assumes padding on the left, whatever the attention_mask says, so the activations "
+        "of sequences that are padded on the right differ from those of the sequences alone; pad "
+        "on the left with id 0"
     )
 
 
@@ -94,16 +107,16 @@ def is_given_cache(given: Mapping[str, Any]) -> bool:
 def lost_cache(model: nn.Module) -> str | None:
     """Say that a forward loses the KV cache that it is given; None if it does not.
 
-    Transformers 5.24 renamed the argument by which attention layers are given a cache. Bridges that
-    compute the attention themselves still look for the old one.
+    Transformers 5.24 renamed the argument that passes a cache to attention layers. Bridges that
+    compute the attention themselves still look for the old name.
     """
     if not _loses_caches(model):
         return None
     return (
         f"{_lens()} loses the KV cache of this model with transformers {version('transformers')}: "
-        "a forward that is given one sees only its own positions, and what is captured is wrong "
-        "from the second forward on; install 'transformers<5.24', or generate without a cache, "
-        "with use_past_kv_cache=False or use_cache=False"
+        "a forward that is given one sees only its own positions, and captures are wrong from the "
+        "second forward on; install 'transformers<5.24', or generate without a cache, with "
+        "use_past_kv_cache=False or use_cache=False"
     )
 
 
@@ -112,7 +125,7 @@ def _lens() -> str:
 
 
 def _is_old() -> bool:
-    """Return whether the installed TransformerLens is one that was seen to be wrong."""
+    """Return whether the installed TransformerLens is known to be wrong."""
     parts = version("transformer_lens").split(".")[:2]
     return tuple(int(part) for part in parts if part.isdecimal()) <= _WRONG_UP_TO
 
@@ -121,7 +134,7 @@ def _bridged_config(model: nn.Module, *kinds: str) -> Any:
     """Find the config of a model of some kinds in a bridge that may be wrong, or None."""
     inner = getattr(model, "original_model", None)
     config = getattr(inner, "config", None) if isinstance(inner, nn.Module) else None
-    # The version is asked for last, since that takes as long as a block around a small forward.
+    # The version comes last, since looking it up takes as long as a block around a small forward.
     is_one = getattr(config, "model_type", None) in kinds and _is_old()
     return config if is_one else None
 
@@ -136,7 +149,7 @@ def _loses_caches(model: nn.Module) -> bool:
 
 
 def _looks_for_another(module: nn.Module) -> bool:
-    """Whether a part of a bridge computes an attention whose cache has got another name."""
+    """Return whether a part of a bridge computes attention with the old name of the cache."""
     kind = type(module)
     if not kind.__module__.startswith("transformer_lens.") or not _computes_itself(kind):
         return False
@@ -149,7 +162,7 @@ def _looks_for_another(module: nn.Module) -> bool:
 
 def _computes_itself(kind: type[nn.Module]) -> bool:
     names = [base.__name__ for base in kind.__mro__]
-    # The plain one calls the layer that it wraps, with all that it is given.
+    # The plain bridge calls the layer that it wraps with all arguments.
     return names[0] == "T5BlockBridge" or "AttentionBridge" in names[1:]
 
 

@@ -1,4 +1,4 @@
-"""Weights and buffers by name, also where they lie elsewhere, offloaded by `accelerate`."""
+"""Weights and buffers by name, including those that `accelerate` offloaded."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,7 +13,7 @@ _META = torch.device("meta")
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Return the device that a model takes its tokens on.
+    """Return the device on which a model takes its tokens.
 
     An offloaded model has its weights on no device until they are needed; accelerate's hooks then
     say where each module runs.
@@ -39,8 +39,8 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, weights in listed:
         if isinstance(weights, UninitializedParameter):
             raise OptionError(
-                f"the weights of {name!r} are not initialised, which the first forward does, so "
-                "data sets cannot tell them from others; run the model once first"
+                f"the weights of {name!r} are initialised only in the first forward, so data sets "
+                "cannot identify them; run the model once first"
             )
     is_offloaded = any(weights.is_meta for _, weights in listed)
     modules = dict(model.named_modules()) if is_offloaded else {}
@@ -53,7 +53,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """List the buffers of a model by name, and whether each is saved with its weights.
 
-    What else a module saves is listed like them, such as the scales of quantised weights.
+    Other saved tensors of a module are listed too, such as the scales of quantised weights.
 
     Raises:
         OptionError: A buffer is on the meta device, and nothing says where it is kept.
@@ -71,7 +71,7 @@ def buffers_of(model: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """List the tensors that a module saves in a way of its own."""
+    """List the tensors that a module saves in its own way."""
     if type(module)._save_to_state_dict is nn.Module._save_to_state_dict:
         return
     saved: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def _saved_by(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_made_of_config(module: nn.Module, key: str) -> bool:
-    """Return whether a buffer is a mask of TransformerLens', which its versions make otherwise."""
+    """Return whether a buffer is a mask of TransformerLens, which differs between its versions."""
     return key in {"mask", "IGNORE"} and type(module).__module__.startswith("transformer_lens.")
 
 
@@ -95,7 +95,7 @@ def _joined(prefix: str, key: str) -> str:
 
 
 def _kept(modules: Mapping[str, nn.Module], name: str) -> Tensor:
-    """Find the weights of an offloaded parameter, which a module around it knows."""
+    """Find the weights of an offloaded parameter, which are stored by an enclosing module."""
     parts = name.split(".")
     for end in range(len(parts) - 1, -1, -1):
         module, rest = modules.get(".".join(parts[:end])), ".".join(parts[end:])
@@ -108,9 +108,8 @@ def _kept(modules: Mapping[str, nn.Module], name: str) -> Tensor:
             if isinstance(found, Tensor):
                 return found.detach()
     raise OptionError(
-        f"the weights of {name!r} are on the meta device, so it cannot run, and "
-        "data sets cannot tell it from others; load them first, or offload the model with "
-        "accelerate, which keeps them"
+        f"the weights of {name!r} are on the meta device, so it cannot run, and data sets cannot "
+        "identify it; load them first, or offload the model with accelerate, which keeps them"
     )
 
 

@@ -1,12 +1,12 @@
 """Gather the activations of models whose weights are split over processes, or refuse pieces.
 
 # NOTE [Tensor parallelism]
-A DTensor knows that it is a piece, and is gathered. But the styles of torch and of transformers
-pass plain tensors between a layer that is cut by its outputs (`Shard(0)` of a linear layer's
-weight) and one that is cut by its inputs (`Shard(1)`): half of the features, or of the heads, and
-nothing says so. Which values these are follows from the cut weights and from where they lie:
-outputs of the first, inputs of the second, and what modules beside them compute in between.
-Before the first and behind the second everything is whole.
+A DTensor knows that it is a shard, and is gathered. But the parallel styles of torch and
+transformers pass plain tensors between a layer that is split by its outputs (`Shard(0)` of a linear
+layer's weight) and one that is split by its inputs (`Shard(1)`). Such a tensor has only some of the
+features or heads, and nothing says so. The split weights and their places show which tensors these
+are: outputs of the first layer, inputs of the second, and whatever modules compute in between.
+Before the first and after the second everything is whole.
 """
 
 import functools
@@ -24,7 +24,7 @@ _WITH_WIDTH = 3  # axes of `batch pos d_model`; what has more has heads
 
 
 def gathered(value: Tensor) -> Tensor:
-    """Gather a DTensor, which all its processes have to do together; others are returned."""
+    """Gather a DTensor, which all of its processes must do together; other tensors are returned."""
     distributed = sys.modules.get("torch.distributed.tensor")
     if distributed is not None and isinstance(value, distributed.DTensor):
         whole: Tensor = value.full_tensor()
@@ -34,7 +34,7 @@ def gathered(value: Tensor) -> Tensor:
 
 @dataclass
 class _Cut:
-    """What one process has of the features of a layer: the pieces and the whole widths."""
+    """The features of a layer in one process: the widths of the shard and of the whole."""
 
     pieces: set[int] = field(default_factory=set)
     given: int | None = None  # the whole width of its input, where it takes a piece
@@ -62,7 +62,7 @@ class Pieces:
         self._shards_sequences = any(map(_shards_sequences, self._names))
 
     def check(self, site: str, module: nn.Module, tensor: Tensor, *, io: str) -> None:
-        """Refuse a plain tensor that is, or may be, a piece.
+        """Refuse a plain tensor that is, or may be, a shard.
 
         Args:
             site: The name of the site, as it is shown.
@@ -76,8 +76,8 @@ class Pieces:
         """
         if self._shards_sequences:
             raise OutputError(
-                f"{site} may be only this process's part of the positions, since the model is "
-                "parallel along sequences and hands on plain tensors; parallelize it with "
+                f"{site} may be only this process's shard of the positions, since the model is "
+                "parallel along sequences and passes on plain tensors; parallelize it with "
                 "use_local_output=False, so that they can be gathered"
             )
         behind = self._piece_of(module, tensor, io)
@@ -86,12 +86,12 @@ class Pieces:
         where = self._names.get(behind)
         instead = f"capture {where!r}, whose output is whole, or " if where else ""
         raise OutputError(
-            f"{site} is, or may be, only this process's piece of the features or heads, since the "
-            f"model is tensor-parallel; {instead}capture from a model that lies on one device"
+            f"{site} is, or may be, only this process's shard of the features or heads, since the "
+            f"model is tensor-parallel; {instead}capture from a model on one device"
         )
 
     def _piece_of(self, module: nn.Module, tensor: Tensor, io: str) -> nn.Module | None:
-        """Find the module whose output is whole again, where a tensor is a piece."""
+        """Find the module whose output is whole again, if a tensor is a shard."""
         owner, io, is_its_own = self._owner(module, io)
         cut = self._cuts.get(owner)
         if cut is not None:
@@ -108,7 +108,7 @@ class Pieces:
         return around if io == "out" and _is_handed_out_cut(tensor, beside) else None
 
     def _owner(self, module: nn.Module, io: str) -> tuple[nn.Module, str, bool]:
-        """Find the module that a hook point of a bridge speaks of.
+        """Find the module that a hook point of a bridge belongs to.
 
         Returns:
             The module; `"in"` or `"out"`; and whether the value is the module's own input or
@@ -126,7 +126,7 @@ class Pieces:
         return owner, name.removeprefix("hook_") if is_its_own else io, is_its_own
 
     def _around(self, module: nn.Module) -> nn.Module:
-        """Find the closest module around one that has cut layers of its own."""
+        """Find the closest enclosing module with its own split layers."""
         while module in self._parents:
             module = self._parents[module]
             if module in self._cuts or self._beside(module):
@@ -134,13 +134,13 @@ class Pieces:
         return module
 
     def _beside(self, module: nn.Module) -> list[_Cut]:
-        """Return the cut layers that a module has of its own, not of modules inside it."""
+        """Return the split layers of a module itself, not of modules inside it."""
         inner = [getattr(child, "original_component", child) for child in module.children()]
         return [self._cuts[each] for each in inner if each in self._cuts]
 
 
 def _lies_between(tensor: Tensor, cuts: list[_Cut]) -> bool:
-    """Whether a tensor has the width of a piece, or heads that make it up together."""
+    """Return whether a tensor has the width of a shard, or heads that add up to it."""
     pieces = {piece for each in cuts for piece in each.pieces}
     *others, width = tensor.shape or (0,)
     has_heads = tensor.dim() > _WITH_WIDTH
@@ -148,7 +148,7 @@ def _lies_between(tensor: Tensor, cuts: list[_Cut]) -> bool:
 
 
 def _is_handed_out_cut(tensor: Tensor, cuts: list[_Cut]) -> bool:
-    """Whether an output of a module with cut layers is not what the last of them made whole."""
+    """Return whether the last split layer of a module does not make its output whole."""
     if not any(each.pieces for each in cuts):
         return False
     made = {each.made for each in cuts if each.given is not None}
@@ -157,7 +157,7 @@ def _is_handed_out_cut(tensor: Tensor, cuts: list[_Cut]) -> bool:
 
 
 def is_cut(model: nn.Module) -> bool:
-    """Return whether weights of a model are cut over processes."""
+    """Return whether weights of a model are split over processes."""
     distributed = sys.modules.get("torch.distributed.tensor")
     return distributed is not None and any(
         isinstance(each, distributed.DTensor)
@@ -167,7 +167,7 @@ def is_cut(model: nn.Module) -> bool:
 
 
 def pieces_of(model: nn.Module) -> Pieces | None:
-    """Return where a model yields pieces; None where its weights are not cut over processes."""
+    """Return where a model yields shards; None if its weights are not split over processes."""
     if not is_cut(model):
         return None
     found = Pieces(model)
@@ -175,7 +175,7 @@ def pieces_of(model: nn.Module) -> Pieces | None:
 
 
 def _of_fsdp(model: nn.Module) -> set[nn.Module]:
-    """Find the modules whose weights FSDP cuts, which are whole while they run."""
+    """Find the modules whose weights FSDP splits, which are whole while they run."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     if fsdp is None:
         return set()
@@ -188,11 +188,11 @@ def _is_mesh(part: object) -> bool:
 
 
 def _cut_of(module: nn.Module, meshes: set[Any] | None) -> _Cut | None:
-    """Read off a module's own weights how they are cut, where they are.
+    """Return how a module's own weights are split, if they are.
 
     Args:
         module: The module.
-        meshes: Where FSDP cuts them as well: the meshes of tensor parallelism.
+        meshes: If FSDP splits them too, the meshes of tensor parallelism.
 
     """
     own = dict(module.named_parameters(recurse=False))
@@ -212,13 +212,13 @@ def _cut_of(module: nn.Module, meshes: set[Any] | None) -> _Cut | None:
 
 
 def _dim(weight: Any, meshes: set[Any] | None) -> int | None:
-    """Return the axis along which tensor parallelism cuts a weight, if it does."""
+    """Return the axis along which tensor parallelism splits a weight, if it does."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(weight, DTensor):
         return None
-    # Of a mesh of several axes tensor parallelism has the last one, and FSDP the others. FSDP may
-    # leave a weight whole after a forward: then only its own axis is left.
+    # In a mesh of several axes tensor parallelism has the last one, and FSDP the others. FSDP may
+    # leave a weight whole after a forward: then only its own axis remains.
     mesh, placement = weight.device_mesh, weight.placements[-1]
     is_of_data = meshes is not None and mesh.ndim == 1 and mesh not in meshes
     if is_of_data or mesh.shape[-1] == 1 or not placement.is_shard():
@@ -228,7 +228,7 @@ def _dim(weight: Any, meshes: set[Any] | None) -> int | None:
 
 
 def _styles(module: nn.Module) -> Iterator[Any]:
-    """Give what the hooks and the forward of a parallel module were made with."""
+    """Yield the parallel styles behind the hooks and the forward of a parallel module."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     for hook in (*hooks, module.__dict__.get("forward")):
         for cell in getattr(hook, "__closure__", None) or ():
@@ -237,7 +237,7 @@ def _styles(module: nn.Module) -> Iterator[Any]:
 
 
 def _shards_sequences(module: nn.Module) -> bool:
-    """Whether a module hands on plain pieces that are cut along another axis than the last."""
+    """Return whether a module passes on plain shards along another axis than the last."""
     for style in _styles(module):
         layouts = getattr(style, "output_layouts", None)
         is_local = getattr(style, "use_local_output", False)

@@ -1,4 +1,4 @@
-"""Which of the outputs of an attention module is the attention pattern."""
+"""Find which output of an attention module is the attention pattern."""
 
 import weakref
 from collections.abc import Iterator, Mapping
@@ -19,17 +19,17 @@ _TOLERANCE = {torch.float16: 0.02, torch.bfloat16: 0.05}
 class Pattern:
     """Finds the attention pattern among the outputs of an attention module.
 
-    A pattern is `batch head query key`, and its rows add up to 1: TransformerLens tells where it is
-    returned, but that is where a bridge asks for it, and some modules return a position bias or a
-    cache there.
+    A pattern is `batch head query key`, and its rows sum to 1. TransformerLens says at which
+    position it is returned, but only for the way in which a bridge calls the module; some modules
+    return a position bias or a cache there.
 
     Attributes:
         name: The hook point.
         module: The name of the attention module.
         attention: The attention module, which drops at random while it is trained.
         place: Where TransformerLens expects it among the outputs.
-        is_part: Whether its rows may add up to less: of attention with sinks, or a part of a joint
-            pattern.
+        is_part: Whether its rows may sum to less, because attention has sinks or the pattern is a
+            part of a joint one.
         is_optional: Whether the module returns it only if it is asked to.
 
     """
@@ -65,7 +65,7 @@ class Pattern:
         raise OutputError(
             f"{self.name!r} is looked for among what {self.module!r} returns, but of its tensors "
             f"({shapes}) {'none is' if not fitting else 'several can be'} an attention pattern, "
-            f"whose rows add up to 1; {remedy}"
+            f"whose rows sum to 1; {remedy}"
         )
 
     def _fits(self, tensor: Tensor, output: Tensor | None) -> bool:

@@ -18,11 +18,11 @@ class Place:
 
     Attributes:
         name: The name that the model itself gives it.
-        names: Every name that it answers to, its aliases included.
+        names: All of its names, including aliases.
         module: The `HookPoint`, or the module whose input or output is captured.
         is_hook_point: Whether the module is a TransformerLens `HookPoint`.
         siblings: The names of all other places of its kind in the model.
-        readout: How the value of a hook point is read off a module of Hugging Face's.
+        readout: How to get the value of a hook point from a Hugging Face module.
         ungrouped: Whether the model repeats grouped keys and values for every head.
 
     """
@@ -47,7 +47,7 @@ class Place:
 class Places:
     """All names in a model: those of its hook points, then those of its modules.
 
-    Names of one module are one place, which is made only once it is asked for, since a model has
+    Names of one module are one place. It is created only when it is requested, since a model has
     thousands.
     """
 
@@ -94,7 +94,7 @@ class Places:
 
     @functools.cached_property
     def translation(self) -> Translation:
-        """TransformerLens' names, where the model is a plain one of Hugging Face's."""
+        """TransformerLens' names, if the model is a plain Hugging Face model."""
         if self.hook_points:
             return Translation()
         wrapped = "" if is_hugging_face(self._model) else why_wrapped(self._model)
@@ -116,13 +116,13 @@ class Places:
         return self._translated[name]
 
     def names_of(self, module: nn.Module) -> list[str]:
-        """List the names of a module, first the one that the model itself gives it."""
+        """List the names of a module, the model's own name first."""
         names = self._hook_point_names.get(id(module)) or self._module_names.get(id(module), [])
         own = vars(module).get("name") if is_hook_point(module) else None
         return [own, *(name for name in names if name != own)] if own in names else names
 
     def listed(self) -> list[list[str]]:
-        """List the names of what patterns match first: hook points as they run, else modules.
+        """List the names that patterns match first: hook points in running order, else modules.
 
         A bridge lists its hook points alphabetically, layer 10 before layer 2.
         """
@@ -134,11 +134,11 @@ class Places:
         ]
 
     def listed_modules(self) -> list[list[str]]:
-        """List the names of modules; those that a bridge wrapped are left out."""
+        """List the names of modules, without those that a bridge wrapped."""
         return [names for names in self._unique(self.modules) if _is_listed(names[0])]
 
     def why_not_translated(self, wanted: str) -> str:
-        """Explain why a name or a pattern means nothing in a plain Hugging Face model."""
+        """Explain why a name or a pattern matches nothing in a plain Hugging Face model."""
         found = self.translation
         if not found.points:
             return found.lacks
@@ -147,18 +147,18 @@ class Places:
         return "" if name is None else found.why_not(name)
 
     def listed_translated(self) -> list[list[str]]:
-        """List TransformerLens' names in a plain model of Hugging Face's, as they run."""
+        """List TransformerLens' names in a plain Hugging Face model, in running order."""
         return sorted(self.translation.names.values(), key=_running_order)
 
     def matching(self, accept: Callable[[str], bool]) -> list[str]:
-        """List what `accept` accepts, each place once, under the first such name of it."""
+        """List what `accept` accepts, each place once, under its first accepted name."""
         return [next(filter(accept, names)) for names in self.accepted(accept)]
 
     def accepted(self, accept: Callable[[str], bool]) -> list[list[str]]:
-        """List the names of each place of which `accept` accepts one.
+        """List the names of each place that has an accepted name.
 
-        Hook points come first, and modules where it accepts none. Of a plain Hugging Face model,
-        modules come first, and TransformerLens' names where it accepts no module.
+        Hook points are tried first, then modules. In a plain Hugging Face model, modules are tried
+        first, then TransformerLens' names.
         """
         accepted = self._accepted(self.hook_points, accept)
         if not accepted:
@@ -169,14 +169,14 @@ class Places:
                 return modules
             translated = self.translation.names.values()
             accepted = accepted or [names for names in translated if any(map(accept, names))]
-        # Sorted at the end, since few of the names of a model are asked for.
+        # Sorted at the end, since only a few of a model's names are requested.
         return sorted(accepted, key=_running_order)
 
     def _accepted(
         self, named: Mapping[str, nn.Module], accept: Callable[[str], bool]
     ) -> list[list[str]]:
         modules = {id(named[name]): named[name] for name in filter(accept, named)}
-        # Without the names that a bridge has for what it wrapped.
+        # Without the names of what a bridge wrapped.
         return [
             [name for name in self.names_of(module) if name in named] for module in modules.values()
         ]
@@ -202,12 +202,12 @@ def _is_listed(name: str) -> bool:
 
 
 def is_hook_point(module: nn.Module) -> bool:
-    """Recognise a TransformerLens `HookPoint` of any generation without importing it."""
+    """Recognize a TransformerLens `HookPoint` of any generation without importing it."""
     return "fwd_hooks" in vars(module) and hasattr(type(module), "add_hook")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
-    """Return what `torch.compile` wrapped, whose names are those that a user knows."""
+    """Return the module inside `torch.compile`'s wrapper, which has the names that a user knows."""
     inner = getattr(model, "_orig_mod", None)
     return inner if isinstance(inner, nn.Module) else model
 
@@ -216,19 +216,18 @@ def hook_names(model: nn.Module, pattern: str | Callable[[str], bool] | None = N
     """List what can be captured from a model, aliases included.
 
     Args:
-        model: A TransformerLens model, whose hook points are listed; or any module, whose
-            submodules are, behind TransformerLens' hook names on a plain Hugging Face model.
-        pattern: A name, an ending, a glob or a predicate, which means what it means to `capture`:
-            hook points, or else modules; on a plain Hugging Face model modules, or else hook
-            names.
+        model: For a TransformerLens model, hook points are listed. For any other module, submodules
+            are listed; on a plain Hugging Face model, TransformerLens' hook names come before them.
+        pattern: A name, a suffix, a glob or a predicate, with the same meaning as in `capture`:
+            hook points, or else modules; on a plain Hugging Face model modules, or else hook names.
 
     Returns:
-        The names, aliases directly behind their canonical name. Hook points come in the order
-        in which a pre-norm block runs them (a post-norm one, as BERT's, runs its norms later);
+        The names, with aliases directly after their canonical name. Hook points come in the order
+        in which a pre-norm block runs them (a post-norm block, as in BERT, runs its norms later);
         modules come in the order of their definition.
 
     Raises:
-        HookNameError: The pattern has a bracket that means nothing.
+        HookNameError: The pattern has an invalid bracket.
 
     Example:
         >>> hook_names(model, "blocks.0.hook_resid_*")

@@ -1,6 +1,6 @@
-"""Values of settings as JSON holds them, and functions told apart by what they compute with.
+"""Settings as JSON values, and functions identified by what they compute with.
 
-Equal values are written alike in any process: no ids, addresses or paths.
+Equal values are written identically in any process: without ids, addresses or paths.
 """
 
 import functools
@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from actctx._model.digest import sketched
 
 SKIPPED: Any = object()
-"""In place of a value that is no setting, such as a tokenizer."""
+"""Stands for a value that is not a setting, such as a tokenizer."""
 
 LIBRARIES = {
     *("torch", "transformers", "transformer_lens", "accelerate", "peft", "sentence_transformers"),
     "actctx",
 }
-"""What puts hooks and functions on models by itself."""
+"""Libraries that add hooks and functions to models themselves."""
 
-_LONGEST = 2000  # characters of JSON, beyond which a value is shortened to a digest
+_LONGEST = 2000  # characters of JSON; longer values are replaced by a digest
 _DEEPEST = 4
 _WRITTEN: tuple[tuple[Any, Callable[[Any], Any]], ...] = (
     (Enum, lambda value: value.name),
@@ -48,11 +48,11 @@ def package_of(value: Any) -> str:
 
 
 def plain(value: Any, *, tensors: bool) -> Any:
-    """Write a value as JSON holds it, or return `SKIPPED`.
+    """Convert a value to JSON, or return `SKIPPED`.
 
     Args:
         value: The value of an attribute.
-        tensors: Whether tensors are settings; in libraries, they are copies and caches.
+        tensors: Whether tensors are settings; in libraries they are copies and caches.
 
     """
     found = _plain(value, tensors=tensors)
@@ -91,21 +91,21 @@ def _of_list(values: Iterable[Any], *, tensors: bool) -> Any:
 
 
 def is_foreign(function: Any) -> bool:
-    """Return whether a function, or what a library wrapped, is from outside of the libraries."""
+    """Return whether a function, or what a library wrapped, is not from a library."""
     return any(map(_is_own, _wrapped(function)))
 
 
 def name_function(function: Any) -> str:
-    """Name a function, with a digest unless it is a library's as it stands."""
+    """Name a function, with a digest unless it is an unchanged library function."""
     name, digest = describe_function(function)
     is_known = inspect.isroutine(function) and not is_foreign(function)
     return name if is_known else f"{name} {digest}"
 
 
 def describe_function(function: Any) -> tuple[str, str]:
-    """Name a function, and digest its code and what it closes over.
+    """Name a function, and digest its code and closure.
 
-    Lists are left out, since hooks keep what they see in them.
+    Lists are left out, since hooks collect values in them.
     """
     inner = next(filter(_is_own, _wrapped(function)), function)
     while isinstance(inner, functools.partial):
@@ -128,7 +128,7 @@ def _wrapped(function: Any) -> Iterator[Any]:
 
 
 def _is_own(function: Any) -> bool:
-    """Return whether somebody else than a library wrote a function, or the class of an object."""
+    """Return whether a function, or the class of an object, is not a library's."""
     kind = getattr(function, "__func__", function)
     return package_of(kind if inspect.isroutine(kind) else type(kind)) not in LIBRARIES
 

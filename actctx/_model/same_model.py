@@ -1,4 +1,4 @@
-"""Whether two descriptions are of one model, and what differs where they are not."""
+"""Compare two descriptions of models, and say what differs."""
 
 import base64
 import json
@@ -11,17 +11,17 @@ from actctx._errors import DataError
 from actctx._model.digest import is_alike, is_sketch
 
 Fact: TypeAlias = tuple[str, Any, Any]
-"""What it is called, what it was, and what it is now."""
+"""Its name, its old value and its new value."""
 
 FINGERPRINT = "model's fingerprint"
-"""What is compared with data sets of earlier versions, which have nothing else."""
+"""What is compared for data sets of earlier versions, which have nothing else."""
 
 ANEW = (
-    "a model of which a part is initialised at random when it is loaded, such as a head that was "
-    "not saved, is another each time, so call torch.manual_seed() before loading it; a model in "
-    "another dtype is another, too"
+    "if a part of the model is initialised at random each time it is loaded, such as a head that "
+    "was not saved, call torch.manual_seed() before loading it; a model in another dtype is also "
+    "another model"
 )
-"""What to do where a model is the same and its weights are not."""
+"""What to do if only the weights of a model differ."""
 
 _NAMES = {
     "weights": "weight {!r}",
@@ -33,13 +33,13 @@ _NAMES = {
     "attributes": "setting {!r}",
     "run": "{}",
 }
-"""The sections of a description, and what an entry is called."""
+"""The sections of a description, and the term for an entry of each."""
 
 _OPTIONAL = {"attributes", "run"}
-"""Where an entry that only one has is no difference: attributes come with their first use."""
+"""Sections in which a missing entry is not a difference: attributes appear with their first use."""
 
 _OF_VERSIONS = {"computed", "modules", "config"}
-"""Where an entry that only one has may be of another version of a library."""
+"""Sections in which a missing entry may be due to another version of a library."""
 
 _DIGESTED = re.compile(r"^(.+) [0-9a-f]{8}$")
 
@@ -58,15 +58,15 @@ def differences(
     """Compare two descriptions of models.
 
     Args:
-        was: What a data set says.
-        now: What `describe_model` says.
+        was: The description in a data set.
+        now: The description from `describe_model`.
         versions_differ: Whether other versions of the libraries wrote the data set.
         is_run: Whether it matters how the model is run: autocast, and hooks of others.
-        changing: The places whose hooks have changed what passed.
+        changing: The places whose hooks have changed values.
         spared: The names of settings that may differ.
 
     Raises:
-        DataError: What the data set says is damaged.
+        DataError: The description in the data set is damaged.
 
     """
     here = unpacked(now)
@@ -76,7 +76,7 @@ def differences(
         return
     there = unpacked(was)
     passed = {*spared, *there.get("states", ())}
-    if there.get("python") != here["python"]:  # the same code has other bytes then
+    if there.get("python") != here["python"]:  # the same code then has other bytes
         here, there = map(_without_digests, (here, there))
     for section, name in _NAMES.items():
         if section == "run" and not is_run:
@@ -92,14 +92,14 @@ def differences(
 
 
 def summed_up(facts: Iterator[Fact]) -> Iterator[Fact]:
-    """Pass on the first of some differences, and say how many there are."""
+    """Return the first of several differences, with their number."""
     found = [*facts]
     for name, was, now in found[:1]:
         yield name if len(found) == 1 else f"{name} (1 of {len(found)} differences)", was, now
 
 
 def is_of_weights(fact: Fact) -> bool:
-    """Return whether a difference is one of weights, which may be initialised at random."""
+    """Return whether a difference is in weights, which may be initialised at random."""
     return fact[0] == FINGERPRINT or fact[0].startswith("weight ")
 
 
@@ -116,7 +116,7 @@ def _of_hooks(
 
 
 def _without_digests(settings: dict[str, Any]) -> dict[str, Any]:
-    """Leave out of the descriptions of functions all but their names."""
+    """Reduce the descriptions of functions to their names."""
     named = {
         section: {key: _name_of(value) for key, value in settings.get(section, {}).items()}
         for section in ("functions", "attributes", "config")
@@ -141,7 +141,7 @@ def _shown(value: Any) -> Any:
 
 
 def packed(settings: Mapping[str, Any]) -> str:
-    """Write settings such that they are small, as most repeat from layer to layer."""
+    """Write settings compactly, since most repeat from layer to layer."""
     written = json.dumps(settings, separators=(",", ":")).encode()
     return base64.b64encode(zlib.compress(written, 9)).decode()
 

@@ -1,10 +1,10 @@
-"""What a model computes with beside its weights: classes, attributes, configs and modes.
+"""What a model computes with besides its weights: classes, attributes, configs and modes.
 
 # NOTE [What counts]
-Numbers, flags, names and functions that modules and configs hold, in the model's names. What tells
-where a model came from, or what only its tokenizer, its loss or its generation uses, does not. Of
-the libraries' own modules, private attributes and tensors do not, since they are caches and copies.
-Of everybody's, what the first forward changes does not: it is a state, such as a count.
+Numbers, flags, names and functions in modules and configs, under the model's names. Not included:
+where a model came from, and what only its tokenizer, loss or generation uses. Private attributes
+and tensors of library modules are not included, since they are caches and copies. Whatever the
+first forward changes is not included either: it is state, such as a count.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from actctx._model.plain_values import (
 
 _OF_TORCH = {*vars(nn.Module())}
 _ADAPTERS = {"_active_adapter", "_disable_adapters", "_adapters_disabled"}
-"""Private attributes of peft that no public one tells."""
+"""Private attributes of peft that no public attribute shows."""
 
 _OF_LIBRARIES = (
     *("_hf", "_is_hf", "_is_torch", "_is_fsdp", "_fsdp", "_ddp", "_torch"),
     *("_compiled", "_old_forward"),
 )
-"""How names begin that libraries give to private attributes of anybody's modules."""
+"""Prefixes of private attributes that libraries add to other modules."""
 
 _CONFIGS = {"config", "cfg", "args", "hparams"}
 _IMPLEMENTATIONS = {
@@ -68,14 +68,14 @@ _NO_SETTINGS = {
     # what a tokenizer does
     *("default_prepend_bos", "tokenizer_prepends_bos", "tokenizer_appends_eos"),
     *("default_padding_side", "bos_token_id"),
-    # what tells of a use of it: hooks, a cache, the longest sequence so far
+    # traces of use: hooks, a cache, the longest sequence so far
     *("context_level", "is_caching", "max_seq_len_cached"),
 }
 _SECRETS = ("token", "secret", "password", "api_key", "credentials")
 
 
 def settings_of(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """Describe what a model computes with beside its weights, in sections.
+    """Describe what a model computes with besides its weights, in sections.
 
     Args:
         model: The model, not as `torch.compile` wraps it.
@@ -113,7 +113,7 @@ def _counted(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def without_compiled(name: str) -> str:
-    """Leave out of a name what `torch.compile` puts into it."""
+    """Remove from a name what `torch.compile` adds to it."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -137,7 +137,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _replaced(modules: list[tuple[str, nn.Module]]) -> Iterator[tuple[str, str]]:
-    """List the methods that somebody replaced on a module itself."""
+    """List the methods that were replaced on a module itself."""
     for name, module in modules:
         for key, value in vars(module).items():
             is_method = inspect.isroutine(getattr(type(module), key, None)) and callable(value)
@@ -175,7 +175,8 @@ def _describe_config(
             run[f"{label} of {name}"] = found
     is_of_transformers = hasattr(value, "model_type")
     for key, each in vars(value).items():
-        # The dtype is that of the weights, whatever the config says; TransformerLens' counts.
+        # The dtype is that of the weights, whatever the config says; TransformerLens' config
+        # counts.
         is_stale = key == "torch_dtype" or (key == "dtype" and is_of_transformers)
         if key.startswith("_") or is_stale or not _is_setting(key):
             continue
@@ -201,7 +202,7 @@ def _matmul_precision() -> str:
 
 
 def _is_training(module: nn.Module) -> bool:
-    """Return whether a module computes as in training, dropout aside, which is refused."""
+    """Return whether a module computes as in training, apart from dropout, which is refused."""
     if not module.training or any("drop" in key for key in vars(module)):
         return False
     code = getattr(type(module).forward, "__code__", None)

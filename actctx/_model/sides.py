@@ -1,12 +1,12 @@
-"""Find on which tokens a place of a model runs: the encoder's or the decoder's.
+"""Determine which tokens a place of a model runs on: the encoder's or the decoder's.
 
-# NOTE [How a side is told]
-By the structure, not by names: what lies in the module that `get_encoder()` returns runs on the
-encoder's tokens, what lies in that of `get_decoder()` on the decoder's, and heads and the whole
-model behind them on the decoder's, too. Keys and values of cross-attention are the encoder's. Names
-are asked only about these, and about models that do not say what their encoder is. A table of
-embeddings that both sides look up is `"shared"`: the number of positions of a firing may tell.
-Towers of a composite model, for pictures or sound, run on patches or frames.
+# NOTE [How a side is determined]
+By structure, not by names: modules inside `get_encoder()` run on the encoder's tokens, modules
+inside `get_decoder()` run on the decoder's, and so do heads and the whole model after them. Keys
+and values of cross-attention are the encoder's. Names are used only for these, and for models that
+do not say what their encoder is. Embeddings that both sides look up are `"shared"`: the number of
+positions of a firing may decide. Image and audio towers of a composite model run on patches or
+frames.
 """
 
 import re
@@ -31,7 +31,7 @@ _OF_ENCODER = re.compile(r"(^|_)(encoder|key_value_states)")
 
 
 class Sides:
-    """The sides of a model, told from its structure once; see the note above.
+    """The sides of a model, determined once from its structure; see the note above.
 
     Attributes:
         two: Whether the model has an encoder and a decoder.
@@ -57,7 +57,7 @@ class Sides:
         self._root = {id(model), id(core)}
 
     def of(self, place: Place, *, io: str = "out", output: int | str | None = None) -> Side | None:
-        """Return on whose tokens a place runs; see `side_of`."""
+        """Return whose tokens a place runs on; see `side_of`."""
         number = id(place.module)
         if number in self._towers:
             return "tower"
@@ -87,18 +87,18 @@ class Sides:
 def side_of(
     place: Place, model: nn.Module, *, io: str = "out", output: int | str | None = None
 ) -> Side | None:
-    """Return on whose tokens a place of a model runs.
+    """Return whose tokens a place of a model runs on.
 
     Args:
         place: The place, such as a hook point or a module.
         model: The model that holds it.
-        io: Whether what the place is given (`"in"`) is meant, or what it returns (`"out"`).
+        io: Whether the input (`"in"`) or the output (`"out"`) of the place is meant.
         output: Which of several values is meant, by position or name; see `Site`.
 
     Returns:
-        `"encoder"` or `"decoder"`; `"shared"` where both run it, so that only the number of
-        positions of an activation may tell; `"tower"` for the part of a composite model that runs
-        on pictures or sound; None in a model that has one sequence of tokens.
+        `"encoder"` or `"decoder"`; `"shared"` if both run it, so that only the number of positions
+        of an activation may decide; `"tower"` for the part of a composite model that runs on images
+        or sound; None in a model that has one sequence of tokens.
 
     Example:
         >>> from actctx._model.places import Places
@@ -117,7 +117,7 @@ def core_of(model: nn.Module) -> nn.Module:
 
 
 def encoder_of(core: nn.Module) -> nn.Module | None:
-    """Return the encoder of a model that has a decoder behind it."""
+    """Return the encoder of an encoder-decoder."""
     has_decoder = getattr(getattr(core, "config", None), "is_encoder_decoder", False)
     return _part(core, "get_encoder") if has_decoder else None
 
@@ -141,22 +141,24 @@ def _part(core: nn.Module, getter: str, *args: Any) -> nn.Module | None:
 
 
 def _towers(core: nn.Module, encoder: nn.Module | None) -> Iterator[nn.Module]:
-    """List the parts for pictures and sound beside those for tokens."""
+    """List the parts for images and sound."""
     for modality in _MODALITIES:
         tower = _part(core, "get_encoder", modality)
         if tower is not None and tower is not encoder:
             yield tower
     if input_of(core) is not None and reads_tokens(core):
-        yield from (part for part in core.modules() if input_of(part) in _NOT_TOKENS)
+        decoder = _part(core, "get_decoder")  # a wrapper of it may say what its encoder reads
+        parts = (part for part in core.modules() if input_of(part) in _NOT_TOKENS)
+        yield from (part for part in parts if id(decoder) not in _inside(part))
 
 
 def reads_tokens(model: nn.Module) -> bool:
-    """Return whether a model reads tokens; it does unless it says that it reads something else."""
+    """Return whether a model reads tokens; it does unless it says otherwise."""
     return input_of(model) not in _NOT_TOKENS
 
 
 def input_of(part: nn.Module) -> str | None:
-    """Name what a part of a Hugging Face model says that it reads."""
+    """Return the name of the input that a part of a Hugging Face model declares."""
     read = getattr(type(part), "main_input_name", None)
     return read if isinstance(read, str) else None
 

@@ -1,4 +1,4 @@
-"""Find the places in a model that a user's names mean."""
+"""Find the places of a model that a user's names match."""
 
 import difflib
 import re
@@ -17,24 +17,22 @@ from actctx._model.places import Place, Places
 
 @dataclass(frozen=True)
 class Site:
-    """A place to capture from, with options of its own.
-
-    Options that are left at None come from `capture`.
+    """A place to capture from, with its own options. Options that are None come from `capture`.
 
     Args:
-        name: A name, an ending of names, a glob or a module of the model.
+        name: A name, a suffix, a glob or a module of the model.
         slice: What to select along the named axes; see `capture`. `{}` selects everything.
         dtype: The dtype of captured floating-point activations.
         device: The device that captured activations move to.
-        io: `"out"` captures what the module returns, `"in"` what it is given. A hook point has
-            one value for both.
-        axes: Names for the axes, such as `"batch pos d_model"`, which hold whatever the name of the
-            site and a run of the model would tell.
-        output: Which tensor to capture of a module that returns several: a position, or a name
-            in a mapping, a dataclass or a `ModelOutput`; with `io="in"` of its inputs, by
-            position or by the name of the parameter. By default the first.
-        firing: Which firing of each forward to keep of a site that fires several times; negative
-            ones count from the last. By default all.
+        io: `"out"` captures the output of the module, `"in"` its input. A hook point has one value
+            for both.
+        axes: Names for the axes, such as `"batch pos d_model"`. They override those from the name
+            of the site and from a run of the model.
+        output: Which tensor to capture if a module returns several: a position, or a name in a
+            mapping, a dataclass or a `ModelOutput`. With `io="in"`, which input: a position or the
+            name of a parameter. By default the first.
+        firing: Which firing of each forward to keep if the site fires several times; negative
+            numbers count from the last. By default all.
 
     Raises:
         OptionError: `io` is neither `"in"` nor `"out"`, `axes` names an axis twice, or `firing`
@@ -63,8 +61,8 @@ class Site:
             )
         if self.axes is not None and len(set(self.axes.split())) < len(self.axes.split()):
             raise OptionError(
-                f"Site(axes={self.axes!r}) names an axis twice; give each axis a name of its own, "
-                "in their order, as in axes='batch pos d_model'"
+                f"Site(axes={self.axes!r}) names an axis twice; give each axis its own name, in "
+                "order, as in axes='batch pos d_model'"
             )
         if self.firing is not None and type(self.firing) is not int:
             raise OptionError(
@@ -91,15 +89,15 @@ Names: TypeAlias = Name | Predicate | Iterable[Name | Predicate] | Mapping[str, 
 
 @dataclass(frozen=True)
 class Request:
-    """A place that was asked for, and how.
+    """A requested place, with its options.
 
     Attributes:
-        key: The name under which it is handed back.
+        key: The name under which it is returned.
         place: The place.
-        site: The options that it was asked for with.
-        exact: Whether it was asked for by its name, so that it must fire; a place that a
-            pattern matched may not.
-        pattern: The ending or glob that matched it, if one did.
+        site: The requested options.
+        exact: Whether it was requested by name, so that it must fire. A place that a pattern
+            matched need not.
+        pattern: The suffix or glob that matched it, if any.
 
     """
 
@@ -111,12 +109,12 @@ class Request:
 
 
 def resolve(model: nn.Module, names: Names) -> list[Request]:
-    """Find every place that `names` asks for, before the model is touched.
+    """Find every place that `names` requests, before the model is touched.
 
     Raises:
-        HookNameError: A name or a pattern matches nothing, with the closest names; or one place
-            is asked for twice under one name, with different options.
-        OptionError: `names` is of a type that names nothing.
+        HookNameError: A name or a pattern matches nothing (the message has the closest names); or
+            one place is requested twice under one name with different options.
+        OptionError: `names` has a type that is not supported.
 
     """
     places = Places(model)
@@ -132,18 +130,17 @@ def resolve(model: nn.Module, names: Names) -> list[Request]:
         raise HookNameError(_unknown_names(unknown, places))
     if not found:
         raise HookNameError(
-            "no hook point was asked for: the names are empty, or the predicate accepts none "
-            "(see actctx.hook_names(model))"
+            "no hook point was requested: the names are empty, or the predicate accepts none (see "
+            "actctx.hook_names(model))"
         )
     return list(found.values())
 
 
 def resolve_sites(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, list[Request]]:
-    """Find the places of each of several sites, apart from each other.
+    """Find the places of each of several sites separately.
 
     Raises:
-        HookNameError: A name or a pattern matches nothing, with the closest names.
-
+        HookNameError: A name or a pattern matches nothing (the message has the closest names).
     """
     places = Places(model)
     found = {name: _find(places, None, site) for name, site in sites.items()}
@@ -154,7 +151,7 @@ def resolve_sites(model: nn.Module, sites: Mapping[str, Site]) -> dict[str, list
 
 
 def _sites(names: Names) -> Iterator[tuple[str | None, Site | Predicate]]:
-    """Yield what was asked for, as sites and predicates, with the alias where it has one."""
+    """Yield the requested sites and predicates, each with its alias if it has one."""
     if isinstance(names, Mapping):
         for alias, name in names.items():
             if not isinstance(alias, str):
@@ -182,8 +179,8 @@ def _as_site(name: Any) -> Site:
         return name
     if isinstance(name, type):
         raise OptionError(
-            f"cannot capture the class {name.__name__!r} beside other names; give a Schema by "
-            "itself"
+            f"cannot capture the class {name.__name__!r} together with other names; give a Schema "
+            "alone"
         )
     if isinstance(name, str | nn.Module):
         return Site(name)
@@ -194,7 +191,7 @@ def _as_site(name: Any) -> Site:
 
 
 def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Request]:
-    """Resolve one site or predicate, to nothing where it matches nothing."""
+    """Resolve one site or predicate; an empty list if it matches nothing."""
     if not isinstance(site, Site):
         return [
             Request(name, places[name], Site(name), exact=False) for name in places.matching(site)
@@ -202,7 +199,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
     if isinstance(site.name, nn.Module):
         return [_find_module(places, alias, site, site.name)]
     pattern = site.name
-    # A glob is hardly ever a name, too, for which all modules would have to be listed.
+    # A glob is hardly ever also a name, and checking that would list all modules.
     matched = _matching(places, pattern) if is_glob(pattern) else []
     if not matched and pattern in places:
         return [Request(alias or pattern, places[pattern], site, exact=True)]
@@ -219,7 +216,7 @@ def _find(places: Places, alias: str | None, site: Site | Predicate) -> list[Req
 
 
 def _matching(places: Places, glob: str) -> list[str]:
-    """List what a glob matches; a module may have a name with a bracket in it, too."""
+    """List what a glob matches; a module may also have a name with a bracket in it."""
     try:
         accept = matcher(glob)
     except HookNameError:
@@ -255,8 +252,8 @@ def _add(found: dict[str, Request], request: Request) -> None:
     if request.key in found:
         first, second = found[request.key].site.name, request.site.name
         raise HookNameError(
-            f"{request.key!r} is asked for twice with different options; name each with a "
-            f"mapping, such as {{'first': {_shown(first)}, 'second': {_shown(second)}}}"
+            f"{request.key!r} is requested twice with different options; name each with a mapping, "
+            f"such as {{'first': {_shown(first)}, 'second': {_shown(second)}}}"
         )
     found[request.key] = request
 
@@ -272,12 +269,12 @@ def _shown(name: str | nn.Module) -> str:
 def _same_options(first: Site, second: Site) -> bool:
     try:
         return bool(replace(first, name="") == replace(second, name=""))
-    except (RuntimeError, ValueError):  # slices that hold tensors or arrays have no one truth value
+    except (RuntimeError, ValueError):  # slices with tensors have no single truth value
         return first.slice is second.slice
 
 
 def _layers_beside(name: str, listed: list[str]) -> set[int]:
-    """Number the layers that do have what a name asks for of another."""
+    """List the numbers of the layers that have what a name requests of another layer."""
     asked = re.match(r"([^\d-]*)-?\d+(\..*)", re.sub(r"\[[^\]]*\]", "0", name))
     if asked is None:
         return set()
@@ -286,19 +283,19 @@ def _layers_beside(name: str, listed: list[str]) -> set[int]:
 
 
 def _of_the_lens(name: str, *, is_translated: bool) -> str:
-    """Explain a name that TransformerLens has, or has with `hook_` before it."""
+    """Explain a name that TransformerLens has, possibly with `hook_` before it."""
     parent, dot, last = name.rpartition(".")
     known = not is_glob(name) and hook_axes(name, ()) is not None
     if known and "hook_" in name:
         only = ", or only in a TransformerBridge" if is_translated else ""
-        return f"; TransformerLens has names that end so, but this architecture may not{only}"
+        return f"; TransformerLens has names with this ending, but this architecture may not{only}"
     if not known and hook_axes(f"hook_{last}", ()) is not None:
         return f"; hook names of TransformerLens begin with hook_: '{parent}{dot}hook_{last}'"
     return ""
 
 
 def _is_deeper(places: Places, name: str) -> bool:
-    """Return whether a glob would match if it began at any depth."""
+    """Return whether a glob would match if it could start at any depth."""
     return is_glob(name) and "." in name and bool(places.matching(matcher(f"**.{name}")))
 
 

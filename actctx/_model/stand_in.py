@@ -1,8 +1,8 @@
 """A stand-in of a model: the same modules under the same names, with other tensors for its weights.
 
 TransformerLens' adapters prepare a model for a bridge: they replace its modules and forwards,
-change its config, and split its weights. A stand-in takes all of that, and runs that are to tell
-what a model does, so that the model itself stays as it is, and nothing is held twice.
+change its config, and split its weights. A stand-in is used for this, and for runs that find out
+what a model does. The model itself is not changed, and no memory is taken twice.
 """
 
 import contextlib
@@ -44,17 +44,17 @@ def stand_in(
     """Make a stand-in of a model.
 
     Args:
-        model: The model, which is left as it is, also for other threads.
-        instead: Makes what stands in the place of a parameter or buffer.
+        model: The model, which is not changed, not even temporarily for other threads.
+        instead: Returns the replacement of a parameter or buffer.
 
     Returns:
-        A model of the same classes with the same modules and copies of its configs, with no hooks
-        but those by which TransformerLens itself passes values on; and the stand-in of each
-        module. Modules and weights that are shared are shared.
+        A model of the same classes with the same modules and copies of its configs, and without
+        hooks, except those with which TransformerLens itself passes values on; and the stand-in of
+        each module. Shared modules and weights stay shared.
 
     """
     kept = [*model.modules()]  # keeps them alive, so that no `id` is reused
-    # Not `copy.deepcopy` of a module, which some change while they copy it, and some refuse.
+    # Not `copy.deepcopy` of a module: some modules change while they are copied, and some refuse.
     made = {module: object.__new__(type(module)) for module in kept}
     with torch.inference_mode(mode=False), _disable_current_modes():
         memo: dict[int, Any] = {id(module): new for module, new in made.items()}
@@ -70,7 +70,7 @@ def stand_in(
 
 
 def _remember(module: nn.Module, memo: dict[int, Any], instead: Callable[[Tensor], Tensor]) -> None:
-    """Settle what is not copied of a module: weights, hooks, and what is large and shared."""
+    """Decide what is not copied of a module: weights, hooks, and large shared objects."""
     own = vars(module)
     for tensor in (*module._parameters.values(), *module._buffers.values()):
         if tensor is not None and id(tensor) not in memo:
@@ -86,12 +86,12 @@ def _remember(module: nn.Module, memo: dict[int, Any], instead: Callable[[Tensor
 
 def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> Any:
     if isinstance(value, types.FunctionType | types.MethodType | functools.partial):
-        return _rebound(value, made, set())  # such as a forward that TransformerLens puts in place
+        return _rebound(value, made, set())  # such as a forward that TransformerLens replaced
     known = len(memo)
     try:
         return copy.deepcopy(value, memo)
     except Exception:  # noqa: BLE001  such as a list of losses, whose graph torch does not copy
-        for key in [*memo][known:]:  # copies that were only begun
+        for key in [*memo][known:]:  # unfinished copies
             del memo[key]
     if type(value) is list:
         return [_copied(each, made, memo) for each in value]
@@ -99,24 +99,26 @@ def _copied(value: Any, made: Mapping[nn.Module, Any], memo: dict[int, Any]) -> 
         return {key: _copied(each, made, memo) for key, each in value.items()}
     with contextlib.suppress(Exception):
         return memo.setdefault(id(value), copy.copy(value))
-    return value  # what cannot be copied at all is shared
+    return value  # whatever cannot be copied at all is shared
 
 
 def _run_as_written(new: nn.Module) -> None:
-    """Make a stand-in run the forward of its class, not one that fetches weights or compiles."""
+    """Make a stand-in run the forward of its class, without fetching weights or compiling."""
     own = vars(new)
-    # TransformerLens asks accelerate's hook for weights, too, which would note the stand-in's as
+    # TransformerLens also asks accelerate's hook for weights, which would record the stand-in's as
     # if they were the model's.
     if own.pop("_hf_hook", None) is not None:
         own["forward"] = own.pop("_old_forward")
     if isinstance(inner := new._modules.get("_orig_mod"), nn.Module):  # of torch.compile
         own["forward"] = inner
+    # Transformers adds its hooks for `output_hidden_states` and the like once, and not to copies.
+    own.pop("_output_capturing_hooks_installed", None)
     if "_compiled_call_impl" in own:
         own["_compiled_call_impl"] = None
 
 
 def _pass_on(module: Any, made: Mapping[nn.Module, Any]) -> None:
-    """Have a stand-in run other hook points where hooks of TransformerLens' own do that."""
+    """Make a stand-in run other hook points if TransformerLens' own hooks do that."""
     new = made[module]
     if "fwd_hooks" in vars(module):
         for handle in module.fwd_hooks:
@@ -139,7 +141,7 @@ def _is_of_the_lens(hook: Any) -> bool:
 
 
 def _rebound(value: Any, made: Mapping[nn.Module, Any], seen: set[int]) -> Any:
-    """Return what a function holds, or is a method of, with stand-ins in place of modules."""
+    """Return a function with stand-ins in place of the modules that it refers to."""
     if isinstance(value, nn.Module):
         module = value.train.__self__ if isinstance(value, weakref.ProxyTypes) else value
         return made.get(module, module)
@@ -178,9 +180,9 @@ def _held(function: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Run a stand-in without gradients, and leave modes and random numbers as they were.
+    """Run a stand-in without gradients, and restore modes and random states afterwards.
 
-    Warnings and logs can only be silenced for all threads, so threads run one after the other.
+    Warnings and logs can only be silenced for all threads, so threads take turns.
 
     Args:
         model: The model, whose devices draw random numbers.
@@ -214,7 +216,7 @@ def _drawing_aside() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Silence warnings and logs of a run that the user did not ask for."""
+    """Silence warnings and logs of a run that the user did not request."""
     loggers = [*map(logging.getLogger, _LOGGERS)]
     levels = [logger.level for logger in loggers]
     try:
@@ -229,11 +231,11 @@ def _silence() -> Iterator[None]:
 
 
 def hollow(model: nn.Module, mode: Any) -> Any:
-    """Make a stand-in that has shapes and no values, on the CPU, and does not train.
+    """Make a stand-in with shapes but no values, on the CPU, in evaluation mode.
 
     Args:
         model: The model, which is left as it is.
-        mode: torch's `FakeTensorMode` that its tensors belong to, in which alone it can run.
+        mode: The `FakeTensorMode` of its tensors, which must be active when it runs.
 
     """
 

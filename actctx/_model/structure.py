@@ -1,7 +1,7 @@
-"""From what a site yields to the tensor that is captured."""
+"""Find the captured tensor in what a site yields."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
     Args:
         site: The name of the site, as it is shown.
         value: What it yields: a tensor, or a tuple, a mapping, a dataclass or `Inputs` of them.
-        output: The place or the name of the tensor in it, by default the first.
+        output: The position or the name of the tensor in it, by default the first.
 
     Raises:
         OutputError: It yields no tensor at `output`.
@@ -47,7 +47,7 @@ def tensor_of(site: str, value: Any, output: int | str | None) -> Tensor:
 
 
 def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
-    """List what a structure holds, by name or position."""
+    """List the values in a structure, by name or position."""
     if isinstance(value, Inputs):
         return listed_inputs(value, by_position=by_position)
     if isinstance(value, Mapping):
@@ -58,6 +58,16 @@ def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
         names = getattr(value, "_fields", None) if not by_position else None
         return dict(zip(names or range(len(value)), value, strict=True))
     return {0: value}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """List the tensors in a structure, also in structures inside of it."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping | tuple | list) or is_dataclass(value):
+        for inner in _by_name(value, by_position=True).values():
+            yield from tensors_in(inner)
 
 
 def listed_inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
@@ -72,7 +82,7 @@ def listed_inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:
 
 
 def _described(value: Any) -> str:
-    """Describe a structure by the types of what it holds."""
+    """Describe a structure by the types of its values."""
     name = type(value).__name__
     if isinstance(value, Mapping | Inputs) or is_dataclass(value):
         by_position = isinstance(value, Inputs)

@@ -1,4 +1,4 @@
-"""TransformerLens' names in a Hugging Face model, and how each is read off a module of it."""
+"""TransformerLens' names in a Hugging Face model, and how to get each value from a module of it."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -14,18 +14,18 @@ from actctx._model.structure import tensor_of
 Part = Callable[[Shaped[Tensor, "..."]], Shaped[Tensor, "..."]]
 
 INSIDE = frozenset({"rotary_emb", "q_norm", "k_norm"})
-"""Components whose modules Hugging Face calls with other shapes, or for other outputs."""
+"""Components whose modules have other input shapes or other outputs in Hugging Face."""
 
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """How the value of a hook point is read off a module that has none.
+    """How to get the value of a hook point from a module that does not have it.
 
     Attributes:
-        io: Whether it is given to the module (`"in"`), or returned by it (`"out"`).
-        output: Where in a tuple it is returned, by default the first tensor.
-        part: What makes the value of it, such as splitting it into heads.
-        pattern: Finds an attention pattern among all that is returned.
+        io: Whether it is an input (`"in"`) or an output (`"out"`) of the module.
+        output: Its position in a tuple, by default the first tensor.
+        part: Turns it into the value, for example by splitting it into heads.
+        pattern: Finds an attention pattern among all outputs.
 
     """
 
@@ -35,7 +35,7 @@ class Readout:
     pattern: Pattern | None = None
 
     def found(self, site: str, value: Any) -> Tensor:
-        """Find the tensor that is read in what a module was given or returned.
+        """Find the tensor in the inputs or outputs of a module.
 
         Raises:
             OutputError: It is not there.
@@ -46,7 +46,7 @@ class Readout:
         return tensor_of(site, value, self.output)
 
     def of(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Read the value off the tensor, as a view where possible."""
+        """Get the value from the tensor, as a view if possible."""
         return activation if self.part is None else self.part(activation)
 
 
@@ -55,13 +55,12 @@ class Translation:
     """TransformerLens' names in a Hugging Face model.
 
     Attributes:
-        points: The name of the module of each hook point, and how it is read, by its canonical
-            name.
+        points: The module and the readout of each hook point, by its canonical name.
         aliases: The canonical name of each alias.
-        inside: The hook points that a bridge has beside the points.
+        inside: The hook points that a bridge has in addition to the points.
         lacks: Why there are no names at all.
-        reasons: Why a point is not among them, by its name, where there is a reason of its own,
-            such as that queries cannot be divided into heads.
+        reasons: Why a point is missing, by its name, if it has its own reason, such as queries that
+            cannot be split into heads.
 
     """
 
@@ -72,7 +71,7 @@ class Translation:
     reasons: dict[str, str] = field(default_factory=dict)
 
     def canonical(self, name: str) -> str | None:
-        """Return the canonical name of a hook point, or None where there is none."""
+        """Return the canonical name of a hook point, or None if there is none."""
         name = self.aliases.get(name, name)
         return name if name in self.points else None
 
@@ -102,7 +101,7 @@ class Translation:
 
     @functools.cached_property
     def names(self) -> dict[str, list[str]]:
-        """The names of each hook point, by the canonical one, which comes first."""
+        """The names of each hook point, by its canonical name, which comes first."""
         named = {name: [name] for name in self.points}
         for alias, name in self.aliases.items():
             named[name].append(alias)
@@ -110,7 +109,7 @@ class Translation:
 
     @property
     def has_layers(self) -> bool:
-        """Whether layers are among them: an adapter of another model may share a head with it."""
+        """Whether they include layers: an adapter of another model may share only a head."""
         return any(".0." in name for name in self.points)
 
     @functools.cached_property
@@ -119,7 +118,7 @@ class Translation:
         return {*self.points, *self.inside}
 
     def why_not(self, name: str) -> str:
-        """Explain why a hook point of a bridge is not among them, and what to do."""
+        """Explain why a hook point of a bridge is missing, and what to do."""
         if name in self.reasons:
             return self.reasons[name]
         if not INSIDE.isdisjoint(name.split(".")):
@@ -133,6 +132,6 @@ class Translation:
                 "one, as AutoModelForCausalLM does"
             )
         return (
-            "a module of Hugging Face does not expose it; capture it from a TransformerBridge of "
-            "the model"
+            "Hugging Face's modules do not expose it; capture it from a TransformerBridge of the "
+            "model"
         )

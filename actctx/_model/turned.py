@@ -1,10 +1,11 @@
-"""Find places whose values depend on positions by themselves: rotary tables, and what they turn.
+"""Find places whose values depend on positions: rotary tables, and what they rotate.
 
-# NOTE [What depends on positions by itself]
-A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
-scores, such as a norm of the queries, is given vectors that are turned by their own position: they
-differ if padding is counted. No value tells that, so the source of the attention does: what it
-assigns from `apply_rotary_pos_emb` and its like, and hands to a module.
+# NOTE [What depends on positions]
+A rotary embedding makes scores depend only on distances. But a module that runs between it and the
+scores, such as a norm of the queries, is given vectors that are rotated by their own position.
+These differ if padding is counted, and so do the scores if the module weights their entries. No
+value shows this, so the source of the attention is searched for values from `apply_rotary_pos_emb`
+and similar functions that are passed to a module.
 """
 
 import ast
@@ -12,6 +13,7 @@ import functools
 import inspect
 import re
 import textwrap
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -22,19 +24,32 @@ _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 
 
 def depends_on_positions(core: nn.Module, place: Place) -> bool:
-    """Return whether a place of a model holds a rotary table, or what one has turned."""
-    return bool(_NAMED.search(place.name)) or any(
-        child is place.module and name in _turned_in(type(module))
+    """Return whether the values of a place depend on positions, not only on distances.
+
+    These are rotary tables, and rotated values. If a norm after a rotary embedding has unequal
+    weights, scores also depend on positions, and with them the whole model.
+    """
+    # RoFormer may rotate values too.
+    if _NAMED.search(place.name) or getattr(getattr(core, "config", None), "rotary_value", False):
+        return True
+    turned = [
+        child
         for module in core.modules()
         for name, child in module.named_children()
-    )
+        if name in _turned_in(type(module).forward)
+    ]
+    return any(child is place.module or _has_differing_weights(child) for child in turned)
+
+
+def _has_differing_weights(module: nn.Module) -> bool:
+    return any(bool((each != each.flatten()[0]).any()) for each in module.parameters())
 
 
 @functools.lru_cache
-def _turned_in(kind: Any) -> frozenset[str]:
-    """List the attributes of a module that its forward calls on what was turned."""
+def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
+    """List the attributes of a module that its forward calls on rotated values."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
     turned: set[str] = set()
@@ -57,7 +72,7 @@ def _turns(value: ast.expr) -> bool:
 
 
 def _called_on(turned: set[str], value: ast.expr) -> set[str]:
-    """List the attributes of `self` that are called on a name that was turned."""
+    """List the attributes of `self` that are called on a rotated value."""
     return {
         node.func.attr
         for node in ast.walk(value)

@@ -1,1 +1,1 @@
-"""What pictures read and compute; `actctx.plot` draws them."""
+"""The values of pictures; `actctx.plot` draws them."""

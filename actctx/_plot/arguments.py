@@ -1,4 +1,4 @@
-"""Check what a picture is given beside its values: tokens, and numbers of heads and positions."""
+"""Check the other arguments of a picture: tokens, and numbers of heads and positions."""
 
 import operator
 from collections.abc import Sized
@@ -9,7 +9,7 @@ from actctx._store.indexing import is_int
 
 
 def read_tokens(tokens: Any) -> list[str]:
-    """Read the tokens that a picture is to show.
+    """Read the tokens that a picture shows.
 
     Raises:
         OptionError: They are not strings.
@@ -47,7 +47,7 @@ def _listed(given: Any) -> list[Any] | None:
 def check_count(
     name: str, axis: str, words: Sized, wanted: int, *, remedy: str = "give one for each"
 ) -> None:
-    """Refuse words for the places along an axis if there is not one for each.
+    """Refuse labels along an axis if there is not one for each position.
 
     Raises:
         OptionError: There are fewer or more.

@@ -30,13 +30,13 @@ def read_pattern(source: Source, name: str, sequence: int) -> Float[Tensor, "hea
     pattern = source.pattern(name, sequence).float().cpu()
     if not pattern.numel():
         raise AxisError(
-            f"{name!r} has the shape {tuple(pattern.shape)}, in which there is nothing to draw; "
-            "capture it with another slice"
+            f"{name!r} has the shape {tuple(pattern.shape)}, so there is nothing to draw; capture "
+            "it with another slice"
         )
     low, high = pattern.min().item(), pattern.max().item()
     if low < -_ROUNDING or high > 1 + _ROUNDING:
         raise OptionError(
             f"the values of {name!r} reach from {low:.3g} to {high:.3g}, but those of an attention "
-            "pattern lie between 0 and 1; capture attn.hook_pattern"
+            "pattern are between 0 and 1; capture attn.hook_pattern"
         )
     return pattern if "head" in axes else pattern[None]

@@ -23,13 +23,13 @@ _NORMED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # what 
 
 @runtime_checkable
 class Source(Protocol):
-    """What a picture asks of a buffer or a data set."""
+    """What a picture needs from a buffer or a data set."""
 
     def layers(self, name: str) -> list[str]:
         """List the sites of one kind, in the order of their layers; see `Activations.stack`."""
 
     def hooks(self, key: str) -> tuple[str, ...]:
-        """List the names of a site, which tell its layer."""
+        """List the names of a site, which show its layer."""
 
     def axes(self, key: str) -> Axes:
         """Return the axes of a site, of which the last is that of the features."""
@@ -61,7 +61,7 @@ def source_of(acts: object, name: object) -> Source:
     """
     if not isinstance(acts, Activations | ActivationDataset):
         raise OptionError(
-            f"a picture is drawn of what capture() or ActivationDataset(path) gives, not of a "
+            "a picture needs the result of capture() or ActivationDataset(path), not a "
             f"{type(acts).__name__}; give one of these"
         )
     if not isinstance(name, str):
@@ -86,7 +86,7 @@ class Captured:
         return self._acts._layers(name)
 
     def hooks(self, key: str) -> tuple[str, ...]:
-        """List the names of a site, which tell its layer."""
+        """List the names of a site, which show its layer."""
         return self._acts._columns[key].label.names
 
     def axes(self, key: str) -> Axes:
@@ -154,7 +154,7 @@ class Captured:
         if "pos" not in axes[:-1]:
             raise JoinError(
                 f"{key!r} has the axes {' '.join(axes)!r}, but other layers have positions; "
-                "capture all of them with one slice"
+                "capture all of them with the same slice"
             )
         found = norms_of(self._joined(key))
         if not found.numel():
@@ -202,7 +202,7 @@ class Stored:
         return layers_of({key: (key, *site.names) for key, site in self._data.sites.items()}, name)
 
     def hooks(self, key: str) -> tuple[str, ...]:
-        """List the name of a site in the model, which tells its layer."""
+        """List the name of a site in the model, which shows its layer."""
         return (self._data.sites[key].hook,)
 
     def axes(self, key: str) -> Axes:
@@ -312,8 +312,8 @@ def no_rows(key: str) -> str:
 def _check_features(key: str, dims: int) -> None:
     if dims < 2:  # noqa: PLR2004
         raise AxisError(
-            f"{key!r} has one number a row, but features along a last axis are needed; capture it "
-            "without a slice that takes one of them"
+            f"{key!r} has one number per row, but features along a last axis are needed; capture "
+            "it without a slice that selects one of them"
         )
 
 

@@ -1,1 +1,1 @@
-"""What a capture hands back: the buffer, the tensors in it, its table and its typed views."""
+"""What a capture returns: the buffer, its tensors, its table and its typed views."""

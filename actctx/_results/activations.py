@@ -1,4 +1,4 @@
-"""The buffer that is handed back: captured tensors by name."""
+"""The buffer that a capture returns: captured tensors by name."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,23 +24,23 @@ from actctx._text import counted, format_bytes, shortened
 
 if TYPE_CHECKING:
     _Tensors = Mapping[str, Tensor]
-else:  # beartype would read, and so join, a tensor to tell whether a buffer is one
+else:  # beartype would read, and so join, a tensor to check the type of a buffer
     _Tensors = Mapping
 
 
 class Activations(_Tensors):
-    """Captured activations by name, each joined over the forwards that left it.
+    """Captured activations by name, joined over forwards.
 
-    The tensors are owned by whoever reads them: contiguous, detached from the model (unless
-    captured with `grad=True`), never inference tensors, and sharing storage with nothing else.
-    They can be read at any time between forwards, also inside the block; a tensor that was read
-    keeps its values when further forwards come. Iteration is in the order in which the sites
-    ran. A buffer is not safe to read in one thread while another thread runs a forward into it.
+    The tensors are yours: contiguous, detached from the model (unless captured with `grad=True`),
+    never inference tensors, and sharing storage with nothing else. You can read them at any time
+    between forwards, even inside the block. A tensor that you have read keeps its values when
+    further forwards run. Iteration is in the order in which the sites ran. It is not safe to read a
+    buffer in one thread while another thread runs a forward into it.
 
-    `acts["blocks.6.hook_resid_post"]` reads a site under the name it was asked for by, or any
-    alias of it, or an ending or a glob that means no other captured site; `acts.resid` does for
-    an alias that is an identifier. With `join=None` a list of
-    tensors is read, one for each forward. An edit in place is an edit of the buffer.
+    `acts["blocks.6.hook_resid_post"]` reads a site by the requested name, by any alias of it, or by
+    a suffix or a glob that matches no other captured site. `acts.resid` works if the alias is an
+    identifier. With `join=None` you get a list of tensors, one per forward. An in-place edit
+    changes the buffer.
 
     Example:
         >>> with capture(model, "blocks.*.hook_resid_post") as acts:
@@ -64,18 +64,18 @@ class Activations(_Tensors):
         self._kept = Kept()
 
     def expect(self, label: Label, options: ColumnOptions | None = None) -> Column[Any]:
-        """Prepare for a site, and return what it will leave, for a hook to add to."""
+        """Prepare for a site, and return its column, for a hook to add to."""
         wanted = ColumnOptions(self._join) if options is None else options
         self._columns[label.key] = column_for(label, wanted)
         return self._columns[label.key]
 
     @property
     def columns(self) -> list[Column[Any]]:
-        """What the sites that fired have left."""
+        """The columns of the sites that fired."""
         return [self._columns[key] for key in self._order]
 
     def single(self, name: str) -> Column[Any]:
-        """Return what a site left that fires once in a forward.
+        """Return the column of a site that fires once in a forward.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -86,13 +86,13 @@ class Activations(_Tensors):
         if len(column.firings) > 1 and not column.is_one:
             raise SeveralFiringsError(
                 f"{name!r} fired {len(column.firings)} times in one forward, so it is not one "
-                f"tensor; acts.firings({name!r}) has them all, and Site({name!r}, firing=-1) "
-                "keeps the last"
+                f"tensor; acts.firings({name!r}) returns all of them, and Site({name!r}, "
+                "firing=-1) keeps the last"
             )
         return column
 
     def write(self, forward: Mapping[str, Sequence[Any]], tokens: tuple[int, int] = (0, 0)) -> None:
-        """Take the stages of one forward, firing by firing, and its sequences and positions."""
+        """Add the stages of one forward, firing by firing, with its sequences and positions."""
         self._forwards += 1
         self._tokens[tokens] += 1
         kept = 0
@@ -102,14 +102,14 @@ class Activations(_Tensors):
         self._kept.add(kept)
 
     def note_silent_forward(self) -> None:
-        """Count a forward that left nothing."""
+        """Count a forward that yielded nothing."""
         self._silent += 1
 
     def __getitem__(self, name: str) -> Any:
         """Read the activations of a site.
 
         Args:
-            name: Its name, an alias, or an ending or a glob that means no other captured site.
+            name: Its name, an alias, or a suffix or a glob that matches no other captured site.
 
         Returns:
             The tensor, joined over the forwards; with `join=None` a list, one per forward.
@@ -123,14 +123,14 @@ class Activations(_Tensors):
         return self.single(name).read(0)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copy and pickle probe for, before there is anything else
+        if name.startswith("_"):  # copy and pickle look these up before anything else exists
             raise AttributeError(name)
         if name not in self._columns:
             several = [key for key in self._order if key.startswith(f"{name}.")]
             if several:
                 stacked = f"acts.stack({name!r}) or " * are_layers(self._columns, name)
                 raise AttributeError(
-                    f"{name!r} stands for several sites, so read {stacked}one of {listed(several)}"
+                    f"{name!r} matches several sites, so read {stacked}one of {listed(several)}"
                 )
             raise AttributeError(
                 f"Activations has no attribute {name!r}; the captured names are "
@@ -144,7 +144,7 @@ class Activations(_Tensors):
     def __contains__(self, name: object) -> bool:
         try:
             column = find_column(self._columns, name)
-        except HookNameError:  # a pattern that means nothing
+        except HookNameError:  # an invalid pattern
             return False
         return bool(column and column.firings)
 
@@ -159,7 +159,7 @@ class Activations(_Tensors):
 
     @property
     def tensor(self) -> Shaped[Tensor, "..."]:
-        """The captured tensor, where exactly one site was captured.
+        """The captured tensor, if exactly one site was captured.
 
         Raises:
             NotCapturedError: No site was captured, or more than one.
@@ -169,7 +169,7 @@ class Activations(_Tensors):
         """
         if self._join is None:
             raise OptionError(
-                "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+                "acts.tensor needs joined forwards, but join=None keeps a list; read acts[name]"
             )
         if not self:
             raise NotCapturedError(
@@ -177,7 +177,7 @@ class Activations(_Tensors):
             )
         if len(self) > 1:
             raise NotCapturedError(
-                f"acts.tensor is for exactly one site, but {len(self)} were captured: "
+                f"acts.tensor needs exactly one site, but {len(self)} were captured: "
                 f"{listed(self._order)}; read acts[name]"
             )
         tensor: Tensor = self[next(iter(self))]
@@ -190,12 +190,12 @@ class Activations(_Tensors):
 
     @property
     def forwards(self) -> int:
-        """The number of forwards that left something."""
+        """The number of forwards that yielded something."""
         return self._forwards
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the captured tensors hold."""
+        """The size of the captured tensors in bytes."""
         return sum(column.nbytes for column in self._columns.values())
 
     def axes(self, name: str) -> Axes:
@@ -213,8 +213,7 @@ class Activations(_Tensors):
         """Read a site that fires more than once in a forward, such as a shared module.
 
         Returns:
-            A tensor for each firing of a forward, in the order in which they came, each joined
-            over the forwards.
+            A tensor for each firing of a forward, in order, each joined over the forwards.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -233,11 +232,11 @@ class Activations(_Tensors):
         return [column.read(k) for k in range(len(column.firings))]
 
     def positions(self, name: str) -> Int64[Tensor, "token 2"]:
-        """Return where the rows come from that `mask=` kept of a site.
+        """Return where the rows of a site come from that `mask=` kept.
 
         Returns:
-            For each row, its sequence, counted over all forwards, and its position in the
-            padded sequence. With a KV cache the sequences of a step are those of the prompt.
+            For each row, its sequence, counted over all forwards, and its position in the padded
+            sequence. With a KV cache, the sequences of a step are those of the prompt.
 
         Raises:
             NotCapturedError: Nothing was captured under this name, or without a mask.
@@ -258,20 +257,20 @@ class Activations(_Tensors):
         return rows
 
     def stack(self, name: str) -> Shaped[Tensor, "layer ..."]:
-        """Stack the activations of one kind over the layers, along a new first axis `layer`.
+        """Stack activations of the same name over layers, along a new first axis `layer`.
 
-        The result is a copy, as large as what it stacks.
+        The result is a copy, as large as the stacked tensors.
 
         Args:
-            name: The name within a layer, or its end, such as `"hook_resid_post"` or
+            name: The name within a layer, or a suffix of it, such as `"hook_resid_post"` or
                 `"attn.hook_z"`; a pattern of whole names, such as
                 `"encoder_blocks.*.hook_resid_post"` or, for the layers themselves,
                 `"model.layers.*"`; or the alias of a pattern.
 
         Raises:
             NotCapturedError: No captured site has this name in any layer.
-            HookNameError: The name means sites of several stacks of layers.
-            JoinError: The layers do not have one shape.
+            HookNameError: The name matches several stacks of layers.
+            JoinError: The layers do not have the same shape.
             OptionError: With `join=None` there are lists of tensors.
 
         Example:
@@ -281,7 +280,7 @@ class Activations(_Tensors):
         """
         if self._join is None:
             raise OptionError(
-                "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the "
+                "acts.stack(name) needs joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
         return stack_layers({key: self[key] for key in self._layers(name)})
@@ -294,11 +293,11 @@ class Activations(_Tensors):
         return layers_of({key: (key, *self._columns[key].label.names) for key in self}, name)
 
     def spec(self, name: str) -> type:
-        """Return the jaxtyping annotation of a captured tensor, from site, slice and config.
+        """Return the jaxtyping annotation of a captured tensor, from its site, slice and config.
 
         Returns:
-            An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes whose size the
-            config or the slice fixes have that size; the others are free.
+            An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes have a size if
+            the config or the slice fixes it; the others are free.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -318,15 +317,15 @@ class Activations(_Tensors):
         """Copy to a device or a dtype; floating-point activations are cast, others only moved.
 
         Args:
-            device: The device, or, as for a tensor, a dtype in its place.
+            device: The device, or a dtype in its place, as for a tensor.
             dtype: The dtype.
 
         Returns:
-            A new buffer. Drop this one to free what it holds.
+            A new buffer. Drop this one to free its memory.
 
         Raises:
-            OptionError: There is no such device here, or no such floating-point dtype, or two; or
-                torch cannot cast or move what was captured.
+            OptionError: There is no such device or floating-point dtype, or there are two dtypes;
+                or torch cannot cast or move the tensors.
 
         Example:
             >>> acts.to("cpu", torch.float16)["blocks.0.hook_resid_post"].dtype
@@ -338,7 +337,7 @@ class Activations(_Tensors):
         return self._with(columns)
 
     def clear(self) -> None:
-        """Drop what was captured so far; what comes after is captured as before."""
+        """Drop everything captured so far; later forwards are captured as before."""
         for column in self._columns.values():
             column.clear()
         self._order.clear()
@@ -349,21 +348,21 @@ class Activations(_Tensors):
     def save(self, path: str | PathLike[str], *, metadata: Mapping[str, str] | None = None) -> None:
         """Write the activations to a safetensors file, which `actctx.load` reads.
 
-        `safetensors.torch.load_file(path)` reads the tensors as well. The metadata holds `axes`, a
-        JSON object of axes by name, `model`, the class of the model, the versions that wrote it,
-        and what else a buffer knows of its sites. Where `mask=` kept rows, a tensor `positions`
-        lies beside the sites; see `positions`.
+        `safetensors.torch.load_file(path)` reads the tensors too. The metadata has `axes`, a JSON
+        object of axes by name, `model`, the class of the model, the versions that wrote it, and
+        everything else that a buffer knows about its sites. If `mask=` kept rows, there is also a
+        tensor `positions`; see `positions`.
 
         Args:
-            path: Where to write; an existing file is replaced once all is written.
-            metadata: More to keep in the file beside it.
+            path: Where to write; an existing file is replaced once everything is written.
+            metadata: Further metadata for the file.
 
         Raises:
             NotCapturedError: Nothing was captured.
-            OptionError: The activations are lists (`join=None`), which a file cannot hold, or
-                `metadata` is not a dict of strings, or has a key that the file needs itself.
+            OptionError: The activations are lists (`join=None`), which a file cannot store, or
+                `metadata` is not a dict of strings, or has a key that the file uses itself.
             DataError: It cannot be written there, or a tensor has no values, or a dtype that
-                safetensors does not have.
+                safetensors does not support.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         Example:
@@ -383,13 +382,13 @@ class Activations(_Tensors):
 
     @classmethod
     def of_saved(cls, saved: Saved, device: torch.device | None) -> "Activations":
-        """Make a buffer of what a file holds."""
+        """Make a buffer from the content of a file."""
         acts = cls(saved.join, source=saved.source)
         for key, site in saved.sites.items():
             acts._columns[key] = column_of(key, site, join=saved.join, device=device)
             if acts._columns[key].firings:
                 acts._order[key] = None
-        acts._forwards = saved.forwards  # which may not be known
+        acts._forwards = saved.forwards  # may be unknown
         return acts
 
     def __repr__(self) -> str:
@@ -403,14 +402,14 @@ class Activations(_Tensors):
         """Return whether it is the same buffer.
 
         Raises:
-            OptionError: It is another buffer or mapping, whose tensors have no one truth value.
+            OptionError: It is another buffer or mapping, whose tensors have no single truth value.
 
         """
         if self is not other and isinstance(other, Mapping):
             raise OptionError(
-                "buffers are not compared with ==, since tensors have no one truth value; compare "
-                "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
-                "atol=0), or one with torch.equal(acts[name], other[name])"
+                "buffers cannot be compared with ==, since a tensor does not have a single truth "
+                "value; compare their tensors, with torch.testing.assert_close(acts, other, "
+                "rtol=0, atol=0), or one with torch.equal(acts[name], other[name])"
             )
         return self is other
 
@@ -427,7 +426,7 @@ class Activations(_Tensors):
     def _summary(self, spared: str = "", *, drawn: bool = False) -> tuple[str, list[Row]]:
         size = format_bytes(self.nbytes) + spared
         title = f"Activations: {counted(len(self), 'site')}, {size}"
-        if self._forwards or not self:  # of a file they may not be known
+        if self._forwards or not self:  # may be unknown for a file
             title += f", {counted(self._forwards, 'forward')}"
         if self._forwards and self.missing:
             title += f", {len(self.missing)} missing"
@@ -453,23 +452,23 @@ class Activations(_Tensors):
 
 
 def load(path: str | PathLike[str], *, device: torch.device | str | None = None) -> Activations:
-    """Read what `acts.save` wrote.
+    """Read a file that `acts.save` wrote.
 
-    The names, axes and positions of the sites are those that were captured, and so is what `stack`,
-    `spec`, `missing` and `forwards` tell. Of a safetensors file that something else wrote, the
-    tensors are read, under their names, with axes that are not known.
+    The names, axes and positions of the sites are those that were captured, and `stack`, `spec`,
+    `missing` and `forwards` work as before. Safetensors files of other programs are read too: their
+    tensors have their names, and unknown axes.
 
     Args:
         path: The file.
-        device: Where the tensors go; by default to the CPU.
+        device: The device of the tensors; by default the CPU.
 
     Returns:
-        The activations. Nothing of them shares memory with the file.
+        The activations. They share no memory with the file.
 
     Raises:
-        DataError: There is no such file, it cannot be read, what it says of its tensors does not
-            fit them, or a later version wrote it.
-        OptionError: There is no such device, or `path` is no path.
+        DataError: There is no such file, it cannot be read, its metadata does not fit its tensors,
+            or a later version wrote it.
+        OptionError: There is no such device, or `path` is not a path.
 
     Example:
         >>> acts.save("acts.safetensors")
@@ -485,10 +484,10 @@ Activations.__module__ = load.__module__ = "actctx"  # where users find them
 
 
 def find_column(columns: Mapping[str, Column[Any]], name: object) -> Column[Any] | None:
-    """Find what a site left that a name means, if it means one.
+    """Find the column that a name matches, if it matches one.
 
     Raises:
-        HookNameError: It is a pattern that means nothing.
+        HookNameError: It is an invalid pattern.
 
     """
     if not isinstance(name, str):
@@ -502,23 +501,27 @@ def find_column(columns: Mapping[str, Column[Any]], name: object) -> Column[Any]
 def why_nothing(
     columns: Mapping[str, Column[Any]], name: str, fired: Iterable[str], forwards: int
 ) -> str:
-    """Explain why nothing is found under a name, though there were forwards."""
+    """Explain why nothing was captured under a name, although there were forwards."""
     if find_column(columns, name) is not None:
         return f"it never fired in {counted(forwards, 'forward')}"
     found = _meant(columns, name)
     if not found:
         names = [*fired]
-        return f"the captured names are {listed(names)}" if names else "nothing else was, either"
-    # By the names that were meant, where these tell them apart.
+        return (
+            f"the captured names are {listed(names)}"
+            if names
+            else "nothing else was captured either"
+        )
+    # By the names that were matched, if these are unique.
     alike = listed(found.values() if len({*found.values()}) == len(found) else found)
     if any(name in columns[key].label.names for key in found):
         return f"it is captured several times, so read one of {alike}"
     stacked = f", or acts.stack({name!r}) for its layers" if are_layers(columns, name) else ""
-    return f"it means {len(found)} of the captured sites, so read one of {alike}{stacked}"
+    return f"it matches {len(found)} of the captured sites, so read one of {alike}{stacked}"
 
 
 def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:
-    """Return whether what a name means can be stacked over layers."""
+    """Return whether the sites that a name matches can be stacked over layers."""
     fired = {key: column for key, column in columns.items() if column.firings}
     if not all(column.stacks for column in fired.values()):
         return False
@@ -529,11 +532,11 @@ def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:
 
 
 def why_empty(source: str, silent: int = 0) -> str:
-    """Explain why there is nothing at all, of a model of this class.
+    """Explain why nothing at all was captured, for a model of this class.
 
     Args:
         source: The class of the model.
-        silent: The forwards that have run and left nothing.
+        silent: The number of forwards that yielded nothing.
 
     """
     model = source or "the model"
@@ -548,6 +551,6 @@ def listed(keys: Iterable[str]) -> str:
 
 
 def _meant(columns: Mapping[str, Column[Any]], name: str) -> dict[str, str]:
-    """Find what a name means, of what has fired if some has; see `meant`."""
+    """Find what a name matches, among sites that fired if there are any; see `meant`."""
     found = meant(name, {key: column.label.names for key, column in columns.items()})
     return {key: each for key, each in found.items() if columns[key].firings} or found

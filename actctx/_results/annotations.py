@@ -1,8 +1,8 @@
-"""Tensors checked against jaxtyping annotations, in one scope with the sizes of a model.
+"""Check tensors against jaxtyping annotations, together with the sizes of a model.
 
 # NOTE [What jaxtyping decides]
-Whether a tensor fits an annotation is decided by jaxtyping, in one of its scopes, into which the
-model's own sizes are bound first: `d_model` is then one size, as if a first argument had it.
+jaxtyping decides whether a tensor fits an annotation, in one of its scopes. The model's own sizes
+are bound in this scope first, so `d_model` is one size, as if a first argument had it.
 """
 
 import os
@@ -24,7 +24,7 @@ from actctx._model.axes import Axes
 from actctx._text import dtype_name
 
 Sizes = tuple[int | None, ...]
-"""The size of each axis in elements, None where it is not known beforehand."""
+"""The size of each axis in elements, None if unknown beforehand."""
 
 
 def is_checking(check: bool) -> bool:  # noqa: FBT001  the option of that name
@@ -33,12 +33,12 @@ def is_checking(check: bool) -> bool:  # noqa: FBT001  the option of that name
 
 
 def is_array_type(hint: object) -> bool:
-    """Recognise an annotation of one tensor, such as `Float[Tensor, "batch pos d_model"]`."""
+    """Recognize an annotation of one tensor, such as `Float[Tensor, "batch pos d_model"]`."""
     return isinstance(hint, type) and issubclass(hint, AbstractArray)
 
 
 def mentions_array_type(hint: object) -> bool:
-    """Return whether jaxtyping has a part in an annotation."""
+    """Return whether an annotation contains a jaxtyping annotation."""
     return is_array_type(hint) or any(map(mentions_array_type, get_args(hint)))
 
 
@@ -82,9 +82,9 @@ class Claim:
 
     Attributes:
         what: What it is, for messages, such as `Acts.resid, from 'blocks.0.hook_resid_post',`.
-        value: The value; of a tensor, only shape and dtype are looked at.
+        value: The value; for a tensor, only shape and dtype are read.
         hint: The annotation.
-        axes: The names of a tensor's axes, where they are known.
+        axes: The names of a tensor's axes, if known.
 
     """
 
@@ -94,7 +94,7 @@ class Claim:
     axes: Axes | None = None
 
     def parts(self) -> "list[Claim]":
-        """Divide it into claims of single tensors, as far as the annotation is of those."""
+        """Split it into claims about single tensors, as far as the annotation consists of them."""
         parts = [(where, *part) for where, part in _parts(self.value, self.hint)]
         if not all(is_array_type(hint) for _, _, hint in parts):
             return [self]
@@ -102,7 +102,7 @@ class Claim:
 
 
 def _parts(value: Any, hint: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Go through lists, tuples, dicts and optional tensors, of which beartype samples items."""
+    """Go through lists, tuples, dicts and optional tensors; beartype only samples their items."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind in {Union, types.UnionType} and isinstance(value, Tensor):
         arrays = [each for each in inner if is_array_type(each)]
@@ -123,11 +123,11 @@ def _parts(value: Any, hint: Any) -> Iterator[tuple[str, tuple[Any, Any]]]:
 
 
 def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
-    """Check values against their annotations, in one scope with the sizes of a model.
+    """Check values against their annotations, together with the sizes of a model.
 
     Args:
-        claims: The values and their annotations. An annotation may calculate with axes that
-            others of them name, whatever their order.
+        claims: The values and their annotations. An annotation may compute with axes that others
+            name, in any order.
         sizes: The sizes of axes that the model's config fixes, in elements.
 
     Raises:
@@ -135,7 +135,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
 
     """
     with jaxtyped("context"):
-        # Here and not in a function of its own, which could be given a scope of its own.
+        # Not in a separate function, which could get its own scope.
         for axis, size in sizes.items():
             config: Any = Shaped[Tensor, axis]
             isinstance(torch.empty(size, device="meta"), config)
@@ -146,10 +146,10 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
             claim = waiting.popleft()
             value, hint = claim.value, claim.hint
             try:
-                if is_array_type(hint):  # what beartype asks for as well
+                if is_array_type(hint):  # as beartype requires too
                     reason = type(hint).__instancecheck_str__(hint, value)
                 else:
-                    reason = "" if _fits(value, hint) else "its type is another"
+                    reason = "" if _fits(value, hint) else "it has a different type"
             except AnnotationError as error:
                 waiting.append(claim)
                 put_off += 1
@@ -158,7 +158,7 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
                 continue
             if reason:
                 raise TypedError(
-                    f"{claim.what} is {_described(value)}, which is no {shown(hint)}: "
+                    f"{claim.what} is {_described(value)}, which does not match {shown(hint)}: "
                     f"{_explained(claim, found) or reason}"
                 )
             put_off = 0
@@ -168,15 +168,15 @@ def hold(claims: Iterable[Claim], sizes: Mapping[str, int]) -> None:
 def _fits(value: Any, hint: Any) -> bool:
     """Return whether a value fits an annotation that is not of one tensor."""
     with _hashable_object():
-        from beartype.door import is_bearable  # takes a while, and few annotations need it
+        from beartype.door import is_bearable  # slow to import, and few annotations need it
     return is_bearable(value, hint)
 
 
 @contextmanager
 def _hashable_object() -> Iterator[None]:
-    """Take `save`, which nnsight adds to `object`, off it while beartype is first imported.
+    """Remove nnsight's `save` from `object` while beartype is first imported.
 
-    Beartype makes a set of what `object` has, and what nnsight adds cannot be hashed.
+    Beartype makes a set of the attributes of `object`, and nnsight's cannot be hashed.
     """
     save = vars(object).get("save") if "nnsight" in sys.modules else None
     if save is None or "beartype" in sys.modules:
@@ -192,7 +192,7 @@ def _hashable_object() -> Iterator[None]:
 
 
 def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:
-    """Record where an axis got its size from."""
+    """Record where the size of an axis comes from."""
     if is_array_type(claim.hint):
         for name, _, size in aligned(claim.hint, claim.value.shape):
             if name.isidentifier() and size is not None:
@@ -201,8 +201,8 @@ def _note_sizes(claim: Claim, found: dict[str, tuple[int, str]]) -> None:
 
 def _incalculable(claim: Claim, error: AnnotationError) -> str:
     return (
-        f"{claim.what} is annotated {shown(claim.hint)}, which calculates with an axis that no "
-        f"other annotation names: {str(error).partition('. ')[0]}"
+        f"{claim.what} is annotated {shown(claim.hint)}, which computes with an axis that no other "
+        f"annotation names: {str(error).partition('. ')[0]}"
     )
 
 
@@ -213,7 +213,7 @@ def _described(value: Any) -> str:
 
 
 def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None:
-    """Explain why a tensor does not fit, and what to write; None where jaxtyping says it best."""
+    """Explain why a tensor does not fit, and what to write; None if jaxtyping's message is best."""
     hint, value = claim.hint, claim.value
     if not (is_array_type(hint) and isinstance(value, Tensor)):
         return None
@@ -234,8 +234,8 @@ def _explained(claim: Claim, found: Mapping[str, tuple[int, str]]) -> str | None
         known, where = found.get(name, (size, ""))
         if size != known:
             return (
-                f"{name} is {size} here, but {known} {where}; where they are two things, give "
-                "one of them another name"
+                f"{name} is {size} here, but {known} {where}; if these are different things, "
+                "rename one of them"
             )
     return None
 
@@ -263,7 +263,7 @@ def ranks_agree(dims: list[str], rank: int) -> bool:
 def aligned(
     hint: Any, sizes: Iterable[int | None], axes: Axes | None = None
 ) -> list[tuple[str, str, int | None]]:
-    """Put the dimensions of an annotation beside the axes they stand for; `*batch` has none."""
+    """Pair the dimensions of an annotation with their axes; `*batch` has none."""
     sizes = tuple(sizes)
     dims = hint.dim_str.split()
     names = axes or ("_",) * len(sizes)

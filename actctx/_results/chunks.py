@@ -1,4 +1,4 @@
-"""Tensors of several forwards, firing by firing: what columns of tensors have in common."""
+"""Tensors of several forwards, firing by firing: functions shared by columns of tensors."""
 
 import itertools
 from collections import deque
@@ -22,7 +22,7 @@ Chunks = deque[Owned]
 
 
 def add_chunks(firings: list[Chunks], stages: Sequence[Owned]) -> int:
-    """Put the tensors of a forward behind the others, and count their bytes on the host."""
+    """Append the tensors of a forward, and count their bytes on the host."""
     if len(stages) == len(firings) == 1:  # a shortcut for the usual case
         value = stages[0].value
         firings[0].append(stages[0])
@@ -50,7 +50,7 @@ def wait_for(chunk: Owned) -> Tensor:
 
 
 def wait_for_all(firings: list[Chunks]) -> None:
-    """Replace tensors by those that have arrived."""
+    """Replace tensors by their arrived copies."""
     for chunks in firings:
         for _ in range(len(chunks)):
             chunks.append(Owned(wait_for(chunks.popleft())))
@@ -73,7 +73,7 @@ def moved_chunks(
 
     def moved(chunk: Owned) -> Owned:
         if why := why_not_moved(chunk.value, dtype, device):
-            raise OptionError(f"what was captured cannot be copied {why}")
+            raise OptionError(f"captured tensors cannot be copied {why}")
         return own(wait_for(chunk), dtype=dtype, device=device)
 
     return _mapped(firings, moved)
@@ -85,7 +85,7 @@ def _mapped(firings: list[Chunks], change: Callable[[Owned], Owned]) -> list[Chu
 
 
 def spec_of_chunks(label: Label, firings: list[Chunks], sizes: Sizes) -> type:
-    """Return the annotation of tensors, of these fixed sizes."""
+    """Return the annotation of tensors with these fixed sizes."""
     return spec_of(firings[0][0].value.dtype, label.settle(), sizes)
 
 
@@ -106,14 +106,14 @@ def row_of(label: Label, firings: list[Chunks], *, shape: str, nbytes: int, draw
 
 
 def shapes_of(chunks: Chunks) -> str:
-    """Write the shapes of tensors that are not joined."""
+    """Describe the shapes of tensors that are not joined."""
     shapes = [str(tuple(chunk.value.shape)) for chunk in chunks]
     alike = len(set(shapes)) == 1
     return f"{len(shapes)} x {shapes[0]}" if alike else f"a list of {len(shapes)}"
 
 
 def are_one(label: Label, firings: list[Chunks], read: Callable[[int], Any]) -> bool:
-    """Return whether firings are one tensor: there is one, or a repeated one of equal values."""
+    """Return whether firings are one tensor: there is only one, or all are equal."""
     if len(firings) == 1:
         return True
     if not label.repeats or any(each.value.requires_grad for each in firings[0]):
@@ -123,7 +123,7 @@ def are_one(label: Label, firings: list[Chunks], read: Callable[[int], Any]) -> 
 
 
 def _is_equal(first: Any, second: Any) -> bool:
-    """Return whether two tensors, or two lists of them, have the same values; NaN is itself."""
+    """Return whether two tensors, or two lists of them, have the same values; NaN equals NaN."""
     if isinstance(first, list):
         return len(first) == len(second) and all(map(_is_equal, first, second))
     alike = first.shape == second.shape and first.dtype == second.dtype

@@ -1,10 +1,9 @@
-"""The contract of what one site leaves over the forwards. Its kinds are chosen in `kinds.py`.
+"""The protocol of a column: the values of one site over forwards. See `kinds.py` for its kinds.
 
 # NOTE [The life of a column]
-Each firing passes what was selected to `keep`, which makes a stage of it: all that is needed of it
-later, sharing memory with nothing. When the forward ends, `write` takes its stages. Of a forward
-that raised, stages are dropped and `write` is never called, so `keep` must leave nothing behind
-that counts.
+Each firing passes its selection to `keep`, which makes a stage of it: everything that is needed
+later, sharing memory with nothing. When the forward ends, `write` takes its stages. If a forward
+raised, stages are dropped and `write` is never called, so `keep` must not change what can be read.
 """
 
 from collections.abc import Sequence
@@ -22,16 +21,16 @@ from actctx._results.table import Row
 from actctx._select.own import TokenRows
 
 S = TypeVar("S")
-"""What is staged of one firing until the forward ends."""
+"""The staged value of one firing, until the forward ends."""
 
 
 @dataclass(frozen=True)
 class ColumnOptions:
-    """What becomes of what a site yields.
+    """The options of a column.
 
     Attributes:
         join: The axis along which forwards are joined, or None for a list of them.
-        capacity: How many elements along `join` there is room for, made at the first firing.
+        capacity: The number of elements along `join`, allocated at the first firing.
         dtype: The dtype that floating-point activations are cast to.
         device: The device that activations move to.
 
@@ -45,13 +44,13 @@ class ColumnOptions:
 
 @runtime_checkable
 class Column(Protocol[S]):
-    """What one site leaves over the forwards, firing by firing. See the note above.
+    """The values of one site over forwards, firing by firing. See the note above.
 
     Attributes:
-        asks_axes: Whether the axes are asked for at the first activation, and not when read.
-        copies: Whether the stage of an activation that is kept whole, as it is and where it is, is
+        asks_axes: Whether the axes are needed at the first activation, and not only when read.
+        copies: Whether the stage of an activation that is kept whole, without a cast or a move, is
             an `Owned` copy of it.
-        stacks: Whether what is read is one tensor, which can be a layer of a stack.
+        stacks: Whether it is read as one tensor, which can be a layer of a stack.
 
     """
 
@@ -61,59 +60,59 @@ class Column(Protocol[S]):
 
     @property
     def label(self) -> Label:
-        """The names of the site, and the axes of what it leaves."""
+        """The names of the site, and the axes of its values."""
 
     @property
     def firings(self) -> Sequence[Any]:
-        """What it left, for each firing of a forward; empty before the first forward."""
+        """The values for each firing of a forward; empty before the first forward."""
 
     def keep(
         self, selected: Shaped[Tensor, "..."], rows: TokenRows | None, *, number: int, copied: bool
     ) -> S:
-        """Stage what was selected of one firing.
+        """Stage the selection of one firing.
 
         Args:
-            selected: What was selected of the activation.
+            selected: The selection from the activation.
             rows: With a mask, where its rows come from.
-            number: Which of the stages of its forward it will be.
+            number: The index of the stage in its forward.
             copied: Whether selecting made a copy already.
 
         """
 
     def write(self, stages: Sequence[S]) -> int:
-        """Take the stages of one forward, and return the bytes that it keeps of them on the host.
+        """Take the stages of one forward, and return the bytes that they take on the host.
 
-        What was reserved before is not counted.
+        Memory that was allocated before is not counted.
         """
 
     @property
     def is_one(self) -> bool:
-        """Whether its firings are one result: there is one, or a repeated one of equal values."""
+        """Whether its firings are one result: there is only one, or all are equal."""
 
     @property
     def nbytes(self) -> int:
-        """The bytes that it holds."""
+        """The size of its values in bytes."""
 
     def read(self, number: int) -> Any:
-        """Return what one firing left, over all forwards."""
+        """Return the values of one firing, over all forwards."""
 
     def positions(self) -> Int64[Tensor, "token 2"] | None:
         """Return the sequence and the position of each row that a mask kept; None without one."""
 
     def outline(self) -> Shaped[Tensor, "..."]:
-        """Return a tensor without values, of the shape and dtype of what `read` would return."""
+        """Return a tensor without values, with the shape and dtype of the result of `read`."""
 
     def fixed_sizes(self) -> Sizes:
-        """Return the sizes of what is read, None for those that grow with the forwards."""
+        """Return the sizes of the result, None for those that grow with forwards."""
 
     def spec(self) -> type:
-        """Return the annotation of what is read."""
+        """Return the annotation of the result."""
 
     def row(self, *, drawn: bool) -> Row:
-        """Describe it for the table, its values drawn or not."""
+        """Describe it for the table, with a histogram of its values or without."""
 
     def saved(self) -> SavedSite:
-        """Return what a file keeps of it."""
+        """Return its part of a file."""
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> "Column[Any]":
         """Return a copy on another device, or of another dtype."""
@@ -128,4 +127,4 @@ class Column(Protocol[S]):
         """Prepare for reading while the model is still alive, when the block ends."""
 
     def clear(self) -> None:
-        """Drop what was captured. What was read stays valid."""
+        """Drop the captured values. Values that were read stay valid."""

@@ -1,4 +1,4 @@
-"""Predict a captured tensor, and refuse before any forward what contradicts it.
+"""Predict a captured tensor, and refuse annotations that contradict it before any forward.
 
 There is no tensor yet, but the names of the axes are known, and the sizes that the config and the
 slice fix.
@@ -23,19 +23,19 @@ from actctx._results.annotations import (
     word_of,
 )
 
-# Names of axes that may stand for each other: their sizes decide.
+# Names of axes that are interchangeable: their sizes decide.
 _ALIKE = ({"pos", "query", "key"}, {"head", "kv_head"})
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a captured tensor will be, as far as that is known before any forward.
+    """The prediction for a captured tensor, as far as it is known before any forward.
 
     Attributes:
         axes: The axes that it will have.
         sizes: Their sizes, as far as the config and the slice fix them.
         model_sizes: The sizes of axes that the model's config fixes.
-        because: Why the axes are not those of the site, to be put behind them in a message.
+        because: Why the axes are not those of the site, for a message.
 
     """
 
@@ -45,7 +45,7 @@ class Expected:
     because: str = ""
 
     def written(self, hint: Any) -> str:
-        """Write how to annotate it; an axis of which a part is selected has a size for a name."""
+        """Say how to annotate it; a partly selected axis has a size instead of a name."""
         dims = (
             axis if size in {None, self.model_sizes.get(axis, size)} else str(size)
             for axis, size in zip(self.axes, self.sizes, strict=True)
@@ -57,19 +57,18 @@ def refuse_impossible(what: str, hint: Any, expected: Expected) -> None:
     """Refuse an annotation that no activation can fit, before there is one.
 
     Args:
-        what: What is annotated, for messages.
+        what: The annotated object, for messages.
         hint: Its annotation.
-        expected: What it will be.
+        expected: The prediction.
 
     Raises:
-        TypedError: It has another number of axes, names them otherwise, or gives a size that
-            they cannot have.
+        TypedError: It has another number of axes, other names, or an impossible size.
 
     """
     axes, listed = expected.axes, f"{' '.join(expected.axes)!r}{expected.because}"
     dims = hint.dim_str.split()
     if dims[:1] == ["token"] and axes[:2] == ("batch", "pos") and len(dims) == len(axes) - 1:
-        return  # as some MLPs run on flattened sequences, which shows once they fire
+        return  # some MLPs run on flattened sequences, which shows when they fire
     if not ranks_agree(dims, len(axes)):
         raise TypedError(
             f"{what} is annotated {shown(hint)}, with {count_axes(len(dims))}, but will have "
@@ -103,10 +102,10 @@ def _size_in(dim: str, model_sizes: Mapping[str, int]) -> int | None:
 
 
 def refuse_dtype(what: str, hint: Any, dtype: torch.dtype | None) -> None:
-    """Refuse an annotation that the dtype that was asked for does not fit.
+    """Refuse an annotation that does not fit the requested dtype.
 
     Raises:
-        TypedError: The annotation is of floating-point tensors, but not of these.
+        TypedError: The annotation is for other floating-point tensors.
 
     """
     if dtype is None:
@@ -116,6 +115,6 @@ def refuse_dtype(what: str, hint: Any, dtype: torch.dtype | None) -> None:
     fits = {kind for kind in kinds if isinstance(torch.empty(0, dtype=kind), unshaped)}
     if fits and dtype not in fits:
         raise TypedError(
-            f"{what} is annotated {shown(hint)}, but dtype={dtype} was asked for; write "
+            f"{what} is annotated {shown(hint)}, but dtype={dtype} was requested; write "
             f"{word_of(dtype).__name__}, or leave the dtype out"
         )

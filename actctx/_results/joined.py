@@ -47,7 +47,7 @@ class JoinedColumn:
         firings: For each firing of a forward, the tensors of the forwards, in order. Joining
             replaces them by one.
         rows: With a mask, the rows that were kept.
-        stack: What its one tensor is a layer of, if layers were stacked.
+        stack: The stack that its tensor is a layer of, if layers were stacked.
 
     """
 
@@ -67,10 +67,10 @@ class JoinedColumn:
         selected: Shaped[Tensor, "..."],
         rows: TokenRows | None,
         *,
-        number: int,  # noqa: ARG002  only rooms are numbered
+        number: int,  # noqa: ARG002  only preallocated columns use it
         copied: bool,
     ) -> Owned:
-        """Make an owned tensor of what was selected."""
+        """Make an owned tensor of the selection."""
         dtype, device = self.options.dtype, self.options.device
         owned = own(selected, copied=copied, dtype=dtype, device=device)
         return owned if rows is None else owned._replace(rows=rows)
@@ -118,7 +118,7 @@ class JoinedColumn:
         return self.rows.joined()
 
     def outline(self) -> Shaped[Tensor, "..."]:
-        """Return a tensor without values that has the shape and dtype of the joined one.
+        """Return a tensor without values, with the shape and dtype of the joined one.
 
         Raises:
             AxisError: There are several forwards, and no axis to join them along.
@@ -141,7 +141,7 @@ class JoinedColumn:
             return shapes_of(self.firings[0])
 
     def fixed_sizes(self) -> Sizes:
-        """Return the sizes that do not change, however many forwards there are."""
+        """Return the sizes that do not depend on the number of forwards."""
         try:
             free = self.join_dim()
         except AxisError:
@@ -173,7 +173,7 @@ class JoinedColumn:
         return self.with_chunks(copied_chunks(self.firings))
 
     def with_chunks(self, firings: list[Chunks]) -> "JoinedColumn":
-        """Return a copy that holds these tensors."""
+        """Return a copy with these tensors."""
         label, rows = self.label.copied(), self.rows.copied()
         return JoinedColumn(label, self.join, self.options, firings, rows)
 
@@ -187,13 +187,13 @@ class JoinedColumn:
             self.label.settle()
 
     def clear(self) -> None:
-        """Drop what was captured. Tensors that were read stay valid."""
+        """Drop the captured tensors. Tensors that were read stay valid."""
         self.stack = None
         self.firings.clear()
         self.rows.clear()
 
     def join_dim(self) -> int:
-        """Find the axis along which forwards are joined; rows of tokens are joined as they come.
+        """Find the axis along which forwards are joined; rows of tokens are joined in order.
 
         Raises:
             AxisError: The tensors do not have it.
@@ -215,7 +215,7 @@ class JoinedColumn:
         )
 
     def __getstate__(self) -> dict[str, object]:
-        """Pickle what it holds, and not the other layers of a stack that it is a view of."""
+        """Pickle its own tensors, and not the other layers of a stack that it is a view of."""
         state = dict(self.__dict__)
         if self.stack is not None:
             state |= {"stack": None, "firings": copied_chunks(self.firings)}
@@ -223,11 +223,11 @@ class JoinedColumn:
 
 
 def stack_in_place(columns: Sequence[Column[Any]]) -> Shaped[Tensor, "layer ..."]:
-    """Stack what sites left; what they hold becomes views of it, so that nothing is held twice."""
+    """Stack columns; their tensors become views of the stack, so that no memory is doubled."""
     tensors = [column.read(0) for column in columns]
     joined = [column for column in columns if isinstance(column, JoinedColumn)]
     if any(tensor.requires_grad for tensor in tensors) or len(joined) < len(columns):
-        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
+        with torch.enable_grad():  # the graph was requested, whatever the reader's mode
             return torch.stack(tensors)
     whole = joined[0].stack
     if whole is not None and all(column.stack is whole for column in joined):

@@ -15,7 +15,7 @@ from actctx._text import dtype_name
 
 
 def check_not_quantized(key: str, tensor: Tensor) -> None:
-    """Refuse a tensor of a kind that torch does not join."""
+    """Refuse a kind of tensor that torch does not join."""
     if tensor.is_quantized:
         raise JoinError(
             f"{key!r} is quantized ({dtype_name(tensor.dtype)}), and torch does not join such "
@@ -24,7 +24,7 @@ def check_not_quantized(key: str, tensor: Tensor) -> None:
 
 
 def check_joinable(key: str, tensors: Sequence[Tensor], dim: int, join: str) -> None:
-    """Refuse tensors that differ in more than the axis along which they are joined."""
+    """Refuse tensors that differ in more than the axis of joining."""
     first = tensors[0]
     for other in tensors:
         if _others(first, dim) != _others(other, dim):
@@ -51,7 +51,7 @@ def check_alike(key: str, chunks: Sequence[Owned]) -> None:
 def concatenate(chunks: deque[Owned], dim: int) -> None:
     """Replace chunks by their concatenation, releasing each as soon as it is copied."""
     if any(chunk.value.requires_grad for chunk in chunks):
-        with torch.enable_grad():  # the graph was asked for, whatever the reader's mode
+        with torch.enable_grad():  # the graph was requested, whatever the reader's mode
             joined = torch.cat([chunk.value for chunk in chunks], dim)
         chunks.clear()
         chunks.append(Owned(joined))
@@ -73,19 +73,19 @@ def concatenate(chunks: deque[Owned], dim: int) -> None:
                 freed = 0
                 if joined.device.type == "cpu":
                     give_back_to_system()
-    finally:  # an interrupt between two chunks loses neither those behind nor those before it
+    finally:  # an interrupt between two chunks loses neither earlier nor later ones
         chunks.appendleft(Owned(joined.narrow(dim, 0, done) if chunks else joined))
 
 
 @dataclass
 class Kept:
-    """Counts the bytes that a buffer keeps on the host, and returns unused memory between them."""
+    """Counts the bytes that a buffer keeps on the host, and returns unused memory to the system."""
 
     nbytes: int = 0
     trimmed: int = 0
 
     def add(self, nbytes: int) -> None:
-        """Return freed memory to the system once as much has been kept since the last time."""
+        """Return freed memory to the system once enough has been kept since the last time."""
         self.nbytes += nbytes
         if self.nbytes - self.trimmed > max(2**24, self.nbytes // 16):
             self.trimmed = self.nbytes
@@ -99,8 +99,8 @@ def _others(tensor: Tensor, dim: int) -> list[int]:
 def give_back_to_system() -> None:
     """Return freed host memory to the system, which glibc otherwise keeps for chunks of a few MiB.
 
-    Without it the process would hold the chunks and the joined tensor at once. With another C
-    library it does nothing.
+    Otherwise the process would hold the chunks and the joined tensor at once. With another C
+    library this does nothing.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -1,4 +1,4 @@
-"""The kinds of columns, and which of them a site gets."""
+"""The kinds of columns, and the choice between them."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from actctx._select.own import own, plain_mode
 
 
 def column_for(label: Label, options: ColumnOptions) -> Column[Any]:
-    """Return an empty column of the kind that was asked for."""
+    """Return an empty column of the requested kind."""
     if options.join is None:
         return ListColumn(label, options)
     joined = JoinedColumn(label, options.join, options)
@@ -24,7 +24,7 @@ def column_for(label: Label, options: ColumnOptions) -> Column[Any]:
 
 
 def column_of(key: str, site: SavedSite, *, join: str, device: torch.device | None) -> Column[Any]:
-    """Return the column that a file holds."""
+    """Return the column in a file."""
     label = Label(key, site.names, Named(site.axes, site.sizes))
     column = JoinedColumn(label, join, ColumnOptions())
     if site.tensor is not None:

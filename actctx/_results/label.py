@@ -1,4 +1,4 @@
-"""The names of a site, and what is known of the axes of what it leaves."""
+"""The names of a site, and what is known about the axes of its values."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,12 +9,12 @@ from actctx._results.annotations import Sizes
 
 
 class Named(NamedTuple):
-    """What is known of the axes of what a site left.
+    """What is known about the axes of a site's values.
 
     Attributes:
         axes: The axes of each of its tensors.
-        sizes: Their sizes, None for those that the forwards need not have in common.
-        whole: The sizes that the model's axes have before anything is selected, by name.
+        sizes: Their sizes, None for those that may differ between forwards.
+        whole: The sizes of the model's axes before selection, by name.
 
     """
 
@@ -25,17 +25,16 @@ class Named(NamedTuple):
 
 @dataclass(eq=False)
 class Label:
-    """The names of a site, and the axes of what it leaves.
+    """The names of a site, and the axes of its values.
 
     Attributes:
         key: The name under which it is read.
-        names: Every name that it answers to.
-        named: The axes of what it leaves, and their sizes.
-        tell: Finds the axes by what the model does, where so far there is only what the name
-            proposes.
-        batch_dropped: Whether a slice dropped the first axis, which is the batch where the axes
-            are not known.
-        repeats: Whether a forward is known to compute the same several times.
+        names: All of its names.
+        named: The axes of its values, and their sizes.
+        tell: Finds the axes by a run of the model, if so far only the name proposes them.
+        batch_dropped: Whether a slice dropped the first axis, which is the batch if the axes are
+            unknown.
+        repeats: Whether a forward is known to compute the same value several times.
 
     """
 
@@ -48,11 +47,11 @@ class Label:
 
     @property
     def axes(self) -> Axes:
-        """The axes of what it leaves, as far as they are known so far; see `settle`."""
+        """The axes of its values, as far as they are known so far; see `settle`."""
         return self.named.axes
 
     def settle(self) -> Axes:
-        """Return the axes, for which the model is run unless they are known."""
+        """Return the axes, and run the model if they are unknown."""
         tell, self.tell = self.tell, None
         if tell is not None:
             self.named = tell() or self.named
@@ -64,5 +63,5 @@ class Label:
         return replace(self)
 
     def __getstate__(self) -> dict[str, object]:
-        self.settle()  # while the model is alive
+        self.settle()  # while the model exists
         return dict(self.__dict__)

@@ -1,4 +1,4 @@
-"""One kind of activation over the layers of a model."""
+"""Find and stack the sites of one name over the layers of a model."""
 
 import difflib
 import re
@@ -12,18 +12,18 @@ from actctx._errors import HookNameError, JoinError, NotCapturedError
 from actctx._model.globs import meant
 from actctx._text import shortened
 
-# A number that is a part of a name, or the end of one, as in `h.3` and `layer_3`.
+# A number that is a part of a name, or the end of a part, as in `h.3` and `layer_3`.
 _NUMBER = re.compile(r"(?<!\d)\d+(?=\.|$)")
 
 
 def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
-    """Find the sites of one kind, in the order of their layers.
+    """Find the sites of one name, in the order of their layers.
 
     Args:
         names: The names of each captured site, by its key.
-        wanted: What names mean within a layer, or at its end; an alias; or a pattern. Where a
-            layer has several sites whose names end so, the one is meant whose whole name within
-            the layer it is.
+        wanted: A name within a layer, or a suffix of it; an alias; or a pattern. If a layer has
+            several sites with this suffix, the one whose full name within the layer it is takes
+            precedence.
 
     Returns:
         Their keys.
@@ -37,17 +37,17 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
     if not found:
         if any(wanted in (key, *every) for key, every in names.items()):
             raise NotCapturedError(
-                f"{wanted!r} is one site, but layers are to be put side by side; give a name "
-                f"within a layer, such as {_within(wanted)!r}"
+                f"{wanted!r} is one site, but stacking needs layers; give a name within a layer, "
+                f"such as {_within(wanted)!r}"
             )
         within = {_within(name): None for every in names.values() for name in every}
         closest = difflib.get_close_matches(wanted, within, n=3, cutoff=0.5)
         hint = f"closest: {', '.join(map(repr, closest))}; " if closest else ""
         listed = shortened([repr(key) for key in names])
         raise NotCapturedError(
-            f"no captured site is {wanted!r} in some layer; {hint}the captured names are {listed}; "
-            "give a name within a layer, as in stack('attn.hook_z'), or a pattern of whole names, "
-            "as in stack('model.layers.*')"
+            f"no captured site is {wanted!r} within a layer; {hint}the captured names are "
+            f"{listed}; give a name within a layer, as in stack('attn.hook_z'), or a pattern of "
+            "whole names, as in stack('model.layers.*')"
         )
     double = several_in(found)
     if double is not None:
@@ -62,15 +62,15 @@ def layers_of(names: Mapping[str, tuple[str, ...]], wanted: str) -> list[str]:
 
 
 def in_layers(names: Mapping[str, str]) -> dict[tuple[str, int], list[str]]:
-    """Sort sites by the number in their names that is the layer's.
+    """Sort sites by the number of their layer.
 
-    It is the one number that the names differ in, or else the first part that is a number.
+    It is the one number in which the names differ, or else the first part that is a number.
 
     Args:
         names: The name of each site, by its key.
 
     Returns:
-        The keys of those in a layer, by what stands before its number, and by the number.
+        The keys of those in a layer, by the text before its number, and by the number.
 
     """
     numbered = {key: [*_NUMBER.finditer(name)] for key, name in names.items()}
@@ -89,7 +89,7 @@ def in_layers(names: Mapping[str, str]) -> dict[tuple[str, int], list[str]]:
 
 
 def several_in(layers: Mapping[tuple[str, int], list[str]]) -> tuple[str, str, str] | None:
-    """Name two sites of one layer, or of two stacks of layers, with what they are; or None."""
+    """Return two sites of one layer, or of two stacks of layers, with a description; or None."""
     numbered: dict[int, list[str]] = {}
     for (_, number), keys in layers.items():
         numbered.setdefault(number, []).extend(keys)
@@ -104,7 +104,7 @@ def several_in(layers: Mapping[tuple[str, int], list[str]]) -> tuple[str, str, s
 
 
 def _of_kind(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[str, str]:
-    """Find the name of each site that is wanted, by its key."""
+    """Find the name of each matching site, by its key."""
     direct = {
         key: next((name for name in (*every, key) if _within(name) == wanted), None)
         for key, every in names.items()
@@ -112,7 +112,7 @@ def _of_kind(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[str, str
     if any(direct.values()):
         return {key: name for key, name in direct.items() if name is not None}
     found = meant(wanted, names)
-    if wanted in found.values():  # one place, by its whole name
+    if wanted in found.values():  # one site, by its full name
         return {}
     # Without the alias before it, which is not a stack of layers.
     return {
@@ -122,10 +122,10 @@ def _of_kind(names: Mapping[str, tuple[str, ...]], wanted: str) -> dict[str, str
 
 
 def check_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
-    """Refuse to stack what differs.
+    """Refuse to stack layers that differ.
 
     Raises:
-        JoinError: They do not have one shape, dtype and device.
+        JoinError: They do not have the same shape, dtype and device.
 
     """
     first, *others = tensors
@@ -144,10 +144,10 @@ def check_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> None:
 
 
 def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor, "layer ..."]:
-    """Stack what the layers left, by the names of their sites.
+    """Stack the values of layers, by the names of their sites.
 
     Raises:
-        JoinError: They do not have one shape, dtype and device.
+        JoinError: They do not have the same shape, dtype and device.
 
     """
     check_layers(tensors)
@@ -155,5 +155,5 @@ def stack_layers(tensors: Mapping[str, Shaped[Tensor, "..."]]) -> Shaped[Tensor,
 
 
 def _within(name: str) -> str:
-    """Return what comes behind the number of a layer in a name."""
+    """Return the part of a name after the number of its layer."""
     return re.sub(r"^.*?\d+\.", "", name, count=1)

@@ -1,4 +1,4 @@
-"""A column that keeps the tensors of the forwards apart, as `join=None` asks."""
+"""A column that keeps the tensors of forwards apart, for `join=None`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -49,10 +49,10 @@ class ListColumn:
         selected: Shaped[Tensor, "..."],
         rows: TokenRows | None,
         *,
-        number: int,  # noqa: ARG002  only rooms are numbered
+        number: int,  # noqa: ARG002  only preallocated columns use it
         copied: bool,
     ) -> Owned:
-        """Make an owned tensor of what was selected."""
+        """Make an owned tensor of the selection."""
         dtype, device = self.options.dtype, self.options.device
         owned = own(selected, copied=copied, dtype=dtype, device=device)
         return owned if rows is None else owned._replace(rows=rows)
@@ -65,7 +65,7 @@ class ListColumn:
 
     @property
     def is_one(self) -> bool:
-        """Whether its firings are one list: there is one, or a repeated one of equal values."""
+        """Whether its firings are one list: there is only one, or all are equal."""
         return are_one(self.label, self.firings, self.read)
 
     @property
@@ -74,7 +74,7 @@ class ListColumn:
         return bytes_of(self.firings)
 
     def read(self, number: int) -> list[Tensor]:
-        """List what one firing left, forward by forward."""
+        """List the values of one firing, forward by forward."""
         return [wait_for(chunk) for chunk in self.firings[number]]
 
     def positions(self) -> Int64[Tensor, "token 2"] | None:
@@ -82,7 +82,7 @@ class ListColumn:
         return self.rows.joined()
 
     def outline(self) -> Shaped[Tensor, "..."]:
-        """Return a tensor without values, as its tensors are."""
+        """Return a tensor without values, like its tensors."""
         first = self.firings[0][0].value
         return torch.empty(first.shape, dtype=first.dtype, device="meta")
 
@@ -100,14 +100,14 @@ class ListColumn:
         return row_of(self.label, self.firings, shape=shape, nbytes=self.nbytes, drawn=drawn)
 
     def saved(self) -> SavedSite:
-        """Refuse, since a file holds one tensor a site.
+        """Refuse, since a file stores one tensor per site.
 
         Raises:
             OptionError: Always.
 
         """
         raise OptionError(
-            "acts.save(path) writes one tensor a site, but join=None keeps a list of them; "
+            "acts.save(path) writes one tensor per site, but join=None keeps a list of them; "
             "capture with join='batch', or save the tensors of the lists yourself"
         )
 
@@ -130,6 +130,6 @@ class ListColumn:
         """Do nothing, since nothing is joined."""
 
     def clear(self) -> None:
-        """Drop what was captured."""
+        """Drop the captured tensors."""
         self.firings.clear()
         self.rows.clear()

@@ -1,4 +1,4 @@
-"""A column whose forwards fill one tensor in place, as `capacity=` asks."""
+"""A column whose forwards fill one tensor in place, for `capacity=`."""
 
 from collections import deque
 from collections.abc import Sequence
@@ -23,13 +23,13 @@ from actctx._select.own import Owned, TokenRows, cast_dtype, own
 
 @dataclass(eq=False)
 class PreallocatedColumn:
-    """The tensors of a site, each put behind those before it; see `Column`.
+    """The tensors of a site, each written after the ones before it; see `Column`.
 
     Attributes:
-        filled: The part of each room that is filled, as if it had been joined.
-        capacity: How many elements along the axis there is room for, made at the first firing.
-        options: What the tensors are cast and moved to.
-        rooms: For each firing of a forward, the tensor that is filled.
+        filled: The filled part of each preallocated tensor, as if it had been joined.
+        capacity: The number of elements along the axis, allocated at the first firing.
+        options: The dtype and device of the tensors.
+        rooms: For each firing of a forward, the preallocated tensor.
 
     """
 
@@ -49,17 +49,17 @@ class PreallocatedColumn:
 
     @property
     def firings(self) -> list[Chunks]:
-        """For each firing of a forward, one tensor: what is filled of its room."""
+        """For each firing of a forward, one tensor: the filled part."""
         return self.filled.firings
 
     def keep(
         self, selected: Shaped[Tensor, "..."], rows: TokenRows | None, *, number: int, copied: bool
     ) -> Owned:
-        """Put what was selected where it will lie if the forward ends well.
+        """Write the selection to its place, where it counts once the forward has ended.
 
         Raises:
-            CapacityError: The room that was made is full.
-            JoinError: It does not fit what is there.
+            CapacityError: There is no space left.
+            JoinError: It does not fit the tensors before it.
 
         """
         room = self._room(number, selected)
@@ -74,9 +74,9 @@ class PreallocatedColumn:
         check_joinable(key, [room, selected], dim, join)
         if used + count > self.capacity:
             raise CapacityError(
-                f"{key!r} has room for capacity={self.capacity} along {join!r}, of which {used} "
-                f"are taken, but a forward left {count} more; give a larger capacity, or read and "
-                "clear the buffer in between"
+                f"{key!r} has space for capacity={self.capacity} along {join!r}, of which {used} "
+                f"are used, but a forward yielded {count} more; give a larger capacity, or read "
+                "and clear the buffer in between"
             )
         return room.narrow(dim, used, count)
 
@@ -86,11 +86,11 @@ class PreallocatedColumn:
         return self.firings[number][0].value.shape[self.filled.join_dim()]
 
     def write(self, stages: Sequence[Owned]) -> int:
-        """Count what one forward left as filled."""
+        """Count the values of one forward as filled."""
         dim = self.filled.join_dim()
         if stages[0].rows is not None:
             self.filled.rows.add(stages[0].rows)
-        for number, chunk in enumerate(stages):  # it lies behind the others in the room already
+        for number, chunk in enumerate(stages):  # it is already in its place after the others
             used = self._used(number) + chunk.value.shape[dim]
             whole = chunk._replace(value=self.rooms[number].narrow(dim, 0, used))
             self.firings[number : number + 1] = [deque([whole])]
@@ -103,11 +103,11 @@ class PreallocatedColumn:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of the whole room."""
+        """The size of all preallocated tensors in bytes."""
         return sum(room.nbytes for room in self.rooms)
 
     def read(self, number: int) -> Shaped[Tensor, "..."]:
-        """Return what is filled of a room."""
+        """Return the filled part of a tensor."""
         return self.filled.read(number)
 
     def positions(self) -> Int64[Tensor, "token 2"] | None:
@@ -115,15 +115,15 @@ class PreallocatedColumn:
         return self.filled.positions()
 
     def outline(self) -> Shaped[Tensor, "..."]:
-        """Return a tensor without values that has the shape and dtype of what is filled."""
+        """Return a tensor without values, with the shape and dtype of the filled part."""
         return self.filled.outline()
 
     def fixed_sizes(self) -> Sizes:
-        """Return the sizes that do not change, however many forwards there are."""
+        """Return the sizes that do not depend on the number of forwards."""
         return self.filled.fixed_sizes()
 
     def spec(self) -> type:
-        """Return the annotation of what is filled."""
+        """Return the annotation of the filled part."""
         return self.filled.spec()
 
     def row(self, *, drawn: bool) -> Row:
@@ -132,15 +132,15 @@ class PreallocatedColumn:
         return row_of(self.label, self.firings, shape=shape, nbytes=self.nbytes, drawn=drawn)
 
     def saved(self) -> SavedSite:
-        """Return what is filled, for a file."""
+        """Return the filled part, for a file."""
         return self.filled.saved()
 
     def moved(self, device: torch.device | None, dtype: torch.dtype | None) -> Column[Any]:
-        """Return a copy, without room for more, on another device or of another dtype."""
+        """Return a copy without further space, on another device or of another dtype."""
         return self.filled.with_chunks(moved_chunks(self.firings, device, dtype))
 
     def copied(self) -> Column[Any]:
-        """Return a copy, without room for more, that shares no memory with it."""
+        """Return a copy without further space that shares no memory with it."""
         return self.filled.with_chunks(copied_chunks(self.firings))
 
     def settle(self) -> None:
@@ -151,13 +151,13 @@ class PreallocatedColumn:
         """Do nothing, since the axes were found at the first activation."""
 
     def clear(self) -> None:
-        """Drop what was captured, and the room."""
+        """Drop the captured values, and the preallocated tensors."""
         self.filled.clear()
         self.rooms.clear()
 
 
 def _empty(selected: Tensor, dim: int, capacity: int, options: ColumnOptions) -> Tensor:
-    """Reserve memory for what will be selected. On Linux it is used only as it is filled."""
+    """Allocate memory. On Linux it is used only as it is filled."""
     shape = list(selected.shape)
     shape[dim] = capacity
     target = selected.device if options.device is None else options.device

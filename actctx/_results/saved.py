@@ -1,8 +1,8 @@
-"""Captured activations in a safetensors file: what is written beside the tensors, and read back.
+"""Save captured activations to a safetensors file, and read them back.
 
-The metadata has `axes`, for whoever reads the file by other means, and `activations`: the rest of
-what a buffer knows of its sites, in the order in which they ran. What a mask kept has a tensor of
-positions beside it. A file that says less, or nothing, is read as far as it goes.
+The metadata has `axes`, for other readers, and `activations`: everything else that a buffer knows
+about its sites, in the order in which they ran. Sites with a mask also have a tensor of positions.
+A file with less metadata, or none, is read as far as possible.
 """
 
 import json
@@ -30,13 +30,13 @@ _INSTEAD = "give a file that acts.save wrote, or another safetensors file"
 
 @dataclass(frozen=True, eq=False)
 class SavedSite:
-    """What a file holds of one site.
+    """One site in a file.
 
     Attributes:
-        names: Every name that it answers to.
-        axes: The axes of its tensor; `"_"` where they are not known.
+        names: All of its names.
+        axes: The axes of its tensor; `"_"` for unknown ones.
         sizes: Their sizes, None for those that depend on the input.
-        tensor: What it left; None where it never fired.
+        tensor: Its value; None if it never fired.
         positions: The sequences and positions of the rows that a mask kept.
 
     """
@@ -50,13 +50,13 @@ class SavedSite:
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What a file holds.
+    """The content of a file.
 
     Attributes:
-        sites: The sites, by the name that each is read under, in the order in which they ran.
+        sites: The sites by key, in the order in which they ran.
         join: The axis along which forwards were joined.
         source: The class of the model.
-        forwards: The forwards that left something; 0 where that is not known.
+        forwards: The number of forwards that yielded something; 0 if unknown.
 
     """
 
@@ -67,7 +67,7 @@ class Saved:
 
 
 def write_saved(saved: Saved, path: str | PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Write what was captured to a file; see `Activations.save`."""
+    """Write captured activations to a file; see `Activations.save`."""
     _check_metadata(metadata)
     tensors = {key: site.tensor for key, site in saved.sites.items() if site.tensor is not None}
     shared: list[str] = []
@@ -100,7 +100,7 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _check_metadata(metadata: object) -> None:
-    """Refuse metadata that a file cannot hold, or that would be lost.
+    """Refuse metadata that a file cannot store, or that would be overwritten.
 
     Raises:
         OptionError: It is not a dict of strings, or has one of the file's own keys.
@@ -111,20 +111,20 @@ def _check_metadata(metadata: object) -> None:
     for key, value in metadata.items():
         if not all(isinstance(each, str) and is_utf8(each) for each in (key, value)):
             raise OptionError(
-                f"metadata has {value!r} under {key!r}, but a file holds text under text; give "
+                f"metadata has {value!r} under {key!r}, but a file maps text to text; give "
                 "strings, such as json.dumps(value)"
             )
         if key in _TAKEN:
             raise OptionError(
-                f"metadata has {key!r}, which the file says itself; give it another name"
+                f"metadata has {key!r}, which the file defines itself; give it another name"
             )
 
 
 def read_saved(path: str | PathLike[str]) -> Saved:
-    """Read a file whose tensors share the memory into which the system maps it.
+    """Read a file; its tensors share the memory-mapped file.
 
     Raises:
-        DataError: There is no such file, it cannot be read, or what it says does not fit it.
+        DataError: There is no such file, it cannot be read, or its metadata does not fit it.
 
     """
     place, tensors, metadata = read_safetensors(path, _INSTEAD)
@@ -139,23 +139,23 @@ def read_saved(path: str | PathLike[str]) -> Saved:
 
 
 def _plain(name: str, tensor: Tensor) -> SavedSite:
-    """Describe a tensor of which the file says nothing."""
+    """Describe a tensor without metadata."""
     return SavedSite((name,), ("_",) * tensor.dim(), (None,) * tensor.dim(), tensor)
 
 
 def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> Saved:
-    """Make sense of metadata that this or another version of actctx wrote.
+    """Read metadata that this or another version of actctx wrote.
 
     Raises:
         DataError: It is of a later version.
-        ValueError, TypeError, LookupError, AttributeError: It makes none.
+        ValueError, TypeError, LookupError, AttributeError: It is not valid.
 
     """
     known: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
     if known.get("format", _FORMAT) > _FORMAT:
         raise DataError(
-            f"it was written by actctx {metadata['actctx']!r}, whose files this version does not "
-            "know; upgrade actctx to read it"
+            f"it was written by actctx {metadata['actctx']!r}, whose files this version cannot "
+            "read; upgrade actctx to read it"
         )
     axes: dict[str, str] = json.loads(metadata["axes"])
     said: dict[str, dict[str, Any]] = known.get("sites", {key: {} for key in axes})

@@ -1,4 +1,4 @@
-"""Typed results: a class that says what is captured, and what it is."""
+"""Typed results: a class that declares what to capture, with axes and dtypes."""
 
 import inspect
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ from actctx._results.layers import check_layers, in_layers, several_in, stack_la
 
 
 class Field:
-    """A field of a `Schema`: a site, and the annotation of what is captured there."""
+    """A field of a `Schema`: a site and an annotation."""
 
     def __init__(self, site: Site) -> None:
         self.site = site
@@ -38,13 +38,13 @@ class Field:
         self.is_dict = False
 
     def of(self, owner: type, name: str) -> "Field":
-        """Return the field as a class has it, since one `site(...)` may stand in several."""
+        """Return the field for a class, since one `site(...)` may be used in several."""
         field = Field(self.site)
         field.owner, field.name, field.what = owner, name, f"{owner.__name__}.{name}"
         return field
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By its class, as the methods of one, since the site may hold a module of the model.
+        # By its class, like a method, since the site may refer to a module of the model.
         return (getattr, (self.owner, self.name))
 
     def __repr__(self) -> str:
@@ -54,14 +54,14 @@ class Field:
         return self if schema is None else schema._read(self)
 
     def __set__(self, schema: "Schema", value: object) -> Never:
-        raise AttributeError(f"{self.what} is what was captured, and cannot be set")
+        raise AttributeError(f"{self.what} is a captured value, and cannot be set")
 
     def apart(self) -> str:
-        """Write the annotation that keeps stacked layers apart."""
+        """Return the annotation for layers that are not stacked."""
         return f"dict[str, {suggested(self.hint, self.hint.dim_str.split()[1:])}]"
 
     def annotate(self, hint: object) -> None:
-        """Take the annotation: of one tensor, or of a dict of tensors by hook name."""
+        """Read the annotation: a tensor, or a dict of tensors by hook name."""
         self.is_dict = get_origin(hint) is dict and get_args(hint)[0] is str
         self.hint = get_args(hint)[1] if self.is_dict else hint
         if not is_array_type(self.hint) or not issubclass(Tensor, self.hint.array_type):
@@ -73,7 +73,7 @@ class Field:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a field became in a model.
+    """A field with its sites in a model.
 
     Attributes:
         field: The field.
@@ -87,7 +87,7 @@ class Part:
     is_stacked: bool
 
     def claims(self, activations: Activations) -> list[Claim]:
-        """List what the field is checked against, once its sites have fired."""
+        """List the claims to check, once its sites have fired."""
         columns = self._columns(activations)
         outlines = {name: column.outline() for name, column in columns.items()}
         axes = next((column.label.axes for column in columns.values()), ())
@@ -107,12 +107,12 @@ class Part:
         if self.field.is_dict:
             return {name: column.read(0) for name, column in columns.items()}
         if not columns:
-            return activations[next(iter(self.keys.values()))]  # says why there is nothing
+            return activations[next(iter(self.keys.values()))]  # raises with the reason
         check_layers({name: column.outline() for name, column in columns.items()})
         return stack_in_place([*columns.values()])
 
     def _columns(self, activations: Activations) -> dict[str, Column[Any]]:
-        """Return what its sites have left, by hook name."""
+        """Return the columns of its sites, by hook name."""
         fired = {name: key for name, key in self.keys.items() if key in activations}
         missing = [name for name in self.keys if name not in fired]
         if self.is_stacked and fired and missing:
@@ -137,7 +137,7 @@ def site(
     """Declare where a field of a `Schema` is captured, and how; the options are those of `Site`.
 
     Args:
-        name: A name or a module of the model. An ending or a glob captures every layer that it
+        name: A name or a module of the model. A suffix or a glob captures every layer that it
             matches.
         slice: See `Site`, as for all options that follow.
         dtype: See `Site`.
@@ -148,7 +148,7 @@ def site(
         firing: See `Site`.
 
     Returns:
-        What stands in the class body; to a type checker it is whatever the annotation says.
+        The value for the class body; for a type checker it has the annotated type.
 
     Raises:
         OptionError: As `Site`.
@@ -161,20 +161,20 @@ site.__module__ = "actctx"  # where users find it
 
 
 class Schema:
-    """A base of classes that say what is captured, and with which axes and dtype.
+    """A base class for typed results: its fields declare sites, axes and dtypes.
 
-    `capture(model, Acts)` captures the fields of `Acts`, and gives an `Acts` whose fields are the
-    captured tensors. An annotation names axes as jaxtyping does. Those that the model's config
-    knows (`d_model`, `d_head`, `d_mlp`, `d_vocab`, `head`, `kv_head`, `layer`) have its sizes, and
-    all others must agree between the fields. What can never hold is refused before any forward;
-    the rest is checked when a field is read inside the block, and when the block ends.
+    `capture(model, Acts)` captures the fields of `Acts`, and yields an `Acts` whose fields are the
+    captured tensors. Annotations name axes as in jaxtyping. Axes in the model's config (`d_model`,
+    `d_head`, `d_mlp`, `d_vocab`, `head`, `kv_head`, `layer`) have its sizes, and all others must
+    agree between the fields. An annotation that can never match is refused before any forward. The
+    rest is checked when a field is read inside the block, and when the block ends.
 
-    A glob captures a family of layers: annotated as a tensor, they are stacked along a first
-    axis; annotated as `dict[str, Float[Tensor, "..."]]`, they stay apart, by hook name. Schemas
-    inherit the fields of their bases.
+    A glob captures every layer that it matches. A tensor annotation stacks them along a first axis;
+    an annotation `dict[str, Float[Tensor, "..."]]` keeps them apart, by hook name. Schemas inherit
+    the fields of their bases.
 
     Attributes:
-        activations: The buffer that the fields are read from, with its table and its bytes.
+        activations: The underlying buffer.
 
     Example:
         >>> class Acts(Schema):
@@ -212,12 +212,12 @@ class Schema:
     def __init__(
         self, activations: Activations, *, parts: Iterable[Part], sizes: Mapping[str, int] | None
     ) -> None:
-        """Stand before a buffer, as `capture` has it do.
+        """Wrap a buffer; `capture` calls this.
 
         Args:
             activations: The buffer.
-            parts: What the fields became in the model.
-            sizes: The sizes that the model's config fixes; None where nothing is to be checked.
+            parts: The fields with their sites in the model.
+            sizes: The sizes that the model's config fixes; None to check nothing.
 
         """
         self.activations = activations
@@ -226,7 +226,7 @@ class Schema:
         self._checked = 0
 
     def check(self, more: Iterable[Claim] = ()) -> None:
-        """Hold all fields that have fired to their annotations, in one scope with `more`.
+        """Check all fields that have fired against their annotations, together with `more`.
 
         Raises:
             TypedError: One of them does not fit.
@@ -241,12 +241,12 @@ class Schema:
             self._checked = self.activations.forwards
 
     def _own_sizes(self, sizes: Mapping[str, int]) -> dict[str, int]:
-        """Return the sizes of axes: those that the sites have, else what the config says."""
+        """Return the sizes of axes: those of the sites, else those of the config."""
         own: dict[str, set[int]] = {}
         for column in self.activations.columns:
             for axis, size in column.label.named.whole.items():
                 own.setdefault(axis, set()).add(size)
-        # Where sites differ, their fields are compared with each other.
+        # If sites differ, their fields are compared with each other.
         alike = {axis: min(found) for axis, found in own.items() if len(found) == 1}
         return {
             axis: alike.get(axis, sizes[axis]) for axis in sizes if axis in alike or axis not in own
@@ -258,15 +258,15 @@ class Schema:
             self.check()
         return part.read(self.activations)
 
-    if not TYPE_CHECKING:  # to which there are no other attributes
+    if not TYPE_CHECKING:  # which has no other attributes
 
         def __getattr__(self, name: str) -> Never:
-            if name.startswith("_") or name == "activations":  # what copy and pickle probe for
+            if name.startswith("_") or name == "activations":  # looked up by copy and pickle
                 raise AttributeError(name)
             raise AttributeError(
                 f"{type(self).__name__} has no field {name!r}; its fields are "
-                f"{', '.join(map(repr, self._fields))}, and the buffer behind them, with its axes, "
-                "its bytes and the rest, is acts.activations"
+                f"{', '.join(map(repr, self._fields))}, and the underlying buffer is "
+                "acts.activations"
             )
 
     def __repr__(self) -> str:
@@ -307,27 +307,27 @@ def _check_body(schema: type[Schema], hints: Mapping[str, Any], own: Mapping[str
             )
         if name.startswith("_") or hasattr(Schema, name) or name == "activations":
             raise OptionError(
-                f"{schema.__name__}.{name} has a name that a Schema uses; choose another"
+                f"{schema.__name__}.{name} has a name that Schema uses itself; choose another"
             )
 
 
 def _in_order(schema: type[Schema]) -> list[str]:
-    """List what its bases and it define, those of the bases first."""
+    """List the fields of the bases, then its own."""
     return list(dict.fromkeys(name for base in reversed(schema.__mro__) for name in vars(base)))
 
 
 def parts_of(schema: type[Schema], model: nn.Module) -> list[tuple[Part, list[Request]]]:
-    """Find what the fields of a schema ask for in a model, and under which keys it is kept.
+    """Find the sites of a schema's fields in a model, and their keys.
 
     Raises:
         OptionError: The schema has no fields.
-        HookNameError: A name matches nothing, or a pattern that is stacked means several sites
-            of one layer.
+        HookNameError: A name matches nothing, or a stacked pattern matches several sites of
+            one layer.
 
     """
     if not schema._fields:
         raise OptionError(
-            f"{schema.__name__} has no fields, so there is nothing to capture; write, for one, "
+            f"{schema.__name__} has no fields, so there is nothing to capture; write, for example, "
             'resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")'
         )
     fields = schema._fields

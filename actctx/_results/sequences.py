@@ -1,4 +1,4 @@
-"""Which sequences the kept rows are of, counted over all forwards."""
+"""The sequences of kept rows, counted over all forwards."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Sequences:
     lines: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def place(self, rows: TokenRows) -> Int64[Tensor, "token 2"]:
-        """Return the sequence and the position of each row, of a forward that has not ended."""
+        """Return the sequence and the position of each row of a forward that has not ended."""
         return rows.where + torch.tensor([self._first(rows), rows.before])
 
     def add(self, rows: TokenRows) -> None:
@@ -35,12 +35,12 @@ class Sequences:
             self.lines[rows.line] = first, rows.sequences
 
     def clear(self) -> None:
-        """Begin at 0 again."""
+        """Start at 0 again."""
         self.count = 0
         self.lines.clear()
 
     def copied(self) -> "Sequences":
-        """Return a copy that counts on by itself."""
+        """Return an independent copy."""
         return Sequences(self.count, self.lines.copy())
 
     def _first(self, rows: TokenRows) -> int:
@@ -63,16 +63,16 @@ class KeptRows:
     sequences: Sequences = field(default_factory=Sequences)
 
     def add(self, rows: TokenRows) -> None:
-        """Take the rows of one forward."""
+        """Add the rows of one forward."""
         self.where.append(self.sequences.place(rows))
         self.sequences.add(rows)
 
     def joined(self) -> Int64[Tensor, "token 2"] | None:
-        """Return the rows of all forwards; None where there were none, or no mask."""
+        """Return the rows of all forwards; None if there were none, or no mask."""
         return torch.cat(list(self.where)) if self.where else None
 
     def copied(self) -> "KeptRows":
-        """Return a copy that counts on by itself."""
+        """Return an independent copy."""
         return KeptRows(self.where.copy(), self.sequences.copied())
 
     def clear(self) -> None:

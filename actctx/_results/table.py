@@ -1,4 +1,4 @@
-"""The table that shows what was captured, and what caching everything would have held."""
+"""The table of captured sites, with the memory of caching everything."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from actctx._text import format_bytes, printable
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: one captured site. Its values are drawn in HTML only."""
+    """A line of the table: one captured site. The histogram is only in HTML."""
 
     site: str
     axes: str
@@ -30,7 +30,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _lines(rows: list[Row], most: int = 24) -> list[tuple[str, ...]]:
-    """Write the rows, the first and the last of them where there are many."""
+    """Write the rows, only the first and the last if there are many."""
     cells = [_cells(row) for row in rows]
     if len(cells) > most:
         left_out = (f"... {len(cells) - most} more ...", *("" for _ in _HEADER[1:]))
@@ -50,7 +50,7 @@ def as_text(title: str, rows: list[Row]) -> str:
 
 
 def as_html(title: str, rows: list[Row]) -> str:
-    """Draw the table in HTML, without colours of its own, so that every theme can show it."""
+    """Draw the table in HTML, without its own colours, so that it fits every theme."""
     style = 'style="text-align:left;padding:0.2em 0.6em;white-space:nowrap"'
     shown = len(_HEADER) if any(row.values for row in rows) else -1
     head = "".join(f"<th {style}>{escape(cell)}</th>" for cell in _HEADER[:shown])
@@ -74,10 +74,10 @@ def unknown(_batch: int, _pos: int) -> None:
 
 
 def spared(estimate: Estimate, tokens: Counter[tuple[int, int]], nbytes: int) -> str:
-    """Write what caching everything would have held, to be put behind the bytes that are held."""
+    """Describe the memory of caching everything, to follow the captured bytes."""
     held = [estimate(*forward) for forward in tokens.elements()]
     known = [each for each in held if each]
-    # More may be captured than would be cached, since each site has a copy of its own.
+    # More may be captured than would be cached, since each site has its own copy.
     if not known or len(known) < len(held) or sum(known) < nbytes:
         return ""
     return f" of about {format_bytes(sum(known))} that run_with_cache would hold"

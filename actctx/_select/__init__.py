@@ -1,1 +1,1 @@
-"""From an activation to the part of it that is kept: slices, real tokens, casts and moves."""
+"""The selected part of an activation: slices, real tokens, casts and moves."""

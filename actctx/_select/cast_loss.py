@@ -1,4 +1,4 @@
-"""What a cast to a dtype of a smaller range loses: values that become zero, or infinite."""
+"""Count what a cast to a dtype with a smaller range loses: values that become zero or infinite."""
 
 import math
 
@@ -13,14 +13,14 @@ _NARROW = (
     torch.float8_e5m2,
     torch.float8_e5m2fnuz,
 )
-"""The dtypes of a smaller range than those that models run in."""
+"""The dtypes with a smaller range than those that models run in."""
 
 _LEAST = 0.01
-"""The share of values other than 0 that become 0, from which it is worth a word."""
+"""The share of nonzero values that become 0 above which a warning is given."""
 
 
 class CastLoss:
-    """Counts what casts to a dtype lose; on the device of the values, and without waiting for it.
+    """Counts what casts to a dtype lose, on the device of the values and without synchronizing.
 
     Args:
         dtype: The dtype.
@@ -50,10 +50,10 @@ class CastLoss:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def shown(self, *, refuses_infinite: bool = False) -> str:
-        """Say what was lost, if it is worth a word.
+        """Describe what was lost, if it is worth a warning.
 
         Args:
-            refuses_infinite: Whether what became infinite is refused anyway.
+            refuses_infinite: Whether values that became infinite are refused anyway.
 
         """
         if self._counts is None:
@@ -62,7 +62,8 @@ class CastLoss:
         name = str(self.dtype).removeprefix("torch.")
         if infinite and not refuses_infinite:
             values = "1 value is" if infinite == 1 else f"{infinite:,} values are"
-            return f"{values} beyond the end of {name}, {torch.finfo(self.dtype).max:g}"
+            largest = torch.finfo(self.dtype).max
+            return f"{values} outside the range of {name}, which ends at {largest:g}"
         if zeros > _LEAST * nonzero:
             return (
                 f"{zeros / nonzero:.0%} of the values other than 0 are 0 in {name}, whose smallest "
@@ -72,5 +73,5 @@ class CastLoss:
 
 
 def loss_of(dtype: torch.dtype | None) -> CastLoss | None:
-    """Make what counts the loss of a cast; None where the dtype has the range of float32."""
+    """Return a counter for the loss of a cast; None if the dtype has the range of float32."""
     return CastLoss(dtype) if dtype is not None and dtype in _NARROW else None

@@ -1,4 +1,4 @@
-"""Cast and move what was selected into a tensor that shares no storage with anything else."""
+"""Cast and move the selection into a tensor that shares no storage with anything else."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -11,7 +11,7 @@ from actctx._errors import OptionError
 
 
 def dtype_of(dtype: torch.dtype | None) -> torch.dtype | None:
-    """Return the dtype that floating-point activations are cast to; None where they keep theirs.
+    """Return the dtype that floating-point activations are cast to; None to keep theirs.
 
     Raises:
         OptionError: It is not a floating-point dtype.
@@ -26,7 +26,7 @@ def dtype_of(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def device_of(device: torch.device | str | None) -> torch.device | None:
-    """Find a device that tensors are to move to; None where they stay.
+    """Return the device that tensors move to; None to leave them where they are.
 
     Raises:
         OptionError: This machine has no such device.
@@ -46,7 +46,7 @@ def device_of(device: torch.device | str | None) -> torch.device | None:
 def read_to(
     device: torch.device | str | torch.dtype | None, dtype: torch.dtype | None
 ) -> tuple[torch.device | None, torch.dtype | None]:
-    """Read what `acts.to` is given: a device and a dtype, or a dtype in the place of the device.
+    """Read the arguments of `acts.to`: a device and a dtype, or a dtype in place of the device.
 
     Raises:
         OptionError: One of them is not valid, or there are two dtypes.
@@ -70,9 +70,9 @@ class TokenRows(NamedTuple):
     Attributes:
         where: The sequence and the position of each row.
         sequences: The number of sequences of the forward.
-        before: With a KV cache, the number of positions that came in earlier forwards.
-        is_all: Whether they are known to be all rows, in their order.
-        line: What forwards that continue each other have in common; see `_capture/generation.py`.
+        before: With a KV cache, the number of positions in earlier forwards.
+        is_all: Whether they are known to be all rows, in order.
+        line: Identifies forwards that continue each other; see `_capture/generation.py`.
 
     """
 
@@ -88,7 +88,7 @@ class Owned(NamedTuple):
 
     Attributes:
         value: The tensor. With `ready`, it may still be being copied.
-        ready: On a GPU, what to wait for before `value` is read on the host.
+        ready: On a GPU, the event to wait for before `value` is read on the host.
         rows: Where its rows come from, with a mask.
 
     """
@@ -106,10 +106,10 @@ def own(
     device: torch.device | None = None,
     room: Shaped[Tensor, "..."] | None = None,
 ) -> Owned:
-    """Cast and move what was selected into a new tensor, in one pass where torch can.
+    """Cast and move the selection into a new tensor, in one pass if torch can.
 
     Args:
-        selected: What was selected of an activation, in the autograd graph or out of it.
+        selected: The selection from an activation, with or without an autograd graph.
         copied: Whether selecting made a copy already, so that no second one is needed.
         dtype: The dtype of the result; only floating-point activations are cast.
         device: The device of the result.

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from actctx._errors import AxisError, OptionError, SelectionError
 from actctx._model.axes import Axes
+from actctx._model.shape_run import is_fake
 from actctx._select.own import TokenRows
-from actctx._select.slices import Positions, Selector, Step
+from actctx._select.slices import Positions, Selector, Step, of_flat_rows
 
 
 class RowSelector(NamedTuple):
@@ -40,14 +41,14 @@ class RowSelector(NamedTuple):
         return ("batch" if self.is_one_a_sequence else "token", *rest)
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Return the sizes of the axes of the kept rows, as far as they are known before."""
+        """Return the sizes of the axes of the kept rows, as far as they are known beforehand."""
         dims = {self.batch, self.dim}
         return (None, *(size for dim, size in enumerate(sizes) if dim not in dims))
 
     def keep(
         self, activation: Shaped[Tensor, "..."], rows: TokenRows
     ) -> Shaped[Tensor, "token ..."]:
-        """Take rows of an activation, as a copy; as a view, if possible, where all are taken."""
+        """Take rows of an activation as a copy; if all are taken, as a view if possible."""
         activation = activation.movedim((self.batch, self.dim), (0, 1))
         if rows.is_all:
             return activation.flatten(0, 1)
@@ -61,7 +62,7 @@ class RowSelector(NamedTuple):
 class Chosen:
     """The rows to keep of the forward that is about to run, chosen for all sites beforehand.
 
-    It stands in the place of a mask, which would have to be the same for all forwards.
+    It replaces a mask, which would have to be the same for all forwards.
 
     Attributes:
         shape: The sequences and positions of the forward.
@@ -76,7 +77,7 @@ class Chosen:
         """Keep these rows, in the order of `find_rows`, of activations of this shape."""
         self.shape = shape
         places = where[:, 0] * shape[1] + where[:, 1]
-        # As many may still be in another order, or some of them several times.
+        # As many rows may still be in another order, or contain duplicates.
         is_all = torch.equal(places, torch.arange(shape[0] * shape[1], device="cpu"))
         self._rows = TokenRows(where, shape[0], is_all=is_all)
 
@@ -84,7 +85,7 @@ class Chosen:
         """Return the rows for an activation of this shape.
 
         Raises:
-            SelectionError: The forward was given another number of them.
+            SelectionError: The forward was given another number of tokens.
 
         """
         if shape != self.shape:
@@ -97,7 +98,7 @@ class Chosen:
 
 
 def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple[Axes, int, int]:
-    """Make sure that a site has the axes by which rows of tokens are told.
+    """Make sure that a site has the axes that are needed to find the rows of tokens.
 
     Args:
         site: The name of the site, for messages.
@@ -113,14 +114,10 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
     """
     pos = next((axis for axis in ("pos", "query") if axes and axis in axes), None)
     if axes is None or pos is None or "batch" not in axes:
-        keeps = "a data set has rows of tokens" if chosen else "mask= keeps real tokens"
+        keeps = "a data set has one row per token" if chosen else "mask= keeps real tokens"
         otherwise = "leave it out" if chosen else "capture it without mask="
-        if chosen and axes and axes[0] == "token":
-            named = " ".join(("batch", "pos", *axes[1:]))
-            otherwise = (
-                f"where it has one row for each token, in their order, give Site(axes={named!r}), "
-                "else leave it out"
-            )
+        if axes and axes[0] == "token":
+            otherwise = f"{of_flat_rows(axes)}, else {otherwise}"
         if axes is None:
             raise AxisError(
                 f"{keeps}, but {site!r} has no 'batch' and 'pos' axes to find them by: its axes "
@@ -137,7 +134,7 @@ def check_tokens(site: str, axes: Axes | None, *, chosen: bool = False) -> tuple
 def split_rows(
     selector: Selector, axes: Axes | None, *, chosen: bool = False
 ) -> tuple[Selector, RowSelector]:
-    """Divide a slice into what selects real tokens and what selects along other axes.
+    """Split a slice into the part for real tokens and the part for other axes.
 
     Args:
         selector: The slice of a site.
@@ -178,14 +175,14 @@ def find_rows(
 ) -> Int64[Tensor, "token 2"]:
     """Find the rows to keep: pairs of sequence and position, sequence by sequence.
 
-    Positions in the result count from the start of the activation, padding included; what is
-    selected counts real tokens only, so that -1 is the last of them.
+    Positions in the result count from the start of the activation, including padding. The selection
+    counts real tokens only, so -1 is the last of them.
 
     Args:
         selector: Which real tokens to keep.
         mask: Where the real tokens are.
         shape: The number of sequences and of positions of the activation.
-        numbers: What errors call the sequences; by default as they are counted here.
+        numbers: The numbers of the sequences in error messages; by default their indices.
 
     Raises:
         SelectionError: The mask is of another shape, or a sequence has no such token.
@@ -195,7 +192,7 @@ def find_rows(
         if shape[0] == 1 < mask.shape[0]:
             raise SelectionError(
                 f"{selector.site!r} fired once for all {mask.shape[0]} sequences, so mask= cannot "
-                "tell their tokens apart in it; capture it without a mask"
+                "separate their tokens; capture it without a mask"
             )
         raise SelectionError(
             f"{selector.site!r} has {shape[0]} sequences of {shape[1]} positions, but the mask "
@@ -212,7 +209,7 @@ def find_rows(
             if not real.any():
                 raise SelectionError(
                     f"sequence {number} has no real token, so there is none to select from "
-                    f"{selector.site!r}; leave it out of the batch, or mend the mask"
+                    f"{selector.site!r}; leave it out of the batch, or correct the mask"
                 ) from None
             raise SelectionError(f"in sequence {number}, {error}") from None
         rows.append(torch.stack([torch.full_like(kept, sequence), kept], dim=1))
@@ -222,13 +219,15 @@ def find_rows(
 def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
     """Read a mask, such as a tokenizer's `attention_mask`, on the CPU.
 
+    In a plan it may have no values; then all tokens are taken to be real.
+
     Raises:
         OptionError: It is not two-dimensional, has no values, or has negative ones.
 
     """
     if mask.is_meta:
         raise OptionError(
-            "the mask is on the meta device, so it does not tell which tokens are real; capture "
+            "the mask is on the meta device, so it does not say which tokens are real; capture "
             "without mask=, or give a mask on the CPU"
         )
     if mask.dim() != 2:  # noqa: PLR2004  batch and pos
@@ -236,19 +235,21 @@ def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
             f"the mask has the shape {tuple(mask.shape)}; give one of the shape batch pos, true "
             "where there are real tokens"
         )
+    if is_fake(mask):
+        return torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     if mask.is_floating_point() and bool((mask < 0).any()):
         raise OptionError(
-            "the mask has negative values, as one that is added to attention scores; give one that "
-            "is true where there are real tokens, such as mask == 0"
+            "the mask has negative values, like a mask that is added to attention scores; give one "
+            "that is true where there are real tokens, such as mask == 0"
         )
     return mask.detach().bool().cpu()
 
 
 def real_of(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "..."]:
-    """Read which tokens the mask of a forward says are real, on its own device.
+    """Return which tokens are real according to the mask of a forward, on the mask's device.
 
-    One of floating-point numbers without a positive one is added to attention scores: it is 0 where
-    tokens are real.
+    A floating-point mask without positive values is one that is added to attention scores: it is 0
+    where tokens are real.
     """
     mask = mask.detach()
     if not mask.is_floating_point():

@@ -1,4 +1,4 @@
-"""What to select from an activation: `slice=` as users write it, checked, and applied."""
+"""Parse, check and apply `slice=`."""
 
 import functools
 import operator
@@ -17,10 +17,10 @@ from actctx._model.axes import Axes
 Index: TypeAlias = (
     SupportsIndex | slice | range | Sequence[int] | Integer[Tensor, "i"] | Bool[Tensor, "i"]
 )
-"""What selects along one axis: a position, a slice, positions, or a mask of the whole axis."""
+"""An index along one axis: a position, a slice, positions, or a mask of the whole axis."""
 
 Slice: TypeAlias = Index | Mapping[str, Index] | tuple[Index | EllipsisType, ...] | None
-"""What `slice=` takes; see `actctx.capture`."""
+"""The type of `slice=`; see `actctx.capture`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class Positions:
         index: The positions; negative ones count from the end.
         lowest: The smallest position, 0 where there are none.
         highest: The largest position, -1 where there are none.
-        length: The size that the axis must have, where the positions came from a mask.
+        length: The size that the axis must have, if the positions came from a mask.
 
     """
 
@@ -41,7 +41,7 @@ class Positions:
     length: int | None = None
 
     def on(self, device: torch.device, size: int) -> Int64[Tensor, " i"]:
-        """Return the positions as `index_select` wants them: on the device, and not negative."""
+        """Return the positions for `index_select`: on the device, and not negative."""
         index = self.index.to(device)
         return torch.where(index < 0, index + size, index) if self.lowest < 0 else index
 
@@ -61,7 +61,7 @@ class Selector:
     Attributes:
         site: The name of the site, for messages.
         steps: What to select, axis by axis.
-        axes: The axes of an activation of the site, where they are known.
+        axes: The axes of an activation of the site, if known.
 
     """
 
@@ -79,13 +79,13 @@ class Selector:
         return any(step.dim % rank == dim for step in self.steps if isinstance(step.pick, int))
 
     def axes_after(self, axes: Axes) -> Axes:
-        """Return the axes that are left of an activation's `axes`: an int drops its own."""
+        """Return the axes that remain of an activation's `axes`: an int drops its axis."""
         if not self.steps:
             return axes
         return tuple(axis for dim, axis in enumerate(axes) if not self.drops(dim, len(axes)))
 
     def sizes_after(self, sizes: tuple[int | None, ...]) -> tuple[int | None, ...]:
-        """Return the sizes of the axes that are left, as far as they are known before."""
+        """Return the sizes of the remaining axes, as far as they are known beforehand."""
         if not self.steps:
             return sizes
         picks = {step.dim % len(sizes): step.pick for step in self.steps}
@@ -93,7 +93,7 @@ class Selector:
         return tuple(_size_after(picks.get(dim), sizes[dim]) for dim in left)
 
     def select(self, activation: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
-        """Select from an activation that was checked: a view, or a copy where `copies`."""
+        """Select from a checked activation, as a view, or as a copy if `copies`."""
         if not self.steps:
             return activation
         window = [slice(None)] * activation.dim()
@@ -119,18 +119,18 @@ class Selector:
         return selected.squeeze(tuple(dropped)) if dropped else selected
 
     def check(self, shape: torch.Size) -> None:
-        """Refuse an activation that lacks what is to be selected.
+        """Refuse an activation that does not have the selected axes or positions.
 
         Raises:
             AxisError: It has other axes than the site is known to have.
-            SelectionError: A position lies outside its axis.
+            SelectionError: A position is outside its axis.
 
         """
         if self.steps and self.axes is not None and len(self.axes) != len(shape):
             raise AxisError(
-                f"{self.site!r} fired with the shape {tuple(shape)}, but a slice was asked for "
-                f"along its axes {' '.join(self.axes)!r}; select by position with a tuple, or "
-                "name the axes it has with Site(axes=...)"
+                f"{self.site!r} fired with the shape {tuple(shape)}, but the slice is along its "
+                f"axes {' '.join(self.axes)!r}; select by position with a tuple, or name the axes "
+                "it has with Site(axes=...)"
             )
         for step in self.steps:
             if not -len(shape) <= step.dim < len(shape):
@@ -177,7 +177,7 @@ def check_range(site: str, step: Step, size: int) -> None:
 def parse_slice(
     site: str, asked: Slice, axes: Axes | None, sizes: Mapping[str, int] | None = None
 ) -> Selector:
-    """Turn what the user wrote into a selector, before any forward.
+    """Convert the user's slice into a selector, before any forward.
 
     Args:
         site: The name of the site, for messages.
@@ -187,8 +187,8 @@ def parse_slice(
 
     Raises:
         AxisError: The site has no such axis, or its axes are not known.
-        SelectionError: A position lies outside an axis whose size is known.
-        OptionError: An index is of a type that cannot select.
+        SelectionError: A position is outside an axis of known size.
+        OptionError: An index has a type that is not supported.
 
     """
     sizes = sizes or {}
@@ -209,14 +209,14 @@ def parse_slice(
     taken = [step.dim for step in steps]
     if len(set(taken)) < len(taken):
         raise AxisError(f"the slice of {site!r} selects twice from one axis; give one index for it")
-    # A tuple does not rely on the axes that are known, so it need not agree with them.
+    # A tuple does not depend on the known axes, so it need not agree with them.
     return Selector(site, tuple(steps), None if isinstance(asked, tuple) else axes)
 
 
 def _positional(
     site: str, asked: tuple[Index | EllipsisType, ...], axes: Axes | None
 ) -> list[Step]:
-    """Read a tuple such as `np.s_[:, -1]`: axis by axis, from behind after an ellipsis."""
+    """Read a tuple such as `np.s_[:, -1]`: axis by axis, from the end after an ellipsis."""
     ellipses = [i for i, entry in enumerate(asked) if entry is Ellipsis]
     if len(ellipses) > 1:
         raise OptionError(f"the slice of {site!r} has more than one '...'; give one")
@@ -247,11 +247,22 @@ def _dim(site: str, axis: str, axes: Axes | None, sizes: Mapping[str, int]) -> i
     alike = "head" in sizes and sizes["head"] == sizes.get("kv_head")
     if axis == "head" and "kv_head" in axes and alike:
         return axes.index("kv_head")
+    if axis in {"pos", "batch"} and axes[0] == "token":
+        raise AxisError(
+            f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; "
+            f"{of_flat_rows(axes)}, else select by position with a tuple"
+        )
     grouped = "'kv_head', which several heads share" if axis == "head" and "kv_head" in axes else ""
     raise AxisError(
         f"{site!r} has no axis {axis!r}; its axes are {' '.join(axes)!r}; select along "
         f"{grouped or 'one of these, or by position with a tuple'}"
     )
+
+
+def of_flat_rows(axes: Axes) -> str:
+    """Say how a site that has one row for each token is divided into sequences."""
+    named = " ".join(("batch", "pos", *axes[1:]))
+    return f"if it has one row for each token, in order, give Site(axes={named!r})"
 
 
 def _as_pick(site: str, index: Any) -> int | slice | Positions:
@@ -260,7 +271,7 @@ def _as_pick(site: str, index: Any) -> int | slice | Positions:
     if isinstance(index, slice):
         try:
             index.indices(1)
-        except (TypeError, ValueError):  # of what is no int, and of a step of 0
+        except (TypeError, ValueError):  # not ints, or a step of 0
             raise _no_index(site, index) from None
         return index
     try:
@@ -295,7 +306,7 @@ def _no_index(site: str, index: object) -> OptionError:
 
 
 def parse_words(asked: Sequence[str]) -> dict[str, Index]:
-    """Read `--slice` options, one for an axis.
+    """Read `--slice` options, one per axis.
 
     Raises:
         OptionError: One of them cannot be read, or an axis is given twice.

@@ -1,7 +1,7 @@
 """Take values out of the transforms of `torch.func`, such as `vmap` and `grad`.
 
-Inside a transform, tensors are wrappers that nothing can read once it has ended. A value is what
-they wrap; the axes that `vmap` maps over come first, the outermost before the others.
+Inside a transform, tensors are wrappers that cannot be read after it has ended. The value is the
+tensor inside; axes that `vmap` maps over come first, the outermost before the others.
 """
 
 from contextlib import AbstractContextManager
@@ -13,7 +13,7 @@ _FUNCTORCH = torch._C._functorch
 _DIFFERENTIATES = {"Grad", "Jvp"}
 
 is_transformed = _FUNCTORCH.is_functorch_wrapped_tensor
-"""Tells whether a tensor belongs to a transform; bare, since every firing asks."""
+"""Return whether a tensor belongs to a transform; called by every firing."""
 
 
 def value_of(tensor: Tensor) -> Tensor:
@@ -41,17 +41,18 @@ def is_mapped(tensor: Tensor) -> bool:
 
 
 def outside() -> AbstractContextManager[object]:
-    """Compute with plain tensors, of which a transform around would make its own."""
+    """Compute with plain tensors, which an enclosing transform would otherwise wrap."""
     from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
     return temporarily_clear_interpreter_stack()
 
 
 def is_differentiated(*inputs: object) -> bool:
-    """Return whether somebody differentiates a call by what it is given, where gradients are on.
+    """Return whether a call is differentiated by its inputs, if gradients are on.
 
-    That is done by `torch.func.grad` and its like, and by `torch.autograd.functional.jacobian`,
-    whose inputs require gradients. Where gradients are off, both give zeros.
+    This is what `torch.func.grad` and similar transforms do, and
+    `torch.autograd.functional.jacobian`, whose inputs require gradients. If gradients are off, both
+    give zeros.
     """
     if not torch.is_grad_enabled():
         return False

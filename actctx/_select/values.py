@@ -1,6 +1,6 @@
-"""Check what torch can do with a tensor, before it is done.
+"""Check what torch can do with a tensor, before doing it.
 
-Torch has dtypes and layouts with few operations, and tensors without values on the meta device. Its
+Some dtypes and layouts have few operations, and tensors on the meta device have no values. Torch's
 own errors for them are hard to understand.
 """
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from actctx._errors import OptionError, OutputError
 from actctx._text import dtype_name
 
-# Torch's own words for what it cannot do.
+# Torch's errors for unsupported operations.
 _CANNOT = (RuntimeError, TypeError)  # NotImplementedError is a RuntimeError
-# These can be copied, but not made as others are.
+# These can be copied, but not created like others.
 _QUANTIZED = (torch.qint8, torch.quint8, torch.qint32)
 
 
 def why_unreadable(tensor: Tensor) -> str | None:
-    """Explain why numbers cannot be read from a tensor, as `it is ...`; None where they can."""
+    """Explain why numbers cannot be read from a tensor, as `it is ...`; None if they can."""
     if why := _why_not_dense(tensor):
         return why
     if tensor.is_quantized:
@@ -28,21 +28,21 @@ def why_unreadable(tensor: Tensor) -> str | None:
     if tensor.is_meta:
         return "it has no values, on the meta device"
     if not _can_cast(tensor.dtype, torch.complex128 if tensor.is_complex() else torch.float64):
-        return f"it is {dtype_name(tensor.dtype)}, which torch cannot calculate with"
+        return f"it is {dtype_name(tensor.dtype)}, which torch cannot compute with"
     return None
 
 
 def check_readable(name: str, tensor: Tensor, *, real: bool = False) -> None:
-    """Refuse what no numbers can be read from, for a picture.
+    """Refuse a tensor for a picture if its numbers cannot be read.
 
     Raises:
-        OptionError: It has no values, or none that torch can calculate with; or, where they have to
-            be real, they are complex.
+        OptionError: It has no values, or none that torch can compute with; or they are complex and
+            must be real.
 
     """
     why = why_unreadable(tensor)
     if why is None and real and tensor.is_complex():
-        why = f"it is {dtype_name(tensor.dtype)}, and this takes real numbers"
+        why = f"it is {dtype_name(tensor.dtype)}, but real numbers are needed"
     if why is not None:
         raise OptionError(
             f"{name!r} cannot be drawn or compared: {why}; capture a site of an ordinary dtype "
@@ -57,11 +57,11 @@ def check_capturable(
     dtype: torch.dtype | None,
     device: torch.device | None,
 ) -> None:
-    """Refuse what cannot be copied, or not to a dtype and device that were asked for.
+    """Refuse a tensor that cannot be copied, or not to the requested dtype and device.
 
     Raises:
         OutputError: It is sparse, or of a dtype that torch cannot copy.
-        OptionError: It is on the meta device, and was to be moved off it; or torch cannot cast it.
+        OptionError: It is on the meta device and should be moved off it; or torch cannot cast it.
 
     """
     why = _why_not_dense(tensor)
@@ -79,7 +79,7 @@ def check_capturable(
 def why_not_moved(
     tensor: Tensor, dtype: torch.dtype | None, device: torch.device | None
 ) -> str | None:
-    """Explain why a tensor cannot be cast and moved, and what to do; None where it can."""
+    """Explain why a tensor cannot be cast and moved, and what to do; None if it can."""
     if device is not None and tensor.is_meta and device.type != "meta":
         return f"on {device}: it has no values, on the meta device; load the model's weights"
     if dtype is None or not tensor.is_floating_point() or _can_cast(tensor.dtype, dtype):

@@ -1,14 +1,14 @@
-"""Tokens in the colours of their values, as a notebook shows them."""
+"""Tokens in the colours of their values, for a notebook."""
 
 import math
 from collections.abc import Sequence
 from html import escape
 
-_STRONGEST = 0.5  # so that text is read on it, black or light grey
+_STRONGEST = 0.5  # so that black or light grey text is readable on it
 
 
 class ColouredTokens:
-    """Tokens that show in a notebook what number each of them has; made by `colour_tokens`."""
+    """Tokens coloured by their numbers in a notebook; created by `colour_tokens`."""
 
     def __init__(self, tokens: Sequence[str], values: Sequence[float]) -> None:
         self.tokens = tuple(tokens)

@@ -39,7 +39,7 @@ class Commits:
 
     Args:
         path: Where the data set is.
-        syncs: Whether what is committed is on the disk itself before more is written.
+        syncs: Whether each commit is on the disk itself before more is written.
 
     Attributes:
         dataset: The Lance dataset, of the version that this writer opened or made last; None
@@ -60,7 +60,7 @@ class Commits:
         self._manifest = ""
 
     def start_from(self, dataset: Any) -> None:
-        """Take a version for the one that the next commit comes behind."""
+        """Set the version that the next commit follows."""
         self.dataset, self.row_count = dataset, dataset.count_rows()
         self._manifest = _digest_of_manifest(self.path, dataset.version)
 
@@ -79,9 +79,9 @@ class Commits:
         is_next = version in {None, own + 1}
         if newest != own or not is_next or _digest_of_manifest(self.path, own) != self._manifest:
             raise DataError(
-                f"'{self.path}' was written to by somebody else: its newest version is {newest}, "
+                f"'{self.path}' was written to by another process: its newest version is {newest}, "
                 f"but the last of this writer is {own}, of {self.row_count} rows, so nothing more "
-                "is added; let one writer end, and the same call goes on after what is there"
+                "is added; let one writer end, then the same call resumes after the rows on disk"
             )
 
     def clear(self) -> None:
@@ -98,17 +98,17 @@ class Commits:
         self.clear()
         if anew:
             self.check()
-        self._note([line_of_metadata(metadata)])
+        self._record([line_of_metadata(metadata)])
         mode = "overwrite" if anew else "create"
         made = self._lance.write_dataset([], str(self.path), schema=schema, mode=mode)
         self._end(made)
         self._sync(self.path.parent)
 
     def describe(self, metadata: str) -> None:
-        """Write anew what the data set says about itself."""
+        """Replace the metadata of the data set."""
         self.clear()
         self.check()
-        self._note([line_of_metadata(metadata)])
+        self._record([line_of_metadata(metadata)])
         self.dataset.update_schema_metadata({"actctx": metadata})
         self._end(self.dataset)
 
@@ -130,18 +130,18 @@ class Commits:
         rows = self.row_count + sum(fragment.physical_rows for fragment in fragments)
         columns = {name: digest.hex() for name, digest in digests.items()}
         files = self._settle([file.path for each in fragments for file in each.files])
-        self._note([Commit(self.row_count, rows, columns, files).line()])
+        self._record([Commit(self.row_count, rows, columns, files).line()])
         self._commit(written)
         if self.row_count != rows or not all(
             (self.path / "data" / name).exists() for name in files
         ):
             raise DataError(
-                f"somebody else writes to '{self.path}', too, and deleted what was just "
-                "committed; let one writer end, then call it again"
+                f"another process also writes to '{self.path}', and deleted what was just "
+                "committed; let one writer end, then call again"
             )
 
     def _commit(self, transaction: Any) -> None:
-        """Make what was written part of the data set, right behind the last version."""
+        """Make what was written part of the data set, right after the last version."""
         refused: list[DataError] = []
 
         @contextlib.contextmanager
@@ -171,7 +171,7 @@ class Commits:
         import pyarrow as pa
 
         before = {file.path for each in self._fragments() for file in each.files}
-        self._note(lines)
+        self._record(lines)
         self.check()
         self.dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
         start, lines = 0, []
@@ -180,7 +180,7 @@ class Commits:
             lines.append(Commit(start, start + fragment.num_rows, {}, files).line())
             start += fragment.num_rows
         self._end(self.dataset)
-        self._note(lines)
+        self._record(lines)
 
     def drop(self, fragments: list[int]) -> None:
         """Drop the rows of some fragments, of which no file is deleted yet."""
@@ -193,13 +193,7 @@ class Commits:
         return (fragment.metadata for fragment in self.dataset.get_fragments())
 
     def _settle(self, names: list[str]) -> dict[str, str]:
-        """Sync data files that were written, and make their digests.
-
-        Raises:
-            DataError: Somebody else wrote, and took one for left over.
-            OSError: One cannot be read.
-
-        """
+        """Sync data files that were written, and make their digests."""
         data = self.path / "data"
         try:
             for name in names:
@@ -211,8 +205,8 @@ class Commits:
             self.check()
             raise
 
-    def _note(self, lines: list[str]) -> None:
-        """Write lines of digests, which are on the disk before what they are of."""
+    def _record(self, lines: list[str]) -> None:
+        """Write lines of digests, before the commit that they describe."""
         if not (self.path / DIGESTS).exists():
             self._sync(self.path)  # or it could be there without the lock, as of somebody else
         self._sync(add_lines(self.path, lines))
@@ -235,7 +229,7 @@ class Commits:
 
 
 def _digest_of_manifest(path: Path, version: int) -> str:
-    """Tell one manifest of a version from another; empty where there is none."""
+    """Digest the manifest of a version; empty if there is none."""
     file = manifests(path).get(version)
     try:
         return "" if file is None else digest_file(file)

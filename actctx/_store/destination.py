@@ -68,7 +68,7 @@ class Destination:
         found = found_at(path)
         if found:
             raise DataError(
-                f"'{path}' {found}, and no data set of actctx; give another path, or remove it"
+                f"'{path}' {found}, not a data set of actctx; give another path, or remove it"
             )
         self.contents: Contents | None = None
         self.damage = ""
@@ -184,13 +184,7 @@ class Destination:
 
 
 def _locked(path: Path) -> Any:
-    """Lock a data set's directory; None, with a warning, where the file system has no locks.
-
-    Raises:
-        DataError: Somebody else holds the lock.
-        OSError: The file of the lock cannot be written.
-
-    """
+    """Lock a data set's directory; None, with a warning, where the file system has no locks."""
     from filelock import FileLock, Timeout
 
     options: dict[str, Any] = {"timeout": 0}
@@ -208,8 +202,8 @@ def _locked(path: Path) -> Any:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         warn(
-            f"'{path}' lies on a file system without locks, so a second writer is noticed only "
-            "when one of the two commits, and its work is lost: start one at a time"
+            f"'{path}' is on a file system without locks, so a second writer is noticed only when "
+            "one of the two commits, and its work is lost; start one at a time"
         )
         return None
     return lock
@@ -222,7 +216,7 @@ def _was_cut_at_birth(path: Path) -> bool:
 
 
 def found_at(path: Path) -> str:
-    """Say what is at a path, where it is no data set and none was begun there."""
+    """Return what is at a path if it is not a data set; empty if it is one, or nothing is there."""
     try:
         if not path.is_dir():
             return "is a file" if path.exists() else ""
@@ -232,14 +226,13 @@ def found_at(path: Path) -> str:
     except OSError as error:
         raise unwritable(path, error) from None
     is_begun = _LOCK in names and names <= _OWN
-    return "is a directory of other things" if names and not is_begun else ""
+    return "is a directory with other content" if names and not is_begun else ""
 
 
 def delete(path: Path) -> None:
-    """Delete a data set, in an order by which what is half deleted is still known as one.
+    """Delete a data set, in an order that leaves it recognizable if interrupted.
 
-    Without a manifest a directory with `data` is taken for one of other things, and so is one
-    without the lock.
+    A directory with `data` but no manifest, or without the lock, is not taken for a data set.
     """
     if (path / "data").exists():
         shutil.rmtree(path / "data")
@@ -250,11 +243,11 @@ def delete(path: Path) -> None:
 
 
 def _names(path: Path) -> set[str]:
-    """Name what a directory holds, but for what file managers leave."""
+    """List the names in a directory, except those that file managers leave."""
     names = {each.name for each in path.iterdir()} - _OF_THE_SYSTEM
     return {name for name in names if not name.startswith("._")}
 
 
 def _has_manifest(path: Path) -> bool:
-    """Return whether a Lance dataset is at a path, of whomever."""
+    """Return whether a Lance dataset is at a path, whoever wrote it."""
     return any((path / "_versions").glob("*.manifest"))

@@ -35,13 +35,13 @@ class Digest:
     """A digest of bytes, and of columns, that come part by part.
 
     Attributes:
-        rows: The rows that came.
+        row_count: The number of rows that came.
 
     """
 
     def __init__(self) -> None:
         self._values, self._nulls = _new(), _new()
-        self.rows = 0
+        self.row_count = 0
 
     def update(self, values: Any) -> None:
         """Add bytes."""
@@ -52,9 +52,9 @@ class Digest:
         valid = column
         if column.null_count:
             rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
-            self._nulls.update((rows + self.rows).tobytes())
+            self._nulls.update((rows + self.row_count).tobytes())
             valid = column.drop_null()
-        self.rows += len(column)
+        self.row_count += len(column)
         self._add_valid(valid)
 
     def _add_valid(self, column: "pa.Array") -> None:
@@ -84,7 +84,7 @@ class Digest:
             self._add_objects(column)
 
     def _add_objects(self, column: "pa.Array") -> None:
-        """Add texts and the like: of each its own digest, which is made once where they repeat."""
+        """Add texts and the like by a digest of each, which is computed once if they repeat."""
         import pyarrow as pa
 
         if not (pa.types.is_dictionary(column.type) or pa.types.is_nested(column.type)):
@@ -109,12 +109,7 @@ def _new(value: bytes = b"") -> Any:
 
 @cache  # since each text has a digest of its own
 def _hash() -> Any:
-    """Return what makes a hash.
-
-    Raises:
-        OptionError: The library for it is not installed.
-
-    """
+    """Return what makes a hash."""
     try:
         from xxhash import xxh3_128
     except ModuleNotFoundError as error:
@@ -173,21 +168,21 @@ def digested(
         yield batch
 
 
-def note_all(path: Path, digests: dict[str, Digest], metadata: str) -> None:
-    """Write the digests of a data set that was written at once, behind it."""
-    rows = next(iter(digests.values())).rows
+def record_all(path: Path, digests: dict[str, Digest], metadata: str) -> None:
+    """Write the digests of a data set that was written at once."""
+    row_count = next(iter(digests.values())).row_count
     columns = {name: digest.hex() for name, digest in digests.items()}
     files = {file.name: digest_file(file) for file in (path / "data").iterdir()}
-    add_lines(path, [line_of_metadata(metadata), Commit(0, rows, columns, files).line()])
+    add_lines(path, [line_of_metadata(metadata), Commit(0, row_count, columns, files).line()])
 
 
 @dataclass(frozen=True)
 class Commit:
-    """What was noted of a commit.
+    """The digests of a commit.
 
     Attributes:
         start: Its first row.
-        stop: The row behind its last.
+        stop: The row after its last.
         columns: The digest of each of its columns, by their names on disk.
         files: The digest of each of its data files, by their names.
 
@@ -215,13 +210,13 @@ def _line(said: dict[str, Any]) -> str:
 
 
 @dataclass(frozen=True)
-class Noted:
-    """What the lines say.
+class DigestLog:
+    """The digests of a data set, as far as they can be read.
 
     Attributes:
-        commits: The commits, as they came, and those that never did.
-        metadata: The digests of all that the data set ever said about itself.
-        damaged: The number of lines that cannot be read, such as one that a cut of power tore.
+        commits: The commits in their order, with those that were never completed.
+        metadata: The digests of all metadata that the data set ever had.
+        damaged: The number of lines that cannot be read, such as one torn by a power cut.
 
     """
 
@@ -230,14 +225,14 @@ class Noted:
     damaged: int = 0
 
 
-def read_digests(path: str) -> Noted:
-    """Read the digests of a data set; none where it has none, as what older versions wrote.
+def read_digests(path: str) -> DigestLog:
+    """Read the digests of a data set; older versions wrote none.
 
     Args:
         path: The path of the data set, or its address in an object store.
 
     """
-    found = Noted([], set())
+    found = DigestLog([], set())
     damaged = 0
     for said in _read_lines(path):
         if said is None:
@@ -247,18 +242,18 @@ def read_digests(path: str) -> Noted:
         else:
             start, stop = said["rows"]
             found.commits.append(Commit(start, stop, said["columns"], said["files"]))
-    return Noted(found.commits, found.metadata, damaged)
+    return DigestLog(found.commits, found.metadata, damaged)
 
 
 def _read_lines(path: str) -> Iterator[dict[str, Any] | None]:
-    """Read what each line says; None of one that is damaged."""
+    """Parse each line; yield None for one that is damaged."""
     for line in filter(None, _read(path).decode("utf-8", "replace").splitlines()):
         digest, _, text = line.partition(" ")
         yield json.loads(text) if digest_of(text) == digest else None
 
 
 def add_lines(path: Path, lines: Iterable[str]) -> Path:
-    """Add lines to the digests of a data set on a local disk; of a torn one before, none is lost.
+    """Append lines to the digests of a data set on a local disk, on a line of their own.
 
     Raises:
         OSError: They cannot be written.

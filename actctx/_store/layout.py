@@ -51,7 +51,7 @@ _FIRST_DTYPES = {"float32", "float16", "bfloat16"}
 
 @dataclass(frozen=True)
 class Layout:
-    """What a data set says about itself.
+    """The metadata of a data set: what it holds, and where that comes from.
 
     Attributes:
         model: What is known of the model: `name`, `class` and `fingerprint`.
@@ -61,7 +61,7 @@ class Layout:
         versions: The versions that wrote it.
         carried: The names of the columns that came with the input, such as labels.
         texts: Those of them that are stored once a sequence.
-        finished: Whether the input came to its end, or to the number of tokens that was asked for.
+        finished: Whether the input was read to its end, or to the requested number of tokens.
 
     """
 
@@ -87,7 +87,7 @@ class Layout:
         written = (schema.metadata or {}).get(KEY)
         if written is None:
             raise DataError(
-                f"'{path}' is a Lance dataset, but none of actctx: its schema has no metadata "
+                f"'{path}' is a Lance dataset, but not one of actctx: its schema has no metadata "
                 "'actctx'; give the path that extract() wrote to"
             )
         found = read_json(written)
@@ -105,7 +105,7 @@ class Layout:
         )
 
     def check(self) -> None:
-        """Make sure that it makes sense by itself.
+        """Check that its parts are consistent.
 
         Raises:
             ValueError: It does not.
@@ -120,7 +120,7 @@ class Layout:
         if self.rows not in {"token", "sequence"}:
             raise ValueError(f"'rows' is {self.rows!r}, neither 'token' nor 'sequence'")
         if more := [name for name in self.texts if name not in self.carried]:
-            raise ValueError(f"'texts' has {more[0]!r}, which 'carried' has not")
+            raise ValueError(f"'texts' has {more[0]!r}, which is not in 'carried'")
         order = self.input.get("batch_size")
         if order is not None and (type(order) is not int or order < 1):
             raise ValueError(f"'input.batch_size' is {order!r}, which is not a number of sequences")
@@ -141,10 +141,10 @@ class Layout:
         ):
             if len({*names}) != len(names):
                 twice = next(name for name in names if names.count(name) > 1)
-                raise ValueError(f"two of its columns are called {twice!r}")
+                raise ValueError(f"two of its columns are named {twice!r}")
 
     def as_metadata(self) -> str:
-        """Write it as the value of the metadata's one key."""
+        """Return the JSON text that is stored under `KEY`."""
         said = asdict(self)
         is_first = {site.dtype for site in self.sites} <= _FIRST_DTYPES and not self.texts
         if not self.texts:
@@ -223,13 +223,7 @@ def layout_of(dataset: Any, path: str) -> Layout:
 
 
 def _of_format(found: dict[str, Any]) -> dict[str, Any]:
-    """Return what a layout says, once it is known to be of a format that is read.
-
-    Raises:
-        ValueError: It is of none.
-        LaterError: It is of a later one.
-
-    """
+    """Return what a layout says, once it is known to be of a format that is read."""
     number = found.get("format")
     if type(number) is not int or number < 1:
         raise ValueError(f"'format' is {number!r}")
@@ -243,6 +237,6 @@ def _later(path: object, what: LaterError, found: dict[str, Any]) -> DataError:
     version = versions.get("actctx") if isinstance(versions, dict) else None
     by = f"actctx {printable(version)}" if isinstance(version, str) else "a later actctx"
     return DataError(
-        f"'{path}' was written by {by}, whose {what} this version does not know; upgrade actctx to "
+        f"'{path}' was written by {by}, whose {what} this version cannot read; upgrade actctx to "
         "read it"
     )

@@ -21,7 +21,7 @@ def import_lance() -> Any:
         raise not_installed(error) from None
     if _used_in() != os.getpid():
         raise OptionError(
-            "data sets cannot be used in a process that was forked from one that had used them, "
+            "data sets cannot be used in a process that was forked from one that has used them, "
             "since Lance's threads do not survive a fork; start it another way, such as "
             "multiprocessing.get_context('spawn')"
         )
@@ -56,5 +56,5 @@ def import_datasets() -> Any:
 
 @cache
 def _used_in() -> int:
-    """Tell in which process Lance was used first; one that is forked from it knows as well."""
+    """Return the process that used Lance first; a process that was forked from it agrees."""
     return os.getpid()

@@ -31,7 +31,7 @@ _SCHEME = 2  # of the order; the first one had pools that were too small
 
 @dataclass
 class _Place:
-    """Where an iteration is: how many batches it gave of an epoch."""
+    """The position of an iteration: how many batches of an epoch it gave."""
 
     epoch: int = 0
     batch: int = 0
@@ -86,7 +86,7 @@ class Loader(IterableDataset[StoredBatch]):
         """
         batches = self._ahead + 2  # one more is being copied
         held = self._room + batches * min(self._order.batch_size, self._order.pool_rows)
-        return held * self._source.memory
+        return held * self._source.row_memory
 
     def __len__(self) -> int:
         """Count the batches of an epoch."""
@@ -97,7 +97,7 @@ class Loader(IterableDataset[StoredBatch]):
         if worker is not None:
             raise OptionError(
                 f"a loader cannot be shared by {worker.num_workers} workers of a DataLoader, each "
-                "of which would give all batches; it reads ahead in threads, so give "
+                "of which would yield all batches; it reads ahead in threads, so give "
                 "DataLoader(loader, batch_size=None, num_workers=0), or iterate over it"
             )
         place = self._place
@@ -133,7 +133,7 @@ class Loader(IterableDataset[StoredBatch]):
         return {**self._identity(), "epoch": self.epoch, "batch": self._place.batch}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where another loader was, with the batch after the last that it gave.
+        """Resume another loader, at the batch after the last one that it gave.
 
         The next iteration gives the rest of the epoch: an empty pass if the last batch had been
         given.
@@ -144,8 +144,7 @@ class Loader(IterableDataset[StoredBatch]):
                 or all that it has of the epoch.
 
         Raises:
-            OptionError: It is no such state, or of no such batch, or the other loader gave another
-                order.
+            OptionError: It is not such a state, has no such batch, or is of another order.
 
         """
         self._check_scheme(state)
@@ -153,7 +152,8 @@ class Loader(IterableDataset[StoredBatch]):
             if state[name] != here:
                 raise OptionError(
                     f"the state is of a loader with {name}={state[name]!r}, but this one has "
-                    f"{name}={here!r}, which makes another order; make the loader as it was made"
+                    f"{name}={here!r}, which gives another order; create the loader with the same "
+                    "arguments"
                 )
         for name in ("epoch", "batch"):
             if state[name] < 0:
@@ -171,7 +171,7 @@ class Loader(IterableDataset[StoredBatch]):
         self._place = _Place(epoch, batch, is_loaded=True)
 
     def _check_scheme(self, state: Any) -> None:
-        """Refuse what is no state, or of another way to shuffle."""
+        """Refuse what is not a state, or is of another way to shuffle."""
         names = self.state_dict().keys() - {"scheme"}
         if not (
             isinstance(state, Mapping)
@@ -179,19 +179,19 @@ class Loader(IterableDataset[StoredBatch]):
             and all(is_int(state[name]) for name in ("epoch", "batch"))
         ):
             raise OptionError(
-                f"{reprlib.repr(state)} is no state of a loader; give what state_dict() returned"
+                f"{reprlib.repr(state)} is not a state of a loader; give what state_dict() returned"
             )
         scheme = state.get("scheme", 1)
         if scheme != _SCHEME:
             then = operator.index(state["epoch"]) + 1
             raise OptionError(
                 f"the state is of {'an earlier' if scheme == 1 else 'another'} version of actctx, "
-                "which shuffled in another way, so the rest of its epoch cannot be given; begin "
-                f"the next one: loader.load_state_dict({{**loader.state_dict(), 'epoch': {then}}})"
+                "which shuffled differently, so its epoch cannot be resumed; start the next one: "
+                f"loader.load_state_dict({{**loader.state_dict(), 'epoch': {then}}})"
             )
 
     def _identity(self) -> dict[str, Any]:
-        """What the order depends on, but for the rank."""
+        """Return what the order depends on, except the rank."""
         names = (each.name for each in fields(self._order) if each.name not in {"rank", "epoch"})
         return {"scheme": _SCHEME, **{name: getattr(self._order, name) for name in names}}
 

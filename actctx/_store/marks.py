@@ -1,7 +1,7 @@
 """Where in an input the rows of a data set end, so that resuming need not run that part again.
 
 # NOTE [Marks]
-A mark says that the input before a place leaves so many rows. It is written behind the commit of
+A mark says that the input before a place leaves so many rows. It is written after the commit of
 these rows, as a line of a file, and nothing depends on it: where a line is missing, or damaged, the
 input is read from an earlier mark, or from its start. A mark is used only if rows on disk follow
 it, which the input has to leave again. Marks beyond the rows on disk may be those of another input,

@@ -1,4 +1,4 @@
-"""The rows that a condition holds of, in a bit for each row of the data set.
+"""The rows that match a condition, in a bit for each row of the data set.
 
 # NOTE [Matching rows]
 Which rows match is a bitmap, and beside it stands how many do before each block of 512 rows. Where
@@ -28,7 +28,7 @@ class Matching:
         self._before: Int64[np.ndarray, " _"] = np.zeros(blocks + 1, np.int64)
 
     def add(self, rows: Int64[np.ndarray, " row"]) -> None:
-        """Add rows, each of which is added once; `settle` is called behind the last of them."""
+        """Add rows, each of which is added once; call `settle` after the last of them."""
         if not len(rows):
             return
         rows = np.sort(rows)

@@ -1,4 +1,4 @@
-"""Pools read into one memory, the next one where batches of the last have left room."""
+"""Read pools into one memory, the next one as batches of the last leave room."""
 
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from actctx._store.rows import StoredBatch, StoredRows
 from actctx._store.shuffle import Pool
-from actctx._store.texts import Known
+from actctx._store.texts import TextCache
 
 T = TypeVar("T")
 
@@ -29,14 +29,14 @@ def begun(threads: ThreadPoolExecutor | None, task: Callable[[], T]) -> Future[T
 
 
 @dataclass
-class _Reading:
+class _PoolRead:
     """A pool that is being read.
 
     Attributes:
         pool: What is read.
         slots: Where in the memory each of its rows lies, as far as they are being read.
-        rows: How many are.
-        reads: What is to be waited for.
+        rows: How many are being read.
+        reads: The reads to wait for.
         texts: The texts that were read for it, which its rows share.
 
     """
@@ -45,7 +45,7 @@ class _Reading:
     slots: Int64[np.ndarray, "row"]
     rows: int = 0
     reads: list[Future[None]] = field(default_factory=list)
-    texts: Known = field(default_factory=dict)
+    texts: TextCache = field(default_factory=dict)
 
 
 class PoolMemory:
@@ -74,7 +74,7 @@ class PoolMemory:
         self._threads = threads
         self._pools = pools
         self._planned = begun(threads, partial(next, pools, None))
-        self._readings: deque[_Reading] = deque()
+        self._readings: deque[_PoolRead] = deque()
         self._memory = source.empty(room)
         self._free = np.arange(room)  # of these, the first ones
         self._free_count = room
@@ -99,7 +99,7 @@ class PoolMemory:
         if self._threads is not None:
             self._read_ahead()
 
-    def _first(self) -> _Reading | None:
+    def _first(self) -> _PoolRead | None:
         """Begin to read the rest of the first pool that is left, if there is one."""
         if not self._readings and not self._plan():
             return None
@@ -113,7 +113,7 @@ class PoolMemory:
         pool = self._planned.result()
         if pool is None:
             return False
-        self._readings.append(_Reading(pool, np.empty_like(pool.rows)))
+        self._readings.append(_PoolRead(pool, np.empty_like(pool.rows)))
         self._planned = begun(self._threads, partial(next, self._pools, None))
         return True
 
@@ -129,10 +129,10 @@ class PoolMemory:
             else:
                 self._read_some(last)
 
-    def _size(self, reading: _Reading) -> int:
+    def _size(self, reading: _PoolRead) -> int:
         return min(self._source.at_once, len(reading.pool.rows) - reading.rows)
 
-    def _read_some(self, reading: _Reading) -> None:
+    def _read_some(self, reading: _PoolRead) -> None:
         size = self._size(reading)
         some = slice(reading.rows, reading.rows + size)
         self._free_count -= size

@@ -17,7 +17,7 @@ from actctx._files import reason_of
 from actctx._store.layout import BACK, Layout
 from actctx._store.matching import Matching
 from actctx._store.site_columns import StoredSite, as_tensor
-from actctx._store.texts import Known, TextRows, lost, offsets_of_matching, read_texts
+from actctx._store.texts import TextCache, TextRows, lost, offsets_of_matching, read_texts
 from actctx._store.validation import REOPEN, Files, count_rows, reading
 from actctx._store.versions import open_lance
 from actctx._store.where import as_lance_reads, rows_where, why_refused
@@ -101,20 +101,20 @@ class StoredRows:
             return count_rows(self.lance)
 
     @property
-    def nbytes(self) -> int:
+    def row_bytes(self) -> int:
         """The bytes of a row's activations and numbers."""
         numbers = sum(dtype.itemsize for dtype in self.others.values() if dtype is not None)
         return numbers + sum(site.nbytes for site in self.sites.values())
 
     @cached_property
-    def memory(self) -> int:
-        """The bytes that a row takes in memory; what lists hold is estimated by a sample.
+    def row_memory(self) -> int:
+        """The bytes that a row takes in memory; for lists, estimated from a sample.
 
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
         """
         alone, texts, ends = self._sampled
-        return self.nbytes + int(alone + texts * (1 + (_NEIGHBOURS - 1) * ends) / _NEIGHBOURS)
+        return self.row_bytes + int(alone + texts * (1 + (_NEIGHBOURS - 1) * ends) / _NEIGHBOURS)
 
     @cached_property
     def _sampled(self) -> tuple[float, float, float]:
@@ -151,7 +151,7 @@ class StoredRows:
         return ["sequence", BACK] if self.texts else []
 
     def _texts_of(
-        self, rows: Int64[np.ndarray, "row"], table: Any, known: Known
+        self, rows: Int64[np.ndarray, "row"], table: Any, known: TextCache
     ) -> dict[str, np.ndarray]:
         """Read the texts of rows, of which a table tells where they are."""
         if table[BACK].null_count or table["sequence"].null_count:
@@ -169,7 +169,7 @@ class StoredRows:
         )
 
     def find(self, where: str, sites: Mapping[str, StoredSite]) -> None:
-        """Keep the rows that a condition holds of.
+        """Keep only the rows that match a condition.
 
         Args:
             where: The condition.
@@ -191,7 +191,7 @@ class StoredRows:
     def _offsets(
         self, where: str, sites: Mapping[str, StoredSite]
     ) -> Iterator[Int64[np.ndarray, " match"]]:
-        """Find the rows that a condition holds of, some at a time, in any order."""
+        """Find the rows that match a condition, some at a time, in any order."""
 
         def refused(error: Exception) -> OptionError:
             reason = printable(why_refused(reason_of(error), sites, self.others))
@@ -202,11 +202,11 @@ class StoredRows:
         sites_named = [site for site in sites.values() if site.column.casefold() in folded]
         named = [name for name in self.others if name.casefold() in folded]
         texts = [name for name in named if name in self.texts]
-        row = sum(site.nbytes for site in sites_named)
+        row_bytes = sum(site.nbytes for site in sites_named)
         if texts:
             _, text, ends = self._sampled
-            row += int(text * max(ends, 1 / _SAMPLED))
-        batch_size = max(64, min(_READ_BYTES // max(row, 1), _MOST_AT_ONCE))
+            row_bytes += int(text * max(ends, 1 / _SAMPLED))
+        batch_size = max(64, min(_READ_BYTES // max(row_bytes, 1), _MOST_AT_ONCE))
         if not texts:
             yield from rows_where(self.lance, condition, batch_size=batch_size, refused=refused)
             return
@@ -222,7 +222,7 @@ class StoredRows:
         )
 
     def empty(self, rows: int) -> StoredBatch:
-        """Make room for rows.
+        """Allocate memory for rows.
 
         Raises:
             DataError: Memory has none.
@@ -236,19 +236,20 @@ class StoredRows:
             for name, site in self.sites.items():
                 batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
+            size = format_bytes(rows * self.row_bytes)
             raise DataError(
-                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, for which "
-                "there is no memory; read fewer at once, or fewer columns with sites="
+                f"{rows} rows of {self.path!r} take {size}, which do not fit in memory; read "
+                "fewer at once, or fewer columns with sites="
             ) from None
         return batch
 
     def read(self, rows: range | Int64[np.ndarray, "row"]) -> StoredBatch:
         """Read rows in any order, also several times, with little more memory than they take.
 
-        That is a few megabytes, and where the rows are no range, 8 bytes for each to sort them.
+        That is a few megabytes, and if the rows are not a range, 8 bytes for each to sort them.
         """
         batch = self.empty(len(rows))
-        known: Known = {}
+        known: TextCache = {}
         for place, some in _ascending(rows, self.at_once):
             self.read_into(batch, some, place=place, known=known)
         return {
@@ -259,7 +260,7 @@ class StoredRows:
     @property
     def at_once(self) -> int:
         """The number of rows that are read fastest."""
-        return max(64, min(_READ_BYTES // max(self.memory, 1), _MOST_AT_ONCE))
+        return max(64, min(_READ_BYTES // max(self.row_memory, 1), _MOST_AT_ONCE))
 
     def read_into(
         self,
@@ -267,7 +268,7 @@ class StoredRows:
         rows: Int64[np.ndarray, "row"],
         *,
         place: slice | Int64[np.ndarray, "row"],
-        known: Known,
+        known: TextCache,
     ) -> None:
         """Read rows, in ascending order, to a place in a batch.
 
@@ -305,12 +306,12 @@ class StoredRows:
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
             raise DataError(
-                f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
-                "fill them, with -1 for one, or drop the column"
+                f"the column {name!r} of {self.path!r} has nulls, which {dtype_name(dtype)} does "
+                "not have; fill them, for example with -1, or drop the column"
             )
         with self._reading():
             if _dtype_of(table[name].type) != dtype:
-                raise ValueError(f"its column {name!r} is {table[name].type}, as it was not before")
+                raise ValueError(f"its column {name!r} is {table[name].type}, unlike before")
             values = table[name].to_numpy()
             if dtype == torch.int64:  # also of what has fewer bits, and no sign
                 return torch.from_numpy(values.astype(np.int64))
@@ -341,7 +342,7 @@ def _put(memory: Any, place: slice | Int64[np.ndarray, "row"], values: Any) -> N
 def _ascending(
     rows: range | Int64[np.ndarray, "row"], at_once: int
 ) -> Iterator[tuple[slice | Int64[np.ndarray, "row"], Int64[np.ndarray, "row"]]]:
-    """Give some rows at a time, in ascending order, and their places."""
+    """Yield some rows at a time, in ascending order, and their places."""
     if not isinstance(rows, range):
         order = np.argsort(rows, kind="stable")
         for start in range(0, len(rows), at_once):
@@ -359,7 +360,7 @@ def _ascending(
 
 
 def dtypes_of(lance: Any, layout: Layout, files: Files) -> dict[str, torch.dtype | None]:
-    """Return the dtypes of the columns that are no sites; None for what is read into a list.
+    """Return the dtypes of columns other than sites; None for those read into a list.
 
     Lists are what holds no numbers, or more than torch reckons with, as uint64 does. So are
     integers and booleans with nulls, which only somebody else's columns have: these are looked at.

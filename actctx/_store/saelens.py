@@ -26,7 +26,7 @@ from actctx._errors import DataError, OptionError
 from actctx._files import cannot_write, expanded, local_path, refuse_existing, written_beside
 from actctx._model.axes import hook_axes
 from actctx._model.fingerprint import versions
-from actctx._store.digests import Digest, digested, note_all
+from actctx._store.digests import Digest, digested, record_all
 from actctx._store.layout import DIGEST, TAKEN, Layout
 from actctx._store.libraries import import_datasets, import_lance
 from actctx._store.loader import Loader
@@ -73,8 +73,8 @@ def write_saelens(
     runs = len(rows) // context
     if not runs:
         raise OptionError(
-            f"context={context} makes no run of {counted(len(rows), 'row')}; give the "
-            "context_size of SAELens' config, and no more than there are rows"
+            f"context={context} does not fit {counted(len(rows), 'row')}; give the context_size of "
+            "SAELens' config, and no more than there are rows"
         )
     names = _renamed(rows.sites, rename)
     place = local_path(path)
@@ -104,12 +104,7 @@ def write_saelens(
 
 
 def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict[str, str]:
-    """Return the name of each site's column.
-
-    Raises:
-        OptionError: A name is of no site, or two columns would have one name.
-
-    """
+    """Return the name of each site's column."""
     if not isinstance(rename, Mapping):
         raise OptionError(
             f"rename={rename!r} is not a dict; give SAELens' hook_name for sites, as in "
@@ -123,7 +118,7 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
             )
         found = meant_sites(sites, name)
         if len(found) != 1:
-            what = "several sites that are read" if found else "no site that is read"
+            what = "several sites that are read" if found else "not a site that is read"
             raise OptionError(
                 f"rename names {name!r}, which is {what}; the sites are "
                 f"{shortened([repr(each) for each in sites])}"
@@ -132,30 +127,25 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
     for name, count in Counter([_TOKENS, *names.values()]).items():
         if count > 1:
             raise OptionError(
-                f"rename gives {count} columns the name {name!r}; give each another name"
+                f"rename gives {count} columns the name {name!r}; give each a different name"
             )
     return names
 
 
 def _writable(site: StoredSite) -> torch.dtype:
-    """Choose the dtype that a site is written in.
-
-    Raises:
-        OptionError: It has integers or bools, which SAELens does not train from.
-
-    """
+    """Choose the dtype that a site is written in."""
     dtype = site.torch_dtype
     if not dtype.is_floating_point:
         raise OptionError(
-            f"SAELens trains from floating-point activations, but {site.name!r} is {site.dtype}; "
+            f"SAELens trains on floating-point activations, but {site.name!r} is {site.dtype}; "
             "leave it out, with ActivationDataset(..., sites=)"
         )
     if is_known_to_others(dtype):
         return dtype
     times = {1: "four times", 2: "twice"}[dtype.itemsize]
     warnings.warn(
-        f"SAELens' files have no {site.dtype}: {site.name!r} is written as float32, which holds "
-        f"the same values and takes {times} the space",
+        f"SAELens' files do not support {site.dtype}: {site.name!r} is written as float32, which "
+        f"has the same values and takes {times} the space",
         stacklevel=4,
     )
     return torch.float32
@@ -226,8 +216,8 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
     if not arrays:
         raise DataError(
-            f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
-            f"Array2D; its columns are {printable(', '.join(features))}"
+            f"'{path}' does not contain activations as SAELens caches them, which are columns of "
+            f"the type Array2D; its columns are {printable(', '.join(features))}"
         )
     _check_cached(path, runs=len(cached), arrays=arrays)
     address = expanded(out)
@@ -249,7 +239,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
             digests = {name: Digest() for name in schema.names}
             noted = digested(batches, digests)
             _write(noted, schema, address=str(partial), source=path)
-            note_all(partial, digests, layout.as_metadata())
+            record_all(partial, digests, layout.as_metadata())
         return
     try:  # an object store, where what has no manifest is no data set
         _write(batches, schema, address=address, source=path)
@@ -261,7 +251,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
 
 def _without_rows(path: str | PathLike[str]) -> DataError:
     return DataError(
-        f"'{path}' holds no activations: its dataset has no rows; let SAELens cache some"
+        f"'{path}' does not contain activations: its dataset has no rows; let SAELens cache some"
     )
 
 
@@ -275,13 +265,14 @@ def _check_cached(path: str | PathLike[str], *, runs: int, arrays: Mapping[str, 
         if len(sizes) != 2 or sizes[0] != context:  # noqa: PLR2004  context and width
             raise DataError(
                 f"'{path}' has activations of the shape {printable(kind.shape)} in its column "
-                f"{name!r}, where runs of one context belong; let SAELens cache it anew"
+                f"{name!r}, not runs of one context; let SAELens cache it again"
             )
     taken = next((name for name in arrays if name in TAKEN), None)
     if taken is not None:
         raise DataError(
             f"'{path}' has activations in a column {taken!r}, which is the name of another column "
-            f"of a data set; give it the hook's, by rename_column({taken!r}, ...) of datasets"
+            f"of a data set; give it the hook's name, with rename_column({taken!r}, ...) of "
+            "datasets"
         )
 
 
@@ -292,12 +283,7 @@ def _write(
     address: str,
     source: str | PathLike[str],
 ) -> None:
-    """Write a Lance dataset.
-
-    Raises:
-        DataError: The source of the batches cannot be read, which Lance would say as its own.
-
-    """
+    """Write a Lance dataset."""
     import pyarrow as pa
 
     failed: list[Exception] = []
@@ -316,7 +302,7 @@ def _write(
         if not failed:
             raise
         raise DataError(
-            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it anew"
+            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it again"
         ) from failed[0]
 
 
@@ -369,12 +355,7 @@ def _tokens(table: "pa.Table", context: int) -> "pa.Array":
 
 
 def _lists(name: str, column: "pa.Array", length: int) -> "pa.Array":
-    """Join the lists of a column.
-
-    Raises:
-        ValueError: Some are of another length, or null.
-
-    """
+    """Join the lists of a column."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(column)

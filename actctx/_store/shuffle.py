@@ -29,7 +29,7 @@ from actctx._store.permutation import permuted
 from actctx._text import counted
 
 BLOCK = 32
-LEAST_BATCHES = 16  # of a pool that nobody bounds
+LEAST_BATCHES = 16  # of a pool without a bound
 LEAST_ROWS = 2048 * BLOCK
 
 
@@ -236,7 +236,7 @@ def rank_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
         number = operator.index(rank) if is_int(rank) else -1
         if not 0 <= number < ranks:
             raise OptionError(
-                f"rank={rank!r} is none of {counted(ranks, 'rank')}; they count from 0"
+                f"rank={rank!r} is not one of {counted(ranks, 'rank')}; they count from 0"
             )
         return number, ranks
     distributed = torch.distributed

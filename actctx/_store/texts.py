@@ -6,7 +6,7 @@ there, and the column `_back` says how many rows before them that first row lies
 their space once a sequence, in the same commit as its rows, and a row is read with its texts by
 reading another row. A sequence within which a commit ended has its texts twice.
 
-Deleting rows, as others can, moves those behind them. So where some were deleted, the first rows
+Deleting rows, as others can, moves those after them. So where some were deleted, the first rows
 are found by the column as a whole, and the number of the sequence has to be that of the row.
 """
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 _SPREAD_BYTES = 2**26
 """What texts may take where a condition needs them row by row."""
 
-Known: TypeAlias = dict[int, tuple[Any, ...]]
-"""The texts that were read, by the rows that have them."""
+TextCache: TypeAlias = dict[int, tuple[Any, ...]]
+"""The texts that were read, by the rows that hold them."""
 
 Take: TypeAlias = Callable[[Int64[np.ndarray, " row"], list[str]], "pa.Table"]
-"""What reads columns of rows by number."""
+"""Reads columns of rows by number."""
 
 Ask: TypeAlias = Callable[..., Iterator[Int64[np.ndarray, " match"]]]
-"""What finds rows that a condition holds of; see `rows_where`."""
+"""Finds the rows that match a condition; see `rows_where`."""
 
 
 def rows_back(within: Int64[np.ndarray, " row"]) -> "pa.Array":
-    """Make the column `_back` of rows, of which it is known what sequence each is of."""
+    """Make the column `_back` of rows, given the sequence of each."""
     import pyarrow as pa
 
     places = np.arange(len(within))
@@ -51,7 +51,7 @@ def rows_back(within: Int64[np.ndarray, " row"]) -> "pa.Array":
 def once_a_sequence(
     values: "pa.Array", within: Int64[np.ndarray, " row"], back: "pa.Array"
 ) -> "pa.Array":
-    """Make a column of texts, of which there is one for each sequence."""
+    """Make a column of texts, with one text for each sequence."""
     import pyarrow as pa
 
     return values.take(pa.array(within, mask=back.to_numpy() > 0))
@@ -80,7 +80,7 @@ class TextRows:
     def of(
         self, rows: Int64[np.ndarray, " row"], back: Int32[np.ndarray, " row"]
     ) -> Int64[np.ndarray, " row"]:
-        """Tell for each row which has its texts."""
+        """Return for each row the row that holds its texts."""
         if self._first is None:
             first: Int64[np.ndarray, " row"] = rows - back
             if ((first < 0) | (first > rows)).any():
@@ -99,7 +99,7 @@ def read_texts(
     sequence: Int64[np.ndarray, " row"],
     *,
     names: tuple[str, ...],
-    known: Known,
+    known: TextCache,
     path: str,
 ) -> dict[str, np.ndarray]:
     """Read the texts of rows; rows of one sequence share theirs.
@@ -136,10 +136,10 @@ def read_texts(
 
 
 def lost(path: str) -> DataError:
-    """Say that rows have no texts any more."""
+    """Explain that the texts of rows are lost."""
     return DataError(
-        f"texts of {path!r} are lost: the first row of their sequence, which had them, was deleted "
-        "or changed; read the sites alone with data.read(), or write the data set anew"
+        f"texts of {path!r} are lost: the first row of their sequence, which stored them, was "
+        "deleted or changed; read only the sites with data.read(), or write the data set again"
     )
 
 
@@ -153,7 +153,7 @@ def offsets_of_matching(
     batch_size: int,
     path: str,
 ) -> Iterator[Int64[np.ndarray, " match"]]:
-    """Find the rows that a condition holds of that names texts.
+    """Find the rows that match a condition on texts.
 
     Lance compares what is in a row, so the rows are read in their order, given the texts of their
     sequence, and compared some at a time.
@@ -196,7 +196,7 @@ def offsets_of_matching(
 def _behind(
     last: "pa.Array | None", column: "pa.Array", is_first: Bool[np.ndarray, " row"]
 ) -> "pa.Array":
-    """List the values of first rows, behind that which rows before them may still go on with."""
+    """List the values of first rows, after the last value before them, which may still apply."""
     import pyarrow as pa
 
     found = column.filter(pa.array(is_first))
@@ -209,7 +209,7 @@ def _matching(
     number: Int32[np.ndarray, " row"],
     texts: dict[str, "pa.Array"],
 ) -> Int64[np.ndarray, " match"]:
-    """Find the rows that a condition holds of.
+    """Find the rows that match a condition.
 
     Args:
         ask: Asks the condition.

@@ -41,12 +41,12 @@ _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
 
 _COPY = "put a copy of it in its place, or give another path"
-REOPEN = "open it again, since another process may have replaced its files, or write it anew"
+REOPEN = "open it again, since another process may have replaced its files, or write it again"
 """What to do where rows of an open data set cannot be read."""
 
 
 def damaged(path: str, found: str, remedy: str = _COPY) -> DataError:
-    """Say that a data set cannot be read, and why."""
+    """Explain why a data set cannot be read."""
     return DataError(f"the data set at {path!r} cannot be read: {printable(found)}; {remedy}")
 
 
@@ -97,10 +97,10 @@ def count_rows(dataset: Any) -> int:
 
 
 class Files:
-    """The files that hold the rows of a Lance dataset, each looked at before its rows are read.
+    """The files that hold the rows of a Lance dataset, each checked before its rows are read.
 
     Lance makes room for as many bytes as a file says that its pages have, and where memory has no
-    such room, the process ends. Object stores are not looked at.
+    such room, the process ends. Object stores are not checked.
 
     Args:
         dataset: The Lance dataset.
@@ -125,7 +125,7 @@ class Files:
         self.check(rows)
         table = self._dataset.take(rows, columns=columns)
         if table.num_rows != len(rows) or table.column_names != columns:
-            raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
+            raise ValueError(f"{table.num_rows} rows were read for {len(rows)}")
         table.validate()
         return table
 
@@ -136,7 +136,7 @@ class Files:
             yield self.take(np.arange(first, min(first + _TAKEN, rows)), columns)
 
     def check(self, rows: Int64[np.ndarray, "row"] | None = None) -> None:
-        """Look at the files that hold some rows, by default all, but for those that were looked at.
+        """Check the files that hold some rows, by default all, each of them once.
 
         Raises:
             ValueError: One is damaged.
@@ -276,9 +276,7 @@ def check_type(name: str, found: "pa.DataType", wanted: "pa.DataType") -> None:
     else:
         alike = found == wanted
     if not alike:
-        raise ValueError(
-            f"its column {name!r} is {_type_name(found)}, where {_type_name(wanted)} belongs"
-        )
+        raise ValueError(f"its column {name!r} is {_type_name(found)}, not {_type_name(wanted)}")
 
 
 def _type_name(kind: "pa.DataType") -> str:
@@ -306,7 +304,7 @@ def elements_of(
     check_type(name, column.type, wanted)
     rows = len(column)
     if column.null_count:
-        raise ValueError(f"{column.null_count} of {rows} rows have nothing in its column {name!r}")
+        raise ValueError(f"{column.null_count} of {rows} rows have no value in its column {name!r}")
     elements = column.flatten()  # of a window on a larger column, only what is in it
     if isinstance(elements, pa.ExtensionArray):
         elements = elements.storage

@@ -15,7 +15,7 @@ import numpy as np
 
 from actctx._errors import DataError
 from actctx._files import reason_of
-from actctx._store.digests import Commit, Digest, Noted, digest_file, digest_of, read_digests
+from actctx._store.digests import Commit, Digest, DigestLog, digest_file, digest_of, read_digests
 from actctx._store.layout import KEY, Layout, layout_of
 from actctx._store.validation import Files, count_rows, is_panic
 from actctx._text import counted, shortened
@@ -23,7 +23,7 @@ from actctx._text import counted, shortened
 _READ_ROWS = 2**16
 _READ_BYTES = 2**23
 _Rows: TypeAlias = tuple[int, int, str]
-"""The first of some rows, the row behind the last, and what was found of them."""
+"""The first of some rows, the row after the last, and what is wrong with them."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Damage:
 
     Attributes:
         start: The first of them.
-        stop: The row behind the last.
+        stop: The row after the last.
         name: The column, by the name that users know; or the file.
         found: What is wrong.
 
@@ -68,7 +68,7 @@ class Verified:
 
 @dataclass
 class Findings:
-    """What was found of a data set, as it is gone through.
+    """What is wrong with a data set, collected while it is read.
 
     Attributes:
         damages: The rows that are not as they were written.
@@ -90,7 +90,7 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
     Args:
         dataset: The Lance dataset.
         path: Its path or address.
-        lost: What is known to be damaged before.
+        lost: What is known to be damaged.
 
     Raises:
         DataError: Some are not as they were written.
@@ -101,7 +101,7 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
     rows = count_rows(dataset)
     said = [*filter(None, (lost, found.metadata)), *map(str, found.damages)]
     if said:
-        remedy = f"'actctx repair {path}' keeps the rows before, and extract() writes the others"
+        remedy = f"'actctx repair {path}' keeps the rows before, and extract() rewrites the others"
         if "://" in path or found.metadata:
             remedy = "put a copy in its place"
         raise DataError(f"{path!r} is damaged: {shortened(said)}; {remedy}")
@@ -112,24 +112,24 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
 
 
 def compare(dataset: Any, path: str, layout: Layout) -> Findings:
-    """Compare all rows with their digests, and go on where some differ."""
-    noted, found = read_digests(path), Findings()
+    """Compare all rows with their digests, and collect those that differ."""
+    log, found = read_digests(path), Findings()
     rows = count_rows(dataset)
-    if digest_of(dataset.schema.metadata[KEY].decode()) not in noted.metadata:
-        if noted.damaged or not noted.metadata:
-            found.unchecked.append("what it says about itself has no digest")
+    if digest_of(dataset.schema.metadata[KEY].decode()) not in log.metadata:
+        if log.damaged or not log.metadata:
+            found.unchecked.append("its metadata has no digest")
         else:
-            found.metadata = "what it says about itself is not what was written"
+            found.metadata = "its metadata is not what was written"
     fragments = dataset.get_fragments()
     if any(fragment.metadata.num_deletions for fragment in fragments):
-        found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
+        found.unchecked.append("rows were deleted from it, so digests do not apply to the others")
         return found
-    commits = [commit for commit in noted.commits if commit.stop <= rows]
+    commits = [commit for commit in log.commits if commit.stop <= rows]
     files = Files(dataset, path)
     for column in dataset.schema.names:
         _compare_column(dataset, column, commits, files=files, layout=layout, found=found)
     if "://" not in path:
-        _compare_files(Path(path), fragments, noted, found)
+        _compare_files(Path(path), fragments, log, found)
     _say_unchecked(dataset, rows, layout, found)
     return found
 
@@ -143,7 +143,7 @@ def _compare_column(
     layout: Layout,
     found: Findings,
 ) -> None:
-    """Compare a column; rows are whole where one of the digests that tell of them says so."""
+    """Compare a column; rows are intact if one of the digests that cover them matches."""
     kind, rows = dataset.schema.field(column).type, count_rows(dataset)
     whole: list[_Rows] = []
     wrong: list[_Rows] = []
@@ -172,7 +172,7 @@ def _without(rows: list[_Rows], others: list[_Rows]) -> list[_Rows]:
 
 
 def _differs(files: Files, kind: Any, column: str, digest: str, commit: Commit) -> str:
-    """Explain how a column differs from its digest; nothing where it is as it was written."""
+    """Explain how a column differs from its digest; empty if it does not."""
     made = Digest()
     some = _rows_at_once(kind)
     try:
@@ -199,9 +199,9 @@ def _rows_at_once(kind: Any) -> int:
     return max(64, min(_READ_BYTES // max(nbytes, 1), _READ_ROWS))
 
 
-def _compare_files(path: Path, fragments: list[Any], noted: Noted, found: Findings) -> None:
-    """Find files that have other bytes, where no value told of it."""
-    known = {name: each for commit in noted.commits for name, each in commit.files.items()}
+def _compare_files(path: Path, fragments: list[Any], log: DigestLog, found: Findings) -> None:
+    """Find files whose bytes differ though all of their values match."""
+    known = {name: each for commit in log.commits for name, each in commit.files.items()}
     for start, stop, fragment in numbered(fragments):
         if any(damage.start < stop and start < damage.stop for damage in found.damages):
             continue
@@ -225,7 +225,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
         found.unchecked.append(f"{name!r} is a column that actctx did not write")
     names = [name for name in dataset.schema.names if name not in others]
     if not any(found.compared.values()):
-        found.unchecked = ["it has no digests, as with what older versions of actctx wrote"]
+        found.unchecked = ["it has no digests, like data sets of older versions of actctx"]
         return
     for name in names:
         left = rows - found.compared.get(name, 0)
@@ -235,7 +235,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
 
 
 def numbered(fragments: list[Any]) -> Iterator[tuple[int, int, Any]]:
-    """Yield each fragment with its first row, and the row behind its last."""
+    """Yield each fragment with its first row and the row after its last."""
     start = 0
     for fragment in fragments:
         stop = start + fragment.metadata.num_rows

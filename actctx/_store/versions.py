@@ -38,9 +38,9 @@ class Version:
     Attributes:
         number: Its number.
         file: Its manifest.
-        damage: What is wrong with it; empty where it is whole.
-        opened: The Lance dataset; None where its manifest cannot be read.
-        rows: The rows that can be read, from the first one on.
+        damage: What is wrong with it; empty if it is whole.
+        opened: The Lance dataset; None if its manifest cannot be read.
+        row_count: The number of rows that can be read, from the first one on.
 
     """
 
@@ -48,7 +48,7 @@ class Version:
     file: Path
     damage: str = ""
     opened: Any = None
-    rows: int = 0
+    row_count: int = 0
 
 
 def manifests(path: Path) -> dict[int, Path]:
@@ -81,17 +81,17 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
     for number, file in manifests(path).items():
         version = _inspect(path, number, file, lance)
         if not version.damage:
-            if most is not None and most.rows > version.rows:
+            if most is not None and most.row_count > version.row_count:
                 return most, torn
             return version, torn
         torn.append(version)
-        if version.opened is not None and (most is None or version.rows > most.rows):
+        if version.opened is not None and (most is None or version.row_count > most.row_count):
             most = version
     return most, torn
 
 
 def torn_frame(file: Path) -> str:
-    """Explain what is wrong with the frame of a manifest; nothing where it is whole."""
+    """Explain what is wrong with the frame of a manifest; empty if it is whole."""
     with file.open("rb") as manifest:
         size = manifest.seek(0, os.SEEK_END)
         if not size:
@@ -104,7 +104,7 @@ def torn_frame(file: Path) -> str:
             return "ends early"
         manifest.seek(min(place, size))
         if int.from_bytes(manifest.read(4), "little") != size - _FOOTER.size - 4 - place:
-            return "holds other bytes than were written"
+            return "has other bytes than were written"
     return ""
 
 
@@ -121,7 +121,7 @@ def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
         return Version(number, file, _TORN.format(reason_of(error)))
     # Lance takes zeros for an empty data set, and text of zeros for text.
     if opened.version != number or any(b"\0" in value for value in metadata.values()):
-        return Version(number, file, "its manifest holds other bytes than were written")
+        return Version(number, file, "its manifest has other bytes than were written")
     rows = 0
     for fragment in opened.get_fragments():
         if lost := _lost_file(path, fragment):
@@ -140,7 +140,7 @@ def _is_torn(error: BaseException) -> bool:
 
 
 def _lost_file(path: Path, fragment: Any) -> str:
-    """Say which data file of some rows is not whole, as far as its size and its end tell."""
+    """Return which data file of some rows is not whole, judging by its size and its end."""
     for each in fragment.metadata.files:
         file = path / "data" / each.path
         try:
@@ -184,23 +184,23 @@ def open_lance(path: str, version: int | None = None) -> Any:
 
 
 def _why_none(path: Path) -> str:
-    """Explain why there is no data set at a path; nothing where there may be one."""
+    """Explain why there is no data set at a path; empty if there may be one."""
     try:
         if (path / "_versions").is_dir():
             return ""
         if not path.exists():
-            return "there is nothing"
-        return "the directory holds none" if path.is_dir() else "it is a file"
+            return "it does not exist"
+        return "the directory does not contain one" if path.is_dir() else "it is a file"
     except OSError as error:
         return reason_of(error)
 
 
-class Newest(NamedTuple):
+class NewestVersion(NamedTuple):
     """The newest version of a data set that is whole.
 
     Attributes:
         opened: The Lance dataset.
-        lost: What is damaged, and read in its place; empty where nothing is.
+        lost: What is damaged, and read in its place; empty if nothing is.
         remedy: What to do then.
         has_gaps: Whether it is not whole itself, but has more rows than one that is.
         torn: The manifests of the versions that are damaged.
@@ -214,7 +214,7 @@ class Newest(NamedTuple):
     torn: tuple[Path, ...] = ()
 
 
-def newest_whole(path: str) -> Newest:
+def newest_whole(path: str) -> NewestVersion:
     """Open the newest version of a data set on a local disk that is whole.
 
     Raises:
@@ -228,20 +228,20 @@ def newest_whole(path: str) -> Newest:
         if found is None:  # of which Lance says why
             found = Version(0, Path(path), "", import_lance().dataset(path))
     if not torn:
-        return Newest(found.opened)
+        return NewestVersion(found.opened)
     files = tuple(each.file for each in torn if each is not found)
     if found.damage:
-        lost = f"version {found.number} of {path!r} is not whole: {found.damage}"
-        lost += f"; from row {found.rows} on it cannot all be read"
+        lost = f"version {found.number} of {path!r} is incomplete: {found.damage}"
+        lost += f"; from row {found.row_count} on it cannot be read completely"
         remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
-        return Newest(found.opened, lost, remedy, has_gaps=True, torn=files)
+        return NewestVersion(found.opened, lost, remedy, has_gaps=True, torn=files)
     numbers = " and ".join(str(each.number) for each in reversed(torn[-2:]))
     if len(torn) > 2:  # noqa: PLR2004  the first and the last
         numbers = f"{torn[-1].number} to {torn[0].number}"
     versions = f"version {numbers}" if len(torn) == 1 else f"versions {numbers}"
     lost = (
-        f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} not whole, as after a cut "
-        f"of power: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
-        "and what was written after it is lost"
+        f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} incomplete, as after "
+        f"power loss: {torn[0].damage}; version {found.number}, of {found.row_count} rows, is "
+        "read, and what was written after it is lost"
     )
-    return Newest(found.opened, lost, "the same extract() writes it again", torn=files)
+    return NewestVersion(found.opened, lost, "the same extract() writes it again", torn=files)

@@ -13,7 +13,7 @@ from actctx._model.globs import meant
 from actctx._store.site_columns import FLOAT8, StoredSite, is_known_to_others
 from actctx._text import shortened
 
-# The parts of a condition that are no names, but strings, and the names in backticks.
+# The strings of a condition, and its names in backticks.
 _READ_AHEAD_BYTES = 2**25
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`((?:[^`]|``)*)`")
 # What stands for a value that is given elsewhere.
@@ -49,7 +49,7 @@ def find_site(
         f"{key!r} (of {aliased[key]!r})" if key in aliased else repr(key)
         for key in (*sites, *others)
     ]
-    raise NotCapturedError(f"the data set has no {name!r}; {hint}it holds {shortened(there)}")
+    raise NotCapturedError(f"the data set has no {name!r}; {hint}it has {shortened(there)}")
 
 
 def find_sites(
@@ -67,7 +67,7 @@ def find_sites(
 
     Raises:
         NotCapturedError: One is not there, or there are several of a hook.
-        OptionError: It is no name.
+        OptionError: It is not a name.
 
     """
     if asked is None:
@@ -100,7 +100,7 @@ def as_lance_reads(where: str, sites: Mapping[str, StoredSite], others: Collecti
     """Put the names of columns in place of those of sites, which stand in backticks.
 
     Raises:
-        OptionError: It is no string, or a name in it means nothing, or lacks its backticks.
+        OptionError: It is not a string, or a name in it is unknown or lacks its backticks.
 
     """
     if not isinstance(where, str):
@@ -139,12 +139,7 @@ def _in_backticks(name: str) -> str:
 
 
 def _check_whole(where: str, bare: str) -> None:
-    """Refuse what would end before its end, or what has no value.
-
-    Raises:
-        OptionError: It closes more parentheses than it has opened, or has a placeholder.
-
-    """
+    """Refuse what would end before its end, or what has no value."""
     depth = 0
     for character in bare:
         depth += (character == "(") - (character == ")")
@@ -175,7 +170,7 @@ def _cast(site: StoredSite) -> str:
 def rows_where(
     lance: Any, condition: str, *, batch_size: int, refused: Callable[[Exception], OptionError]
 ) -> Iterator[Int64[np.ndarray, " match"]]:
-    """Find the rows that a condition holds of, some at a time, in any order.
+    """Find the rows that match a condition, some at a time, in any order.
 
     Args:
         lance: The Lance dataset.
@@ -211,7 +206,7 @@ def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection
         return as_users_write(reason, sites)
     there = ", ".join([*others, *map(_in_backticks, sites)])
     return (
-        f"there is no column {unknown[1]}; there are {there}; a string stands in single quotes, as "
+        f"there is no column {unknown[1]}; the columns are {there}; strings need single quotes, as "
         "in label = 'yes'"
     )
 

@@ -309,7 +309,7 @@ def test_a_capture_is_used_again_with_a_fresh_buffer(gpt2, ids):
 
 def test_a_capture_that_is_open_cannot_be_entered(gpt2):
     opened = capture(gpt2, RESID)
-    with opened, pytest.raises(CaptureStateError, match="open already"):
+    with opened, pytest.raises(CaptureStateError, match="already open"):
         opened.__enter__()
 
 

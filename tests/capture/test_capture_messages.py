@@ -18,19 +18,19 @@ def test_entering_twice(gpt2):
     opened = capture(gpt2, RESID)
     with opened:
         assert message_of(opened.__enter__) == (
-            "this capture is open already; leave its block first, or make another capture"
+            "this capture is already open; leave its block first, or create another capture"
         )
 
 
 def test_reading_from_a_capture_instead_of_its_buffer(gpt2):
     assert message_of(capture(gpt2, RESID).__getitem__, RESID) == (
-        "a capture holds nothing under 'blocks.1.hook_resid_post'; what it captures is in the "
-        "buffer: `with capture(...) as acts`"
+        "a capture has no item 'blocks.1.hook_resid_post'; captured tensors are in the buffer: "
+        "`with capture(...) as acts`"
     )
     with pytest.raises(AttributeError) as caught:
         capture(gpt2, RESID).tensor  # noqa: B018
     assert str(caught.value) == (
-        "a capture has no 'tensor'; what it captures is in the buffer: `with capture(...) as acts`"
+        "a capture has no 'tensor'; captured tensors are in the buffer: `with capture(...) as acts`"
     )
 
 
@@ -74,8 +74,8 @@ def test_a_module_that_was_not_called(mlp):
 
 def test_a_list_of_modules(llama):
     assert message_of(run, llama, "model.layers") == (
-        "'model.layers' never fired in 1 forward: a ModuleList is never called itself; capture "
-        "what it holds: 'model.layers.*'"
+        "'model.layers' never fired in 1 forward: a ModuleList is never called itself; capture the "
+        "modules inside it: 'model.layers.*'"
     )
 
 
@@ -95,9 +95,9 @@ def test_a_stopped_output(mlp, ids):
     with capture(mlp, "block", stop=True):
         output = mlp(ids)
     assert message_of(lambda: output.logits) == (
-        "this forward of Mlp was stopped after 'block', the last site that was asked for, so it "
-        "has no output; to use the output, or to call generate(), run_with_cache() or a parent "
-        "module, capture with stop=False"
+        "this forward of Mlp was stopped after 'block', the last requested site, so it has no "
+        "output; to use the output, or to call generate(), run_with_cache() or a parent module, "
+        "capture with stop=False"
     )
 
 
@@ -110,8 +110,8 @@ def test_a_decorator_without_names(gpt2):
         return model
 
     assert message_of(study, gpt2) == (
-        "@captures wants to decorate a function but got a TransformerBridge; name what to "
-        "capture, as in @captures('blocks.0.hook_resid_post')"
+        "@captures decorates a function, but got a TransformerBridge; give the names to capture "
+        "first, as in @captures('blocks.0.hook_resid_post')"
     )
 
 

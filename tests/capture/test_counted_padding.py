@@ -5,21 +5,12 @@ import warnings
 import pytest
 import torch
 import transformers
+from configs import LLAMA_WITH_HEAD_DIM
 from models import VOCAB, huggingface, tokens
 
-from actctx import Site, capture
+from actctx import SelectionError, Site, capture
 
-_SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "pad_token_id": 0,
-    "max_position_embeddings": 64,
-}
+_SIZES = {**LLAMA_WITH_HEAD_DIM, "intermediate_size": 48, "pad_token_id": 0}
 _TURNED = {
     "NanoChat": ("self_attn.q_norm", {}),
     "HunYuanDenseV1": ("self_attn.query_layernorm", {}),
@@ -79,6 +70,76 @@ def test_other_sites_of_such_models_do_not_warn(family):
     torch.testing.assert_close(acts.tensor, alone(model, site, ids), atol=1e-5, rtol=1e-5)
 
 
+def test_a_site_that_was_captured_first_does_not_hide_the_norm_behind_it():
+    model, norm = built("NanoChat"), "model.layers.0.self_attn.q_norm"
+    with (
+        pytest.warns(UserWarning, match="padded on the left"),
+        capture(model, ["model.layers.0.input_layernorm", norm], mask="attention"),
+    ):
+        model(padded_left(tokens(3)), attention_mask=MASK.long())
+
+
+@pytest.mark.parametrize("family", ["HunYuanDenseV1", "HunYuanMoEV1"])
+def test_norms_behind_rotary_embeddings_that_weigh_make_the_whole_model_count(family):
+    model, ids, site = built(family), tokens(3), Site("model.layers.1")
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("query_layernorm.weight", "key_layernorm.weight")):
+                weight.normal_()
+    given = {"input_ids": padded_left(ids), "attention_mask": MASK.long()}
+    with (
+        pytest.warns(UserWarning, match=r"padded on the left.*pass position_ids"),
+        capture(model, site, mask="attention"),
+    ):
+        model(**given)
+    given["position_ids"] = (MASK.long().cumsum(1) - 1).clamp(min=0)
+    with capture(model, site, mask="attention") as acts:
+        model(**given)
+    torch.testing.assert_close(acts.tensor, alone(model, site, ids), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("turned", [True, False])
+def test_values_that_a_rotary_embedding_turns_count_padding(recwarn, turned):
+    config = transformers.RoFormerConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=48,
+        vocab_size=VOCAB,
+        rotary_value=turned,
+    )
+    torch.manual_seed(0)
+    model = transformers.RoFormerModel(config).eval()
+    with capture(model, "encoder.layer.1", mask="attention") as acts:
+        model(padded_left(tokens(3)), attention_mask=MASK.long())
+    assert len(recwarn) == int(turned)
+    if not turned:
+        wanted = alone(model, Site("encoder.layer.1"), tokens(3))
+        torch.testing.assert_close(acts.tensor, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_decoder_whose_wrapper_says_what_its_encoder_reads_is_masked_as_tokens():
+    config = transformers.WhisperConfig(
+        d_model=32,
+        vocab_size=VOCAB,
+        decoder_layers=2,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=48,
+        encoder_layers=1,
+        max_target_positions=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+    )
+    torch.manual_seed(0)
+    model, ids, site = transformers.WhisperForCausalLM(config).eval(), tokens(3), "model.decoder"
+    with capture(model, site, mask="attention") as acts:
+        model(ids, attention_mask=MASK.flip(1).long())
+    wanted = alone(model, Site(site), ids)
+    torch.testing.assert_close(acts.tensor, wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("norm", ["q_norm", "k_norm"])
 def test_norms_before_rotary_embeddings_do_not_warn(norm):
     model, ids = huggingface("Qwen3ForCausalLM"), tokens(3)
@@ -125,7 +186,7 @@ def translating(**options):
 
 def test_the_decoder_of_fsmt_warns_where_it_attends_to_padding(fsmt):
     with (
-        pytest.warns(UserWarning, match="the decoder of FSMT attends to every token"),
+        pytest.warns(UserWarning, match="the decoder of FSMT attends to all tokens"),
         capture(fsmt, "model.decoder.layers.1", mask="attention"),
     ):
         fsmt(**translating())
@@ -157,3 +218,43 @@ def test_a_decoder_of_fsmt_that_makes_its_own_tokens_does_not_warn(fsmt):
     with capture(fsmt, "model.decoder.layers.1", mask="attention") as acts:
         fsmt(**given)
     assert len(acts.tensor) == 3 * 7
+
+
+@pytest.fixture
+def cpmant():
+    config = transformers.CpmAntConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_attention_heads=4,
+        dim_head=8,
+        dim_ff=48,
+        num_hidden_layers=2,
+        prompt_length=3,
+    )
+    torch.manual_seed(0)
+    return transformers.CpmAntForCausalLM(config).eval()
+
+
+def test_cpm_ant_warns_of_padding_on_the_right(cpmant):
+    right = MASK.flip(1)
+    with (
+        pytest.warns(UserWarning, match="CPM-Ant assumes padding on the left"),
+        capture(cpmant, "lm_head", mask="attention"),
+    ):
+        cpmant(input_ids=tokens(3) * right, attention_mask=right.long())
+
+
+def test_cpm_ant_is_right_with_padding_on_the_left(cpmant):
+    ids = tokens(3)
+    with capture(cpmant, "lm_head", mask="attention") as acts:
+        cpmant(input_ids=padded_left(ids), attention_mask=MASK.long())
+    wanted = alone(cpmant, Site("lm_head"), ids)
+    torch.testing.assert_close(acts.tensor, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_the_prompts_of_cpm_ant_are_not_masked_as_tokens(cpmant):
+    with (
+        pytest.raises(SelectionError, match="has 10 positions, but the forward's mask has 7"),
+        capture(cpmant, "cpmant.encoder.layers.1", mask="attention"),
+    ):
+        cpmant(input_ids=padded_left(tokens(3)), attention_mask=MASK.long())

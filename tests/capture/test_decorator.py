@@ -114,7 +114,7 @@ def test_a_decorator_without_its_names_is_refused():
     with pytest.raises(OptionError) as caught:
         captures(run)
     assert str(caught.value) == (
-        "@captures got the function 'run' for the names to capture; name them, as in "
+        "@captures got the function 'run' instead of the names to capture; give names, as in "
         "@captures('blocks.0.hook_resid_post')"
     )
 
@@ -403,10 +403,10 @@ def test_a_model_before_the_names_is_told_where_it_belongs(gpt2):
         with pytest.raises(OptionError) as caught:
             captures(*given)
         assert str(caught.value) == (
-            "@captures takes the names alone, and all else by keyword, but got "
+            "@captures takes only the names by position, but got "
             f"({', '.join(type(each).__name__ for each in given)}); write "
-            "@captures('blocks.1.hook_resid_post', model=model), or leave the model out where it "
-            "is an argument of the calls"
+            "@captures('blocks.1.hook_resid_post', model=model), or omit the model if it is an "
+            "argument of the calls"
         )
 
 

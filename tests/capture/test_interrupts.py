@@ -14,6 +14,8 @@ from actctx._capture.modes import _STACK, _STANCE
 from actctx._capture.opening import _OPEN
 from actctx._capture.undo import _LOCK
 
+pytestmark = pytest.mark.thorough
+
 MODELS = {
     "plain": (Mlp, ["block", "head"], {}),
     "shadowed": (Mlp, ["block"], {"stop": True}),

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from configs import PROPHET, SIZES, SPEECH, TWO_SIDED
 from masked import LEFT, LENGTHS, RIGHT, opened
 from models import VOCAB, hooked, huggingface, tokens
 from torch import nn
@@ -125,8 +126,8 @@ def test_a_mask_of_ones_own_that_would_be_added_to_scores_is_refused():
     with pytest.raises(OptionError) as refused:
         capture(_Plain(), "layer", mask=torch.tensor([[0.0, -1e4]]))
     assert str(refused.value) == (
-        "the mask has negative values, as one that is added to attention scores; give one that is "
-        "true where there are real tokens, such as mask == 0"
+        "the mask has negative values, like a mask that is added to attention scores; give one "
+        "that is true where there are real tokens, such as mask == 0"
     )
 
 
@@ -150,27 +151,14 @@ def test_tokens_that_see_all_others_are_real_if_others_see_them():
 
 # Sound that is sliced without a mask.
 
-_SOUND = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-}
-_CONVOLVED = {
-    **_SOUND,
-    "conv_dim": [16, 16],
-    "conv_kernel": [10, 3],
-    "conv_stride": [5, 2],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-}
-
 
 def _parakeet():
     config = transformers.ParakeetEncoderConfig(
-        **{**_SOUND, "num_key_value_heads": 4}, num_mel_bins=16, subsampling_conv_channels=8
+        **SIZES,
+        vocab_size=VOCAB,
+        num_key_value_heads=4,
+        num_mel_bins=16,
+        subsampling_conv_channels=8,
     )
     return transformers.ParakeetEncoder(config)
 
@@ -191,7 +179,7 @@ def _moonshine():
 # A model, a site of frames, one of its sound, and how long that is.
 _MODELS = {
     "UniSpeech": (
-        lambda: transformers.UniSpeechModel(transformers.UniSpeechConfig(**_CONVOLVED)),
+        lambda: transformers.UniSpeechModel(transformers.UniSpeechConfig(**SPEECH)),
         ("encoder.layers.1", "feature_extractor.conv_layers.0"),
         (3, 1000),
     ),
@@ -257,17 +245,7 @@ def test_left_padding_that_an_encoder_counts_by_itself_is_told_of(kind, counts, 
 def _two_sided(kind):
     if kind == "T5":
         return huggingface("T5ForConditionalGeneration"), "decoder.block.1"
-    config = transformers.PegasusConfig(
-        vocab_size=VOCAB,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=64,
-    )
+    config = transformers.PegasusConfig(**TWO_SIDED, max_position_embeddings=64)
     torch.manual_seed(0)
     return transformers.PegasusForConditionalGeneration(config).eval(), "model.decoder.layers.1"
 
@@ -309,17 +287,7 @@ def test_left_padding_is_told_of_where_a_table_of_positions_is_no_module(name, o
 
 
 def test_what_fires_once_for_all_sequences_of_generate_is_refused():
-    config = transformers.ProphetNetConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        encoder_ffn_dim=48,
-        decoder_ffn_dim=48,
-        num_encoder_layers=1,
-        num_decoder_layers=1,
-        num_encoder_attention_heads=4,
-        num_decoder_attention_heads=4,
-        max_position_embeddings=64,
-    )
+    config = transformers.ProphetNetConfig(**PROPHET, max_position_embeddings=64)
     torch.manual_seed(0)
     model = transformers.ProphetNetForConditionalGeneration(config).eval()
     name, greedy = "prophetnet.decoder.position_embeddings", {"do_sample": False}

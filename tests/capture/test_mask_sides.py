@@ -3,8 +3,9 @@
 import pytest
 import torch
 import transformers
-from masked import OTHER, RIGHT, bart
-from models import GENERATION, VOCAB, bridge, bridge_of, tokens
+from configs import PROPHET
+from masked import OTHER, RIGHT
+from models import GENERATION, VOCAB, bart, bridge, bridge_of, tokens
 
 from actctx import OptionError, SelectionError, Site, capture
 
@@ -73,7 +74,7 @@ def test_a_hook_point_is_masked_by_the_mask_of_its_side(name, mask):
 
 def test_logits_of_a_decoder_without_a_mask_of_its_own_are_refused():
     model, site = bart(), Site("lm_head", axes="batch pos d_vocab")
-    with pytest.raises(OptionError, match="takes the forward's decoder_attention_mask"):  # noqa: SIM117
+    with pytest.raises(OptionError, match="uses the forward's decoder_attention_mask"):  # noqa: SIM117
         with capture(model, site, mask="attention"):
             model(tokens(3, 7), attention_mask=RIGHT, decoder_input_ids=tokens(3, 7))
 
@@ -99,9 +100,9 @@ def test_what_both_sides_run_is_told_by_the_number_of_its_positions():
     with pytest.raises(SelectionError) as caught, capture(model, site, mask="attention"):
         model(tokens(3, 7), RIGHT, tokens(3, 7), OTHER)
     assert str(caught.value) == (
-        "'table' is run by the encoder and the decoder, and its 7 positions do not tell by which; "
-        "give a decoder_attention_mask and sequences of another length, or capture from a module "
-        "of one of them"
+        "'table' is run by both the encoder and the decoder, and its 7 positions do not determine "
+        "which one; give a decoder_attention_mask and sequences of another length, or capture from "
+        "a module of one of them"
     )
 
 
@@ -120,12 +121,8 @@ DECODER = torch.tensor([[1] * 6, [1, 1, 1, 1, 1, 0]])
 
 @pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1.cross_attn.key_proj"])
 def test_the_side_of_a_site_is_told_by_whose_positions_it_grows_with(name):
-    sizes = {"hidden_size": 32, "vocab_size": 50, "ngram": 2}
-    sizes |= dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 2)
-    sizes |= dict.fromkeys(("num_encoder_attention_heads", "num_decoder_attention_heads"), 4)
-    sizes |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 48)
     torch.manual_seed(0)
-    model = transformers.ProphetNetModel(transformers.ProphetNetConfig(**sizes)).eval()
+    model = transformers.ProphetNetModel(transformers.ProphetNetConfig(**PROPHET)).eval()
     ids = tokens(2, 6)
     with capture(model, name, mask="attention") as acts:
         model(

@@ -3,25 +3,11 @@
 import pytest
 import torch
 import transformers
-from masked import LAYER, LEFT, RIGHT, TWO_SIDED
+from configs import SIZES, SPEECH, TWO_SIDED, VISION
+from masked import LAYER, LEFT, RIGHT
 from models import VOCAB, hooked, tokens
 
 from actctx import SelectionError, Site, capture
-
-_SPEECH = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "intermediate_size": 64,
-    "conv_dim": [16, 16],
-    "conv_kernel": [10, 3],
-    "conv_stride": [5, 2],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-}
-
 
 # What a cache holds, and what is no cache.
 
@@ -84,8 +70,8 @@ def test_a_site_that_is_shorter_than_the_mask_without_a_cache_is_refused(ids):
         model(ids, attention_mask=RIGHT)
     assert str(caught.value) == (
         "'encoder.blocks.1.0' has 4 positions, but the forward's mask has 7, and no cache holds "
-        "the rest: they count different things; capture it without mask=, or give capture a mask "
-        "of its positions"
+        "the rest: they count different things; capture it without mask=, or pass a mask of its "
+        "positions"
     )
 
 
@@ -101,9 +87,7 @@ def test_logits_of_the_last_positions_take_the_last_of_the_mask(llama, ids):
 
 @pytest.mark.parametrize("kind", ["Longformer", "LED"])
 def test_what_a_model_fills_up_for_itself_is_padding(kind, ids):
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"intermediate_size": 64, "vocab_size": VOCAB, "pad_token_id": 0}
-    sizes = TWO_SIDED if kind == "LED" else sizes
+    sizes = TWO_SIDED if kind == "LED" else {**SIZES, "vocab_size": VOCAB, "pad_token_id": 0}
     config = getattr(transformers, f"{kind}Config")(**sizes, attention_window=4)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}Model")(config).eval()
@@ -122,7 +106,7 @@ def test_what_a_model_fills_up_for_itself_is_padding(kind, ids):
 
 @pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert", "UniSpeech"])
 def test_frames_are_counted_as_the_model_counts_them(kind):
-    config = getattr(transformers, f"{kind}Config")(**_SPEECH)
+    config = getattr(transformers, f"{kind}Config")(**SPEECH)
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}Model")(config).eval()
     lengths = [1000, 600, 300]
@@ -140,7 +124,7 @@ def test_frames_are_counted_as_the_model_counts_them(kind):
 
 def test_frames_before_the_last_convolution_are_refused():
     torch.manual_seed(0)
-    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**_SPEECH)).eval()
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SPEECH)).eval()
     site = Site("feature_extractor.conv_layers.0", axes="batch channel pos")
     with (
         pytest.raises(SelectionError, match="199 positions, but the forward's mask has 1000"),
@@ -163,11 +147,9 @@ def test_frames_of_whisper_are_counted_as_it_counts_them():
 
 
 def test_a_tower_for_pictures_is_not_masked_by_the_mask_of_tokens():
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = {**small, "image_size": 16, "patch_size": 8, "intermediate_size": 64}
-    text = {**small, "intermediate_size": 64, "vocab_size": VOCAB, "max_position_embeddings": 16}
+    text = {**SIZES, "vocab_size": VOCAB, "max_position_embeddings": 16}
     config = transformers.CLIPConfig(
-        text_config={**text, "eos_token_id": 2}, vision_config=vision, projection_dim=16
+        text_config={**text, "eos_token_id": 2}, vision_config=VISION, projection_dim=16
     )
     torch.manual_seed(0)
     model = transformers.CLIPModel(config).eval()
@@ -176,27 +158,19 @@ def test_a_tower_for_pictures_is_not_masked_by_the_mask_of_tokens():
         # as many tokens as patches, and one for the class
         model(tokens(3, 5), torch.randn(3, 3, 16, 16), attention_mask=RIGHT[:, :5])
     assert str(caught.value) == (
-        "'vision_model.encoder.layers.1' runs on pictures or sound, not on the tokens that the "
-        "forward's attention_mask is for; capture it without mask=, or give capture a mask of its "
-        "own positions"
+        "'vision_model.encoder.layers.1' runs on images or sound, not on the tokens of the "
+        "forward's attention_mask; capture it without mask=, or pass a mask of its own positions"
     )
 
 
 def test_a_tower_with_as_many_patches_as_there_are_tokens_is_refused():
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    vision = {**sizes, "image_size": 16, "patch_size": 8}
-    config = transformers.GitConfig(vision_config=vision, vocab_size=50, **sizes)
+    config = transformers.GitConfig(vision_config=VISION, vocab_size=VOCAB, **SIZES)
     torch.manual_seed(0)
     model = transformers.GitForCausalLM(config).eval()
     mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5])
     tower = "git.image_encoder.vision_model.encoder.layers.0"
     with (
-        pytest.raises(SelectionError, match="runs on pictures or sound"),
+        pytest.raises(SelectionError, match="runs on images or sound"),
         capture(model, tower, mask="attention"),
     ):
         model(tokens(2, 5), attention_mask=mask, pixel_values=torch.randn(2, 3, 16, 16))

@@ -7,8 +7,9 @@ import warnings
 import pytest
 import torch
 import transformers
-from masked import LAYER, LEFT, RIGHT, TWO_SIDED, bart
-from models import GENERATION, OLD_CACHE, VOCAB, hooked, huggingface, tokens
+from configs import PROPHET, SPECIAL, TWO_SIDED
+from masked import LAYER, LEFT, RIGHT
+from models import GENERATION, OLD_CACHE, VOCAB, bart, hooked, huggingface, tokens
 from torch import nn
 
 from actctx import NeverFiredError, OptionError, SelectionError, Site, capture
@@ -56,7 +57,7 @@ def test_masks_without_values_are_refused_and_warn_of_nothing(ids):
         model(ids, attention_mask=mask)
     assert acts.tensor.shape == (3, 8)
     with (
-        pytest.raises(OptionError, match="the mask is on the meta device, so it does not tell"),
+        pytest.raises(OptionError, match="the mask is on the meta device, so it does not say"),
         capture(model, "embed", mask="attention"),
     ):
         model(ids, attention_mask=mask)
@@ -202,8 +203,7 @@ def test_logits_of_generate_are_of_the_last_positions(llama, ids, mask, options)
     ],
 )
 def test_generate_of_what_runs_other_than_its_tokens_is_refused(kind, layer, error, ids):
-    sizes = {**TWO_SIDED, "hidden_size": 32, "num_encoder_layers": 2, "num_decoder_layers": 2}
-    sizes |= {"num_encoder_attention_heads": 4, "num_decoder_attention_heads": 4}
+    sizes = {**TWO_SIDED, **PROPHET}
     sizes |= {"n_layer": 2, "n_layers": 2, "n_head": 4, "n_heads": 4, "emb_dim": 32, "d_inner": 64}
     sizes |= {"n_words": VOCAB, "bos_index": 1, "eos_index": 2, "pad_index": 0, "unk_index": 3}
     kind = getattr(transformers, kind)
@@ -228,9 +228,7 @@ def test_generate_of_a_recurrent_model_keeps_each_real_token_once(mask, ids):
         hidden_size=32,
         state_size=4,
         num_hidden_layers=2,
-        pad_token_id=0,
-        eos_token_id=2,
-        bos_token_id=1,
+        **SPECIAL,
     )
     torch.manual_seed(0)
     model = transformers.MambaForCausalLM(config).eval()
@@ -272,7 +270,7 @@ def test_guidance_runs_sequences_of_its_own(llama, ids):
 
 def test_tokens_that_generate_takes_back_are_told_of(llama):
     given = tokens(1, 4).repeat(1, 3)
-    with pytest.warns(UserWarning, match="takes back tokens that it guessed") as caught:  # noqa: SIM117
+    with pytest.warns(UserWarning, match="takes back wrong guesses") as caught:  # noqa: SIM117
         with capture(llama, LAYER, mask="attention") as acts:
             whole = llama.generate(
                 given,
@@ -300,10 +298,10 @@ def test_forwards_that_do_not_continue_each_other_are_told_of_when_joined_by_pos
         with capture(llama, LAYER, join="pos"):
             llama.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
     assert [str(each.message) for each in caught] == [
-        "join='pos' joins a forward to one that it does not continue, so positions repeat or are "
-        "of other sequences, as under guidance, assisted decoding, without a KV cache, or in a "
-        "second generate(); capture with join=None for a list, or with mask='attention', where "
-        "acts.positions() tells sequence and position of each row"
+        "join='pos' joins a forward to one that it does not continue, so positions repeat or "
+        "belong to other sequences, as with guidance, with assisted decoding, without a KV cache, "
+        "or in a second generate(); capture with join=None for a list, or with mask='attention', "
+        "where acts.positions() gives the sequence and position of each row"
     ]
 
 
@@ -333,7 +331,7 @@ def test_generate_batch_is_said_to_run_elsewhere():
         with capture(model, "model.layers.*"):
             model.generate_batch(inputs=[[5, 6, 7], [8, 9]], generation_config=options)
     assert str(caught.value) == (
-        "no forward of LlamaForCausalLM was captured: generate_batch() runs them in a thread of "
-        "its own, and a capture sees those of the thread that opened it; call generate(), or the "
-        "model itself"
+        "no forward of LlamaForCausalLM was captured: generate_batch() runs them in its own "
+        "thread, and a capture only sees those of the thread that opened it; call generate(), or "
+        "the model itself"
     )

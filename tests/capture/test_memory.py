@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="exact peaks are read from Linux's /proc"
-)
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="exact peaks are read from Linux's /proc"
+    ),
+]
 
 MIB = 2**20
 CASE = """

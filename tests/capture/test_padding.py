@@ -219,10 +219,10 @@ def test_an_encoder_that_is_called_by_itself_has_no_mask_in_the_whole(ids):
     with pytest.raises(OptionError) as caught, capture(model, site, mask="attention"):
         model.generate(ids, attention_mask=RIGHT, max_new_tokens=2, do_sample=False)
     assert str(caught.value) == (
-        "mask='attention' takes the attention_mask of a forward of T5ForConditionalGeneration, but "
-        "a part of it that holds 'encoder.block.1' was called by itself, as generate() calls an "
-        "encoder; capture from that part, as in capture(model.encoder, ...), or give capture the "
-        "mask itself"
+        "mask='attention' uses the attention_mask of a forward of T5ForConditionalGeneration, but "
+        "a part of it that holds 'encoder.block.1' was called directly, as generate() calls an "
+        "encoder; capture from that part, as in capture(model.encoder, ...), or pass the mask to "
+        "capture"
     )
 
 
@@ -242,8 +242,8 @@ def test_a_forward_without_a_mask_is_an_error(gpt2, ids):
     with pytest.raises(OptionError) as caught, capture(gpt2, RESID, mask="attention"):
         gpt2(ids)
     assert str(caught.value) == (
-        "mask='attention' takes the forward's attention_mask, but this forward of "
-        "TransformerBridge got none; pass it to the model, or give capture the mask itself"
+        "mask='attention' uses the forward's attention_mask, but this forward of TransformerBridge "
+        "was given none; pass it to the model, or pass the mask to capture"
     )
 
 
@@ -264,8 +264,8 @@ def test_what_fires_once_for_all_sequences_cannot_be_masked():
     ):
         model(tokens())
     assert str(caught.value) == (
-        "'rotary_emb.hook_cos' fired once for all 3 sequences, so mask= cannot tell their tokens "
-        "apart in it; capture it without a mask"
+        "'rotary_emb.hook_cos' fired once for all 3 sequences, so mask= cannot separate their "
+        "tokens; capture it without a mask"
     )
 
 
@@ -384,5 +384,5 @@ def test_a_sequence_without_a_real_token_has_none_to_select(llama, ids):
         llama(ids)
     assert str(caught.value) == (
         "sequence 1 has no real token, so there is none to select from 'model.layers.1'; leave it "
-        "out of the batch, or mend the mask"
+        "out of the batch, or correct the mask"
     )

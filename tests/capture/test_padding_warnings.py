@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from masked import LAYER, LEFT, LENGTHS, RIGHT, TWO_SIDED, bart, opened
-from models import GENERATION, VOCAB, huggingface, tokens
+from configs import TWO_SIDED
+from masked import LAYER, LEFT, LENGTHS, RIGHT, opened
+from models import GENERATION, VOCAB, bart, huggingface, tokens
 
 from actctx import Site, capture
 
@@ -28,7 +29,7 @@ def test_left_padding_that_is_counted_is_told_of_once(ids):
     assert [str(each.message) for each in caught] == [
         "the sequences are padded on the left, and GPT2LMHeadModel counts the padding as "
         "positions, so the activations differ from those of the sequences alone; pad on the right, "
-        "or pass position_ids that begin at each first token"
+        "or pass position_ids that start at the first token of each"
     ]
     assert caught[0].filename == __file__
 
@@ -184,8 +185,8 @@ def test_a_slice_that_takes_padding_is_told_of_once(gpt2, ids):
             gpt2(ids, attention_mask=RIGHT)
             gpt2(ids, attention_mask=RIGHT)
     assert [str(each.message) for each in caught] == [
-        "a slice along 'pos' selects padding of a forward that was given a mask; capture with "
-        "mask='attention', so that positions count real tokens, of which -1 is the last"
+        "a slice along 'pos' selects padding, by the mask that the forward was given; capture with "
+        "mask='attention', so that positions count real tokens and -1 is the last"
     ]
 
 

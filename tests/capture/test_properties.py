@@ -20,6 +20,8 @@ from torch import Tensor, nn
 
 from actctx import Activations, Capture, HooksRemovedError, NeverFiredError, Stopped, capture
 
+pytestmark = pytest.mark.thorough
+
 KINDS = {
     "plain": (lambda: Mlp(twice=True), ["embed", "block", "", "head"]),
     "llama": (

@@ -231,8 +231,8 @@ def test_a_capacity_that_is_full_is_an_error_and_nothing_is_lost(gpt2, ids):
         gpt2(ids[:2])
     assert acts.tensor.shape == (5, 7, 32)
     assert str(caught.value) == (
-        "'blocks.1.hook_resid_post' has room for capacity=5 along 'batch', of which 3 are taken, "
-        "but a forward left 3 more; give a larger capacity, or read and clear the buffer in "
+        "'blocks.1.hook_resid_post' has space for capacity=5 along 'batch', of which 3 are used, "
+        "but a forward yielded 3 more; give a larger capacity, or read and clear the buffer in "
         "between"
     )
 
@@ -288,17 +288,19 @@ def test_a_capacity_holds_every_firing_and_the_rows_of_a_mask(looped, ids):
         ),
         (
             {"capacity": 3, "join": None},
-            "capacity= fills one tensor in place, which join=None cannot; leave one of them out",
+            "capacity= fills one tensor in place, which does not work with join=None; leave one of "
+            "them out",
         ),
         (
             {"capacity": 3, "grad": True},
-            "capacity= fills one tensor in place, which grad=True cannot; leave one of them out",
+            "capacity= fills one tensor in place, which does not work with grad=True; leave one of "
+            "them out",
         ),
         (
             {"capacity": 3, "names": Site("block", firing=-2)},
             (
-                "'block' asks for firing=-2, for which capacity= cannot make room; count firings "
-                "from the first"
+                "'block' asks for firing=-2, which capacity= cannot store; count firings from the "
+                "first"
             ),
         ),
     ],

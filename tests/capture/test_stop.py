@@ -194,7 +194,8 @@ def test_every_use_of_a_stopped_output_raises(stopped, use):
 
 def test_a_stopped_output_shows_what_happened(stopped):
     assert (
-        repr(stopped) == "<Stopped: Mlp.forward ended after 'block', as capture(stop=True) asked>"
+        repr(stopped)
+        == "<Stopped: Mlp.forward ended after 'block', as capture(stop=True) requested>"
     )
     assert f"{stopped}" == format(stopped) == str(stopped) == repr(stopped)
 

@@ -124,10 +124,10 @@ def test_a_replica_of_a_captured_model_is_refused(mlp, ids):
             replica(ids)
         mlp(ids)
     assert str(refused.value) == (
-        "a shallow copy of the Mlp that is captured ran, as a replica of DataParallel is one; it "
+        "a shallow copy of the Mlp that is captured ran, such as a replica of DataParallel; it "
         "shares the forward and the hooks of the original, so it can neither be captured nor run "
         "by itself; capture from the module that DataParallel wraps, on one device, or run one "
-        "process a device; elsewhere use copy.deepcopy"
+        "process per device; for other copies use copy.deepcopy"
     )
     assert acts.forwards == 1
 

@@ -127,7 +127,7 @@ def test_inputs_that_require_gradients_do_not_switch_them_on(net, given):
 def test_a_mask_under_vmap_is_refused(net, given):
     site = Site("inner", axes="batch pos d_mlp")
     with (
-        pytest.raises(SelectionError, match=r"inside of torch\.vmap, where mask= cannot tell"),
+        pytest.raises(SelectionError, match=r"inside torch\.vmap, where mask= cannot determine"),
         capture(net, site, mask=torch.ones(3, 5)),
     ):
         vmap(net)(given)

@@ -156,7 +156,7 @@ def test_sites_that_matched_and_never_fired_are_named(tiny):
 def test_a_glob_of_what_is_switched_off_is_refused(tiny):
     said = refusal("capture", tiny, "blocks.*.attn.hook_res*", "--prompt", "one")
     assert said == (
-        "'blocks.*.attn.hook_res*' would never fire, since it means only "
+        "'blocks.*.attn.hook_res*' would never fire, since it matches only "
         "'blocks.0.attn.hook_result', 'blocks.1.attn.hook_result': use_attn_result is off, which "
         "only Python can change, with model.set_use_attn_result(True)"
     )
@@ -232,8 +232,8 @@ def test_cut_tokens_are_counted(tiny, loaded):
     long = " ".join(WORDS)
     whole = loaded.to_tokens(long, truncate=False).shape[1]
     assert capture(tiny, RESID, texts=[long, "one"]).stderr.splitlines()[0] == (
-        f"note: tokens were cut off at the end of 1 of the 2 texts, {whole - 8} in all: "
-        "the model reads 8 at once"
+        f"note: {whole - 8} tokens cut off at the ends of 1 of the 2 texts: the model reads 8 at "
+        "once"
     )
 
 
@@ -266,7 +266,7 @@ def test_a_file_that_cannot_be_read_is_refused(tiny, tmp_path):
         f"cannot read --text '{binary}': it is not UTF-8; give a text file, or '-' for stdin"
     )
     assert refusal("capture", tiny, RESID, "--text", blank) == (
-        f"--text '{blank}' has no text in it; give a file that has some"
+        f"--text '{blank}' contains no text; give a file that does"
     )
 
 
@@ -287,7 +287,7 @@ def test_a_slice_that_cannot_be_is_refused(tiny):
         "--slice selects twice along 'pos'; give one index for it"
     )
     assert refusal(*ask, "batch=0") == (
-        "--slice batch=0 cannot be: the command line makes the batches; give fewer texts"
+        "--slice batch=0 is not supported: the command line makes the batches; give fewer texts"
     )
     assert refusal(*ask, "head=0") == (
         f"'{RESID}' has no axis 'head'; its axes are 'batch pos d_model'; select along one of "
@@ -328,8 +328,8 @@ def test_a_file_that_cannot_be_written_is_refused(tmp_path):
         f"cannot save to '{tmp_path}': it is a directory; give --out the path of a file"
     )
     assert refusal(*ask, tmp_path / "no" / "acts") == (
-        f"cannot save to '{tmp_path}/no/acts': it lies in a directory that does not exist; "
-        "give --out the path of a file"
+        f"cannot save to '{tmp_path}/no/acts': its directory does not exist; give --out the path "
+        "of a file"
     )
     assert refusal(*ask, tmp_path / ("x" * 300)) == (
         f"cannot save to '{tmp_path / ('x' * 300)}': the system says 'file name too long'; "

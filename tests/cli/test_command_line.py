@@ -98,8 +98,8 @@ def test_a_path_without_a_model_is_refused(tmp_path):
     )
     assert refusal("names", file) == f"cannot load '{file}': it is a file; {choices}"
     assert refusal("names", tmp_path) == (
-        f"the directory '{tmp_path}' holds no model: it has no config.json; "
-        "give the directory that save_pretrained wrote"
+        f"the directory '{tmp_path}' does not contain a model: it has no config.json; give the "
+        "directory that save_pretrained wrote"
     )
 
 
@@ -115,8 +115,8 @@ def test_a_directory_that_does_not_load_is_refused_with_the_reason(tmp_path):
 def test_a_model_that_was_saved_without_a_tokenizer_is_refused(architecture, tmp_path):
     huggingface(architecture).save_pretrained(tmp_path)
     assert refusal("capture", tmp_path, RESID, "--prompt", "one") == (
-        f"'{tmp_path}' was saved without a tokenizer, so text cannot be given to it; "
-        "save its tokenizer to the same directory, or give --tokenizer"
+        f"'{tmp_path}' was saved without a tokenizer, so it cannot take text; save its tokenizer "
+        "to the same directory, or give --tokenizer"
     )
 
 

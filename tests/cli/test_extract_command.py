@@ -64,7 +64,7 @@ def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
     stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
     assert stderr == (
-        f"error: '{out}' exists; leave out --no-resume to go on with it, or give another path\n"
+        f"error: '{out}' exists; leave out --no-resume to resume it, or give another path\n"
     )
     assert len(Read(out)) == 5
 
@@ -72,7 +72,7 @@ def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out
 def test_sites_are_added(tiny, text, out):
     run(tiny, RESID, "--data", text, "--out", out)
     result = run(tiny, "blocks.0.hook_mlp_out", "--data", text, "--out", out, "--add")
-    assert result.stdout == f"13 rows in {out}, now with what was added\n"
+    assert result.stdout == f"13 rows in {out}, with the new columns\n"
     assert [site.name for site in Read(out).layout.sites] == [RESID, "blocks.0.hook_mlp_out"]
 
 
@@ -86,7 +86,7 @@ def test_a_model_without_a_tokenizer_is_given_one(tiny, text, tmp_path, out):
     run(tiny, RESID, "--data", text, "--out", tmp_path / "own.lance")
     assert Read(out)["token"] == Read(tmp_path / "own.lance")["token"]
     assert refused(tiny, RESID, "--data", text, "--out", out, "--tokenizer", bare) == (
-        f"error: the directory --tokenizer '{bare}' holds none; give the one that its "
+        f"error: the directory --tokenizer '{bare}' does not contain one; give the one that its "
         "save_pretrained wrote\n"
     )
 
@@ -194,9 +194,9 @@ def test_files_of_data_are_not_taken_for_text(tmp_path, out, suffix):
     path = tmp_path / f"texts{suffix}"
     path.write_text('[{"text": "one"}]')
     assert refused("no/such-model", RESID, "--data", path, "--out", out) == (
-        f"error: --data '{path}' holds data, not text; write it as a .jsonl file, an object a "
-        "line, or read it with datasets.load_dataset, and give the directory that save_to_disk "
-        "writes\n"
+        f"error: --data '{path}' contains data, not text; write it as a .jsonl file, one object "
+        "per line, or read it with datasets.load_dataset, and give the directory that "
+        "save_to_disk writes\n"
     )
 
 
@@ -208,7 +208,7 @@ def test_a_hugging_face_dataset_that_is_damaged_is_refused(tmp_path, out, state)
     (path / "state.json").write_text(state)
     stderr = refused("no/such-model", RESID, "--data", path, "--out", out)
     assert stderr.startswith(f"error: the Hugging Face dataset --data '{path}' is damaged: ")
-    assert stderr.endswith("; write it anew with Dataset.save_to_disk\n")
+    assert stderr.endswith("; write it again with Dataset.save_to_disk\n")
 
 
 def test_a_hugging_face_dataset_is_read(tiny, tmp_path, out):
@@ -224,7 +224,7 @@ def test_tokens_that_are_cut_off_are_noted(tiny, tmp_path, out):
     path.write_text("one two three four five six seven eight nine ten")
     result = run(tiny, RESID, "--data", path, "--out", out)
     assert result.stderr == (
-        "note: tokens were cut off at the ends of texts, 3 in all: the model reads only so many "
+        "note: 3 tokens cut off at the ends of texts, which are longer than the model reads "
         "at once\n"
     )
 
@@ -238,7 +238,7 @@ def test_a_data_set_is_described(tiny, text, out):
     assert lines[1].split() == [
         *(RESID, "blocks.1.hook_out", "d_model", "(13,", "32)", "float16", "832", "B"),
     ]
-    assert lines[2].startswith("13 rows, one a token, finished, from ")
+    assert lines[2].startswith("13 rows, one per token, finished, from ")
     assert "  drop: {}" in lines
 
 
@@ -264,8 +264,8 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     result = actctx("info", tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: no data set can be read from '{tmp_path}': the directory holds none; give the "
-        "path that extract() wrote to\n"
+        f"error: no data set can be read from '{tmp_path}': the directory does not contain one; "
+        "give the path that extract() wrote to\n"
     )
 
 
@@ -309,8 +309,8 @@ def test_a_line_that_is_no_json_is_named(tmp_path, line, reason):
     with pytest.raises(OptionError) as caught:
         [*read_corpus(path)]
     message = str(caught.value)
-    assert message.startswith(f"--data '{path}' has no JSON that can be read in line 2: {reason}")
-    assert message.endswith("; give an object a line")
+    assert message.startswith(f"--data '{path}' has invalid JSON in line 2: {reason}")
+    assert message.endswith("; give one object per line")
 
 
 @pytest.mark.parametrize("line", ["word\n", "word "])
@@ -319,7 +319,7 @@ def test_what_has_no_blank_lines_is_not_taken_for_one_text(tiny, tmp_path, out, 
     path.write_text("one\n\n" + line * 300_000)
     assert refused(tiny, RESID, "--data", path, "--out", out) == (
         f"error: --data '{path}' has a paragraph of more than 1048576 characters, which would be "
-        "one text; put blank lines between texts, or write a .jsonl file, an object a line\n"
+        "one text; put blank lines between texts, or write a .jsonl file, one object per line\n"
     )
 
 

@@ -15,6 +15,8 @@ from shown import alike
 from actctx import capture
 from actctx.plot import colour_tokens
 
+pytestmark = pytest.mark.thorough
+
 FOLDER = Path(__file__).parents[2] / "docs" / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 # What the others print depends on the machine, as times do, or on texts that come with Python.

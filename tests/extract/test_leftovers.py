@@ -16,6 +16,8 @@ from actctx._files import room_beside, written_beside
 from actctx.dataset import ActivationDataset
 from actctx.extract import extract
 
+pytestmark = pytest.mark.thorough
+
 RESID = "blocks.1.hook_resid_post"
 
 if sys.platform == "win32":

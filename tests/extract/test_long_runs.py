@@ -17,6 +17,7 @@ from actctx._extract.signals import signals_raised
 from actctx.extract import extract
 
 pytest.importorskip("lance")
+pytestmark = pytest.mark.thorough
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def slow(lines, count=3):
 
 @pytest.fixture
 def _often(monkeypatch):
-    monkeypatch.setattr("actctx._extract.progress._SECONDS", 0.05)
+    monkeypatch.setattr("actctx._store.progress._SECONDS", 0.05)
 
 
 LINE = re.compile(
@@ -206,7 +207,9 @@ def test_an_interrupt_before_the_first_rows_says_so(model, out):
 
     with pytest.raises(KeyboardInterrupt) as ended:
         extract(model, interrupted(), RESID, out)
-    assert ended.value.__notes__ == [f"no rows are in '{out}' yet; the same call begins anew"]
+    assert ended.value.__notes__ == [
+        f"no rows are in '{out}' yet; the same call starts from the beginning"
+    ]
 
 
 def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monkeypatch):

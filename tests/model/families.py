@@ -2,9 +2,11 @@
 
 import warnings
 
+import configs
 import torch
 import transformers
-from models import VOCAB, bridge_of, tokens
+from configs import LLAMA_WITH_HEAD_DIM, SPECIAL, TWO_SIDED, VOCAB
+from models import bridge_of, tokens
 
 # Where a bridge is wrong: it splits by the sizes of the config what a layer splits otherwise.
 WRONG = {
@@ -15,23 +17,7 @@ WRONG = {
     # A bridge reads it off what the whole MLP is given.
     "RwkvForCausalLM": r".*\.channel_mix\.in\.hook_in",
 }
-
-
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "vocab_size": VOCAB,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-
-
+TEXT = {**LLAMA_WITH_HEAD_DIM, **SPECIAL, "intermediate_size": 48}
 GEMMA4 = {
     **TEXT,
     "num_key_value_heads": 1,
@@ -41,8 +27,6 @@ GEMMA4 = {
     "vocab_size_per_layer_input": VOCAB,
     "num_kv_shared_layers": 0,
 }
-
-
 GATED = {
     **TEXT,
     "layer_types": ["linear_attention", "full_attention"],
@@ -51,16 +35,12 @@ GATED = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
 }
-
-
 EXPERTS = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16,
 }
-
-
 LATENT = {
     **{name: size for name, size in TEXT.items() if name != "head_dim"},
     "num_key_value_heads": 4,
@@ -76,33 +56,9 @@ LATENT = {
     "qk_nope_head_dim": 8,
     "v_head_dim": 16,
 }
-
-
 SIDE = {name: size for name, size in TEXT.items() if not name.endswith("token_id")}
-
-
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 16,
-    "patch_size": 8,
-}
-
-
-SPEECH = {
-    **VISION,
-    "conv_dim": [16, 16],
-    "conv_kernel": [4, 2],
-    "conv_stride": [4, 2],
-    "num_feat_extract_layers": 2,
-    "num_conv_pos_embeddings": 8,
-    "num_conv_pos_embedding_groups": 2,
-    "vocab_size": VOCAB,
-}
-
-
+VISION = {**configs.VISION, "intermediate_size": 48}
+SPEECH = {**VISION, **configs.SPEECH, "conv_kernel": [4, 2], "conv_stride": [4, 2]}
 FAMILIES = {
     "Gemma4ForConditionalGeneration": (
         "Gemma4Config",
@@ -152,17 +108,7 @@ FAMILIES = {
     ),
     "PegasusForConditionalGeneration": (
         "PegasusConfig",
-        {
-            "d_model": 32,
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "encoder_attention_heads": 4,
-            "decoder_attention_heads": 4,
-            "encoder_ffn_dim": 48,
-            "decoder_ffn_dim": 48,
-            "vocab_size": VOCAB,
-            "max_position_embeddings": 64,
-        },
+        {**TWO_SIDED, "max_position_embeddings": 64},
     ),
     "RwkvForCausalLM": (
         "RwkvConfig",

@@ -8,6 +8,8 @@ from actctx import Site, Stopped, capture, hook_names
 from actctx._capture.cache_size import count_cache_bytes, estimate_cache_bytes
 from actctx._model.axes import axis_sizes
 
+pytestmark = pytest.mark.thorough
+
 # Where the activations have no batch axis of their own, or one row a token.
 BROADCAST = ("hook_cos", "hook_sin", "pos_embed.hook_in")
 FREE = {"batch": BATCH, "pos": POS, "query": POS, "key": POS, "1": 1, "d_vocab": VOCAB}

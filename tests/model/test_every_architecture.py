@@ -22,7 +22,10 @@ from grown import MORE_BATCH, Matrix, Truth, captured
 from actctx import AxisError, capture
 
 # Captures of bridges that are known to be wrong say so.
-pytestmark = pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore:.*TransformerLens 4:UserWarning"),
+]
 Failures = Iterator[tuple[str, str]]
 CASES = [(name, kind) for kind in ("plain", "bridge") for name in architectures.built(kind)]
 # Keys and values that a decoder takes from its encoder.

@@ -171,9 +171,9 @@ def test_a_bracket_that_is_not_closed_is_refused(gpt2):
 
 def test_numbers_before_a_star_are_refused(deep):
     assert _said(capture, deep, "layers.[0-9]*") == (
-        "'[0-9]*' in 'layers.[0-9]*' is not a valid bracket: as it stands it may mean these "
-        "numbers, or those that begin so; write '*' for every number, or the numbers themselves, "
-        "as in '[0-11]'"
+        "'[0-9]*' in 'layers.[0-9]*' is not a valid bracket: it could mean these numbers, or all "
+        "that begin with them; write '*' for every number, or the numbers themselves, as in "
+        "'[0-11]'"
     )
 
 
@@ -303,7 +303,8 @@ def test_what_is_listed_for_a_pattern_is_what_is_captured_by_it(name, kind):
     acts = _run(model, name)
     captured = {*acts, *acts.missing}
     assert captured <= {*listed}
-    assert all(any(each in column.names for column in acts._columns.values()) for each in listed)
+    names = [column.label.names for column in acts._columns.values()]
+    assert all(any(each in those for those in names) for each in listed)
 
 
 def test_a_module_of_ones_own_lists_its_modules(deep):
@@ -351,7 +352,7 @@ def test_layers_that_are_apart_under_two_aliases_are_stacked(gpt2):
 
 
 def test_an_alias_before_a_glob_may_not_be_an_attribute_of_the_buffer(gpt2):
-    assert "the alias 'stack' is an attribute" in _said(capture, gpt2, {"stack": RESID})
+    assert "the alias 'stack' is already an attribute" in _said(capture, gpt2, {"stack": RESID})
 
 
 def test_a_schema_has_one_glob_in_two_fields(gpt2, ids):

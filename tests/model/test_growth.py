@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from configs import SIZES, TWO_SIDED, VISION
 from models import GENERATION, HAS_T5, Mlp, bridge, hooks_of, huggingface, tokens
 from torch import nn
 
@@ -120,7 +121,7 @@ def test_a_layout_that_only_long_texts_have_is_refused(before):
 
     model = Chunked()
     with (
-        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        pytest.raises(AxisError, match="cannot be determined from the sizes of the forward"),
         capture(model, "block", slice={"pos": -1}),
     ):
         for pos in (*before, 20):
@@ -173,7 +174,7 @@ def test_what_cannot_be_told_is_refused(by_glob):
 def test_a_module_that_runs_on_features_is_not_taken_to_read_tokens():
     model = nn.Sequential(nn.ReLU())  # which runs on token ids as well
     with (
-        pytest.raises(AxisError, match="cannot be told from the sizes of the forward"),
+        pytest.raises(AxisError, match="cannot be determined from the sizes of the forward"),
         capture(model, "0", slice={"pos": -1}),
     ):
         model(torch.ones(2, 3, 4))
@@ -376,15 +377,6 @@ def test_a_mask_is_refused_where_there_are_no_sequences_without_advice_that_is_w
     )
 
 
-TINY = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 50,
-}
-
-
 def test_the_model_itself_is_selected_from_with_a_head_as_without(ids):
     model = huggingface("LlamaForCausalLM")
     with torch.no_grad():
@@ -395,20 +387,8 @@ def test_the_model_itself_is_selected_from_with_a_head_as_without(ids):
 
 
 def whisper():
-    sizes = {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "num_mel_bins": 16,
-        "max_source_positions": 16,
-        "vocab_size": 50,
-    }
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
-    return transformers.WhisperModel(transformers.WhisperConfig(**sizes, **special)).eval()
+    config = transformers.WhisperConfig(**TWO_SIDED, num_mel_bins=16, max_source_positions=16)
+    return transformers.WhisperModel(config).eval()
 
 
 @pytest.mark.parametrize("name", ["encoder.layers.1", "decoder.layers.1"])
@@ -423,7 +403,7 @@ def test_positions_are_told_where_a_table_fixes_how_many_there_are(name):
 
 
 def test_height_and_width_of_an_image_are_not_called_positions():
-    config = transformers.ViTConfig(**{**TINY, "image_size": 16, "patch_size": 4})
+    config = transformers.ViTConfig(**{**VISION, "patch_size": 4})
     model = transformers.ViTModel(config).eval()
     with capture(model, "embeddings.patch_embeddings.projection") as acts:
         model(torch.randn(2, 3, 16, 16))
@@ -431,11 +411,11 @@ def test_height_and_width_of_an_image_are_not_called_positions():
 
 
 def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
-    sizes = {**TINY, "attention_window": [4, 4], "max_position_embeddings": 64}
+    sizes = {**SIZES, "vocab_size": 50, "attention_window": [4, 4], "max_position_embeddings": 64}
     model = transformers.LongformerModel(transformers.LongformerConfig(**sizes)).eval()
     given = {"input_ids": ids[:, :6], "attention_mask": torch.ones(3, 6, dtype=torch.long)}
     with capture(model, "encoder.layer.*", slice=-1):
-        with pytest.warns(UserWarning, match="has not one position for each token of the forward"):
+        with pytest.warns(UserWarning, match="does not have one position per token of the forward"):
             model(**given)
         model(**given)
     with capture(model, "encoder.layer.1", slice=-1):
@@ -445,7 +425,7 @@ def test_a_slice_of_a_site_with_other_positions_than_tokens_warns_once(ids):
 def test_a_slice_of_the_logits_that_were_kept_warns(ids):
     model = huggingface("LlamaForCausalLM")
     with (
-        pytest.warns(UserWarning, match="'lm_head' has not one position for each token"),
+        pytest.warns(UserWarning, match="'lm_head' does not have one position per token"),
         capture(model, "lm_head", slice=0),
     ):
         model(ids, logits_to_keep=2)

@@ -64,9 +64,9 @@ def test_a_falcon_bridge_is_warned_of_where_its_logits_are_wrong(options, warned
 def test_the_warning_says_what_is_wrong_and_what_to_do():
     version = importlib.metadata.version("transformer_lens")
     message = (
-        f"TransformerLens {version} divides the queries, keys and values of Falcon's new decoder "
-        "wrongly where there are several heads of keys, so the bridge computes other numbers than "
-        "the model, and that is what is captured; capture from the Hugging Face model itself"
+        f"TransformerLens {version} splits the queries, keys and values of Falcon's new decoder "
+        "wrongly if there are several key heads, so the bridge computes other values than the "
+        "model, and captures are wrong; capture from the Hugging Face model itself"
     )
     with pytest.warns(UserWarning, match=f"^{re.escape(message)}$") as told:
         capture(bridge_of(falcon(**GROUPED)), RESID)
@@ -110,7 +110,7 @@ PATTERN = "encoder_blocks.0.attn.hook_pattern"
 def test_a_pattern_of_switch_is_warned_of_and_is_none():
     model = bridge_of(switch())
     with (
-        pytest.warns(UserWarning, match=f"^'{re.escape(PATTERN)}' holds the bias of the positions"),
+        pytest.warns(UserWarning, match=f"^'{re.escape(PATTERN)}' is the position bias"),
         capture(model, PATTERN) as acts,
     ):
         model(tokens(2, 5), decoder_input_ids=tokens(2, 4))
@@ -177,7 +177,7 @@ def test_a_bridge_of_openai_gpt_that_is_given_a_mask_is_warned_of(ids):
     with capture(model, "blocks.0.hook_mlp_out"):
         model(ids)
     with capture(model, "blocks.0.hook_mlp_out"):
-        with pytest.warns(UserWarning, match="attend to those behind them"):
+        with pytest.warns(UserWarning, match="attend to later ones"):
             model(ids, attention_mask=torch.ones_like(ids))
         model(ids, attention_mask=torch.ones_like(ids))  # once is enough
 

@@ -142,7 +142,7 @@ def test_what_names_nothing_is_refused(gpt2, names):
 
 @pytest.mark.parametrize("names", [[], {}, lambda _: False])
 def test_names_that_ask_for_nothing_are_refused(gpt2, names):
-    with pytest.raises(HookNameError, match="no hook point was asked for"):
+    with pytest.raises(HookNameError, match="no hook point was requested"):
         capture(gpt2, names)
 
 

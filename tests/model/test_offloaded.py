@@ -11,6 +11,7 @@ from actctx._model.offloaded import input_device
 from actctx.extract import extract
 
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.thorough
 
 RESID = "blocks.1.hook_resid_post"
 CPU = torch.device("cpu")
@@ -99,6 +100,6 @@ def test_a_model_whose_weights_are_nowhere_is_refused(out):
         model = huggingface("GPT2LMHeadModel")
     assert refusal(OptionError, model, tokens(2), RESID, out) == (
         "the weights of 'transformer.wte.weight' are on the meta device, so it cannot run, and "
-        "data sets cannot tell it from others; load them first, or offload the model with "
-        "accelerate, which keeps them"
+        "data sets cannot identify it; load them first, or offload the model with accelerate, "
+        "which keeps them"
     )

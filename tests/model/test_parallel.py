@@ -17,7 +17,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from actctx import capture
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+]
 PIECES = {"attn.query", "attn.key", "attn.value", "attn.head_norm", "mlp.up", "mlp.act", "act in"}
 
 
@@ -57,9 +60,9 @@ def test_pieces_that_are_plain_tensors_are_refused_and_nothing_else_is(outcomes,
 
 def test_the_refusal_names_the_module_whose_output_is_whole(outcomes):
     assert outcomes[0]["plain tensors"]["mlp.act"] == (
-        "OutputError: 'mlp.act' is, or may be, only this process's piece of the features or heads, "
+        "OutputError: 'mlp.act' is, or may be, only this process's shard of the features or heads, "
         "since the model is tensor-parallel; capture 'mlp', whose output is whole, or capture from "
-        "a model that lies on one device"
+        "a model on one device"
     )
 
 

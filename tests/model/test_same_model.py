@@ -131,8 +131,8 @@ def test_weights_that_are_not_initialised_are_refused(out):
     model = mlp()
     model.head = nn.LazyLinear(3)
     assert refusal(OptionError, model, [tokens()], SITE, out) == (
-        "the weights of 'head.weight' are not initialised, which the first forward does, so data "
-        "sets cannot tell them from others; run the model once first"
+        "the weights of 'head.weight' are initialised only in the first forward, so data sets "
+        "cannot identify them; run the model once first"
     )
 
 
@@ -381,8 +381,8 @@ def test_a_data_set_of_an_earlier_version_is_resumed(out):
     now = unpacked(describe_model(model))["parameters"]
     message = refusal(DataError, model, [tokens(), tokens(seed=1), tokens(seed=2)], SITE, out)
     assert message.startswith(
-        f"cannot go on with '{out}': its model's fingerprint is '{parameters}', not '{now}'; give "
-        "the same, or another path (a model of which"
+        f"cannot resume '{out}': its model's fingerprint is '{parameters}', not '{now}'; give the "
+        "same, or another path (if a part of the model"
     )
 
 

@@ -105,8 +105,8 @@ def test_a_module_that_returns_no_pattern_unless_asked_says_so():
         model(tokens())
     assert str(caught.value) == (
         "'blocks.0.attn.hook_pattern' is looked for among what 'transformer.h.0.attn' returns, but "
-        "of its tensors ((3, 7, 32)) none is an attention pattern, whose rows add up to 1; call "
-        "the model with output_attentions=True"
+        "of its tensors ((3, 7, 32)) none is an attention pattern, whose rows sum to 1; call the "
+        "model with output_attentions=True"
     )
     with capture(model, PATTERN) as acts:
         model(tokens(), output_attentions=True)
@@ -129,7 +129,7 @@ def test_what_is_missing_is_what_hugging_face_computes_inside(architecture):
     names = set(hook_names(model, "**.hook_*"))
     for name in _of_a_bridge(architecture):
         if name not in names:
-            why = "does not expose it|has other shapes or outputs than a bridge's"
+            why = "do not expose it|has other shapes or outputs than a bridge's"
             with pytest.raises(HookNameError, match=why):
                 capture(model, name)
 
@@ -243,7 +243,7 @@ def test_a_pattern_needs_eager_attention():
     for name in (PATTERN, "blocks.*.attn.hook_pattern"):
         assert _refused(model, name) == (
             f"no hook point matches {name!r}: the attention of this LlamaForCausalLM is 'sdpa', "
-            "which computes no pattern; load the model with attn_implementation='eager', or "
+            "which does not compute patterns; load the model with attn_implementation='eager', or "
             "capture from a TransformerBridge of it"
         )
 
@@ -251,8 +251,8 @@ def test_a_pattern_needs_eager_attention():
 def test_what_hugging_face_keeps_to_itself_is_refused():
     model = huggingface("LlamaForCausalLM")
     assert _refused(model, "blocks.0.ln1.hook_scale") == (
-        "no hook point matches 'blocks.0.ln1.hook_scale': a module of Hugging Face does not "
-        "expose it; capture it from a TransformerBridge of the model"
+        "no hook point matches 'blocks.0.ln1.hook_scale': Hugging Face's modules do not expose it; "
+        "capture it from a TransformerBridge of the model"
     )
 
 
@@ -274,7 +274,7 @@ def test_a_model_without_its_head_has_the_same_names(name):
 def test_each_name_is_refused_for_its_own_reason():
     scales, model = ["blocks.0.ln1.hook_scale", "blocks.1.ln1.hook_scale"], "LlamaForCausalLM"
     said = _refused(huggingface(model, "sdpa"), [scales[0], PATTERN, scales[1]])
-    assert said.startswith(f"no hook point matches {scales[0]!r}, {scales[1]!r}: a module of ")
+    assert said.startswith(f"no hook point matches {scales[0]!r}, {scales[1]!r}: Hugging ")
     assert f"; no hook point matches {PATTERN!r}: the attention of this {model} is 'sdpa'" in said
 
 
@@ -367,7 +367,7 @@ def test_a_module_that_holds_a_model_is_told_where_it_is():
     assert str(caught.value) == (
         "no hook point matches 'blocks.1.hook_resid_post': it is a name in the Hugging Face model "
         "that this Whole holds as 'inner'; capture from that, as in "
-        "capture(model.get_submodule('inner'), ...), and run the whole as before"
+        "capture(model.get_submodule('inner'), ...), and run the wrapper as before"
     )
 
 

@@ -27,7 +27,10 @@ from actctx import HookNameError, OutputError, Site, capture, hook_names
 from actctx._model.heads import Heads
 from actctx._model.places import Places
 
-pytestmark = pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(GENERATION < 4, reason="their adapters came with TransformerLens 4"),
+]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -203,8 +206,8 @@ def test_heads_that_do_not_add_up_are_refused():
         where = f"model.layers.0.self_attn.{projection}"
         assert _refused(model, f"blocks.0.attn.hook_{key}") == (
             f"no hook point matches 'blocks.0.attn.hook_{key}': what {where!r} {verb} cannot be "
-            "divided into heads for certain (the GptOssAttention says neither the number nor the "
-            f"size of its heads); capture it whole, by Site({where!r}{io})"
+            "reliably split into heads (the GptOssAttention says neither the number nor the size "
+            f"of its heads); capture it whole, with Site({where!r}{io})"
         )
 
 
@@ -277,7 +280,7 @@ def test_what_is_returned_in_place_of_a_pattern_is_refused():
     assert str(caught.value) == (
         "'blocks.0.attn.hook_pattern' is looked for among what 'model.layers.0.self_attn' returns, "
         "but of its tensors ((3, 7, 32), (3, 4, 7, 7)) none is an attention pattern, whose rows "
-        "add up to 1; capture it from a TransformerBridge of the model"
+        "sum to 1; capture it from a TransformerBridge of the model"
     )
     with capture(model, "blocks.*.attn.hook_pattern") as acts:
         run(model)
@@ -313,7 +316,7 @@ def test_towers_that_attend_in_different_ways_have_patterns_each_for_itself():
     model = transformers.LlavaForConditionalGeneration(config).eval()
     model.set_attn_implementation({"text_config": "eager", "vision_config": "sdpa"})
     assert hook_names(model, "blocks.0.attn.hook_pattern")
-    assert "is 'sdpa', which computes no pattern" in _refused(
+    assert "is 'sdpa', which does not compute patterns" in _refused(
         model, "vision_encoder.encoder_layers.0.attn.hook_pattern"
     )
     model.set_attn_implementation({"text_config": "sdpa", "vision_config": "eager"})

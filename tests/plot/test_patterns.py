@@ -135,7 +135,7 @@ def test_scores_are_no_pattern():
     model = bridge()
     with capture(model, "blocks.1.attn.hook_attn_scores") as acts:
         model(tokens())
-    with pytest.raises(OptionError, match=r"lie between 0 and 1; capture attn\.hook_pattern"):
+    with pytest.raises(OptionError, match=r"are between 0 and 1; capture attn\.hook_pattern"):
         plot_pattern(acts, "blocks.1.attn.hook_attn_scores")
 
 
@@ -162,7 +162,7 @@ def test_a_pattern_without_queries_is_refused():
     model = bridge()
     with capture(model, PATTERN, slice={"query": slice(0, 0)}) as acts:
         model(tokens())
-    with pytest.raises(AxisError, match="in which there is nothing to draw"):
+    with pytest.raises(AxisError, match="so there is nothing to draw"):
         plot_pattern(acts, PATTERN)
 
 

@@ -125,8 +125,8 @@ def test_positions_that_are_not_known_have_no_numbers():
     with pytest.raises(OptionError) as caught:
         plot_norms(acts, positions=[6])
     assert str(caught.value) == (
-        "the positions of 'blocks.0.hook_resid_post' are not known, so they have no place in the "
-        "picture; leave out positions="
+        "the positions of 'blocks.0.hook_resid_post' are not known, so they cannot be shown in the "
+        "picture; omit positions="
     )
 
 
@@ -144,7 +144,9 @@ def test_one_number_a_row_has_no_norm():
     with capture(model, "blocks.*.mlp.hook_post", slice={"pos": 0, "d_mlp": 3}) as acts:
         model(tokens())
     for draw in (plot_norms, plot_similarity):
-        with pytest.raises(AxisError, match="has one number a row, but features along a last axis"):
+        with pytest.raises(
+            AxisError, match="has one number per row, but features along a last axis"
+        ):
             draw(acts, "mlp.hook_post")
 
 
@@ -212,7 +214,7 @@ def test_rows_that_are_none_or_no_numbers_are_refused():
 @pytest.mark.usefixtures("unchecked")
 def test_what_is_neither_a_buffer_nor_a_data_set_is_refused(given):
     for draw in (plot_norms, plot_similarity, lambda acts: plot_pattern(acts, PATTERN)):
-        with pytest.raises(OptionError, match=rf"not of a {type(given).__name__}; give one of th"):
+        with pytest.raises(OptionError, match=rf"not a {type(given).__name__}; give one of th"):
             draw(given)
 
 
@@ -263,7 +265,7 @@ def test_a_router_whose_rows_no_mask_kept_is_a_line():
     picture = plot_norms(acts, "mlp.gate.hook_out")
     expected = acts.stack("mlp.gate.hook_out").norm(dim=-1).median(dim=1).values
     assert picture.lines[0].get_ydata().tolist() == pytest.approx(expected.tolist())
-    with pytest.raises(OptionError, match="leave out positions="):
+    with pytest.raises(OptionError, match="omit positions="):
         plot_norms(acts, "mlp.gate.hook_out", positions=range(21))
 
 

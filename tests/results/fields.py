@@ -18,4 +18,4 @@ def one(hint, name="blocks.0.hook_resid_post", **options):
     return type("One", (Schema,), {"__annotations__": {"x": hint}, "x": site(name, **options)})
 
 
-ANOTHER_NAME = "; where they are two things, give one of them another name"
+ANOTHER_NAME = "; if these are different things, rename one of them"

@@ -49,7 +49,7 @@ def test_an_attribute_that_is_not_there(gpt2):
 def test_one_tensor_of_several(gpt2):
     acts = run(gpt2, "*hook_resid_post")
     assert message_of(lambda: acts.tensor) == (
-        "acts.tensor is for exactly one site, but 2 were captured: 'blocks.0.hook_resid_post', "
+        "acts.tensor needs exactly one site, but 2 were captured: 'blocks.0.hook_resid_post', "
         "'blocks.1.hook_resid_post'; read acts[name]"
     )
 
@@ -65,15 +65,15 @@ def test_one_tensor_of_none(gpt2):
 def test_a_stack_of_lists(gpt2):
     acts = run(gpt2, RESID, join=None)
     assert message_of(acts.stack, "hook_resid_post") == (
-        "acts.stack(name) is for joined forwards, but join=None keeps lists; stack the tensors "
-        "of the lists yourself"
+        "acts.stack(name) needs joined forwards, but join=None keeps lists; stack the tensors of "
+        "the lists yourself"
     )
 
 
 def test_one_tensor_of_lists(gpt2):
     acts = run(gpt2, RESID, join=None)
     assert message_of(lambda: acts.tensor) == (
-        "acts.tensor is for joined forwards, but join=None keeps a list; read acts[name]"
+        "acts.tensor needs joined forwards, but join=None keeps a list; read acts[name]"
     )
 
 
@@ -81,7 +81,7 @@ def test_several_firings():
     acts = run(Mlp(twice=True), "block")
     assert message_of(acts.__getitem__, "block") == (
         "'block' fired 2 times in one forward, so it is not one tensor; acts.firings('block') "
-        "has them all, and Site('block', firing=-1) keeps the last"
+        "returns all of them, and Site('block', firing=-1) keeps the last"
     )
 
 
@@ -125,13 +125,13 @@ def test_an_axis_to_join_along_that_is_gone(gpt2):
 def test_a_stack_of_nothing(gpt2):
     acts = run(gpt2, RESID)
     assert message_of(acts.stack, "hook_resid_pre") == (
-        "no captured site is 'hook_resid_pre' in some layer; closest: 'hook_resid_post'; the "
+        "no captured site is 'hook_resid_pre' within a layer; closest: 'hook_resid_post'; the "
         "captured names are 'blocks.1.hook_resid_post'; give a name within a layer, as in "
         "stack('attn.hook_z'), or a pattern of whole names, as in stack('model.layers.*')"
     )
     assert message_of(acts.stack, RESID) == (
-        "'blocks.1.hook_resid_post' is one site, but layers are to be put side by side; give a "
-        "name within a layer, such as 'hook_resid_post'"
+        "'blocks.1.hook_resid_post' is one site, but stacking needs layers; give a name within a "
+        "layer, such as 'hook_resid_post'"
     )
 
 
@@ -163,7 +163,7 @@ def test_saving_nothing(tmp_path):
 def test_saving_lists(gpt2, tmp_path):
     acts = run(gpt2, RESID, join=None)
     assert message_of(acts.save, tmp_path / "x") == (
-        "acts.save(path) writes one tensor a site, but join=None keeps a list of them; capture "
+        "acts.save(path) writes one tensor per site, but join=None keeps a list of them; capture "
         "with join='batch', or save the tensors of the lists yourself"
     )
 
@@ -181,8 +181,8 @@ def test_two_buffers_compared_with_an_operator(gpt2):
     first, second = run(gpt2, RESID), run(gpt2, RESID)
     for other in (second, dict(second)):
         assert message_of(lambda other=other: first == other) == (
-            "buffers are not compared with ==, since tensors have no one truth value; compare "
-            "their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
+            "buffers cannot be compared with ==, since a tensor does not have a single truth "
+            "value; compare their tensors, with torch.testing.assert_close(acts, other, rtol=0, "
             "atol=0), or one with torch.equal(acts[name], other[name])"
         )
         torch.testing.assert_close(first, other, rtol=0, atol=0)
@@ -208,21 +208,19 @@ def test_a_buffer_whose_forwards_left_nothing(gpt2):
 
 def test_a_pattern_of_what_is_switched_off(gpt2):
     assert message_of(capture(gpt2, ["hook_result", "hook_z"]).__enter__) == (
-        "'hook_result' would never fire, since it means only 'blocks.0.attn.hook_result', "
-        "'blocks.1.attn.hook_result': use_attn_result is off: call "
-        "model.set_use_attn_result(True) first"
+        "'hook_result' would never fire, since it matches only 'blocks.0.attn.hook_result', "
+        "'blocks.1.attn.hook_result': use_attn_result is off: call model.set_use_attn_result(True) "
+        "first"
     )
     off = capture(gpt2, lambda name: name.endswith("hook_mlp_in"))
-    assert message_of(off.__enter__).startswith(
-        "what was asked for would never fire, since it means "
-    )
+    assert message_of(off.__enter__).startswith("the request would never fire, since it matches ")
 
 
 def test_a_name_of_several_captured_sites(gpt2):
     acts = run(gpt2, "hook_z")
     for name in ("hook_z", "attn.hook_z", "blocks.*.attn.hook_z", "blocks.[0-1].**"):
         assert message_of(acts.__getitem__, name) == (
-            f"nothing was captured from {name!r}: it means 2 of the captured sites, so read one of "
-            f"'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
+            f"nothing was captured from {name!r}: it matches 2 of the captured sites, so read one "
+            f"of 'blocks.0.attn.hook_z', 'blocks.1.attn.hook_z', or acts.stack({name!r}) for its "
             "layers"
         )

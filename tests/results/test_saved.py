@@ -323,8 +323,8 @@ def test_a_file_of_a_later_version_is_called_that(written, path):
     with pytest.raises(DataError) as caught:
         actctx.load(path)
     assert str(caught.value) == (
-        f"cannot read '{path}': it was written by actctx '9.0', whose files this version does not "
-        "know; upgrade actctx to read it"
+        f"cannot read '{path}': it was written by actctx '9.0', whose files this version cannot "
+        "read; upgrade actctx to read it"
     )
 
 
@@ -372,22 +372,22 @@ def test_a_path_that_holds_no_file_is_said(tmp_path):
         ("x", "metadata='x' is not a dict of strings; give one, or None"),
         (
             {"a": 5},
-            "metadata has 5 under 'a', but a file holds text under text; give strings, such as "
+            "metadata has 5 under 'a', but a file maps text to text; give strings, such as "
             "json.dumps(value)",
         ),
         (
             {5: "a"},
-            "metadata has 'a' under 5, but a file holds text under text; give strings, such as "
+            "metadata has 'a' under 5, but a file maps text to text; give strings, such as "
             "json.dumps(value)",
         ),
         (
             {"a": "\ud800"},
-            "metadata has '\\ud800' under 'a', but a file holds text under text; give strings, "
-            "such as json.dumps(value)",
+            "metadata has '\\ud800' under 'a', but a file maps text to text; give strings, such as "
+            "json.dumps(value)",
         ),
         (
             {"axes": "mine"},
-            "metadata has 'axes', which the file says itself; give it another name",
+            "metadata has 'axes', which the file defines itself; give it another name",
         ),
     ],
 )
@@ -414,7 +414,7 @@ def test_a_name_that_a_file_cannot_hold_is_refused(alias, path):
     with pytest.raises(DataError) as caught:
         acts.save(path)
     assert str(caught.value) == (
-        f"cannot write {alias!r} to '{path}': a safetensors file has no such name; give the site "
-        "an alias, as in {'resid': ...}"
+        f"cannot write {alias!r} to '{path}': a safetensors file cannot have such a name; give the "
+        "site an alias, as in {'resid': ...}"
     )
     assert not path.exists()

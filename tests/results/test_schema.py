@@ -186,7 +186,7 @@ def test_a_field_is_not_set(gpt2, ids):
         gpt2(ids)
     with pytest.raises(AttributeError) as caught:
         acts.resid = ids
-    assert str(caught.value) == "Resid.resid is what was captured, and cannot be set"
+    assert str(caught.value) == "Resid.resid is a captured value, and cannot be set"
 
 
 def test_a_class_variable_is_no_field(gpt2, ids):
@@ -402,8 +402,8 @@ def test_an_unknown_field_is_told_what_there_is(gpt2, ids):
     with pytest.raises(AttributeError) as caught:
         acts.axes("resid")
     assert str(caught.value) == (
-        "Resid has no field 'axes'; its fields are 'resid', and the buffer behind them, with its "
-        "axes, its bytes and the rest, is acts.activations"
+        "Resid has no field 'axes'; its fields are 'resid', and the underlying buffer is "
+        "acts.activations"
     )
 
 

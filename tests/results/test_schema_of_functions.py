@@ -56,19 +56,22 @@ def test_arguments_and_results_are_checked_in_one_scope_with_the_fields(gpt2, id
         (
             (ids.float(), direction),
             {},
-            "the argument 'ids' of scores is float32 (3, 7), which is no Int[Tensor, \"batch "
+            "the argument 'ids' of scores is float32 (3, 7), which does not match Int[Tensor, "
+            '"batch '
             'pos"]: Int does not hold float32; write Float32',
         ),
         (
             (ids, direction, torch.zeros(31)),
             {},
-            "the argument 'directions' of scores is float32 (31,), which is no Float[Tensor, "
+            "the argument 'directions' of scores is float32 (31,), which does not match "
+            "Float[Tensor, "
             '"d_model"]: d_model is 31 here, but 32 in the model\'s config' + ANOTHER_NAME,
         ),
         (
             (ids, direction),
             {"keep": 1},
-            'the result of scores is float32 (2,), which is no Float[Tensor, "batch"]: batch is 2 '
+            "the result of scores is float32 (2,), which does not match "
+            'Float[Tensor, "batch"]: batch is 2 '
             "here, but 3 in the argument 'ids' of scores" + ANOTHER_NAME,
         ),
     ):
@@ -98,7 +101,8 @@ def test_tensors_in_containers_are_checked_one_by_one(gpt2, ids):
         with pytest.raises(TypedError) as caught:
             run(gpt2, ids, *arguments)
         assert str(caught.value) == (
-            f'{what} is float32 (31,), which is no Float[Tensor, "d_model"]: {start}{ANOTHER_NAME}'
+            f'{what} is float32 (31,), which does not match Float[Tensor, "d_model"]: '
+            f"{start}{ANOTHER_NAME}"
         )
 
 

@@ -80,38 +80,42 @@ TOLD = {
     "the dtype asked for": (
         (Float16[Tensor, "..."], PLAIN, {"dtype": torch.bfloat16}),
         f"One.x, from '{PLAIN}', is annotated Float16[Tensor, \"...\"], but dtype=torch.bfloat16 "
-        "was asked for; write BFloat16, or leave the dtype out",
+        "was requested; write BFloat16, or leave the dtype out",
     ),
     "the dtype that fires": (
         (Float16[Tensor, "batch pos d_model"], PLAIN, {}),
-        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Float16[Tensor, \"batch pos "
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which does not match Float16[Tensor, "
+        '"batch pos '
         'd_model"]: Float16 does not hold float32; write Float32, or capture with '
         "dtype=torch.float16",
     ),
     "integers": (
         (Int[Tensor, "batch pos d_model"], PLAIN, {}),
-        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Int[Tensor, \"batch pos "
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which does not match Int[Tensor, \"batch "
+        "pos "
         'd_model"]: Int does not hold float32; write Float32',
     ),
     "a product": (
         (Float[Tensor, "batch pos 5*d_head"], PLAIN, {}),
-        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which is no Float[Tensor, \"batch pos "
+        f"One.x, from '{PLAIN}', is float32 (3, 7, 32), which does not match Float[Tensor, \"batch "
+        "pos "
         '5*d_head"]: the dimension size 32 does not equal the existing value of 5*d_head=40',
     ),
     "an unknown factor": (
         (Float[Tensor, "batch pos n*d_head"], PLAIN, {}),
         f"One.x, from '{PLAIN}', is annotated Float[Tensor, \"batch pos n*d_head\"], which "
-        "calculates with an axis that no other annotation names: Cannot process symbolic axis "
+        "computes with an axis that no other annotation names: Cannot process symbolic axis "
         "'n*d_head' as some axis names have not been processed",
     ),
     "a module of unknown axes": (
         (Float[Tensor, "batch pos d_mlp"], "blocks.0", {}),
-        "One.x, from 'blocks.0', is float32 (3, 7, 32), which is no Float[Tensor, \"batch pos "
+        "One.x, from 'blocks.0', is float32 (3, 7, 32), which does not match Float[Tensor, \"batch "
+        "pos "
         "d_mlp\"]: d_mlp is 32 here, but 128 in the model's config" + ANOTHER_NAME,
     ),
     "a module of another rank": (
         (Float[Tensor, "batch d_model"], "blocks.0", {}),
-        "One.x, from 'blocks.0', is float32 (3, 7, 32), which is no Float[Tensor, \"batch "
+        "One.x, from 'blocks.0', is float32 (3, 7, 32), which does not match Float[Tensor, \"batch "
         'd_model"]: it has 3 axes, not 2',
     ),
 }
@@ -136,9 +140,9 @@ def test_axes_must_agree_between_fields(gpt2, ids):
     with pytest.raises(TypedError) as caught, capture(gpt2, Two):
         gpt2(ids)
     assert str(caught.value) == (
-        "Two.part, from 'blocks.0.hook_resid_post', is float32 (3, 2, 32), which is no "
-        'Float[Tensor, "batch pos d_model"]: pos is 2 here, but 7 in Two.whole; where they '
-        "are two things, give one of them another name"
+        "Two.part, from 'blocks.0.hook_resid_post', is float32 (3, 2, 32), which does not match "
+        'Float[Tensor, "batch pos d_model"]: pos is 2 here, but 7 in Two.whole; if these '
+        "are different things, rename one of them"
     )
 
 
@@ -177,11 +181,11 @@ MISTAKES = {
     ),
     "a name in use": (
         {"activations": site("block"), "__annotations__": {"activations": Float[Tensor, "..."]}},
-        "Bad.activations has a name that a Schema uses; choose another",
+        "Bad.activations has a name that Schema uses itself; choose another",
     ),
     "a private name": (
         {"_x": site("block"), "__annotations__": {"_x": Float[Tensor, "..."]}},
-        "Bad._x has a name that a Schema uses; choose another",
+        "Bad._x has a name that Schema uses itself; choose another",
     ),
     "an annotation that cannot be read": (
         {"x": site("block"), "__annotations__": {"x": "Float[Nowhere, '...']"}},
@@ -207,7 +211,7 @@ def test_what_is_no_schema_to_capture_is_refused(gpt2):
         (
             Empty,
             {},
-            f"Empty has no fields, so there is nothing to capture; write, for one, {NEXT_TO}",
+            f"Empty has no fields, so there is nothing to capture; write, for example, {NEXT_TO}",
         ),
         (
             Resid,
@@ -248,7 +252,7 @@ def test_what_cannot_be_read_is_refused_where_it_would_be_checked():
         captures(Resid)(run)
     assert str(caught.value) == (
         "the annotation Flaot[Tensor, 'batch pos'] of 'ids' cannot be read, so it could not be "
-        "held to a Schema; import what it names where the module of run can see it"
+        "checked against a Schema; import what it names where the module of run can see it"
     )
 
 
@@ -259,8 +263,7 @@ def test_another_kind_of_buffer_is_refused():
     with pytest.raises(OptionError) as caught:
         captures(Resid)(run)
     assert str(caught.value) == (
-        "the parameter 'acts' is annotated Activations, but what it receives here is Resid; "
-        "annotate it so"
+        "the parameter 'acts' is annotated Activations, but it receives Resid; annotate it so"
     )
 
 
@@ -268,5 +271,5 @@ def test_a_schema_beside_other_names_is_refused(gpt2):
     with pytest.raises(OptionError) as caught:
         capture(gpt2, [Resid, "blocks.0.hook_resid_post"])
     assert str(caught.value) == (
-        "cannot capture the class 'Resid' beside other names; give a Schema by itself"
+        "cannot capture the class 'Resid' together with other names; give a Schema alone"
     )

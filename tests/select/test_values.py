@@ -219,7 +219,7 @@ def _refusal(kind, lane, path="acts"):
             "on meta",
             "to cpu",
             OptionError,
-            "what was captured cannot be copied on cpu: it has no values, on the meta device; load "
+            "captured tensors cannot be copied on cpu: it has no values, on the meta device; load "
             "the model's weights",
         ),
         (
@@ -240,16 +240,15 @@ def _refusal(kind, lane, path="acts"):
             "torch.complex64",
             "similarity",
             OptionError,
-            "'layers.0' cannot be drawn or compared: it is complex64, and this takes real numbers; "
+            "'layers.0' cannot be drawn or compared: it is complex64, but real numbers are needed; "
             "capture a site of an ordinary dtype from a model with weights, or convert it yourself",
         ),
         (
             "torch.bits8",
             "norms",
             OptionError,
-            "'layers.0' cannot be drawn or compared: it is bits8, which torch cannot calculate "
-            "with; capture a site of an ordinary dtype from a model with weights, or convert it "
-            "yourself",
+            "'layers.0' cannot be drawn or compared: it is bits8, which torch cannot compute with; "
+            "capture a site of an ordinary dtype from a model with weights, or convert it yourself",
         ),
     ],
 )

@@ -204,7 +204,7 @@ def test_what_has_an_alias_is_listed_with_its_hook(aliased):
     with pytest.raises(NotCapturedError) as caught:
         ActivationDataset(aliased, sites=RESID)
     assert str(caught.value) == (
-        f"the data set has no {RESID!r}; closest: {HOOKS[0]!r}; it holds 'resid' (of "
+        f"the data set has no {RESID!r}; closest: {HOOKS[0]!r}; it has 'resid' (of "
         f"{HOOKS[0]!r}), 'z' (of {HOOKS[1]!r})"
     )
 
@@ -273,7 +273,7 @@ def test_a_dataloader_that_shuffles_is_warned_of_once(path):
     with pytest.warns(UserWarning, match="a DataLoader that shuffles") as caught:
         batches = list(DataLoader(data, batch_size=32, shuffle=True))
     assert [str(each.message) for each in caught] == [
-        "a DataLoader that shuffles reads every row by itself, many times slower than "
+        "a DataLoader that shuffles reads every row separately, many times slower than "
         "data.loader(32), which reads blocks of rows; iterate over that, or give "
         "DataLoader(data.loader(32), batch_size=None)"
     ]
@@ -336,9 +336,9 @@ def test_another_model_is_refused_with_both_shown(tmp_path, mlp):
     assert str(caught.value) == (
         f"'{path}' holds activations of a T 'x/y' with the fingerprint 0, but this model is a Mlp "
         f"with the fingerprint {found}; give the model that they were extracted from, or extract "
-        "them from this one (a model of which a part is initialised at random when it is loaded, "
-        "such as a head that was not saved, is another each time, so call torch.manual_seed() "
-        "before loading it; a model in another dtype is another, too)"
+        "them from this one (if a part of the model is initialised at random each time it is "
+        "loaded, such as a head that was not saved, call torch.manual_seed() before loading it; a "
+        "model in another dtype is also another model)"
     )
 
 
@@ -383,8 +383,8 @@ def test_an_unfinished_data_set_is_read_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda _: None, "there is nothing"),
-        (Path.mkdir, "the directory holds none"),
+        (lambda _: None, "it does not exist"),
+        (Path.mkdir, "the directory does not contain one"),
         (Path.touch, "it is a file"),
     ],
 )
@@ -400,7 +400,7 @@ def test_a_path_without_a_data_set_is_refused(tmp_path, make, found):
 
 def test_a_lance_dataset_of_another_kind_is_refused(tmp_path):
     lance.write_dataset(pa.table({"x": [1]}), tmp_path / "c.lance")
-    with pytest.raises(DataError, match="is a Lance dataset, but none of actctx"):
+    with pytest.raises(DataError, match="is a Lance dataset, but not one of actctx"):
         ActivationDataset(tmp_path / "c.lance")
 
 
@@ -409,12 +409,12 @@ ERRORS = [
         lambda data: ActivationDataset(data.path, sites="blocks.1.hook_resid_pst"),
         NotCapturedError,
         f"the data set has no 'blocks.1.hook_resid_pst'; closest: '{RESID}', '{Z}'; it "
-        f"holds '{RESID}', '{Z}'",
+        f"has '{RESID}', '{Z}'",
     ),
     (
         lambda data: ActivationDataset(data.path, sites="blocks.*.hook_q"),
         NotCapturedError,
-        f"the data set has no 'blocks.*.hook_q'; closest: '{Z}', '{RESID}'; it holds "
+        f"the data set has no 'blocks.*.hook_q'; closest: '{Z}', '{RESID}'; it has "
         f"'{RESID}', '{Z}'",
     ),
     (
@@ -425,7 +425,7 @@ ERRORS = [
     (
         lambda data: data.read("lable"),
         NotCapturedError,
-        f"the data set has no 'lable'; closest: 'label'; it holds '{RESID}', '{Z}', 'token', "
+        f"the data set has no 'lable'; closest: 'label'; it has '{RESID}', '{Z}', 'token', "
         "'sequence', 'position', 'label', 'text'",
     ),
     (

@@ -20,6 +20,8 @@ from stored import RESID, Z, heads, lance, resid, write
 from actctx import DataError
 from actctx.dataset import ActivationDataset
 
+pytestmark = pytest.mark.thorough
+
 SECONDS = float(os.environ.get("ACTCTX_FORGED_SECONDS", "120"))
 ROWS = 40
 
