@@ -304,7 +304,7 @@ def written_beside(
         with _said_of(path):
             if not directory:
                 with suppress(OSError):  # not every file system has modes
-                    partial.chmod(mode)  # safetensors makes a file of its own, for its owner alone
+                    partial.chmod(mode)  # safetensors makes its own, private file
             partial.replace(path)
             sync(path.parent)
 

@@ -42,48 +42,47 @@ for _public in (Loader, Mixing, StoredSite, Verified):
     _public.__module__ = __name__  # where users find them
 del _public
 
-_FEW = 4  # rows, too few to tell whether they are shuffled
+_FEW = 4  # rows, too few to detect shuffling
 
 
 class ActivationDataset(Dataset[StoredBatch]):
-    """The rows of a data set on disk, each of them read when it is asked for.
+    """The rows of a data set on disk, read on request.
 
-    `data[i]` is a dict of what row `i` holds: each site under its name, in the dtype in which it
-    was stored and in its own shape, such as `head d_head`; beside it `token`, `sequence` and
-    `position`, and what else came with the input, such as labels. A slice, a list or tensor of
-    positions, or a boolean mask gives the same for several rows: one tensor a column, or a list
-    where it holds no numbers. Tensors are on the CPU, contiguous, and owned by whoever asked.
+    `data[i]` is a dict of row `i`: each site under its name, in its stored dtype and shape, such as
+    `head d_head`; `token`, `sequence` and `position`; and carried columns, such as labels. A slice,
+    a list or tensor of positions, or a boolean mask reads several rows: one tensor per column, or a
+    list if it does not contain numbers. Tensors are on the CPU, contiguous, and yours.
 
-    Columns that somebody else added are read as well: uint16 and uint32 as int64; uint64 as a list
-    of ints; and where integers or booleans have nulls, a list with None. To tell whether they have
-    any, such columns are read through once, when the data set is opened.
+    Columns that others added are read too: uint16 and uint32 as int64, uint64 as a list of ints,
+    and integers or booleans with nulls as a list with None. To find nulls, such columns are read
+    once, when the data set is opened.
 
-    It is a map-style dataset of torch, but `data.loader(...)` reads much faster than a
-    `DataLoader` does; the workers of a `DataLoader` have to be spawned, since Lance's threads do
-    not survive a fork. A data set that is still being written can be read: it has the rows that
-    were committed when it was opened. It can be pickled, and read by several threads at once.
+    It is a map-style torch dataset, but `data.loader(...)` reads much faster than a `DataLoader`.
+    The workers of a `DataLoader` must be spawned, since Lance's threads do not survive a fork. A
+    data set that is still being written can be read: it has the rows that were committed when it
+    was opened. It can be pickled, and read by several threads at once.
 
     Args:
         path: Where `extract` wrote it: a directory, or the address of an object store.
-        sites: The names of the sites to read, or of their hooks, or endings or globs of either, as
-            in `capture`, or the alias of several; by default all. The others cost nothing. Each
-            is read under the name that it is asked for by, or that an ending or a glob matches.
+        sites: The names of the sites to read, or of their hooks, or suffixes or globs of either, as
+            in `capture`, or the alias of several; by default all. The others cost nothing. Each is
+            read under the requested name, or the name that a suffix or a glob matches.
         where: Which rows to read, as in SQL: `"position > 0 AND token != 50256"`. It may name any
-            site, in backticks where the name has dots, and its elements, counted from 1. What
-            matches is found once, and takes 0.15 bytes of memory for each row of the data set.
+            site, in backticks if the name has dots, and its elements, counted from 1. Matching rows
+            are found once, which takes 0.15 bytes of memory for each row of the data set.
         model: A model that the activations must be of; see `check`.
 
     Attributes:
-        layout: What the data set says of itself: `model`, `rows` (whether a row is a `"token"` or
-            a `"sequence"`), `input`, `versions`, `finished`.
-        sites: The sites that are read, by name: `hook`, `axes`, `shape` and `dtype` of each.
+        layout: The metadata of the data set: `model`, `rows` (whether a row is a `"token"` or a
+            `"sequence"`), `input`, `versions`, `finished`.
+        sites: The sites that are read, by name, each with `hook`, `axes`, `shape` and `dtype`.
 
     Raises:
         DataError: There is no data set at the path, or it is damaged, of a later version, or of
-            another model. Where only its newest versions are, as after a cut of power, the newest
-            that is whole is read, with a warning.
+            another model. If only its newest versions are damaged, as after power loss, the newest
+            complete one is read, with a warning.
         NotCapturedError: It has no such site, or several of the hook.
-        HookNameError: A glob has a bracket that means nothing.
+        HookNameError: A glob has an invalid bracket.
         OptionError: Lance does not understand the condition, or is not installed.
 
     Example:
@@ -126,17 +125,17 @@ class ActivationDataset(Dataset[StoredBatch]):
     def __getitem__(self, index: Index) -> StoredBatch:
         """Read a row, or several, into memory.
 
-        All that the index selects is in memory at once: `nbytes / len(data)` bytes a row, and what
-        strings and the like take. Beside it a few megabytes are needed, and for a list, tensor or
-        mask some 16 bytes a row. For more rows than memory holds there is `loader`.
+        All selected rows are in memory at once: `nbytes / len(data)` bytes per row, plus strings. A
+        few megabytes more are needed, and for a list, tensor or mask about 16 bytes per row. For
+        more rows than fit in memory, use `loader`.
 
         Args:
             index: A position; or a slice, a list, tensor or array of positions, or a boolean mask
                 with an entry for each row. Negative positions count from the end.
 
         Raises:
-            SelectionError: There is no such row, or a mask is of another length.
-            OptionError: The index is nothing that selects rows.
+            SelectionError: There is no such row, or a mask has another length.
+            OptionError: The index cannot select rows.
 
         """
         batch = self._rows.read(rows_of(index, len(self)))
@@ -145,7 +144,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         return {name: values[0] for name, values in batch.items()}
 
     def __getitems__(self, indices: list[int]) -> list[StoredBatch]:
-        """Read the rows of a `DataLoader`'s batch together; warns where it shuffles."""
+        """Read the rows of a `DataLoader`'s batch together; warn if it shuffles."""
         self._warn_of_scattered(indices)
         batch = self[indices]
         return [
@@ -153,7 +152,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         ]
 
     def _warn_of_scattered(self, indices: list[int]) -> None:
-        """Warn once that a `DataLoader` shuffles slowly; of several workers, in the first."""
+        """Warn once that a `DataLoader` shuffles slowly; of several workers, only in the first."""
         worker = get_worker_info()
         if self._warned or len(indices) < _FEW or (worker and worker.id):
             return
@@ -161,7 +160,7 @@ class ActivationDataset(Dataset[StoredBatch]):
             self._warned = True
             better = f"data.loader({len(indices)})"
             warnings.warn(
-                "a DataLoader that shuffles reads every row by itself, many times slower than "
+                "a DataLoader that shuffles reads every row separately, many times slower than "
                 f"{better}, which reads blocks of rows; iterate over that, or give "
                 f"DataLoader({better}, batch_size=None)",
                 stacklevel=3,
@@ -169,28 +168,28 @@ class ActivationDataset(Dataset[StoredBatch]):
 
     @property
     def tokens(self) -> Int32[Tensor, "row"]:
-        """The token of each row, all of them in memory, which takes 4 bytes a row."""
+        """The token of each row, all in memory, which takes 4 bytes per row."""
         tokens: Tensor = self.read("token")
         return tokens
 
     @property
     def nbytes(self) -> int:
-        """The bytes that the activations and numbers of all rows would take in memory."""
+        """The size in bytes of the activations and numbers of all rows in memory."""
         return len(self) * self._rows.nbytes
 
     def read(self, name: str) -> Any:
         """Read one site, or another column, of all rows into memory.
 
-        All of it is in memory at once: of a site, `len(data) * data.sites[name].nbytes` bytes.
-        Beside what is returned a few megabytes are needed.
+        All of it is in memory at once: for a site, `len(data) * data.sites[name].nbytes` bytes. A
+        few megabytes more are needed.
 
         Args:
-            name: The name of a site that is read, or of its hook, or an ending or a glob that
-                means no other; or the name of another column.
+            name: The name of a site that is read, or of its hook, or a suffix or a glob that
+                matches no other; or the name of another column.
 
         Returns:
-            A tensor with a row for each of the data set's; or a list where it holds no numbers, or
-            integers or booleans with nulls.
+            A tensor with one row for each row of the data set; or a list if the column does not
+            contain numbers, or integers or booleans with nulls.
 
         Raises:
             NotCapturedError: It has no such site or column.
@@ -211,40 +210,39 @@ class ActivationDataset(Dataset[StoredBatch]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> Loader:
-        """Give batches for training, each a dict as `data[...]` gives it, read ahead in threads.
+        """Return batches for training, each a dict like `data[...]`, read ahead in threads.
 
         Rows are shuffled over the whole file, in another order each epoch. They are read in blocks
-        of 32 that lie together: the blocks are permuted and divided into pools, and the rows of
-        each pool are dealt to its batches, so that those of a block go to as many batches as can
-        be. `Loader.mixing` tells how well that mixes. A data set that fits into one pool is
-        permuted row by row.
+        of 32 neighbouring rows: the blocks are permuted and divided into pools, and the rows of
+        each pool are dealt to its batches, so that the rows of a block go to as many batches as
+        possible. `Loader.mixing` measures how well this mixes. A data set that fits into one pool
+        is permuted row by row.
 
-        An iteration is an epoch. Every row comes once, at one rank. The order depends on the seed,
-        the epoch, the batch size, the pool and the number of ranks, and on nothing else. It can be
-        resumed in the middle of an epoch; see `Loader.state_dict`.
+        An iteration is an epoch. Every row comes once, at one rank. The order depends only on the
+        seed, the epoch, the batch size, the pool and the number of ranks. It can be resumed in the
+        middle of an epoch; see `Loader.state_dict`.
 
         Args:
-            batch_size: The rows of a batch.
+            batch_size: The number of rows in a batch.
             shuffle: Whether to shuffle; otherwise rows come in the order of the file.
-            seed: What the order depends on. All ranks must have the same.
-            drop_last: Whether to leave out a last batch that is not full. All ranks then have
-                exactly as many batches; otherwise they may differ by one.
-            workers: The threads that read. With 0 there are none: batches are read when they are
-                asked for.
+            seed: The seed of the order. All ranks must have the same.
+            drop_last: Whether to drop a last batch that is not full. All ranks then have exactly as
+                many batches; otherwise they may differ by one.
+            workers: The number of threads that read. With 0, batches are read on request.
             device: The device that batches move to.
-            pool: The most rows that are shuffled among each other; these and eight batches are
-                in memory. By default 131,072 rows or 32 batches, whichever is more, so that pools
-                have at least half of that. Fewer than that half give a warning that says how they
-                mix. `Loader.memory` tells the bytes; if they are more than half of what the machine
-                has, a warning says so.
-            rank: Which of the shares to give; by default that of torch's distributed group.
-            world_size: How many shares there are.
+            pool: The most rows that are shuffled among each other; these and eight batches are in
+                memory. By default 131,072 rows or 32 batches, whichever is more, so that pools have
+                at least half of that. Smaller pools give a warning that says how they mix.
+                `Loader.memory` is the size in bytes; a warning is given if it is more than half of
+                the machine's memory.
+            rank: The share to return; by default that of torch's distributed group.
+            world_size: The number of shares.
 
         Returns:
-            Batches that can be gone through once an epoch, as often as is wanted.
+            Batches that can be iterated over once per epoch, any number of times.
 
         Raises:
-            OptionError: A number makes no sense, or is none, or there is no such device.
+            OptionError: A number is not valid, or there is no such device.
 
         Example:
             >>> for batch in data.loader(8, seed=0):
@@ -259,7 +257,7 @@ class ActivationDataset(Dataset[StoredBatch]):
         rank, world_size = rank_of(rank, world_size)
         if pool is not None:
             pool = whole_number("pool", pool, least=1)
-        elif not shuffle:  # then it is but what is read ahead
+        elif not shuffle:  # then it is only what is read ahead
             pool = 4 * self._rows.at_once
         order = Order(
             rows=len(self),
@@ -280,10 +278,10 @@ class ActivationDataset(Dataset[StoredBatch]):
         """Make sure that the activations are of this model.
 
         Args:
-            model: What they were extracted from, as far as its weights, buffers and settings tell.
+            model: The model, compared by its weights, buffers and settings.
 
         Raises:
-            DataError: They are of a model with other ones; or it is not known which, as with what
+            DataError: They are from another model; or the model is unknown, as for a data set that
                 `from_saelens` made.
             OptionError: It is not a model.
 
@@ -293,9 +291,9 @@ class ActivationDataset(Dataset[StoredBatch]):
         here, there = describe_model(model), self.layout.model
         if not there["fingerprint"]:
             raise DataError(
-                f"{self.path!r} does not say which model its activations are of, as nothing does "
-                f"that from_saelens made, so they cannot be held against {_described(here)}; leave "
-                "out model= and check()"
+                f"{self.path!r} does not say which model its activations come from, like "
+                "everything that from_saelens made, so they cannot be compared with "
+                f"{_described(here)}; leave out model= and check()"
             )
         found = differences(
             there, here, versions_differ=self.layout.versions != versions(), is_run=False
@@ -313,18 +311,18 @@ class ActivationDataset(Dataset[StoredBatch]):
             )
 
     def verify(self) -> Verified:
-        """Compare all that is on disk with what was written, byte for byte.
+        """Compare the data on disk with what was written, byte for byte.
 
-        All rows and columns are read, whatever `sites` and `where` choose, and compared with the
-        digests that each commit left beside the data. They find damage, such as a flipped bit;
-        they do not withstand forgery.
+        All rows and columns are read, whatever `sites` and `where` select, and compared with the
+        digests that each commit stored next to the data. They detect damage, such as a flipped bit,
+        but not forgery.
 
         Returns:
-            What was compared, and what could not be, such as columns that somebody else added, and
-            rows that versions of actctx without digests wrote.
+            What was compared, and what could not be, such as columns that others added, and rows of
+            versions of actctx without digests.
 
         Raises:
-            DataError: Something differs; it names the columns and rows.
+            DataError: Something differs; the message names the columns and rows.
 
         Example:
             >>> data.verify().unchecked
@@ -342,32 +340,33 @@ class ActivationDataset(Dataset[StoredBatch]):
         shuffle: bool = False,
         seed: int = 0,
     ) -> int:
-        """Write what SAELens trains from with `use_cached_activations=True`.
+        """Write the activations for SAELens' training with `use_cached_activations=True`.
 
-        The rows are cut into runs of `context`, in their order; rows at the end that fill no run
-        are left out. Each site is a column under its name, its heads flattened as SAELens flattens
-        them. bfloat16 and float8, which these files do not have, become float32, with a warning. A
-        few megabytes of rows are in memory at a time.
+        The rows are cut into runs of `context`, in order; remaining rows at the end are dropped.
+        Each site is a column under its name, with heads flattened as in SAELens. bfloat16 and
+        float8, which these files do not support, become float32, with a warning. A few megabytes of
+        rows are in memory at a time.
 
-        SAELens reads the runs in their order, and mixes no more rows than its buffer holds. With
+        SAELens reads the runs in order, and mixes no more rows than its buffer holds. With
         `shuffle` they are written in the random order of `loader`, which takes its memory.
 
         Args:
-            path: The directory to write, SAELens' `cached_activations_path`; there whole or not
+            path: The directory to write, SAELens' `cached_activations_path`, written whole or not
                 at all.
             context: The `context_size` of SAELens' config, in rows.
             rename: SAELens' `hook_name` for sites that have another name here, by their name.
-            shuffle: Whether to write the rows in random order; those that are left out are random,
+            shuffle: Whether to write the rows in random order; the dropped rows are then random
                 too.
-            seed: What that order depends on.
+            seed: The seed of that order.
 
         Returns:
-            The number of rows that were left out.
+            The number of dropped rows.
 
         Raises:
             DataError: There is something at the path already, or it cannot be written to.
-            OptionError: `context` is no number of rows, or there are fewer; `rename` names no site
-                that is read, or two columns would have one name; a site has integers or bools.
+            OptionError: `context` is not a number of rows, or there are fewer; `rename` names a
+                site that is not read, or two columns would have the same name; a site has integers
+                or bools.
 
         Example:
             >>> data.to_saelens("cached", context=7)
@@ -385,21 +384,21 @@ class ActivationDataset(Dataset[StoredBatch]):
     def from_saelens(
         cls, path: str | PathLike[str], out: str | PathLike[str]
     ) -> "ActivationDataset":
-        """Make a data set of activations that SAELens cached.
+        """Convert activations that SAELens cached to a data set.
 
         A `sequence` is a run of SAELens' context. The directory says nothing about the model, so
-        `check` refuses each. Some 4096 rows are in memory at a time.
+        `check` refuses every model. About 4096 rows are in memory at a time.
 
         Args:
             path: The directory, SAELens' `new_cached_activations_path`.
-            out: Where to write the data set; there whole or not at all.
+            out: Where to write the data set, whole or not at all.
 
         Returns:
-            What was written, opened.
+            The opened data set.
 
         Raises:
-            DataError: It is no such directory, or there is something at `out` already, or nothing
-                can be written there.
+            DataError: It is not such a directory, or `out` already exists or cannot be written
+                to.
 
         Example:
             >>> left_out = data.to_saelens("of_saelens", context=7)
@@ -413,20 +412,20 @@ class ActivationDataset(Dataset[StoredBatch]):
     def to_safetensors(self, path: str | PathLike[str]) -> None:
         """Write all columns of numbers to one safetensors file.
 
-        Takes as much memory as they do: read fewer with `sites=` and `where=`. The metadata holds
-        `axes`, a JSON object of axes by name, `model`, the class of the model, and versions.
+        This takes as much memory as they do: read fewer with `sites=` and `where=`. The metadata
+        has `axes`, a JSON object of axes by name, `model`, the class of the model, and versions.
 
         Args:
-            path: Where to write; there whole or not at all.
+            path: Where to write, whole or not at all.
 
         Raises:
-            DataError: There is something at the path already, or it cannot be written to.
+            DataError: There is already something at the path, or it cannot be written to.
 
         Example:
             >>> data.to_safetensors("acts.safetensors")
 
         """
-        refuse_existing(check_place(path))  # before all is read
+        refuse_existing(check_place(path))  # before everything is read
         batch = self[:]
         tensors = {name: values for name, values in batch.items() if isinstance(values, Tensor)}
         axes: dict[str, Axes] = dict.fromkeys(tensors, (self._first_axis,))

@@ -1,4 +1,4 @@
-"""Extract activations to disk: a data set of texts or tokens through a model, batch by batch."""
+"""Run texts or tokens through a model, batch by batch, and write the activations to a data set."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -33,16 +33,15 @@ from actctx._store.libraries import import_lance
 
 @dataclass(frozen=True)
 class Extracted:
-    """What `extract` left on disk.
+    """The result of `extract`.
 
     Attributes:
-        path: Where the data set is.
-        rows: The rows that it has.
-        new_rows: The rows that were written now.
-        cut: The tokens that were cut off the ends of the sequences that ran now, to fit into the
-            context.
-        empty: The sequences that were read now and left no rows: those without tokens, and those of
-            which `mask`, `drop` or the slice leaves none.
+        path: The path of the data set.
+        rows: The number of its rows.
+        new_rows: The number of rows that this call wrote.
+        cut: The number of tokens that this call cut off the ends of sequences to fit the context.
+        empty: The number of sequences that this call read and that have no rows: those without
+            tokens, and those of which `mask`, `drop` or the slice keeps none.
         seconds: The time it took.
 
     """
@@ -80,79 +79,79 @@ def extract(
     stop: bool = True,
     progress: bool = True,
 ) -> Extracted:
-    """Run inputs through a model, and write what is captured to a data set on disk.
+    """Run inputs through a model, and write the captured activations to a data set on disk.
 
-    A row is a token: what the sites left of it, the `token` itself, the number of its `sequence`
-    in the input, and its `position` there. Padding leaves none. Where the slice takes one
-    position of each sequence, as `{"pos": -1}` does, a row is a sequence, as it is with `pool`.
+    A row is a token: its activations at each site, the `token` itself, the number of its `sequence`
+    in the input, and its `position` in the sequence. Padding has no rows. If the slice selects one
+    position of each sequence, such as `{"pos": -1}`, or with `pool`, a row is a sequence.
 
-    Rows are committed while the extraction runs. However it ends, what was committed stays, and
-    calling it again with the same arguments goes on after it. The finished data set is the same,
-    row for row, as one that was written without a break. One that is finished grows in the same
-    way, where there are more batches after those it had, or `max_tokens` is larger.
+    Rows are committed while the extraction runs. However it ends, committed rows are kept, and
+    calling it again with the same arguments resumes. The finished data set is the same, row for
+    row, as one that was written without a break. A finished data set grows in the same way, if
+    there are more batches after those it has, or if `max_tokens` is larger.
 
     Args:
         model: A TransformerLens model of any generation, or any module.
-        data: What to run: token ids `batch pos`; an iterable of them, such as a `DataLoader`, or
-            of dicts with `input_ids` and the `attention_mask`, which are run as they are, but with
-            the padding behind the tokens; or single sequences of token ids, texts, or dicts of
-            either, such as a Hugging Face dataset, which are put together into batches. It is read
-            in a thread of its own.
+        data: What to run: token ids `batch pos`; an iterable of them, such as a `DataLoader`, or of
+            dicts with `input_ids` and the `attention_mask`, which are run as they are, but with the
+            padding after the tokens; or single sequences of token ids, texts, or dicts of either,
+            such as a Hugging Face dataset, which are batched. It is read in a separate thread.
         names: What to capture, as in `capture`.
-        out: Where to write, a directory such as `acts.lance`. It is made, or resumed.
+        out: Where to write, a directory such as `acts.lance`. It is created, or resumed.
         slice: What to select along the axes of every site, as in `capture`. Along `pos` it counts
-            the tokens that are no padding and that `drop` leaves, and is one for all sites.
-        dtype: The dtype to keep of floating-point sites, as in `capture`: float32, float16,
-            bfloat16, or one of float8. Integers and bools keep theirs.
-        mask: Which tokens leave rows: with `"attention"` all that are no padding; with the name
-            of an entry that each dict of `data` has, such as `"loss_mask"`, those of them where it
-            is not 0; with None all, padding too, of batches that come as such.
-        pool: Whether a row is a sequence, and holds the mean, or for each element the maximum, of
-            what its tokens left: those that `mask`, `drop` and the slice leave, in float32. Its
+            the tokens that are not padding and not dropped, and is the same for all sites.
+        dtype: The dtype of floating-point sites, as in `capture`: float32, float16, bfloat16, or
+            one of float8. Integers and bools keep theirs.
+        mask: Which tokens have rows. `"attention"` keeps all that are not padding. The name of an
+            entry in each dict of `data`, such as `"loss_mask"`, keeps those of them where it is not
+            0. None keeps all, including the padding of given batches.
+        pool: Whether a row is a sequence, with the mean or the elementwise maximum of the
+            activations of its tokens that `mask`, `drop` and the slice keep, in float32. Its
             `token` and `position` are those of the last of them.
-        max_tokens: The number of rows to stop at, exactly, including those that are on disk; with
-            `add` it is left out.
-        tokenizer: What turns texts into tokens; by default the model's own.
-        batch_size: The sequences in a forward, where they are put together here, at most. A
-            resumed data set keeps the order of rows that the first one made; with another size, a
-            warning says that values are equal up to rounding only.
-        context: The tokens in a sequence, at most; by default what the model can read. What is
-            longer is cut off at the end.
-        equal_lengths: Whether only sequences of one length run together, so that no forward sees
-            padding. It takes more forwards. Some models, CANINE and ConvBERT among them, let
-            padding into the tokens beside it whatever the mask says. A warning names this option
-            where that is seen.
+        max_tokens: The exact number of rows to stop at, including those on disk. It cannot be used
+            with `add`.
+        tokenizer: Converts texts to tokens; by default the model's own.
+        batch_size: The most sequences in a forward, if they are batched here. A resumed data set
+            keeps its original order of rows. With another size, a warning says that values are
+            equal only up to rounding.
+        context: The most tokens in a sequence; by default what the model can read. Longer sequences
+            are cut off at the end.
+        equal_lengths: Whether only sequences of equal length run together, so that no forward sees
+            padding. This takes more forwards. In some models, such as CANINE and ConvBERT, padding
+            changes the tokens next to it in spite of the mask. A warning names this option if that
+            is detected.
         pack: Whether to join the sequences and cut them into `context` tokens each. Texts are
-            joined by the tokenizer's end-of-sequence token, where it has one. A `sequence` is
-            then one that the model saw.
-        drop: The tokens that leave no rows: `{"position": [0]}`, by their place in the sequence,
-            or `{"token": [50256]}`, by their ids.
-        carry: The names of what comes along with the sequences in dicts, such as labels and ids:
-            a column each, of numbers or strings. Strings are stored once a sequence.
+            joined by the tokenizer's end-of-sequence token, if it has one. A `sequence` is then one
+            that the model saw.
+        drop: The tokens without rows: `{"position": [0]}`, by their position in the sequence, or
+            `{"token": [50256]}`, by their ids.
+        carry: The names of further entries of the dicts, such as labels and ids. Each becomes a
+            column of numbers or strings. Strings are stored once per sequence.
         finite: Whether NaN and infinite values are refused.
-        resume: Whether to resume a data set that is there; otherwise it is refused. An input that
-            is shuffled without a seed could not be resumed, so it needs False.
-        add: Whether the sites are added to the rows of the data set that is there, which are not
-            rewritten. The input has to be the one that they came from. Until all is done, what is
-            new lies beside it, in `acts.lance.adding`, and is resumed if `resume` allows it.
-        sync: Whether what is committed is on the disk itself, not only in the system's memory,
-            before more is written. Without it a cut of power may cost the last commits; the next
-            call goes on after the newest that is whole.
-        stop: Whether to end each forward as soon as all sites have fired. Of a site that fires
-            several times in a forward, a row has the first firing then, if it is the last site.
-        progress: Whether a progress bar is shown, on a terminal or in a notebook; elsewhere a line
-            a minute, by the logger "actctx" if it listens at INFO, else on stderr.
+        resume: Whether to resume an existing data set; otherwise it is refused. An input that is
+            shuffled without a seed could not be resumed, so it needs False.
+        add: Whether the sites are added to the rows of an existing data set, which are not
+            rewritten. The input must be the one that the rows came from. Until it is done, the new
+            columns are next to it, in `acts.lance.adding`, and are resumed if `resume` allows it.
+        sync: Whether a commit is on the disk, not only in the system's memory, before more is
+            written. Without it, power loss may cost the last commits; the next call resumes after
+            the newest complete one.
+        stop: Whether to end each forward as soon as all sites have fired. If the last site fires
+            several times in a forward, a row then has its first firing.
+        progress: Whether to show a progress bar, on a terminal or in a notebook. Elsewhere,
+            progress is reported once a minute, by the logger "actctx" if it is enabled for INFO,
+            else on stderr.
 
     Returns:
-        What was written.
+        The result.
 
     Raises:
-        DataError: The input cannot be read, or it, the model or an option differs from what the
-            data set came from; there is something else at the path, or it cannot be written to, or
-            another extraction does; it has more rows than `max_tokens`; a value is not finite.
+        DataError: The input cannot be read; the input, the model or an option differs from the data
+            set's; there is something else at the path, or it cannot be written to, or another
+            extraction is writing to it; it has more rows than `max_tokens`; a value is not finite.
         OptionError: An option is not valid.
         ActctxError: As `capture`.
-        SystemExit: In the main thread, at SIGTERM or SIGHUP, once what is whole is committed;
+        SystemExit: In the main thread, at SIGTERM or SIGHUP, after complete rows are committed,
             unless you have a handler for it.
 
     Example:

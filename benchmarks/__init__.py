@@ -1,1 +1,1 @@
-"""What it costs to get one activation of a model; see README.md."""
+"""Benchmarks of capturing activations of a model; see README.md."""

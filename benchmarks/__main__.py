@@ -40,13 +40,13 @@ QUICK_CASES = (
     "gather-64-capture",
 )
 OTHERS = {
-    "sites": "microseconds of a hooked site and forward",
-    "checks": "microseconds of the checks of types",
+    "sites": "microseconds per hooked site and forward",
+    "checks": "microseconds of type checks",
 }
 USUAL = tuple(name for name, table in TABLES.items() if table.is_usual)
 CASES = ", ".join([*USUAL, *SWEEPS, *OTHERS])
 CHOSEN_IN = {way.name: name for name in reversed(TABLES) for way in TABLES[name].ways}
-"""The table that a way is measured in where it alone is asked for: the first that has it."""
+"""The table for a way that is requested alone: the first that has it."""
 
 
 def main(
@@ -55,42 +55,47 @@ def main(
         list[str] | None, typer.Option(help=f"A table or a way; repeatable. Tables: {CASES}.")
     ] = None,
     list_cases: Annotated[
-        bool, typer.Option("--list", help="List all tables and their ways, and end.")
+        bool, typer.Option("--list", help="List all tables and their ways, and exit.")
     ] = False,
     quick: Annotated[
         bool,
-        typer.Option(
-            "--quick", help="Only see that it works, and fits: tiny, whatever sizes are given."
-        ),
+        typer.Option("--quick", help="Only check that everything works and fits, with tiny sizes."),
     ] = False,
     model: Annotated[
-        str, typer.Option(help="A Hugging Face model, by name or path; else random weights.")
+        str,
+        typer.Option(help="The name or path of a Hugging Face model. By default random weights."),
     ] = Setup.model,
     batch: Annotated[int | None, typer.Option(min=1, help="Sequences.")] = None,
-    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens a sequence.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Fresh processes to time in.")] = None,
-    repeats: Annotated[int | None, typer.Option(min=1, help="Passes in each.")] = None,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = Setup.threads,
+    tokens: Annotated[int | None, typer.Option(min=8, help="Tokens per sequence.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="The number of new processes to time in.")
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="The number of passes in each process.")
+    ] = None,
+    threads: Annotated[
+        int, typer.Option(min=1, help="The number of torch's threads.")
+    ] = Setup.threads,
     device: Annotated[str, typer.Option(help="Device of the model, such as cuda.")] = Setup.device,
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="A folder for plots of all that --json has, or this run. Without --case, what "
-            "they vary is measured, too."
+            help="A folder for plots of everything in --json, or of this run. Without --case, "
+            "sweeps are measured too."
         ),
     ] = None,
     json_file: Annotated[
         Path | None,
         typer.Option(
             "--json",
-            help="Where to write all that is measured, beside what the file has: its tables, and "
-            "the ways of them that are not measured now, are kept.",
+            help="A file for the results. Its other tables, and other ways of the same tables, are "
+            "kept.",
         ),
     ] = None,
 ) -> None:
-    """Measure what it costs to get activations of a model like GPT-2 small.
+    """Measure the cost of capturing activations of a model like GPT-2 small.
 
-    Each way's extra peak memory is measured in a process of its own, its time relative to a bare
+    Each way's extra peak memory is measured in its own process, and its time relative to a bare
     forward that is stopped where capture(stop=True) ends it. See benchmarks/README.md.
     """
     if list_cases:
@@ -125,19 +130,19 @@ def main(
     faults += _measure_others(asked, findings, quick=quick)
     if plot:
         drawn = ", ".join(draw(findings.tables, plot))
-        print(f"drawn in {plot}: {drawn or 'nothing, since it takes plain or a sweep'}\n")
+        print(f"drawn in {plot}: {drawn or 'nothing, since plots need plain or a sweep'}\n")
     print(", ".join(f"{what} {found}" for what, found in machine(device).items()))
     if faults:
         sys.exit("\n".join(faults))
 
 
 def _can_be_measured(table: Table, setup: Setup) -> bool:
-    """Say why a table is left out, if it is."""
+    """Say why a table is skipped, if it is."""
     missing = [library for library in table.needs if find_spec(library) is None]
     how = "docs/benchmarks.md says how"
     why = f"not installed: {', '.join(missing)}; {how}" if missing else why_not(table, setup)
     if why:
-        print(f"{table.name} is left out: {why}\n")
+        print(f"{table.name} is skipped: {why}\n")
     without = sorted({way.model for way in table.ways} & WITHOUT)
     if without:
         print(f"{table.name} is without ways of {' and '.join(without)}: not installed\n")
@@ -154,8 +159,8 @@ def _measure(
     rounds: int | None = None,
     repeats: int | None = None,
 ) -> list[str]:
-    """Measure a table, memory first, and return what is wrong with it."""
-    processes = 2 if setup.device == "cpu" else 1  # to import takes longer than to run
+    """Measure a table, memory first, and return its failures."""
+    processes = 2 if setup.device == "cpu" else 1  # importing takes longer than running
     results = measure_memory(setup, [way.name for way in ways], processes=processes)
     faults = [f"{each.way}: {each.failed}" for each in results if each.failed]
     limits = {way.limit for way in ways}
@@ -175,7 +180,7 @@ def _measure(
             faults.append(f"{table.name}: {error}")
         stay = _keep(table, setup, results, findings)
     if stay:
-        print(f"--json keeps what it had, which says more: {', '.join(stay)}\n")
+        print(f"--json keeps the earlier results, which are more complete: {', '.join(stay)}\n")
     if not quick and table.is_usual:
         verdicts = targets(results, batches=setup.batches)
         print(*(f"- {verdict}\n" for verdict in verdicts), sep="")
@@ -183,7 +188,7 @@ def _measure(
 
 
 def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings) -> list[str]:
-    """Write and print what there is by now, and return of which ways the file says more."""
+    """Write and print the results so far, and return the ways with better results in the file."""
     stay = findings.put_results(table, setup, results)
     sizes = f"{setup.batch} x {setup.tokens} tokens, {setup.layers} layers"
     passes = max(len(result.seconds) for result in results)
@@ -200,7 +205,7 @@ def _keep(table: Table, setup: Setup, results: list[Result], findings: Findings)
 
 
 def _measure_others(asked: Sequence[str], findings: Findings, *, quick: bool) -> list[str]:
-    """Measure what is tiny: on the CPU and a tiny model, whatever device and model are given."""
+    """Measure the small tables, always on the CPU with a tiny model."""
     faults = []
     for name, measure in (("sites", _measure_sites), ("checks", _measure_checks)):
         if name in asked:
@@ -222,7 +227,9 @@ def _measure_checks(findings: Findings, *, quick: bool) -> None:
     found = probe(Order(replace(QUICK, threads=1), tiny="checks", repeats=2 if quick else 5))
     findings.put("checks", found)
     print(
-        "checks: {site:.1f} us a site and shape, {field:.0f} us a field and block\n".format(**found)
+        "checks: {site:.1f} us per site and shape, {field:.0f} us per field and block\n".format(
+            **found
+        )
     )
 
 
@@ -231,7 +238,7 @@ def _given(**options: int | None) -> dict[str, Any]:
 
 
 def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
-    """Put the ways that are asked for in the order of their tables, with the limits of them."""
+    """Put the requested ways in the order of their tables, with their limits."""
     asked = set(cases)
     unknown = sorted(asked - {*TABLES, *SWEEPS, *WAYS, *OTHERS})
     lacking = sorted({WAYS[case].model for case in asked & {*WAYS}} & WITHOUT)
@@ -257,7 +264,7 @@ def _chosen(cases: Iterable[str]) -> Iterator[tuple[Table, list[Way]]]:
 
 
 def _listing() -> Iterator[str]:
-    """List all that can be chosen."""
+    """List everything that can be chosen."""
     for table in TABLES.values():
         swept = f" (of {table.sweep})" if table.sweep else ""
         yield f"{table.name}{swept}: {table.title}"

@@ -203,7 +203,7 @@ class Capture(Generic[B]):
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model,
+            NeverFiredError: A site that was requested by name is switched off in the model,
                 or all that a pattern matches is.
 
         """
@@ -245,7 +245,7 @@ class Capture(Generic[B]):
 
         Raises:
             CaptureStateError: It is open already.
-            NeverFiredError: A site that was asked for by its name is switched off in the model,
+            NeverFiredError: A site that was requested by name is switched off in the model,
                 or all that a pattern matches is.
 
         Example:

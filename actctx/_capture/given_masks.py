@@ -87,9 +87,9 @@ def diagonal(
     real = among.diagonal(dim1=1, dim2=2) & ~is_opened
     if bool(_alone(seen & ~is_opened[:, :, None], first, real).any()):
         raise OptionError(
-            "the forward's mask of four axes does not tell which tokens are padding: some attend "
-            "to themselves, but no other attends to them; give capture the mask itself, of the "
-            "shape batch pos"
+            "the forward's mask of four axes does not say which tokens are padding: some attend to "
+            "themselves, but no other attends to them; pass the mask to capture, of the shape "
+            "batch pos"
         )
     past = torch.ones(len(real), before or first, dtype=torch.bool, device=real.device)
     return torch.cat([past, real], 1).expand(sequences, -1)

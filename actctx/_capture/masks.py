@@ -1,6 +1,6 @@
 """Determine which rows of a site are tokens and which are padding, from the masks of forwards.
 
-# NOTE [Where a mask lies on a site]
+# NOTE [Aligning a mask with a site]
 A forward's mask covers the cached tokens and then the new ones; a site has only the latter. The
 cache is asked for its length before the forward; see `generation`. Nothing else is subtracted: a
 site that is shorter than the mask for another reason counts other things than the mask does, such

@@ -1,6 +1,6 @@
 """One opening of a capture: its hooks, and the forwards that they see.
 
-# NOTE [What a thread-wide opening lends]
+# NOTE [Thread-wide openings]
 `capture(...).open()` has no block that ends it, so its hooks stay as long as something refers to
 the buffer. The hooks refer to the opening weakly, and the opening refers to its buffer, so the
 buffer does not keep the opening alive. The user is therefore given another object with the buffer's

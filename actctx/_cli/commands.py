@@ -312,8 +312,8 @@ def _note_what_was_lost(result: Result, sequences: Sequences) -> None:
     cut = [tokens for tokens in sequences.cut if tokens]
     if cut:
         _note(
-            f"tokens were cut off at the end of {len(cut)} of the {len(sequences.cut)} texts, "
-            f"{sum(cut)} in all: the model reads {sequences.limit} at once"
+            f"{counted(sum(cut), 'token')} cut off at the ends of {len(cut)} of the "
+            f"{len(sequences.cut)} texts: the model reads {sequences.limit} at once"
         )
     if result.filled:
         lengths = [len(tokens) for tokens in sequences.tokens]

@@ -107,7 +107,7 @@ _SWITCH = re.compile(r" is off: call (model\..*) first")
 # The options of Python calls in the library's messages, outside quotes.
 _OPTION = re.compile(
     r"(?P<quoted>(?<!\w)'[^']*')"
-    r"|give resume=True to go on with it, or (?P<another>another)?"
+    r"|give resume=True to resume it, or (?P<another>another)?"
     r"|\b(?P<flag>pack|add|equal_lengths|finite|resume)=(?P<set>True|False)\b"
     r"|\bdrop=\{'(?P<dropped>\w+)': \[(?P<what>\d+)\]\}"
     r"|\b(?P<name>(?:batch_size|context|dtype|slice|mask|pool|tokenizer)(?==)|max_tokens)"
@@ -126,7 +126,7 @@ def _as_typed(option: re.Match[str]) -> str:
         return f"--drop {option['dropped']}={option['what']}"
     if not option["name"]:
         rest = "give another" if option["another"] else ""
-        return f"leave out --no-resume to go on with it, or {rest}"
+        return f"leave out --no-resume to resume it, or {rest}"
     value = (option["value"] or "").strip("'")
     return f"--{option['name'].replace('_', '-')} {value}".rstrip()
 

@@ -53,7 +53,7 @@ def add_sites(
     """
     if most is not None:
         raise OptionError(
-            f"max_tokens={most} does not go with add=True, which adds to all rows that are there; "
+            f"max_tokens={most} does not work with add=True, which adds to all existing rows; "
             "leave max_tokens out"
         )
     whole, facts = destination.contents, plan.facts
@@ -104,7 +104,7 @@ def _clear(destination: Destination) -> None:
     """Delete what a finished addition left, or one without rows."""
     adding, done = _beside(destination.path, "adding"), _beside(destination.path, "adding.done")
     if found := found_at(done):
-        raise DataError(f"'{done}' {found}, but sites are added by way of that path; move it")
+        raise DataError(f"'{done}' {found}, but adding sites needs that path; move it")
     if done.exists():
         delete(done)
     if not adding.exists():
@@ -129,13 +129,13 @@ def _check_half(facts: Facts, staged: Contents, whole: Contents) -> None:
     asked = facts.names(half)
     if sorted(half) != sorted(asked):
         raise DataError(
-            f"'{staged.path}' holds a half-done addition of {half}, not of {asked}; finish it "
-            "first, with the sites that it has, or delete that directory"
+            f"'{staged.path}' contains an unfinished addition of {half}, not of {asked}; finish it "
+            "first, with its sites, or delete that directory"
         )
     if staged.row_count > whole.row_count:
         raise DataError(
-            f"'{staged.path}' holds {staged.row_count} rows of a half-done addition, but "
-            f"'{whole.path}' has {whole.row_count}, so it is one to another data set; delete that "
+            f"'{staged.path}' holds {staged.row_count} rows of an unfinished addition, but "
+            f"'{whole.path}' has {whole.row_count}, so it belongs to another data set; delete that "
             "directory"
         )
 

@@ -165,8 +165,8 @@ def in_equal_lengths(batch: Batch) -> Iterator[Batch]:
         return
     if batch.real is None:
         raise OptionError(
-            "equal_lengths=True runs no padding, but mask=None keeps its rows; leave one of them "
-            "out"
+            "equal_lengths=True runs without padding, but mask=None keeps its rows; leave one of "
+            "them out"
         )
     first, lengths = spans(unpadded)
     for length in dict.fromkeys(lengths.tolist()):
@@ -240,8 +240,8 @@ def _at(
     shape = f" of the shape {tuple(value.shape)}" if isinstance(value, Tensor) else ""
     raise DataError(
         f"from sequence {int(batch.sequences[0])} on, the input has padding, and {name!r}{shape}, "
-        "of which it is not known what belongs to which token; give single sequences, or batches "
-        "without padding before the tokens"
+        "and it is not known which of its entries belong to which token; give single sequences, "
+        "or batches without padding before the tokens"
     )
 
 

@@ -62,7 +62,7 @@ class Facts:
         layout = contents.layout
         if not resume:
             raise DataError(
-                f"'{contents.path}' exists; give resume=True to go on with it, or {otherwise}"
+                f"'{contents.path}' exists; give resume=True to resume it, or {otherwise}"
             )
         stored = [site.name for site in layout.sites]
         asked = self.names(stored)
@@ -73,11 +73,11 @@ class Facts:
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]
-        _compare(f"cannot go on with '{contents.path}'", facts, otherwise)
+        _compare(f"cannot resume '{contents.path}'", facts, otherwise)
         if more := layout.unlisted(contents.schema):
             raise DataError(
-                f"cannot go on with '{contents.path}': it has a column {more[0]!r} that extract() "
-                "did not write, so new rows would have nothing in it; drop it, with "
+                f"cannot resume '{contents.path}': it has a column {more[0]!r} that extract() did "
+                "not write, so new rows would have no value in it; drop it, with "
                 f"lance.dataset(path).drop_columns([{more[0]!r}]), or give {otherwise}"
             )
 
@@ -92,7 +92,7 @@ class Facts:
         layout = contents.layout
         if not layout.sites:
             raise DataError(
-                f"cannot add to '{contents.path}': it has no site, so nothing says what was "
+                f"cannot add to '{contents.path}': it has no site, so it is not known what was "
                 "selected along its tokens; extract to another path"
             )
         was, now = layout.sites[0].slice, self.slices[self.sites[0].key]  # one for all, of tokens
@@ -138,7 +138,7 @@ class Facts:
                 (f"shape of {was.name!r}", was.shape, now.shape),
                 (f"list of axes of {was.name!r}", [*was.axes], [*now.axes]),
             ]
-        _compare(f"cannot go on with '{contents.path}'", facts)
+        _compare(f"cannot resume '{contents.path}'", facts)
 
     def check_hooks(self, contents: Contents, changing: Collection[str]) -> None:
         """Compare the hooks of others, once a forward has told which ones change what passes.
@@ -154,7 +154,7 @@ class Facts:
         facts = self._of_model(
             contents.layout, flags_of(site.place for site in self.sites), changing
         )
-        _compare(f"cannot go on with '{contents.path}'", facts)
+        _compare(f"cannot resume '{contents.path}'", facts)
 
     def on_batch_size(self, contents: Contents, reader: Reader) -> str | None:
         """Warn that values are equal up to rounding; None if the forwards are as they were."""
@@ -162,9 +162,9 @@ class Facts:
         if was is None or not reader.runs_otherwise(was):
             return None
         return (
-            f"the rows in '{contents.path}' were run with batch_size={was}, and more are run with "
-            f"batch_size={reader.batch_size}, so values are equal to those of one run up to "
-            f"rounding only; give batch_size={was} for the same bits"
+            f"the rows in '{contents.path}' were run with batch_size={was}, and new ones are run "
+            f"with batch_size={reader.batch_size}, so values equal those of a single run only up "
+            f"to rounding; give batch_size={was} for the same bits"
         )
 
     def _of_model(
@@ -226,8 +226,8 @@ def check_padding(
         is_there = may_count and count < there.row_count
         if is_there and "position_ids" not in work.batch.given and is_padded_before(work.batch):
             raise DataError(
-                f"cannot go on with '{there.path}': an older version of actctx wrote it, which ran "
-                "padding before the tokens as it is, and this model may count that as positions, "
+                f"cannot resume '{there.path}': an older version of actctx wrote it, which did not "
+                "move padding behind the tokens, and this model may count padding as positions, "
                 "so its rows may be wrong; give another path"
             )
         count += len(work.token)

@@ -21,15 +21,15 @@ def check_container(data: Any) -> None:
         raise DataError(f"data is a tensor {why}; give token ids as a plain tensor")
     kind = type(data).__name__
     if isinstance(data, type):
-        raise DataError(f"data is the class {data.__name__!r}; give an object of it")
+        raise DataError(f"data is the class {data.__name__!r}; give an instance of it")
     if hasattr(data, "iterrows"):  # of pandas
         raise DataError(
-            "data is a table, of which going through it gives the names of its columns; give its "
+            "data is a table, and iterating over it yields the names of its columns; give its "
             "rows, data.to_dict('records')"
         )
     if rows := _rows_of(data):
         raise DataError(
-            f"data is one {kind}, of which going through it does not give its rows; give {rows}"
+            f"data is one {kind}, and iterating over it does not yield its rows; give {rows}"
         )
     is_one = isinstance(data, str | bytes | bytearray | memoryview | Mapping)
     if is_one or getattr(data, "ndim", None) == 0 or not hasattr(data, "__iter__"):
@@ -55,7 +55,7 @@ def _remedy(data: Any) -> str:
     if isinstance(data, str):
         return "a list, such as [data]"
     if hasattr(data, "__getitem__") and getattr(data, "ndim", None) != 0:
-        return "what goes through it, such as torch.utils.data.DataLoader(data, batch_size=None)"
+        return "an iterable over it, such as torch.utils.data.DataLoader(data, batch_size=None)"
     return "a list of texts, or of sequences of token ids"
 
 
@@ -89,8 +89,8 @@ def as_plain(values: Any) -> Any:
     """
     if isinstance(values, np.ma.MaskedArray):
         raise DataError(
-            "the input holds a masked array, of which torch would take what is masked as well; "
-            "give array.data, with an attention_mask"
+            "the input holds a masked array, but torch ignores its mask; give array.data, with an "
+            "attention_mask"
         )
     if isinstance(values, Tensor) and (why := why_no_values(values)):
         raise DataError(f"the input holds a tensor {why}; give a plain tensor")

@@ -27,8 +27,8 @@ def check_sides(model: nn.Module, sites: Iterable[WatchedSite]) -> None:
         later = side == "shared" and site.firing not in {None, 0}
         if side == "decoder" or named or later:
             raise OptionError(
-                f"{site.shown} is of the decoder, but a row is a token of what the encoder is "
-                "given; capture it with capture(), or extract from the decoder by itself"
+                f"{site.shown} belongs to the decoder, but a row is a token of the encoder's "
+                "input; capture it with capture(), or extract from the decoder alone"
             )
 
 

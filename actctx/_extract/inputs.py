@@ -158,10 +158,10 @@ class Reader:
         items = iter(data)
         head = [*itertools.islice(items, 1)]
         if not head and at is START:
-            raise DataError("data has nothing in it, so there is nothing to run; give some input")
+            raise DataError("data is empty, so there is nothing to run; give some input")
         if head and is_number(head[0]):
             raise DataError(
-                "data holds single numbers, as one sequence of token ids does; give a list of "
+                "data holds single numbers, like one sequence of token ids; give a list of "
                 "sequences, such as [data]"
             )
         kind = at.kind
@@ -316,14 +316,14 @@ class Reader:
     def _packed(self, source: Source, at: Mark) -> Iterator[Batch]:
         if self.carry:
             raise OptionError(
-                "carry= goes with whole sequences, which pack=True joins; leave one of them out"
+                "carry= needs whole sequences, but pack=True joins them; leave one of them out"
             )
         if self.mask != "attention":
             raise OptionError(
-                "mask= goes with whole sequences, which pack=True joins; leave one of them out"
+                "mask= needs whole sequences, but pack=True joins them; leave one of them out"
             )
         if self.context is None:
-            raise OptionError("pack=True needs context=, since the model has no limit of its own")
+            raise OptionError("pack=True needs context=, since the model does not state a limit")
         packing = Packing(self.batch_size, self.context, self.separator)
         yield from packing.batches(self._chunks(source, _AT_ONCE), at)
 
@@ -356,9 +356,9 @@ def _check_texts(items: Iterable[Item]) -> None:
     for item in items:
         if item.text is not None and not is_utf8(item.text):
             raise DataError(
-                f"sequence {item.number} of the input has characters that UTF-8 cannot write, "
-                "which the tokenizer does not take; replace them, as text.encode(errors='replace')"
-                ".decode() does"
+                f"sequence {item.number} of the input has characters that UTF-8 cannot encode, "
+                "which the tokenizer does not accept; replace them, as "
+                "text.encode(errors='replace').decode() does"
             ) from None
 
 
@@ -381,13 +381,13 @@ def _check_unmasked(real: Bool[Tensor, "batch pos"], number: int, warned: set[st
     if bool((real[:, 1:] & ~real[:, :-1]).any()):
         raise DataError(
             f"from sequence {number} on, the input has padding before tokens, but the model's "
-            f"forward takes no attention mask, so that they would attend to it; {remedy}"
+            f"forward takes no attention mask, so tokens would attend to it; {remedy}"
         )
     if "unmasked" in warned:
         return
     warned.add("unmasked")
     warnings.warn(
-        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
-        f"them if it is not causal; {remedy}",
+        "the model's forward takes no attention mask, so tokens attend to the padding after them "
+        f"if it is not causal; {remedy}",
         stacklevel=2,
     )

@@ -81,8 +81,8 @@ class Item:
         (places,) = self.real.nonzero(as_tuple=True)
         if len(places) and len(places) != int(places[-1] - places[0]) + 1:
             raise DataError(
-                f"the attention mask of sequence {self.number} has a hole, and single sequences "
-                "run without what it leaves out; give it in a batch, which runs as it is"
+                f"the attention mask of sequence {self.number} has a gap, and single sequences run "
+                "without the tokens that it excludes; give it in a batch, which runs as it is"
             )
         return self._at(self.real)
 
@@ -159,7 +159,7 @@ class Items:
             if not isinstance(item, Mapping) or name not in item:
                 there = shortened([*map(repr, item)]) if isinstance(item, Mapping) else found(item)
                 raise DataError(
-                    f"carry names {name!r}, but sequence {number} of the input has nothing under "
+                    f"carry names {name!r}, but sequence {number} of the input has no entry of "
                     f"that name, only {there}; give dicts that have it"
                 )
         carried = {name: _scalar(name, item[name], number) for name in self.carry}
@@ -237,9 +237,9 @@ class Items:
         for name in item:
             if str(name).endswith(("mask", "masks")) and name not in read:
                 raise DataError(
-                    f"data holds {name!r}, which nothing reads, and no 'attention_mask'; call it "
-                    f"'attention_mask' where it tells padding, give mask={name!r} where it tells "
-                    "which tokens leave rows, or leave it out"
+                    f"data holds {name!r}, which is not used, and no 'attention_mask'; name it "
+                    f"'attention_mask' if it marks padding, give mask={name!r} if it marks the "
+                    "tokens that become rows, or leave it out"
                 )
 
     def _carried(self, item: Any, name: str, number: int, batch: int) -> list[Any]:
@@ -266,16 +266,16 @@ def tokens_in(item: Any) -> Any:
         if name is None:
             names = f"dicts of {', '.join(map(repr, item))}, none" if item else "empty dicts, none"
             raise DataError(
-                f"data holds {names} of which is input_ids, tokens or text; rename what holds the "
-                "tokens"
+                f"data holds {names} of which is input_ids, tokens or text; rename the entry with "
+                "the tokens"
             )
         return item[name]
     # As a DataLoader hands over what a TensorDataset holds.
     if isinstance(item, list | tuple) and item and _has_axes(item[0]):
         if len(item) > 1:
             raise DataError(
-                f"data holds a {type(item).__name__} of {len(item)} tensors, which do not say what "
-                "they are; give dicts of input_ids and what else there is, such as attention_mask"
+                f"data holds a {type(item).__name__} of {len(item)} tensors without names; give "
+                "dicts of input_ids and the others, such as attention_mask"
             )
         return item[0]
     return item
@@ -310,7 +310,7 @@ def _as_long(ids: Tensor, number: int) -> Int64[Tensor, "..."]:
     own = ids.to("cpu", torch.long, copy=True)
     if ids.dtype == torch.uint64 and bool((own < 0).any()):
         raise DataError(
-            f"from sequence {number} on, the input holds token ids of 2**63 and more; give the ids "
+            f"from sequence {number} on, the input holds token ids of 2**63 or more; give the ids "
             "of the model's own tokenizer"
         )
     return own
@@ -326,7 +326,7 @@ def found(value: object) -> str:
 def _kept(item: Mapping[str, Any], name: str) -> Shaped[Tensor, "..."]:
     if item.get(name) is None:
         raise DataError(
-            f"mask names {name!r}, but the input has nothing under that name; give dicts that have "
+            f"mask names {name!r}, but the input has no entry of that name; give dicts that have "
             "it, or 'attention' for all tokens that are not padding"
         )
     return _as_mask(item, name)
@@ -339,21 +339,20 @@ def _no_ids(tokens: Any, number: int) -> str:
     if is_list and any(isinstance(each, str) for each in tokens):
         return (
             f"from sequence {number} on, the input holds a {type(tokens).__name__} of texts; give "
-            "single texts, such as itertools.chain.from_iterable(data), which are put into batches"
+            "single texts, such as itertools.chain.from_iterable(data), which are batched here"
         )
     if hasattr(tokens, "to_pylist") or hasattr(tokens, "as_py"):
         way = "to_pylist" if hasattr(tokens, "to_pylist") else "as_py"
         return (
-            f"from sequence {number} on, the input holds {found(tokens)} of Arrow's; give Python's "
+            f"from sequence {number} on, the input holds {found(tokens)} of Arrow; give Python "
             f"values, as its {way}() returns them"
         )
     lengths = _lengths_in(tokens) if is_list else []
     if len({*lengths}) > 1:
         return (
             f"from sequence {number} on, the input holds a batch of sequences of {min(lengths)} to "
-            f"{max(lengths)} tokens; fill them up to one length, with an attention_mask, as "
-            "tokenizer(..., padding=True) does, or give single sequences, which are put into "
-            "batches"
+            f"{max(lengths)} tokens; pad them to one length, with an attention_mask, as "
+            "tokenizer(..., padding=True) does, or give single sequences, which are batched here"
         )
     return (
         f"from sequence {number} on, the input holds {found(tokens)}, which is not a tensor of "
@@ -379,7 +378,7 @@ def _as_mask(
         ) from None
     if is_binary and not bool(((mask == 0) | (mask == 1)).all()):
         raise DataError(
-            f"{name!r} holds other values than 0 and 1; give 1 for each token that is not padding"
+            f"{name!r} has values other than 0 and 1; give 1 for each token that is not padding"
         )
     return mask.to("cpu", torch.bool, copy=True)
 
@@ -398,8 +397,8 @@ def _check_padding_is_told(given: Mapping[str, Any], shape: tuple[int, ...]) -> 
         if is_mask_of_tokens(name, mask, shape) and bool((mask != mask.flatten()[0]).any()):
             raise DataError(
                 f"data holds {name!r}, which the model's forward takes, but no 'attention_mask', "
-                "so that it is not known which tokens are padding; give an 'attention_mask' as "
-                f"well, or mask={name!r} where it is not 0 for the tokens that leave rows"
+                "so it is not known which tokens are padding; also give an 'attention_mask', or "
+                f"mask={name!r} if it is not 0 for the tokens that become rows"
             )
 
 
@@ -436,7 +435,7 @@ def _scalar(name: str, value: Any, number: int) -> Any:
     elif value is None:
         wrong = "None; give a value of the same type as the others, such as -1"
     elif isinstance(value, str) and not is_utf8(value):
-        wrong = f"{value!r}, which has characters that UTF-8 cannot write; replace them"
+        wrong = f"{value!r}, which has characters that UTF-8 cannot encode; replace them"
     elif not isinstance(value, int | float | str):
         wrong = f"{found(value)}; give one value for each sequence, a number or a string"
     else:

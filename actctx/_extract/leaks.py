@@ -59,9 +59,9 @@ class LoneSequence:
             most = max(_OFF.get(each, _OFF_BY_DEFAULT) for each in (dtype, rows.dtype))
             if off > most:
                 warn(
-                    f"padding reaches the tokens beside it: what {name!r} leaves of sequence "
-                    f"{int(self.batch.sequences[0])} is {off:.0%} off from what it leaves of it "
-                    "alone; give equal_lengths=True, with which no forward has padding"
+                    f"padding changes the tokens next to it: {name!r} of sequence "
+                    f"{int(self.batch.sequences[0])} differs by {off:.0%} from the same sequence "
+                    "run alone; give equal_lengths=True, so that no forward has padding"
                 )
                 return
 

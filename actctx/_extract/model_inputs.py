@@ -86,8 +86,8 @@ def reader_of(
             or set(name) & set(_NOT_IN_COLUMNS)
         ):
             raise OptionError(
-                f"carry names {name!r}, which no column can be called; rename it to a string "
-                f"without {' '.join(_NOT_IN_COLUMNS)}"
+                f"carry names {name!r}, which cannot be the name of a column; rename it to a "
+                f"string without {' '.join(_NOT_IN_COLUMNS)}"
             )
     limit = context_length(model)
     if context is not None and limit is not None and context > limit:
@@ -173,8 +173,8 @@ def _check_is_settled(model: nn.Module) -> None:
         if dropping or isinstance(module, nn.modules.batchnorm._BatchNorm):
             what = f"drops at random (p={dropping[0]})" if dropping else "learns its statistics"
             raise OptionError(
-                f"the model is in training mode, in which {name or 'it'!r} {what}, so that each "
-                "run leaves other activations; call model.eval() first"
+                f"the model is in training mode, in which {name or 'it'!r} {what}, so each run "
+                "yields other activations; call model.eval() first"
             )
 
 

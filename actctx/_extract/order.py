@@ -32,8 +32,8 @@ def check_order(data: Any) -> None:
 
 def _refusal(what: str, seed: str) -> str:
     return (
-        f"data is a {what} that shuffles without a seed, so its order is another each time, and "
-        f"what is written could never be resumed; give it {seed}, or give resume=False"
+        f"data is a {what} that shuffles without a seed, so its order differs each time, and the "
+        f"run could never be resumed; give it {seed}, or give resume=False"
     )
 
 

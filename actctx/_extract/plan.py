@@ -128,13 +128,13 @@ def _check_names(names: list[str]) -> None:
     for name in names:
         if not name or not is_utf8(name):
             raise OptionError(
-                f"a column needs a name, which {name!r} is not; give the site an alias, as in "
+                f"{name!r} cannot be the name of a column; give the site an alias, as in "
                 "{'resid': ...}"
             )
         if name in TAKEN or names.count(name) > 1:
             raise OptionError(
                 f"{name!r} is the name of another column; give the site an alias, as in "
-                "{'resid': ...}, or rename what is carried"
+                "{'resid': ...}, or rename the carried entry"
             )
 
 
@@ -144,8 +144,8 @@ def _shared_rows(sites: Sequence[WatchedSite]) -> RowSelector:
     for site in sites:
         if site.rows is None or picks_of(site.rows.tokens) != picks_of(shared.tokens):
             raise OptionError(
-                f"{site.shown} selects other positions than {sites[0].shown}, but they are to "
-                "have the same rows; give them one slice along 'pos', or a data set each"
+                f"{site.shown} selects other positions than {sites[0].shown}, but all sites need "
+                "the same rows; give them one slice along 'pos', or a data set each"
             )
     return shared
 

@@ -131,7 +131,7 @@ def add_note_of_rows(error: BaseException, path: Path, rows: int) -> None:
         return
     note = f"'{path}' keeps {counted(rows, 'row')}; the same call resumes after them"
     if not rows:
-        note = f"no rows are in '{path}' yet; the same call begins anew"
+        note = f"no rows are in '{path}' yet; the same call starts from the beginning"
     error.add_note(note)
     if isinstance(error, SystemExit):  # whose notes are not shown
         _LOG.warning(note)

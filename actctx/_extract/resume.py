@@ -139,8 +139,8 @@ def remaining(
             return
     if count < skip:
         raise DataError(
-            f"the input leaves {count} rows, but {skip} are on disk already, so they came from "
-            "another one; give the same input, or another path"
+            f"the input leaves {count} rows, but {skip} are already on disk, so they came from "
+            "another input; give the same input, or another path"
         )
 
 
@@ -185,8 +185,8 @@ class _RowsOnDisk:
                 differs = f"{there} there, but {here} in the input"
                 if there == here:
                     differs = (
-                        f"{here} in both, but its sequence has other tokens, or other arguments of "
-                        "the forward, or other values of what is carried"
+                        f"{here} in both, but its sequence has other tokens, other arguments of "
+                        "the forward, or other carried values"
                     )
                 raise DataError(
                     f"the rows on disk came from another input: row {before + at} is {differs}; "

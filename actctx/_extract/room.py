@@ -53,8 +53,8 @@ class Room:
             plan += f", with {format_bytes(copied)} more while they are added"
         if needed > free:
             raise DataError(
-                f"'{self._path}' has no room: {plan}, but {format_bytes(free)} are free; give a "
-                "smaller dtype, fewer sites or tokens, or another disk"
+                f"'{self._path}' has too little space: {plan}, but {format_bytes(free)} are free; "
+                "give a smaller dtype, fewer sites or tokens, or another disk"
             )
         plan += f", {format_bytes(free)} are free"
         _LOG.info(plan)

@@ -202,7 +202,7 @@ class _Run:
         if contents is None:
             reason = "it has no sequences, or all of its tokens are padding or dropped; keep some"
             if is_sliced_away:
-                reason = "slice= selects none of the tokens that are left; give another"
+                reason = "slice= selects none of the remaining tokens; give another"
             raise DataError(f"the input leaves no rows: {reason}")
         return contents
 

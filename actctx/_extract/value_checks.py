@@ -70,7 +70,7 @@ class ValueChecks:
                 what = "are 0" if is_zero else "have the same values"
                 warn(
                     f"all {rows} rows of {name!r} that were written {what}; check that the site "
-                    "and the slice are those that you want"
+                    "and the slice are the ones that you want"
                 )
 
     def _warn_loss(self, name: str, loss: CastLoss) -> None:

@@ -183,8 +183,8 @@ def _each_row(name: str, values: Any, within: Any) -> Any:
     except pa.ArrowInvalid:  # of texts, which older versions wrote to each row
         raise DataError(
             f"carry names {name!r}, whose values take more than 2 GiB in the rows of one forward, "
-            "since an older version of actctx began this data set; give another path, where texts "
-            "are stored once a sequence"
+            "since an older version of actctx started this data set; give another path, where "
+            "texts are stored once per sequence"
         ) from None
 
 
@@ -227,7 +227,7 @@ def carried_array(name: str, work: Work, *, kind: Any = None) -> Any:
             found = found.cast(kind)  # of ints that a float holds exactly
     except (pa.ArrowException, UnicodeEncodeError) as error:  # of half a surrogate pair
         raise DataError(
-            f"carry names {name!r}, whose values do not make a column: {error}; give ints, floats, "
+            f"carry names {name!r}, whose values cannot form a column: {error}; give ints, floats, "
             "bools or strings, of one type throughout"
         ) from None
     if isinstance(found, pa.ChunkedArray):
@@ -273,7 +273,7 @@ def _shown(found: Tensor, dtype: torch.dtype) -> str:
 def _remedy(found: Tensor, dtype: torch.dtype) -> str:
     if dtype in FLOAT8:  # some of which take nan for what is beyond their end
         end = torch.finfo(dtype).max
-        return f"{dtype_name(dtype)} ends at {end:g}, beyond which dtype=torch.bfloat16 goes; "
+        return f"{dtype_name(dtype)} ends at {end:g}, but dtype=torch.bfloat16 has a larger range; "
     if dtype == torch.float16 and bool(found.isinf()):
-        return "float16 ends at 65504, beyond which dtype=torch.bfloat16 goes; "
+        return "float16 ends at 65504, but dtype=torch.bfloat16 has a larger range; "
     return ""

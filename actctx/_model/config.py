@@ -1,4 +1,4 @@
-"""What a model says of itself: what it wraps, how many tokens it reads, and which ids."""
+"""What a model says about itself: the wrapped model, its context length and its vocabulary."""
 
 import inspect
 from typing import Any
@@ -7,12 +7,12 @@ from torch import nn
 
 
 def is_hugging_face(model: Any) -> bool:
-    """Return whether a model is one of transformers', whose forwards say all that they take."""
+    """Return whether a model is from transformers, whose forwards name all of their arguments."""
     return isinstance(getattr(getattr(model, "config", None), "model_type", None), str)
 
 
 def is_hooked(model: Any) -> bool:
-    """Return whether it is a model of TransformerLens, or wraps one, which sees to its cache."""
+    """Return whether it is a TransformerLens model, or wraps one, which handles its own cache."""
     while model is not None:
         if hasattr(model, "hook_dict"):
             return True
@@ -27,7 +27,7 @@ def takes_anything(model: Any) -> bool:
 
 
 def innermost(model: Any) -> Any:
-    """Find the model within wrappers that pass on what they are given."""
+    """Find the model inside wrappers that pass on their arguments."""
     while (inner := within(model)) is not None:
         model = inner
     return model
@@ -46,7 +46,7 @@ def within(model: Any) -> nn.Module | None:
 
 
 def _only_child(model: Any) -> nn.Module | None:
-    """Find what is within a module whose forward takes `*args, **kwargs`, and nothing by name."""
+    """Find the only child of a module whose forward takes `*args, **kwargs`, and no names."""
     if not isinstance(model, nn.Module):
         return None
     kinds = [each.kind for each in inspect.signature(model.forward).parameters.values()]
@@ -56,7 +56,7 @@ def _only_child(model: Any) -> nn.Module | None:
 
 
 def context_length(model: Any) -> int | None:
-    """Return the tokens that a model says it reads at once; None if it does not."""
+    """Return the context length that a model states; None if it does not."""
     lens, hugging = getattr(model, "cfg", None), getattr(model, "config", None)
     sizes = [getattr(lens, "n_ctx", None), getattr(hugging, "max_position_embeddings", None)]
     if isinstance(model, nn.Module):
@@ -65,7 +65,7 @@ def context_length(model: Any) -> int | None:
 
 
 def _numbered_behind_padding(model: nn.Module) -> list[int]:
-    """Return the positions of models like RoBERTa, whose numbers begin behind that of padding."""
+    """Return the positions of models like RoBERTa, which are numbered after the padding index."""
     return [
         module.num_embeddings - module.padding_idx - 1
         for name, module in model.named_modules()
@@ -76,9 +76,9 @@ def _numbered_behind_padding(model: nn.Module) -> list[int]:
 
 
 def vocabulary_size(model: Any) -> int | None:
-    """Return the number of token ids that a model knows; None if that is not known."""
+    """Return the number of token ids of a model; None if unknown."""
     inner = innermost(model)
-    # It is not always as long as the config's vocabulary: some models were given more tokens.
+    # It may differ from the config's vocabulary: some models were given more tokens.
     try:
         size = inner.get_input_embeddings().num_embeddings
     except (AttributeError, NotImplementedError):

@@ -104,7 +104,7 @@ class DryRun:
 
     @functools.cached_property
     def with_attentions(self) -> "DryRun":
-        """The run that asked for attention patterns."""
+        """The run that requested attention patterns."""
         return dry_run(self.model, output_attentions=True)
 
     @functools.cached_property

@@ -81,9 +81,9 @@ def decoder_fault(core: nn.Module, given: Mapping[str, Any]) -> str | None:
     if is_single or (not caches and given.get("input_ids") is not None):
         return None
     return (
-        "the decoder of FSMT attends to every token that it is given, also to padding and to those "
-        "behind, unless it is given input_ids and use_cache=False, so the activations differ from "
-        "those of the sequences alone; pass both"
+        "the decoder of FSMT attends to all tokens, including padding and later ones, unless it is "
+        "given input_ids and use_cache=False, so the activations differ from those of the "
+        "sequences alone; pass both"
     )
 
 
@@ -93,9 +93,9 @@ def right_padding_fault(core: nn.Module, mask: Bool[Tensor, "batch pos"]) -> str
     if kind != "cpmant" or not mask.shape[1] or bool(mask[:, -1].all()):
         return None
     return (
-        "CPM-Ant takes padding to be on the left, whatever the attention_mask says, so the "
-        "activations of sequences that are padded on the right differ from those of the sequences "
-        "alone; pad on the left with id 0"
+        "CPM-Ant assumes padding on the left, whatever the attention_mask says, so the activations "
+        "of sequences that are padded on the right differ from those of the sequences alone; pad "
+        "on the left with id 0"
     )
 
 

@@ -126,7 +126,7 @@ class Pieces:
         return owner, name.removeprefix("hook_") if is_its_own else io, is_its_own
 
     def _around(self, module: nn.Module) -> nn.Module:
-        """Find the closest module around one that has cut layers of its own."""
+        """Find the closest enclosing module with its own split layers."""
         while module in self._parents:
             module = self._parents[module]
             if module in self._cuts or self._beside(module):

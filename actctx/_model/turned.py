@@ -1,11 +1,11 @@
-"""Find places whose values depend on positions by themselves: rotary tables, and what they turn.
+"""Find places whose values depend on positions: rotary tables, and what they rotate.
 
-# NOTE [What depends on positions by itself]
-A rotary embedding makes scores depend on distances alone. But a module that runs between it and the
-scores, such as a norm of the queries, is given vectors that are turned by their own position: they
-differ if padding is counted, and so do the scores if it weighs their entries. No value tells that,
-so the source of the attention does: what it assigns from `apply_rotary_pos_emb` and its like, and
-hands to a module.
+# NOTE [What depends on positions]
+A rotary embedding makes scores depend only on distances. But a module that runs between it and the
+scores, such as a norm of the queries, is given vectors that are rotated by their own position.
+These differ if padding is counted, and so do the scores if the module weights their entries. No
+value shows this, so the source of the attention is searched for values from `apply_rotary_pos_emb`
+and similar functions that are passed to a module.
 """
 
 import ast
@@ -25,12 +25,12 @@ _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 
 
 def depends_on_positions(core: nn.Module, place: Place) -> bool:
-    """Return whether what a place of a model holds depends on positions, not only on distances.
+    """Return whether the values of a place depend on positions, not only on distances.
 
-    That is a rotary table, or what one has turned. Where a norm behind one has weights that differ,
-    or scores are scaled by positions, all of the model depends on them.
+    These are rotary tables, and rotated values. If a norm after a rotary embedding has unequal
+    weights, or scores are scaled by positions, the whole model depends on them.
     """
-    # RoFormer may turn values, too.
+    # RoFormer may rotate values too.
     if _NAMED.search(place.name) or getattr(getattr(core, "config", None), "rotary_value", False):
         return True
     if any(_scales_in(type(module).forward) for module in core.modules()):
@@ -56,7 +56,7 @@ def _scales_in(forward: Callable[..., Any]) -> bool:
 
 @functools.lru_cache
 def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
-    """List the attributes of a module that its forward calls on what was turned."""
+    """List the attributes of a module that its forward calls on rotated values."""
     try:
         tree = ast.parse(textwrap.dedent(_source(forward)))
     except SyntaxError:
@@ -88,7 +88,7 @@ def _turns(value: ast.expr) -> bool:
 
 
 def _called_on(turned: set[str], value: ast.expr) -> set[str]:
-    """List the attributes of `self` that are called on a name that was turned."""
+    """List the attributes of `self` that are called on a rotated value."""
     return {
         node.func.attr
         for node in ast.walk(value)

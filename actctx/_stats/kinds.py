@@ -67,7 +67,7 @@ def load(path: str | PathLike[str], *, device: torch.device | str | None = None)
     Example:
         >>> moments.save("moments.safetensors")
         >>> load("moments.safetensors")
-        Moments(): 4 rows of d_model=4, 144 B
+        Moments(): 4 rows of d_model=4, 112 B
 
     """
     to = device_of(device)

@@ -79,9 +79,9 @@ class Commits:
         is_next = version in {None, own + 1}
         if newest != own or not is_next or _digest_of_manifest(self.path, own) != self._manifest:
             raise DataError(
-                f"'{self.path}' was written to by somebody else: its newest version is {newest}, "
+                f"'{self.path}' was written to by another process: its newest version is {newest}, "
                 f"but the last of this writer is {own}, of {self.row_count} rows, so nothing more "
-                "is added; let one writer end, and the same call goes on after what is there"
+                "is added; let one writer end, then the same call resumes after the rows on disk"
             )
 
     def clear(self) -> None:
@@ -136,8 +136,8 @@ class Commits:
             (self.path / "data" / name).exists() for name in files
         ):
             raise DataError(
-                f"somebody else writes to '{self.path}', too, and deleted what was just "
-                "committed; let one writer end, then call it again"
+                f"another process also writes to '{self.path}', and deleted what was just "
+                "committed; let one writer end, then call again"
             )
 
     def _commit(self, transaction: Any) -> None:

@@ -105,7 +105,7 @@ class Contents:
             files = Files(self._commits.dataset, str(self.path))
             for table in files.take_all([*COUNTED, DIGEST], start):
                 if empty := [name for name in table.column_names if table[name].null_count]:
-                    raise ValueError(f"rows have nothing in its column {empty[0]!r}")
+                    raise ValueError(f"rows have no value in its column {empty[0]!r}")
                 yield Origins(*(torch.from_numpy(each.to_numpy().copy()) for each in table.columns))
 
     def record_finished(self, *, finished: bool) -> None:
@@ -156,8 +156,8 @@ class Contents:
         except (ValueError, OSError) as error:  # the first of Arrow, of what it could not read
             raise DataError(
                 f"cannot add the sites to '{self.path}': {reason_of(error)}; nothing is lost, "
-                f"since what is new lies in '{other.path}': make room, and the same call goes on "
-                "with it"
+                f"since the new columns are in '{other.path}': free space, then the same call "
+                "resumes"
             ) from error
 
 
@@ -189,9 +189,9 @@ def unwritable(path: Path, error: BaseException, rows: int = 0) -> DataError:
     """Explain why nothing can be written."""
     remedy = "give another path"
     if rows:
-        remedy = f"{rows} rows are on disk, and running it again goes on after them"
+        remedy = f"{rows} rows are on disk, and running it again resumes after them"
     elif "No space left" in reason_of(error):
-        remedy = "make room there and run it again, or give another path"
+        remedy = "free space there and run it again, or give another path"
     elif isinstance(error, FileNotFoundError) and not path.parent.exists():
         remedy = f"make the directory '{path.parent}' first"
     return cannot_write(path, error, remedy)

@@ -68,7 +68,7 @@ class Destination:
         found = found_at(path)
         if found:
             raise DataError(
-                f"'{path}' {found}, and no data set of actctx; give another path, or remove it"
+                f"'{path}' {found}, not a data set of actctx; give another path, or remove it"
             )
         self.contents: Contents | None = None
         self.damage = ""
@@ -202,8 +202,8 @@ def _locked(path: Path) -> Any:
         if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
             raise
         warn(
-            f"'{path}' lies on a file system without locks, so a second writer is noticed only "
-            "when one of the two commits, and its work is lost: start one at a time"
+            f"'{path}' is on a file system without locks, so a second writer is noticed only when "
+            "one of the two commits, and its work is lost; start one at a time"
         )
         return None
     return lock
@@ -226,7 +226,7 @@ def found_at(path: Path) -> str:
     except OSError as error:
         raise unwritable(path, error) from None
     is_begun = _LOCK in names and names <= _OWN
-    return "is a directory of other things" if names and not is_begun else ""
+    return "is a directory with other content" if names and not is_begun else ""
 
 
 def delete(path: Path) -> None:

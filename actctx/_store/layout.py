@@ -87,7 +87,7 @@ class Layout:
         written = (schema.metadata or {}).get(KEY)
         if written is None:
             raise DataError(
-                f"'{path}' is a Lance dataset, but none of actctx: its schema has no metadata "
+                f"'{path}' is a Lance dataset, but not one of actctx: its schema has no metadata "
                 "'actctx'; give the path that extract() wrote to"
             )
         found = read_json(written)
@@ -120,7 +120,7 @@ class Layout:
         if self.rows not in {"token", "sequence"}:
             raise ValueError(f"'rows' is {self.rows!r}, neither 'token' nor 'sequence'")
         if more := [name for name in self.texts if name not in self.carried]:
-            raise ValueError(f"'texts' has {more[0]!r}, which 'carried' has not")
+            raise ValueError(f"'texts' has {more[0]!r}, which is not in 'carried'")
         order = self.input.get("batch_size")
         if order is not None and (type(order) is not int or order < 1):
             raise ValueError(f"'input.batch_size' is {order!r}, which is not a number of sequences")
@@ -141,7 +141,7 @@ class Layout:
         ):
             if len({*names}) != len(names):
                 twice = next(name for name in names if names.count(name) > 1)
-                raise ValueError(f"two of its columns are called {twice!r}")
+                raise ValueError(f"two of its columns are named {twice!r}")
 
     def as_metadata(self) -> str:
         """Return the JSON text that is stored under `KEY`."""
@@ -237,6 +237,6 @@ def _later(path: object, what: LaterError, found: dict[str, Any]) -> DataError:
     version = versions.get("actctx") if isinstance(versions, dict) else None
     by = f"actctx {printable(version)}" if isinstance(version, str) else "a later actctx"
     return DataError(
-        f"'{path}' was written by {by}, whose {what} this version does not know; upgrade actctx to "
+        f"'{path}' was written by {by}, whose {what} this version cannot read; upgrade actctx to "
         "read it"
     )

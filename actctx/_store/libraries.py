@@ -21,7 +21,7 @@ def import_lance() -> Any:
         raise not_installed(error) from None
     if _used_in() != os.getpid():
         raise OptionError(
-            "data sets cannot be used in a process that was forked from one that had used them, "
+            "data sets cannot be used in a process that was forked from one that has used them, "
             "since Lance's threads do not survive a fork; start it another way, such as "
             "multiprocessing.get_context('spawn')"
         )

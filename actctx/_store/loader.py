@@ -97,7 +97,7 @@ class Loader(IterableDataset[StoredBatch]):
         if worker is not None:
             raise OptionError(
                 f"a loader cannot be shared by {worker.num_workers} workers of a DataLoader, each "
-                "of which would give all batches; it reads ahead in threads, so give "
+                "of which would yield all batches; it reads ahead in threads, so give "
                 "DataLoader(loader, batch_size=None, num_workers=0), or iterate over it"
             )
         place = self._place
@@ -152,7 +152,8 @@ class Loader(IterableDataset[StoredBatch]):
             if state[name] != here:
                 raise OptionError(
                     f"the state is of a loader with {name}={state[name]!r}, but this one has "
-                    f"{name}={here!r}, which makes another order; make the loader as it was made"
+                    f"{name}={here!r}, which gives another order; create the loader with the same "
+                    "arguments"
                 )
         for name in ("epoch", "batch"):
             if state[name] < 0:
@@ -178,15 +179,15 @@ class Loader(IterableDataset[StoredBatch]):
             and all(is_int(state[name]) for name in ("epoch", "batch"))
         ):
             raise OptionError(
-                f"{reprlib.repr(state)} is no state of a loader; give what state_dict() returned"
+                f"{reprlib.repr(state)} is not a state of a loader; give what state_dict() returned"
             )
         scheme = state.get("scheme", 1)
         if scheme != _SCHEME:
             then = operator.index(state["epoch"]) + 1
             raise OptionError(
                 f"the state is of {'an earlier' if scheme == 1 else 'another'} version of actctx, "
-                "which shuffled in another way, so the rest of its epoch cannot be given; begin "
-                f"the next one: loader.load_state_dict({{**loader.state_dict(), 'epoch': {then}}})"
+                "which shuffled differently, so its epoch cannot be resumed; start the next one: "
+                f"loader.load_state_dict({{**loader.state_dict(), 'epoch': {then}}})"
             )
 
     def _identity(self) -> dict[str, Any]:

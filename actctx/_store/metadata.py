@@ -43,7 +43,7 @@ def read_json(text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise ValueError("a name comes twice in it")
+            raise ValueError("it has a duplicate name")
         return found
 
     try:
@@ -69,7 +69,7 @@ def from_json(kind: type[T], found: Any, where: str = "") -> T:
 
     """
     if not isinstance(found, dict):
-        raise ValueError(f"{where!r} is {_shown(found)}, where an object belongs")  # noqa: TRY004
+        raise ValueError(f"{where!r} is {_shown(found)}, not an object")  # noqa: TRY004
     before = f"{where}." if where else ""
     hints = get_type_hints(kind)
     known = {each.name: each for each in fields(kind)}  # type: ignore[arg-type]
@@ -99,7 +99,7 @@ def _read(value: Any, hint: Any, where: str) -> Any:
         return None if value is None else _read(value, inner[0], where)
     if type(value) is not hint:
         expected = _EXPECTED.get(origin or hint, "something else")
-        raise ValueError(f"{where!r} is {_shown(value)}, where {expected} belongs")
+        raise ValueError(f"{where!r} is {_shown(value)}, not {expected}")
     _check_text(value, where)
     return value
 

@@ -107,8 +107,8 @@ def warn_of_pool(order: Order, pool: int | None, *, memory: int) -> None:
         fewer = least if order.pool_rows > least else order.pool_rows // 2
         warnings.warn(
             f"the loader will hold up to {format_bytes(memory)}, and this machine has "
-            f"{format_bytes(machine)} of memory; read fewer sites, by sites=, or shuffle fewer "
-            f"rows at a time, by pool={fewer}",
+            f"{format_bytes(machine)} of memory; read fewer sites with sites=, or shuffle fewer "
+            f"rows at a time with pool={fewer}",
             stacklevel=3,
         )
     if pool is None or not order.shuffle or order.pool_count <= 1 or pool >= least:

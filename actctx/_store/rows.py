@@ -237,8 +237,8 @@ class StoredRows:
                 batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
             raise DataError(
-                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, for which "
-                "there is no memory; read fewer at once, or fewer columns with sites="
+                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, which do "
+                "not fit in memory; read fewer at once, or fewer columns with sites="
             ) from None
         return batch
 
@@ -305,12 +305,12 @@ class StoredRows:
     def _numbers(self, table: Any, name: str, dtype: torch.dtype) -> Tensor:
         if table[name].null_count and not dtype.is_floating_point:
             raise DataError(
-                f"the column {name!r} of {self.path!r} has nulls, which no {dtype_name(dtype)} is; "
-                "fill them, with -1 for one, or drop the column"
+                f"the column {name!r} of {self.path!r} has nulls, which {dtype_name(dtype)} does "
+                "not have; fill them, for example with -1, or drop the column"
             )
         with self._reading():
             if _dtype_of(table[name].type) != dtype:
-                raise ValueError(f"its column {name!r} is {table[name].type}, as it was not before")
+                raise ValueError(f"its column {name!r} is {table[name].type}, unlike before")
             values = table[name].to_numpy()
             if dtype == torch.int64:  # also of what has fewer bits, and no sign
                 return torch.from_numpy(values.astype(np.int64))

@@ -73,8 +73,8 @@ def write_saelens(
     runs = len(rows) // context
     if not runs:
         raise OptionError(
-            f"context={context} makes no run of {counted(len(rows), 'row')}; give the "
-            "context_size of SAELens' config, and no more than there are rows"
+            f"context={context} does not fit {counted(len(rows), 'row')}; give the context_size of "
+            "SAELens' config, and no more than there are rows"
         )
     names = _renamed(rows.sites, rename)
     place = local_path(path)
@@ -118,7 +118,7 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
             )
         found = meant_sites(sites, name)
         if len(found) != 1:
-            what = "several sites that are read" if found else "no site that is read"
+            what = "several sites that are read" if found else "not a site that is read"
             raise OptionError(
                 f"rename names {name!r}, which is {what}; the sites are "
                 f"{shortened([repr(each) for each in sites])}"
@@ -127,7 +127,7 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
     for name, count in Counter([_TOKENS, *names.values()]).items():
         if count > 1:
             raise OptionError(
-                f"rename gives {count} columns the name {name!r}; give each another name"
+                f"rename gives {count} columns the name {name!r}; give each a different name"
             )
     return names
 
@@ -137,15 +137,15 @@ def _writable(site: StoredSite) -> torch.dtype:
     dtype = site.torch_dtype
     if not dtype.is_floating_point:
         raise OptionError(
-            f"SAELens trains from floating-point activations, but {site.name!r} is {site.dtype}; "
+            f"SAELens trains on floating-point activations, but {site.name!r} is {site.dtype}; "
             "leave it out, with ActivationDataset(..., sites=)"
         )
     if is_known_to_others(dtype):
         return dtype
     times = {1: "four times", 2: "twice"}[dtype.itemsize]
     warnings.warn(
-        f"SAELens' files have no {site.dtype}: {site.name!r} is written as float32, which holds "
-        f"the same values and takes {times} the space",
+        f"SAELens' files do not support {site.dtype}: {site.name!r} is written as float32, which "
+        f"has the same values and takes {times} the space",
         stacklevel=4,
     )
     return torch.float32
@@ -216,8 +216,8 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
     arrays = {name: kind for name, kind in features.items() if isinstance(kind, datasets.Array2D)}
     if not arrays:
         raise DataError(
-            f"'{path}' holds no activations as SAELens caches them, which are columns of the type "
-            f"Array2D; its columns are {printable(', '.join(features))}"
+            f"'{path}' does not contain activations as SAELens caches them, which are columns of "
+            f"the type Array2D; its columns are {printable(', '.join(features))}"
         )
     _check_cached(path, runs=len(cached), arrays=arrays)
     address = expanded(out)
@@ -251,7 +251,7 @@ def read_saelens(path: str | PathLike[str], out: str | PathLike[str]) -> None:
 
 def _without_rows(path: str | PathLike[str]) -> DataError:
     return DataError(
-        f"'{path}' holds no activations: its dataset has no rows; let SAELens cache some"
+        f"'{path}' does not contain activations: its dataset has no rows; let SAELens cache some"
     )
 
 
@@ -265,13 +265,14 @@ def _check_cached(path: str | PathLike[str], *, runs: int, arrays: Mapping[str, 
         if len(sizes) != 2 or sizes[0] != context:  # noqa: PLR2004  context and width
             raise DataError(
                 f"'{path}' has activations of the shape {printable(kind.shape)} in its column "
-                f"{name!r}, where runs of one context belong; let SAELens cache it anew"
+                f"{name!r}, not runs of one context; let SAELens cache it again"
             )
     taken = next((name for name in arrays if name in TAKEN), None)
     if taken is not None:
         raise DataError(
             f"'{path}' has activations in a column {taken!r}, which is the name of another column "
-            f"of a data set; give it the hook's, by rename_column({taken!r}, ...) of datasets"
+            f"of a data set; give it the hook's name, with rename_column({taken!r}, ...) of "
+            "datasets"
         )
 
 
@@ -301,7 +302,7 @@ def _write(
         if not failed:
             raise
         raise DataError(
-            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it anew"
+            f"'{source}' cannot be read whole: {printable(failed[0])}; let SAELens cache it again"
         ) from failed[0]
 
 

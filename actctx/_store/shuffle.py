@@ -236,7 +236,7 @@ def rank_of(rank: int | None, world_size: int | None) -> tuple[int, int]:
         number = operator.index(rank) if is_int(rank) else -1
         if not 0 <= number < ranks:
             raise OptionError(
-                f"rank={rank!r} is none of {counted(ranks, 'rank')}; they count from 0"
+                f"rank={rank!r} is not one of {counted(ranks, 'rank')}; they count from 0"
             )
         return number, ranks
     distributed = torch.distributed

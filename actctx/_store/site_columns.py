@@ -154,16 +154,16 @@ def check_rows(name: str, values: Shaped[Tensor, "row ..."]) -> None:
     """
     if not values.shape[1:].numel():
         raise OptionError(
-            f"{name!r} leaves rows of the shape {tuple(values.shape[1:])}, in which there is "
-            "nothing; give a slice that selects something"
+            f"{name!r} has empty rows of the shape {tuple(values.shape[1:])}; give a slice that "
+            "selects something"
         )
     if values.dtype in _ARROW:
         return
     if not values.dtype.is_floating_point:
         raise OptionError(not_held(name, values.dtype))
     raise OptionError(
-        f"{name!r} yields {dtype_name(values.dtype)}, which a data set does not hold; give "
-        f"dtype= {', '.join(map(str, _ADVISED[:-1]))} or {_ADVISED[-1]}"
+        f"{name!r} yields {dtype_name(values.dtype)}, which a data set cannot store; give dtype= "
+        f"{', '.join(map(str, _ADVISED[:-1]))} or {_ADVISED[-1]}"
     )
 
 
@@ -171,9 +171,9 @@ def not_held(name: str, dtype: torch.dtype) -> str:
     """Explain why a site that yields complex numbers, or the like, leaves no rows."""
     # dtype= would not help, since it casts floating-point activations only.
     return (
-        f"{name!r} yields {dtype_name(dtype)}, but a data set holds floating-point numbers, bools, "
-        "and integers of up to 64 bits with a sign, or 8 without; leave the site out, or keep it "
-        "in memory with capture()"
+        f"{name!r} yields {dtype_name(dtype)}, but a data set stores floating-point numbers, "
+        "bools, signed integers of up to 64 bits, and unsigned ones of 8 bits; leave the site "
+        "out, or keep it in memory with capture()"
     )
 
 

@@ -138,8 +138,8 @@ def read_texts(
 def lost(path: str) -> DataError:
     """Explain that the texts of rows are lost."""
     return DataError(
-        f"texts of {path!r} are lost: the first row of their sequence, which had them, was deleted "
-        "or changed; read the sites alone with data.read(), or write the data set anew"
+        f"texts of {path!r} are lost: the first row of their sequence, which stored them, was "
+        "deleted or changed; read only the sites with data.read(), or write the data set again"
     )
 
 

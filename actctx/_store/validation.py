@@ -41,7 +41,7 @@ _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
 
 _COPY = "put a copy of it in its place, or give another path"
-REOPEN = "open it again, since another process may have replaced its files, or write it anew"
+REOPEN = "open it again, since another process may have replaced its files, or write it again"
 """What to do where rows of an open data set cannot be read."""
 
 
@@ -125,7 +125,7 @@ class Files:
         self.check(rows)
         table = self._dataset.take(rows, columns=columns)
         if table.num_rows != len(rows) or table.column_names != columns:
-            raise ValueError(f"{table.num_rows} rows came for {len(rows)}")
+            raise ValueError(f"{table.num_rows} rows were read for {len(rows)}")
         table.validate()
         return table
 
@@ -276,9 +276,7 @@ def check_type(name: str, found: "pa.DataType", wanted: "pa.DataType") -> None:
     else:
         alike = found == wanted
     if not alike:
-        raise ValueError(
-            f"its column {name!r} is {_type_name(found)}, where {_type_name(wanted)} belongs"
-        )
+        raise ValueError(f"its column {name!r} is {_type_name(found)}, not {_type_name(wanted)}")
 
 
 def _type_name(kind: "pa.DataType") -> str:
@@ -306,7 +304,7 @@ def elements_of(
     check_type(name, column.type, wanted)
     rows = len(column)
     if column.null_count:
-        raise ValueError(f"{column.null_count} of {rows} rows have nothing in its column {name!r}")
+        raise ValueError(f"{column.null_count} of {rows} rows have no value in its column {name!r}")
     elements = column.flatten()  # of a window on a larger column, only what is in it
     if isinstance(elements, pa.ExtensionArray):
         elements = elements.storage

@@ -101,7 +101,7 @@ def check_whole(dataset: Any, path: str, *, lost: str = "") -> Verified:
     rows = count_rows(dataset)
     said = [*filter(None, (lost, found.metadata)), *map(str, found.damages)]
     if said:
-        remedy = f"'actctx repair {path}' keeps the rows before, and extract() writes the others"
+        remedy = f"'actctx repair {path}' keeps the rows before, and extract() rewrites the others"
         if "://" in path or found.metadata:
             remedy = "put a copy in its place"
         raise DataError(f"{path!r} is damaged: {shortened(said)}; {remedy}")
@@ -117,12 +117,12 @@ def compare(dataset: Any, path: str, layout: Layout) -> Findings:
     rows = count_rows(dataset)
     if digest_of(dataset.schema.metadata[KEY].decode()) not in log.metadata:
         if log.damaged or not log.metadata:
-            found.unchecked.append("what it says about itself has no digest")
+            found.unchecked.append("its metadata has no digest")
         else:
-            found.metadata = "what it says about itself is not what was written"
+            found.metadata = "its metadata is not what was written"
     fragments = dataset.get_fragments()
     if any(fragment.metadata.num_deletions for fragment in fragments):
-        found.unchecked.append("rows were deleted from it, so digests do not tell of those left")
+        found.unchecked.append("rows were deleted from it, so digests do not apply to the others")
         return found
     commits = [commit for commit in log.commits if commit.stop <= rows]
     files = Files(dataset, path)
@@ -225,7 +225,7 @@ def _say_unchecked(dataset: Any, rows: int, layout: Layout, found: Findings) -> 
         found.unchecked.append(f"{name!r} is a column that actctx did not write")
     names = [name for name in dataset.schema.names if name not in others]
     if not any(found.compared.values()):
-        found.unchecked = ["it has no digests, as with what older versions of actctx wrote"]
+        found.unchecked = ["it has no digests, like data sets of older versions of actctx"]
         return
     for name in names:
         left = rows - found.compared.get(name, 0)

@@ -104,7 +104,7 @@ def torn_frame(file: Path) -> str:
             return "ends early"
         manifest.seek(min(place, size))
         if int.from_bytes(manifest.read(4), "little") != size - _FOOTER.size - 4 - place:
-            return "holds other bytes than were written"
+            return "has other bytes than were written"
     return ""
 
 
@@ -121,7 +121,7 @@ def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
         return Version(number, file, _TORN.format(reason_of(error)))
     # Lance takes zeros for an empty data set, and text of zeros for text.
     if opened.version != number or any(b"\0" in value for value in metadata.values()):
-        return Version(number, file, "its manifest holds other bytes than were written")
+        return Version(number, file, "its manifest has other bytes than were written")
     rows = 0
     for fragment in opened.get_fragments():
         if lost := _lost_file(path, fragment):
@@ -189,8 +189,8 @@ def _why_none(path: Path) -> str:
         if (path / "_versions").is_dir():
             return ""
         if not path.exists():
-            return "there is nothing"
-        return "the directory holds none" if path.is_dir() else "it is a file"
+            return "it does not exist"
+        return "the directory does not contain one" if path.is_dir() else "it is a file"
     except OSError as error:
         return reason_of(error)
 
@@ -231,8 +231,8 @@ def newest_whole(path: str) -> NewestVersion:
         return NewestVersion(found.opened)
     files = tuple(each.file for each in torn if each is not found)
     if found.damage:
-        lost = f"version {found.number} of {path!r} is not whole: {found.damage}"
-        lost += f"; from row {found.rows} on it cannot all be read"
+        lost = f"version {found.number} of {path!r} is incomplete: {found.damage}"
+        lost += f"; from row {found.rows} on it cannot be read completely"
         remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
         return NewestVersion(found.opened, lost, remedy, has_gaps=True, torn=files)
     numbers = " and ".join(str(each.number) for each in reversed(torn[-2:]))
@@ -240,8 +240,8 @@ def newest_whole(path: str) -> NewestVersion:
         numbers = f"{torn[-1].number} to {torn[0].number}"
     versions = f"version {numbers}" if len(torn) == 1 else f"versions {numbers}"
     lost = (
-        f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} not whole, as after a cut "
-        f"of power: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
+        f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} incomplete, as after "
+        f"power loss: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
         "and what was written after it is lost"
     )
     return NewestVersion(found.opened, lost, "the same extract() writes it again", torn=files)

@@ -49,7 +49,7 @@ def find_site(
         f"{key!r} (of {aliased[key]!r})" if key in aliased else repr(key)
         for key in (*sites, *others)
     ]
-    raise NotCapturedError(f"the data set has no {name!r}; {hint}it holds {shortened(there)}")
+    raise NotCapturedError(f"the data set has no {name!r}; {hint}it has {shortened(there)}")
 
 
 def find_sites(
@@ -206,7 +206,7 @@ def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection
         return as_users_write(reason, sites)
     there = ", ".join([*others, *map(_in_backticks, sites)])
     return (
-        f"there is no column {unknown[1]}; there are {there}; a string stands in single quotes, as "
+        f"there is no column {unknown[1]}; the columns are {there}; strings need single quotes, as "
         "in label = 'yes'"
     )
 

@@ -1,1 +1,1 @@
-"""Memory and time of a way, each case in a process of its own."""
+"""Measure the memory and time of a way, each case in its own process."""

@@ -1,4 +1,4 @@
-"""What the checks of types cost."""
+"""The cost of type checks."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ NUMBER = 200
 
 
 class Checked(Schema):
-    """A field of each rank that is usual."""
+    """A field of each common rank."""
 
     resid: Float[Tensor, "batch pos d_model"] = site("blocks.0.hook_resid_post")
     queries: Float[Tensor, "batch pos head d_head"] = site("blocks.0.attn.hook_q")
@@ -25,11 +25,11 @@ class Checked(Schema):
 
 
 def measure_checks(setup: Setup, *, rounds: int) -> dict[str, float]:
-    """Time telling the axes of a site by name and sizes, and the check of a field.
+    """Time finding the axes of a site by name and sizes, and checking a field.
 
     Returns:
-        The least microseconds of the rounds: of the dearest `site` of the model, each shape that
-        is new to it; of a `field`, each block.
+        The fewest microseconds of the rounds: for the most expensive `site` of the model, per
+        new shape; for a `field`, per block.
 
     """
 

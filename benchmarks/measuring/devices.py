@@ -1,4 +1,4 @@
-"""How the memory and the time of a run are measured, on the CPU and on an accelerator."""
+"""Measure the memory and time of a run, on the CPU or on an accelerator."""
 
 import gc
 import re
@@ -22,13 +22,13 @@ class Meter(Protocol):
     """Measures runs on one device."""
 
     def peak_of(self, run: Callable[[], T]) -> tuple[T, int | None]:
-        """Run, and return the peak in bytes above what was held before; None if it is not told."""
+        """Run, and return the peak in bytes above the memory before; None if unknown."""
 
     def seconds_of(self, run: Callable[[], object]) -> float:
-        """Run, and return the seconds that it took."""
+        """Run, and return the time in seconds."""
 
     def capacity(self) -> int | None:
-        """Return the bytes that the device has; None if it is not told."""
+        """Return the device's memory in bytes; None if unknown."""
 
 
 class Cpu:
@@ -47,7 +47,7 @@ class Cpu:
         return found, None if before is None or peak is None else peak - before
 
     def seconds_of(self, run: Callable[[], object]) -> float:
-        """See `Meter`; nothing of the run before is left, nor kept by the allocator."""
+        """See `Meter`; nothing of the previous run remains, not even in the allocator."""
         gc.collect()
         give_back_to_system()
         start = time.perf_counter()
@@ -60,7 +60,7 @@ class Cpu:
 
 
 class Accelerator:
-    """Reads what the allocator of an accelerator counted, and the time between two events.
+    """Reads the counts of an accelerator's allocator, and the time between two events.
 
     Args:
         device: The device, such as `cuda:0`.
@@ -82,9 +82,9 @@ class Accelerator:
         return found, self._library.max_memory_allocated(self._device) - before
 
     def seconds_of(self, run: Callable[[], object]) -> float:
-        """See `Meter`; from when the device reaches the run to when it is done with it."""
+        """See `Meter`; from the start to the end of the run on the device."""
         gc.collect()
-        with self._library.device(self._device):  # whose stream events are put on
+        with self._library.device(self._device):  # events are recorded on its stream
             start, end = (self._library.Event(enable_timing=True) for _ in range(2))
             self._library.synchronize()
             start.record()
@@ -101,11 +101,11 @@ class Accelerator:
 
 
 def meter_of(device: str) -> Meter:
-    """Choose what measures on a device.
+    """Choose the meter of a device.
 
     Raises:
-        RuntimeError: torch knows no such device, finds none on this machine, or does not tell the
-            peak memory of such.
+        RuntimeError: torch does not know the device, finds none on this machine, or cannot
+            report its peak memory.
 
     """
     chosen = torch.device(device)
@@ -115,15 +115,15 @@ def meter_of(device: str) -> Meter:
     if not library.is_available():
         raise RuntimeError(f"torch finds no {chosen.type} device on this machine")
     if not hasattr(library, "max_memory_allocated"):
-        raise RuntimeError(f"torch does not tell the peak memory of {chosen.type} devices")
+        raise RuntimeError(f"torch does not report the peak memory of {chosen.type} devices")
     return Accelerator(chosen, library)
 
 
 def limit_memory(share: int) -> None:
-    """Have torch refuse what the machine has no memory for, instead of being killed for it.
+    """Make torch refuse allocations that exceed the machine's memory, instead of being killed.
 
     Args:
-        share: How many processes share the memory that there is.
+        share: The number of processes that share the memory.
 
     """
     available, held = _meminfo_bytes("MemAvailable"), _status_bytes("VmData")
@@ -136,7 +136,7 @@ def limit_memory(share: int) -> None:
 
 
 def _status_bytes(field: str) -> int | None:
-    """Read one of the sizes that the kernel tells of this process."""
+    """Read one of the sizes that the kernel reports for this process."""
     return _bytes(_STATUS, field)
 
 

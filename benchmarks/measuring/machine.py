@@ -1,4 +1,4 @@
-"""What the figures were measured on, and when."""
+"""Describe the machine and the time of a measurement."""
 
 import os
 import platform
@@ -26,9 +26,9 @@ LIBRARIES = (
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
-    """Describe the machine, its accelerator if that is the device, and what runs on it, and when.
+    """Describe the machine, its accelerator if that is the device, the software, and the time.
 
-    What is not there, or is not told, is left out.
+    Whatever is missing or unknown is left out.
     """
     found = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -45,7 +45,7 @@ def machine(device: str = "cpu") -> dict[str, str]:
 
 
 def load() -> float | None:
-    """Return how many processes were ready to run in the last minute; None if it is not told."""
+    """Return how many processes were ready to run in the last minute; None if unknown."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
@@ -59,7 +59,7 @@ def _accelerator(device: torch.device) -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """Name the commit of the clone that this runs from, and say whether files differ from it."""
+    """Return the commit of this clone, and whether files differ from it."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return ""

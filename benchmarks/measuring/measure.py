@@ -1,4 +1,4 @@
-"""Has ways measured, each case in a fresh process."""
+"""Measure ways, each case in a new process."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from benchmarks.reporting.report import Result
 from benchmarks.ways.models import Setup
 from benchmarks.ways.tables import WAYS
 
-# With glibc's own, moving threshold, freed memory stays with the process or does not, as chance
-# has it, and peaks of one and the same computation differ by a tenth. With a fixed one what is
-# freed is returned at once, and the resident memory is what is alive.
+# With glibc's dynamic threshold, it is random whether freed memory stays with the process, and
+# peaks of the same computation differ by a tenth. With a fixed threshold, freed memory is returned
+# at once, and the resident memory is the memory in use.
 EXACT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
@@ -27,10 +27,10 @@ class ProbeError(RuntimeError):
 
 
 def probe(order: Order) -> dict[str, Any]:
-    """Have an order done in a fresh process.
+    """Run an order in a new process.
 
     Raises:
-        ProbeError: The process failed; its last words are the message.
+        ProbeError: The process failed; the message is the end of its output.
 
     """
     threads = str(order.setup.threads)
@@ -54,9 +54,9 @@ def probe(order: Order) -> dict[str, Any]:
 
 
 def measure_memory(setup: Setup, ways: Sequence[str], *, processes: int) -> list[Result]:
-    """Measure the memory of each way in a process of its own, so many of them at once.
+    """Measure the memory of each way in its own process, several at once.
 
-    They share the memory that there is; what does not fit into a share is measured alone.
+    They share the machine's memory; a way that does not fit into its share is measured alone.
     """
 
     def measure(way: str, share: int) -> Result:
@@ -78,7 +78,7 @@ def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeat
     """Time all ways that fit, round by round, and add the times to the results.
 
     Raises:
-        ProbeError: A process failed; what was timed before it is in the results.
+        ProbeError: A process failed; earlier times are in the results.
 
     """
     fitting = {each.way: each for each in results if not each.does_not_fit and not each.failed}
@@ -100,5 +100,5 @@ def measure_time(setup: Setup, results: Sequence[Result], *, rounds: int, repeat
 
 
 def say(what: str) -> None:
-    """Tell what is being done, beside the results."""
+    """Report progress, separately from the results."""
     print(what, file=sys.stderr, flush=True)

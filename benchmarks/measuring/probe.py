@@ -1,6 +1,6 @@
-"""Measures ways, in a process of its own: `python -m benchmarks.measuring.probe ORDER`.
+"""Measure ways in a separate process: `python -m benchmarks.measuring.probe ORDER`.
 
-The order is JSON, and so is the last line that it prints.
+The order is JSON, and so is the last line of the output.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from benchmarks.ways.tables import WAYS
 from benchmarks.ways.way import Captured, Way
 
 TINY = {"sites": measure_sites, "checks": measure_checks}
-"""What is measured in microseconds."""
+"""The tables that are measured in microseconds."""
 
 LACKS_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
@@ -31,14 +31,14 @@ LACKS_MEMORY = (
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-"""What torch says in errors of no kind of their own where it is given no memory."""
+"""Messages of torch's generic errors if it runs out of memory."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What a probe shall do: measure the memory of one way, or time several, or what is tiny.
+    """The task of a probe: measure the memory of one way, or time several, or a small table.
 
-    It may take one part in `share` of the memory that there is.
+    It may use one part in `share` of the machine's memory.
     """
 
     setup: Setup
@@ -61,15 +61,15 @@ class Order:
 
 
 def measure_memory(setup: Setup, way: Way, meter: Meter) -> dict[str, Any]:
-    """Measure the peak of one run, in bytes above what the process held before it.
+    """Measure the peak of one run, in bytes above the process's memory before it.
 
-    `peak_bytes` is None where the system does not tell it. `sha256` is that of the activation,
-    so that processes can compare what they got, and `difference` how far it is from that of
-    another implementation of attention, relative to the largest of its absolute values.
+    `peak_bytes` is None if the system does not report it. `sha256` is the hash of the activation,
+    so that processes can compare results. `difference` is the distance from the activation of
+    another implementation of attention, relative to its largest absolute value.
     """
     _prepare(setup, [way])
     model, tokens = build(setup, way.model), make_tokens(setup)
-    way.run(model, tokens[:1, :8])  # what is imported and built once
+    way.run(model, tokens[:1, :8])  # imports and one-time setup
     captured, peak = meter.peak_of(partial(way.run, model, tokens))
     activations = _listed(captured)
     return {
@@ -98,10 +98,10 @@ def _difference_from(near: Way, setup: Setup, activations: list[Tensor]) -> floa
 
 
 def relative_difference(activations: list[Tensor], others: list[Tensor]) -> float:
-    """Relate the largest difference to the largest absolute value; NaN where there is any."""
+    """Relate the largest difference to the largest absolute value; NaN if there is any NaN."""
     pairs = zip(activations, others, strict=True)
     differences = [(mine.detach() - other).abs().max() / other.abs().max() for mine, other in pairs]
-    return float(torch.stack(differences).max())  # of torch, since Python's max passes NaN over
+    return float(torch.stack(differences).max())  # torch's, since Python's max ignores NaN
 
 
 def measure_time(
@@ -109,12 +109,12 @@ def measure_time(
 ) -> dict[str, Any]:
     """Time ways in passes, each in another order.
 
-    What else the machine does changes from second to second, so each run of a way has a run of
-    its limit beside it, by chance before or behind it. `seconds` has both for each pass.
+    The load of the machine changes from second to second, so each run of a way is paired with a run
+    of its limit, randomly before or after it. `seconds` has both for each pass.
 
-    Before, each way runs on a few tokens, and each limit on all of them. On an accelerator, whose
-    allocator grows in the first run, each way does, too; on the CPU that would double the time of
-    what is run once.
+    Before timing, each way runs on a few tokens, and each limit on all of them. On an accelerator
+    each way also runs on all of them, since its allocator grows in the first run; on the CPU that
+    would double the time of tables with one pass.
     """
     limits = {way.limit: WAYS[way.limit] for way in ways}
     both = {way.name: way for way in [*ways, *limits.values()]}
@@ -145,14 +145,14 @@ def _sha256(activations: list[Tensor]) -> str:
 
 
 def lacks_memory(error: Exception) -> bool:
-    """Tell whether the machine or the accelerator has too little memory for what was run."""
+    """Return whether the machine or the accelerator ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return any(text in str(error) for text in LACKS_MEMORY)
 
 
 def main(text: str) -> None:
-    """Do what is ordered, and print the result."""
+    """Run the order, and print the result."""
     order = Order.loads(text)
     setup, meter = order.setup, meter_of(order.setup.device)
     torch.set_num_threads(setup.threads)

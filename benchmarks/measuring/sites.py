@@ -1,4 +1,4 @@
-"""What one hooked site costs: microseconds a site and forward."""
+"""The cost of one hooked site, in microseconds per site and forward."""
 
 import random
 import statistics
@@ -28,18 +28,18 @@ LAYERS = 24
 FORWARDS = 50
 MICROSECONDS = 1e6
 MORE = 10
-"""How many more rounds there are of one forward, a transformer's, whose time scatters."""
+"""The factor of further rounds for a transformer's forward, whose time varies."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is hooked.
+    """The hooked model.
 
     Attributes:
         model: The model.
-        given: What it is given.
-        names: What its sites are captured by.
-        places: The modules and hook points that they are.
+        given: Its input.
+        names: The names of its sites.
+        places: The modules and hook points of its sites.
 
     """
 
@@ -57,9 +57,9 @@ def _transformer(setup: Setup, kind: str) -> Subject:
 
 
 def _blocks(setup: Setup, kind: str) -> Subject:
-    """Make blocks that do nothing, beside which a hook is all that there is to be timed.
+    """Make blocks that do nothing, so that only the hooks are timed.
 
-    Of a transformer's forward it is a twentieth, and lost in how those scatter.
+    In a transformer's forward, hooks take a twentieth of the time, less than its variation.
     """
     from transformer_lens.hook_points import HookPoint
     from transformer_lens.HookedRootModule import HookedRootModule
@@ -89,7 +89,7 @@ def _blocks(setup: Setup, kind: str) -> Subject:
 
 
 Run = Callable[[Subject, int], Iterable[Tensor]]
-"""Runs so many forwards, and gives what it kept of the last or of all of them."""
+"""Runs this many forwards, and returns the kept values of the last or of all of them."""
 
 
 def _nothing(subject: Subject, forwards: int) -> Iterable[Tensor]:
@@ -103,7 +103,7 @@ def _capture(subject: Subject, forwards: int) -> Iterable[Tensor]:
     with capture(subject.model, subject.names) as acts:
         for _ in range(forwards):
             subject.model(subject.given)
-    return acts.values()  # not read here, since joining forwards is no part of a site
+    return acts.values()  # not read here, since joining forwards is not part of a site
 
 
 def _hook(subject: Subject, forwards: int) -> Iterable[Tensor]:
@@ -140,21 +140,21 @@ if NNSIGHT not in WITHOUT:
     CASES["nnsight: `trace`, `save`"] = (NNSIGHT, _trace)
 
 SUBJECTS = {FORWARDS: _blocks, 1: _transformer}
-"""What is hooked, by the number of forwards in a block."""
+"""The hooked models, by the number of forwards in a block."""
 
 
 def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
-    """Time forwards with all sites captured, less the same without.
+    """Time forwards with all sites captured, minus the same forwards without.
 
-    Cases and forwards without are interleaved, in another order each round. What is counted is the
-    time of the processor.
+    Cases and forwards without captures are interleaved, in another order each round. Processor time
+    is counted.
 
     Returns:
         For each case and number of forwards in a block, the microseconds that a site and forward
         took: the difference of the lower quartiles. Opening and closing the block is part of it.
 
     Raises:
-        RuntimeError: The cases of a model keep other activations than each other.
+        RuntimeError: The cases of a model keep different activations.
 
     """
     setup = replace(setup, layers=LAYERS, d_model=64, heads=4, batch=1, tokens=8)
@@ -180,12 +180,12 @@ def measure_sites(setup: Setup, *, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _bare(kind: str) -> str:
-    """Name what is run bare: what nnsight wraps would pay for the wrapping."""
+    """Return the bare subject: a model wrapped by nnsight would include the cost of wrapping."""
     return PLAIN if kind == NNSIGHT else kind
 
 
 def _quick(seconds: list[float]) -> float:
-    """Return the lower quartile, which other work on the machine changes least."""
+    """Return the lower quartile, which is least affected by other load on the machine."""
     return statistics.quantiles(seconds, n=4, method="inclusive")[0]
 
 
@@ -204,9 +204,9 @@ def _time(run: Run, subject: Subject, forwards: int) -> float:
 
 
 def site_rows(found: dict[str, dict[str, float]]) -> str:
-    """Write what sites cost as a Markdown table."""
+    """Write the cost of sites as a Markdown table."""
     lines = [
-        f"| way | µs a site, {FORWARDS} forwards a block | µs a site, one forward a block |",
+        f"| way | µs per site, {FORWARDS} forwards per block | µs per site, one per block |",
         "| --- | ---: | ---: |",
     ]
     for way, us in found.items():

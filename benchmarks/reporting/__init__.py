@@ -1,1 +1,1 @@
-"""Tables, plots and files of what was measured, and whether it reaches its targets."""
+"""Tables, plots and files of the results, and whether they reach their targets."""

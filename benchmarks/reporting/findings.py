@@ -1,4 +1,4 @@
-"""All that was measured, as it is kept in a file."""
+"""All results, stored in a file."""
 
 import json
 from collections.abc import Sequence
@@ -15,40 +15,40 @@ Found = dict[str, Any]
 
 
 class FindingsError(ValueError):
-    """What is to be measured does not go into the file of what was measured before."""
+    """The requested measurements do not fit into the file of earlier ones."""
 
 
 class Findings:
-    """All that was measured, kept in a file as it comes, beside what the file has already.
+    """All results, written to a file as they come, next to those already in the file.
 
     Args:
-        path: The file; nothing is kept without.
-        quick: Whether the run is a quick one, whose figures are none to be kept beside others.
-        device: What is measured on.
+        path: The file; nothing is stored without it.
+        quick: Whether the run is a quick one, whose results must not be mixed with others.
+        device: The device.
 
     Attributes:
         tables: By their names.
 
     Raises:
-        FindingsError: The file is none of findings, or is of quick runs where this one is not, or
-            the other way about.
+        FindingsError: The file is not one of findings, or it is of quick runs and this one is not,
+            or the other way round.
 
     """
 
     def __init__(self, path: Path | None, *, quick: bool = False, device: str = "cpu") -> None:
         self._path, self._quick, self._device = path, quick, device
-        self._load = load()  # later, this run is the most of it
+        self._load = load()  # later, this run is most of the load
         self.tables: dict[str, Found] = _read(path) if path else {}
         if any(found.get("quick", False) != quick for found in self.tables.values()):
             kept = "a whole run" if quick else "a quick run"
             raise FindingsError(f"{path} has the figures of {kept}; give another file")
-        machine(device)  # names the commit that this run started from
+        machine(device)  # the commit that this run started from
 
     def check(self, table: Table, setup: Setup) -> None:
-        """See that what is to be measured can be kept beside what the file has of its table.
+        """Check that new results can be stored next to those of the same table in the file.
 
         Raises:
-            FindingsError: The file has the table of another setup.
+            FindingsError: The file has the table with another setup.
 
         """
         if table.name not in self.tables:
@@ -62,7 +62,7 @@ class Findings:
             )
 
     def put(self, name: str, found: Found) -> None:
-        """Keep what was found, and where and when, in place of what was found before."""
+        """Store new results, with machine and time, in place of earlier ones."""
         where = {"machine": machine(self._device), "load": self._load}
         if self._path:
             self.tables = _read(self._path)  # another environment may have written meanwhile
@@ -73,13 +73,13 @@ class Findings:
             beside.replace(self._path)
 
     def put_results(self, table: Table, setup: Setup, results: Sequence[Result]) -> list[str]:
-        """Keep the results of ways, beside those of the table's other ways.
+        """Store the results of ways, next to those of the table's other ways.
 
-        A result stays if it has times, or is one at all, and the new one has none (yet) or failed.
-        On what those of other runs were measured is kept under `earlier`, by their ways.
+        An earlier result is kept if it has times and the new one has none yet, or if the new one
+        failed. The machine and date of earlier results are stored under `earlier`, by way.
 
         Returns:
-            The ways whose earlier results stay though there are new ones.
+            The ways whose earlier results are kept although there are new ones.
 
         """
         before = self.tables.get(table.name, {"results": []})
@@ -100,7 +100,7 @@ class Findings:
 
 
 def _is_less(new: Found, earlier: Found) -> bool:
-    """Tell whether a result says less than an earlier one."""
+    """Return whether a result contains less than an earlier one."""
     if new["failed"]:
         return not earlier["failed"]
     return bool(earlier["seconds"]) and not new["seconds"] and not new["does_not_fit"]
@@ -108,7 +108,7 @@ def _is_less(new: Found, earlier: Found) -> bool:
 
 def _read(path: Path) -> dict[str, Found]:
     if not path.parent.is_dir():
-        raise FindingsError(f"there is no folder {path.parent}; make it first")
+        raise FindingsError(f"there is no folder {path.parent}; create it first")
     if not path.exists():
         return {}
     try:
@@ -116,5 +116,5 @@ def _read(path: Path) -> dict[str, Found]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not all(isinstance(each, dict) for each in found.values()):
-        raise FindingsError(f"{path} is no file of findings; give another one")
+        raise FindingsError(f"{path} is not a file of findings; give another one")
     return found

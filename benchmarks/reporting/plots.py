@@ -1,4 +1,4 @@
-"""What was measured, drawn: a plot for each sweep, and bars for the plain model."""
+"""Plots of the results: one for each sweep, and bars for the plain model."""
 
 import math
 from collections import defaultdict
@@ -9,8 +9,8 @@ from benchmarks.reporting.report import MIB, Result, median_seconds, time_ratio
 from benchmarks.ways.sweeps import SWEEPS
 from benchmarks.ways.tables import TABLES, WAYS
 
-# Okabe and Ito's colours, which the colour-blind tell apart, as dark as white paper asks for and
-# as light as black paper does.
+# Okabe and Ito's colours, which colour-blind readers can distinguish, dark enough for white paper
+# and light enough for black paper.
 LOOKS = {
     "run_with_cache, no_grad": ("#d55e00", "s"),
     "run_with_cache, filtered, stopped": ("#cc79a7", "v"),
@@ -21,20 +21,20 @@ LOOKS = {
     "capture, plain model": ("#009e73", "o"),
 }
 INK = "#808890"
-"""Grey enough to be read on white and on black."""
+"""A grey that is readable on white and on black."""
 
 Points = dict[int, float]
 
 
 def draw(tables: dict[str, Any], folder: Path) -> list[str]:
-    """Write plots as PNG and SVG of what was measured of the tables; what did not fit is left out.
+    """Write plots of the tables as PNG and SVG; results that did not fit are left out.
 
     Args:
-        tables: What `--json` writes.
-        folder: Where the plots go.
+        tables: The content that `--json` writes.
+        folder: The folder for the plots.
 
     Returns:
-        The names of what was drawn: a sweep of which there are two tables, and `plain`.
+        The names of the plots: each sweep with two tables, and `plain`.
 
     """
     import matplotlib as mpl
@@ -57,7 +57,7 @@ def draw(tables: dict[str, Any], folder: Path) -> list[str]:
 
 
 def _results(table: dict[str, Any]) -> list[Result]:
-    """Read the results of ways; those of ways that are none any more are passed over."""
+    """Read the results of ways; those of removed ways are skipped."""
     return [Result(**each) for each in table["results"] if each["way"] in WAYS]
 
 
@@ -105,7 +105,7 @@ def _draw_lines(axes: Any, lines: dict[str, Points], xs: list[int]) -> None:
 
 
 def _spread(ends: dict[str, float], axes: Any) -> dict[str, float]:
-    """Move labels apart where lines end beside each other, and keep them beside the plot."""
+    """Move labels apart if lines end close to each other, and keep them next to the plot."""
     low, high = (math.log(y) for y in axes.get_ylim())
     gap, least, places = (high - low) * 0.085, -math.inf, {}
     for label, y in sorted(ends.items(), key=lambda end: end[1]):

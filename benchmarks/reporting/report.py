@@ -1,4 +1,4 @@
-"""What was measured: results held against each other, and tables of them."""
+"""Compare results with each other, and write tables of them."""
 
 import statistics
 import sys
@@ -19,7 +19,7 @@ TOLERANCE = 1e-4
 
 @dataclass
 class Result:
-    """What one way took.
+    """The result of one way.
 
     Attributes:
         way: The name of the way.
@@ -54,10 +54,10 @@ class Ratio:
 
 
 def find_disagreement(results: list[Result]) -> str | None:
-    """Say which ways yield something else than the other ways that are compared with one limit.
+    """Report ways whose results differ from those of the other ways with the same limit.
 
-    Within one implementation of attention that is anything that is not bit-identical. What ran and
-    yielded nothing, though it is no bare forward, is a disagreement, too.
+    Within one implementation of attention, results must be bit-identical. A way that ran and
+    yielded nothing, although it is not a bare forward, is a disagreement too.
     """
     ran = [result for result in results if not result.failed and not result.does_not_fit]
     silent = [each.way for each in ran if not each.sha256 and WAYS[each.way].captures]
@@ -73,13 +73,13 @@ def find_disagreement(results: list[Result]) -> str | None:
         odd = [result.way for result in group if result.sha256 != usual]
         if odd:
             return f"{', '.join(odd)} did not yield the activation that the other ways did"
-    far = [each.way for each in ran if not (each.difference or 0) <= TOLERANCE]  # nor is NaN near
+    far = [each.way for each in ran if not (each.difference or 0) <= TOLERANCE]  # or NaN
     near = f"sdpa's activation to {TOLERANCE} of its largest value"
     return f"{', '.join(far)} did not yield {near}" if far else None
 
 
 def memory_ratio(result: Result, results: list[Result]) -> float | None:
-    """Relate an extra peak to that of the limit plus the activation, if the limit yields none."""
+    """Relate an extra peak to that of the limit, plus the activation if the limit yields none."""
     name = WAYS[result.way].limit
     limit = next(other for other in results if other.way == name)
     if limit.peak_bytes is None or result.peak_bytes is None:
@@ -89,9 +89,9 @@ def memory_ratio(result: Result, results: list[Result]) -> float | None:
 
 
 def find_regressions(results: list[Result]) -> list[str]:
-    """Say what did not fit, tiny as the model is, and which of our ways take too much memory.
+    """Report ways that did not fit although the model is tiny, and captures with too much memory.
 
-    On Linux that their memory was not measured is a fault, too.
+    On Linux, missing measurements of their memory are failures too.
     """
     faults = [f"{each.way} does not fit into memory" for each in results if each.does_not_fit]
     for result in results:
@@ -107,7 +107,7 @@ def find_regressions(results: list[Result]) -> list[str]:
 
 
 def time_ratio(result: Result) -> Ratio | None:
-    """Relate the time of each run to that of the limit beside it."""
+    """Relate the time of each run to that of its paired limit."""
     ratios = [mine / limit for mine, limit in result.seconds]
     if len(ratios) <= 1:
         return Ratio(ratios[0], ratios[0], ratios[0]) if ratios else None
@@ -134,7 +134,7 @@ def rows(results: list[Result]) -> str:
 
 
 def disk_rows(results: list[Result]) -> str:
-    """Write the results of what goes to disk, or comes from there, as a Markdown table."""
+    """Write the results of tables about the disk as a Markdown table."""
     lines = [f"| way | extra peak, MiB | {TIMES} |", f"| --- | ---: | {UNDER_TIMES} |"]
     for result in results:
         cells = [WAYS[result.way].title, _peak(result), *_times(result)]
@@ -161,7 +161,7 @@ def gather_rows(results: list[Result], batches: int) -> str:
 
 
 def batch_ratio(result: Result, results: list[Result], batches: int) -> float | None:
-    """Relate an extra peak to all that is gathered plus what is gathered of one batch."""
+    """Relate an extra peak to everything that is gathered plus one batch of it."""
     payload = max(each.payload_bytes for each in results)
     if result.peak_bytes is None or not payload:
         return None

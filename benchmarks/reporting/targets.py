@@ -1,4 +1,4 @@
-"""What is to be reached, and by how much it is."""
+"""The targets of the results, and whether they are reached."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ MOST_TIME = 1.02
 
 @dataclass(frozen=True)
 class Bound:
-    """What a ratio is to keep: at most or at least a figure."""
+    """The bound of a ratio: at most or at least a number."""
 
     what: str
     bound: float
     least: bool = False
 
     def verdict(self, ratio: float | None, *, lack: str = "") -> str:
-        """Say whether it is reached, and by how much it is missed otherwise."""
+        """Say whether it is reached, or by how much it is missed."""
         if ratio is None:
             return f"{self.what}: not measured{f', {lack}' if lack else ''}"
         target = f"{self.what}: {ratio:.3f}, {'at least' if self.least else 'at most'} {self.bound}"
@@ -63,7 +63,7 @@ SITES: tuple[tuple[str, str, Bound], ...] = (
 
 
 def targets(results: list[Result], *, batches: int = 1) -> list[str]:
-    """Say whether what is to be reached is."""
+    """Say which targets are reached."""
     found = {result.way: result for result in results}
     verdicts = [
         bound.verdict(memory_ratio(found[way], results))
@@ -78,7 +78,7 @@ def targets(results: list[Result], *, batches: int = 1) -> list[str]:
     ]
     for way, bound in TIME.items():
         passes = len(found[way].seconds) if way in found else 0
-        time = time_ratio(found[way]) if passes > 1 else None  # one pass tells nothing of 2 %
+        time = time_ratio(found[way]) if passes > 1 else None  # one pass cannot show 2 %
         verdicts += [bound.verdict(time.median)] if time else []
     if {"load-loader", "load-datasets"} <= found.keys():
         rate = _times_less([found["load-datasets"]], found["load-loader"], _time)
@@ -88,16 +88,16 @@ def targets(results: list[Result], *, batches: int = 1) -> list[str]:
 
 
 def _of_its_own(found: dict[str, Result], way: str) -> str:
-    """Say whether it costs no more than its own bytes beside a forward that keeps nothing."""
+    """Say whether it costs no more than its own bytes and a forward that keeps nothing."""
     mine, bare = found[way], found[f"{way}-bare"].peak_bytes
     ratio = mine.peak_bytes / (bare + mine.payload_bytes) if mine.peak_bytes and bare else None
     return Bound(LAST_POSITION[way], MOST_MEMORY).verdict(ratio)
 
 
 def _against_the_lens(found: dict[str, Result]) -> list[str]:
-    """Relate TransformerLens on a bridge, the best of it and all of it, to a plain model.
+    """Relate TransformerLens on a bridge, its best way and caching everything, to a plain model.
 
-    What does not fit is not the best; what failed, or was not asked for, might be.
+    A way that does not fit is not the best; one that failed or was not requested might be.
     """
     unknown = [way for way in LENS if way not in found or found[way].failed]
     lack = f"since {', '.join(unknown)} did not run" if unknown else ""
@@ -130,7 +130,7 @@ def _time(result: Result) -> float | None:
 def _times_less(
     theirs: list[Result], ours: Result, measure: Callable[[Result], float | None]
 ) -> float | None:
-    """Relate the least of those that fit, all of which are to be measured, to ours."""
+    """Relate the smallest of those that fit, all of which must be measured, to ours."""
     more = [measure(each) for each in theirs if not each.does_not_fit]
     measured = [taken for taken in more if taken]
     less = measure(ours)
@@ -138,9 +138,9 @@ def _times_less(
 
 
 def site_targets(found: dict[str, dict[str, float]], forwards: int) -> list[str]:
-    """Say whether a site costs as little as it is to cost.
+    """Say whether a site costs no more than its target.
 
-    What a site costs is a difference of times, and may come out as nothing or less.
+    The cost of a site is a difference of times, and may be zero or negative.
     """
 
     def verdict(ours: str, theirs: str, bound: Bound) -> str:

@@ -1,1 +1,1 @@
-"""The ways to get activations that are compared, and the tables that they stand in."""
+"""The compared ways to get activations, and their tables."""

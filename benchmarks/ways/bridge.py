@@ -1,4 +1,4 @@
-"""The ways to get one activation of a bridge, as they are compared."""
+"""The ways to get one activation of a bridge."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,7 +75,7 @@ def end_forward(*_: object) -> Never:
 
 
 def at_middle(model: Any) -> Register:
-    """Find where a bare hook sees what is asked for."""
+    """Find where a bare hook sees the requested activation."""
     return at_resid(model, middle(model))
 
 
@@ -85,10 +85,10 @@ def stopped(
     at: Callable[[Any], Register] = at_middle,
     hook: Callable[..., None] = end_forward,
 ) -> Callable[[Any, Tensor], None]:
-    """Run bare forwards to the place where `capture(stop=True)` ends them, and keep nothing.
+    """Run bare forwards up to where `capture(stop=True)` ends them, and keep nothing.
 
     Args:
-        batches: Among how many forwards the tokens are divided.
+        batches: The number of forwards that the tokens are split into.
         at: Finds where the hook goes.
         hook: Ends each forward, and may keep what it sees before.
 
@@ -105,7 +105,7 @@ def stopped(
 
 @contextmanager
 def hooked(register: Register, hook: Callable[..., None]) -> Iterator[None]:
-    """Have a bare torch hook in a model, without gradients."""
+    """Add a bare torch hook to a model, without gradients."""
     handle = register(hook)
     try:
         with torch.no_grad():

@@ -14,7 +14,7 @@ from benchmarks.ways.way import Run, Table, Way, bare_way
 
 BATCHES = 16
 ROWS = 4096
-"""The first rows, which are compared."""
+"""The number of first rows that are compared."""
 
 
 def extract_rows(model: nn.Module, batches: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
@@ -34,7 +34,7 @@ def _extract(model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _in_memory(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Keep all of it, and save it at the end, as people do who have no data set."""
+    """Keep everything in memory, and save it at the end."""
     kept: list[Tensor] = []
 
     def keep(_module: object, _args: object, output: Tensor) -> None:
@@ -83,7 +83,7 @@ EXTRACT_TABLE = Table(
 )
 
 FLAT = {"16-thousand": 2, "106-thousand": 13, "1-million": 123, "10-million": 1221}
-"""How many batches of 64 x 128 tokens are about so many."""
+"""The number of batches of 64 x 128 tokens for about this many tokens."""
 
 
 def _extract_many(batches: int) -> Run:

@@ -31,14 +31,14 @@ MANY = 64
 
 @dataclass(frozen=True)
 class Gathered:
-    """What is gathered.
+    """The gathered activation.
 
     Attributes:
-        of: What the tables call it.
+        of: Its name in tables.
         name: TransformerLens' name of it in a layer.
         at: Finds where a bare hook sees it in a layer.
         traced: Finds it in a layer, in a trace of nnsight.
-        pos: The position that is kept of it, if it is not all of them.
+        pos: The kept position, if not all of them are.
 
     """
 
@@ -49,16 +49,16 @@ class Gathered:
     pos: int | None = None
 
     def select(self, activation: Tensor) -> Tensor:
-        """Select what is kept of it, which keeps all of it alive."""
+        """Select the kept part, as a view that keeps the whole activation alive."""
         return activation if self.pos is None else activation[:, self.pos]
 
     def cut(self, activation: Tensor) -> Tensor:
-        """Clone a position; all of them need no clone where they are not overwritten."""
+        """Clone a position; all positions need no clone if they are not overwritten."""
         return activation if self.pos is None else self.select(activation).clone()
 
 
 def gather(gathered: Gathered, batches: int, *, make_room: bool = False) -> Run:
-    """Capture it of all batches."""
+    """Capture it for all batches."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         name, capacity = gathered.name(middle(model)), len(tokens) if make_room else None
@@ -71,7 +71,7 @@ def gather(gathered: Gathered, batches: int, *, make_room: bool = False) -> Run:
 
 
 def _recipe(gathered: Gathered, batches: int) -> Run:
-    """Run the recipe that people copy, with forwards that are stopped as those of `capture`."""
+    """Run the common recipe, with forwards that are stopped like those of `capture`."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         kept: list[Tensor] = []
@@ -127,7 +127,7 @@ NEURONS = Gathered(
     at_neurons,
     lambda model, layer: model.get(neurons_path(model._module, layer)).input,
 )
-"""Four times as wide as a `resid_post`, so that a batch of it weighs as a forward."""
+"""Four times as wide as a `resid_post`, so that a batch of it is as large as a forward."""
 RESID = Gathered(
     "the `resid_post` of a layer",
     resid_name,

@@ -1,6 +1,6 @@
 """The ways to get the last position of each step of a generation with a KV cache.
 
-TransformerLens' own is not among them: `generate(return_cache=True)` takes one sequence alone.
+TransformerLens' own way is not included: `generate(return_cache=True)` takes only one sequence.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ LIKELIEST: dict[str, Any] = {"max_new_tokens": STEPS, "min_new_tokens": STEPS, "
 
 
 def generate(model: Any, tokens: Tensor, **options: Any) -> Any:
-    """Generate as many tokens as there are steps, the likeliest ones."""
+    """Generate one token per step, greedily."""
     if hasattr(model, "hook_dict"):
         return model.generate(
             tokens, STEPS, stop_at_eos=False, do_sample=False, return_type="tokens", verbose=False

@@ -25,7 +25,7 @@ _BASE = 2048  # up to which float16 holds every integer
 
 
 def _rows(first: int, end: int, width: int) -> Tensor:
-    """Draw rows whose numbers can be told from their ends."""
+    """Draw rows whose numbers can be read from their ends."""
     chance = torch.Generator().manual_seed(first)
     rows = torch.randn(end - first, width, generator=chance).half()
     number = torch.arange(first, end)
@@ -89,7 +89,7 @@ def _write_safetensors(path: Path, rows: int, width: int) -> None:
 
 @cache
 def _stored(write: Callable[[Path, int, int], None], rows: int, width: int) -> Path:
-    """Write rows that are read many times, and are deleted with the process."""
+    """Write rows that are read many times, and deleted at the end of the process."""
     folder = Path(tempfile.mkdtemp(prefix="actctx-load-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     write(folder / "rows", rows, width)
@@ -97,7 +97,7 @@ def _stored(write: Callable[[Path, int, int], None], rows: int, width: int) -> P
 
 
 def _by_loader(path: Path, *, permuted: bool) -> Iterator[Tensor]:
-    """Read by the loader, shuffled as it does by default, or permuted row by row as the others."""
+    """Read with the loader, shuffled by default, or permuted row by row like the others."""
     from actctx.dataset import ActivationDataset
 
     data = ActivationDataset(path)
@@ -106,7 +106,7 @@ def _by_loader(path: Path, *, permuted: bool) -> Iterator[Tensor]:
 
 
 def _by_datasets(path: Path, *, at_once: bool, workers: int) -> Iterator[Tensor]:
-    """Read by a shuffled `DataLoader`: row by row, or what a batch holds at once."""
+    """Read with a shuffled `DataLoader`: row by row, or a batch at once."""
     from datasets import Dataset
     from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
@@ -116,7 +116,7 @@ def _by_datasets(path: Path, *, at_once: bool, workers: int) -> Iterator[Tensor]
     if at_once:
         sampler = BatchSampler(RandomSampler(stored), BATCH, drop_last=False)
         loader = DataLoader(stored, sampler=sampler, batch_size=None, num_workers=workers)
-    with warnings.catch_warnings():  # the worker reads this file alone
+    with warnings.catch_warnings():  # the worker reads only this file
         warnings.filterwarnings("ignore", "lance is not fork-safe")
         batches = iter(loader)
     for batch in batches:
@@ -132,7 +132,7 @@ def _by_mapping(path: Path) -> Iterator[Tensor]:
 
 
 def _seen(batches: Iterable[Tensor]) -> Tensor:
-    """Return what tells the rows of all batches, in their order in the file."""
+    """Return what identifies the rows of all batches, in the order of the file."""
     ends = torch.cat([batch[:, [0, batch.shape[1] // 2, -1]] for batch in batches])
     return ends[(ends[:, 0].long() * _BASE + ends[:, -1].long()).argsort()]
 
@@ -140,7 +140,7 @@ def _seen(batches: Iterable[Tensor]) -> Tensor:
 def _reading(
     write: Callable[[Path, int, int], None], read: Callable[[Path], Iterator[Tensor]]
 ) -> tuple[Run, Callable[[Setup], object]]:
-    """Read as many rows as there are tokens, which are written before anything is measured."""
+    """Read one row per token; they are written before anything is measured."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         return _seen(read(_stored(write, tokens.numel(), model.config.hidden_size)))

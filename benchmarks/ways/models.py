@@ -1,4 +1,4 @@
-"""The models that are measured, and what they run on."""
+"""The measured models, and their inputs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 BRIDGE, PLAIN, NNSIGHT, TORCHLENS, HOOKED = "bridge", "plain", "nnsight", "torchlens", "hooked"
-"""A bridge, which computes attention eagerly; Hugging Face's model with sdpa, by itself and for
-libraries that wrap it; TransformerLens' `HookedTransformer`, of the generation before bridges."""
+"""A bridge, which computes attention eagerly; a Hugging Face model with sdpa, alone and for
+libraries that wrap it; and TransformerLens' `HookedTransformer`, from before bridges."""
 
 WITHOUT = {kind for kind in (NNSIGHT, TORCHLENS) if find_spec(kind) is None}
-"""The libraries that are not installed, so that their ways are left out."""
+"""The libraries that are not installed, whose ways are skipped."""
 
 PROJECTIONS = ("c_proj", "o_proj", "out_proj", "dense")
-"""What Hugging Face calls the projection of the heads' outputs."""
+"""Hugging Face's names of the projection of the heads' outputs."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Setup:
 
 
 def of_model(setup: Setup) -> Setup:
-    """Put the sizes of the model that is loaded in place of the others."""
+    """Replace the sizes by those of the loaded model."""
     if not setup.model:
         return setup
     from transformers import AutoConfig
@@ -108,7 +108,7 @@ def _build_hooked(setup: Setup) -> Any:
 
     if setup.model:
         return HookedTransformer.from_pretrained_no_processing(setup.model, device=setup.device)
-    module = _build_gpt2(setup, "eager")  # first of all, so that its weights are those of others
+    module = _build_gpt2(setup, "eager")  # first, so that the others get its weights
     config = HookedTransformerConfig(
         n_layers=setup.layers,
         d_model=setup.d_model,
@@ -123,7 +123,7 @@ def _build_hooked(setup: Setup) -> Any:
     )
     model = HookedTransformer(config).eval()
     weights = convert_gpt2_weights(module, config)
-    model.load_state_dict(weights, strict=False)  # what it lacks are causal masks
+    model.load_state_dict(weights, strict=False)  # only causal masks are missing
     return model
 
 
@@ -141,12 +141,12 @@ def depth(model: Any) -> int:
 
 
 def middle(model: Any) -> int:
-    """Return the layer that is asked for."""
+    """Return the requested layer."""
     return depth(model) // 2
 
 
 def resid_name(layer: int) -> str:
-    """Return TransformerLens' name of what is asked for."""
+    """Return TransformerLens' name of the requested activation."""
     return f"blocks.{layer}.hook_resid_post"
 
 
@@ -156,12 +156,12 @@ def heads_name(layer: int) -> str:
 
 
 def neurons_name(layer: int) -> str:
-    """Return its name of the neurons: four times as wide as what is asked for."""
+    """Return its name of the neurons, which are four times as wide as the requested activation."""
     return f"blocks.{layer}.mlp.hook_post"
 
 
 def block_path(module: nn.Module, layer: int) -> str:
-    """Find a layer of a plain model: in the list that is as long as the model is deep."""
+    """Find a layer of a plain model: in the list with as many modules as layers."""
     layers = depth(module)
     return next(
         f"{path}.{layer}"
@@ -171,7 +171,7 @@ def block_path(module: nn.Module, layer: int) -> str:
 
 
 def projection_path(module: nn.Module, layer: int) -> str:
-    """Find the module of a plain model that is given the outputs of the layer's heads."""
+    """Find the module of a plain model whose input is the outputs of the layer's heads."""
     block = block_path(module, layer)
     return next(
         f"{block}.{path}"
@@ -181,7 +181,7 @@ def projection_path(module: nn.Module, layer: int) -> str:
 
 
 def neurons_path(module: nn.Module, layer: int) -> str:
-    """Find the module of a plain model that is given the layer's neurons: its last linear one."""
+    """Find the module of a plain model whose input is the layer's neurons: its last linear one."""
     block = block_path(module, layer)
     *_, last = (
         path
@@ -196,7 +196,7 @@ Register = Callable[[Callable[..., None]], Any]
 
 
 def at_resid(model: Any, layer: int) -> Register:
-    """Find where a bare hook sees a layer's `resid_post`, of a bridge or of a plain model."""
+    """Find where a bare hook sees a layer's `resid_post`, in a bridge or a plain model."""
     if hasattr(model, "hook_dict"):
         return _at_hook_point(model, resid_name(layer))
     register: Register = model.get_submodule(block_path(model, layer)).register_forward_hook
@@ -227,6 +227,6 @@ def _at_input(model: nn.Module, path: str) -> Register:
 
 
 def seen(args: tuple[Any, ...], output: tuple[Tensor, ...]) -> Tensor:
-    """Return what a hook saw: the output behind a module, or the input before one."""
+    """Return the value that a hook saw: the output of a module, or its input."""
     activation: Tensor = output[0] if output else args[0]
     return activation

@@ -1,4 +1,4 @@
-"""The ways to get one activation of a plain Hugging Face model, beside those of a bridge."""
+"""The ways to get one activation of a plain Hugging Face model, next to those of a bridge."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ def _hidden_states(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _hidden_states_of_the_base(model: Any, tokens: Tensor) -> Tensor:
-    """Spare the logits, which are the most of the memory."""
+    """Skip the logits, which are most of the memory."""
     return _hidden_states(model.base_model, tokens)
 
 
@@ -41,7 +41,7 @@ def _trace(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _record(model: Any, tokens: Tensor) -> Tensor:
-    """Save one layer, and halt behind it: a selector in `halt=` sees no module, a callable does."""
+    """Save one layer, and halt after it: a selector in `halt=` sees no module, a callable does."""
     import torchlens
 
     path = block_path(model, middle(model))
@@ -109,7 +109,7 @@ _CASES: tuple[tuple[str, str, str, Run, str], ...] = (
         "capture, plain model",
     ),
 )
-"""Of each way its name, its kind of model, its title, what runs it, and its label in plots."""
+"""For each way its name, its kind of model, its title, its function, and its label in plots."""
 
 
 def _ways() -> tuple[Way, ...]:

@@ -1,4 +1,4 @@
-"""The ways to gather one activation, and to write it to disk, beside SAELens' own."""
+"""The ways to gather one activation, and to write it to disk, next to SAELens' own."""
 
 import tempfile
 from functools import cache
@@ -18,7 +18,7 @@ from benchmarks.ways.way import Run, Table, Way, bare_way
 STORED = 16
 BATCHES = 8
 BUFFERS = 4
-"""What SAELens keeps before it writes is that part of the whole, so that it collects no more."""
+"""SAELens keeps this part of the whole before it writes, so that it collects nothing more."""
 
 
 @cache
@@ -39,7 +39,7 @@ def _data_set(model: Any, tokens: Tensor) -> Any:
 
 
 def _store(batches: int) -> Run:
-    """Have SAELens' store make the batches of a tokenized data set, and run them."""
+    """Let SAELens' store make the batches of a tokenized data set, and run them."""
 
     def run(model: Any, tokens: Tensor) -> Tensor:
         from sae_lens.training.activations_store import ActivationsStore
@@ -68,7 +68,7 @@ def _store(batches: int) -> Run:
 
 
 def _runner(model: Any, tokens: Tensor) -> Tensor:
-    """Have SAELens' runner write the activations of a tokenized data set."""
+    """Let SAELens' runner write the activations of a tokenized data set."""
     from sae_lens import CacheActivationsRunner, CacheActivationsRunnerConfig
 
     name, (rows, context) = resid_name(middle(model)), tokens.shape
@@ -91,7 +91,7 @@ def _runner(model: Any, tokens: Tensor) -> Tensor:
             streaming=False,
         )
         data = _data_set(model, tokens)
-        # It loads models by their names; this one is there already.
+        # It loads models by name; this one is already loaded.
         with patch("sae_lens.cache_activations_runner.load_model", return_value=model):
             written = CacheActivationsRunner(config, override_dataset=data).run()
         if len(written) != rows:

@@ -1,4 +1,4 @@
-"""What each table is measured with, and which tables a model has no part in."""
+"""The setup of each table, and the tables that do not apply to a model."""
 
 from dataclasses import asdict, replace
 from typing import Any
@@ -10,11 +10,11 @@ from benchmarks.ways.way import USUAL, Table
 
 QUICK = Setup(batch=2, tokens=128, heads=4, d_model=256, vocab=1001, context=2048)
 SIZES = ("layers", "heads", "d_model", "vocab")
-"""What of a setup a model that is loaded brings with it."""
+"""The fields of a setup that a loaded model provides."""
 
 
 def setup_of(table: Table, *, quick: bool, **given: Any) -> Setup:
-    """Put together what a table is measured with: what it is about is kept, whatever is given."""
+    """Combine the setup of a table with the given options; what the table varies is kept."""
     kept: dict[str, Any] = given | table.varied
     setup = of_model(replace(QUICK if quick else table.setup, **kept))
     return (
@@ -23,7 +23,7 @@ def setup_of(table: Table, *, quick: bool, **given: Any) -> Setup:
 
 
 def why_not(table: Table, setup: Setup) -> str:
-    """Say why a table cannot be measured with the model and device of a setup, if it cannot."""
+    """Explain why a table cannot be measured with the model and device of a setup, if it cannot."""
     if table.name == LOAD_TABLE.name and setup.device != "cpu":
         return "it reads into the memory of the CPU"
     if table.sweep == "asked" and table.x >= setup.layers:
@@ -40,5 +40,5 @@ def why_not(table: Table, setup: Setup) -> str:
 
 
 def _reach(table: Table, setup: Setup) -> int:
-    """Count the positions that a sequence takes."""
+    """Return the number of positions of a sequence."""
     return setup.tokens + (STEPS if table.name == GENERATE_TABLE.name else 0)

@@ -1,6 +1,6 @@
-"""Tables that differ in one number: what plots are drawn from.
+"""Tables that differ in one number, for plots.
 
-Of the batches that are gathered the last table is `gathering`.
+The last table of gathered batches is `gathering`.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ SWEEPS = {
     "asked": "layers asked for",
     "batches": "batches gathered",
 }
-"""What is varied, as an axis calls it."""
+"""The varied number, as the label of an axis."""
 
 DRAWN = (
     "plain-cache-nograd",
@@ -55,12 +55,12 @@ def _plain_table(sweep: str, x: int, setup: Setup, **varied: int) -> Table:
 
 
 def _work(asked: int) -> Work:
-    """Ask for the last layers but one, whose hidden state Hugging Face normalizes."""
+    """Request the last layers but one, whose hidden state Hugging Face normalizes."""
     return Work(f"{asked} layers", lambda deep: range(deep - 1 - asked, deep - 1), whole)
 
 
 def _cache_all(work: Work) -> Run:
-    """Have TransformerLens cache everything."""
+    """Let TransformerLens cache everything."""
 
     def run(model: Any, tokens: Tensor) -> list[Tensor]:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""All that is compared."""
+"""All tables."""
 
 from benchmarks.ways.bridge import BRIDGE_TABLE
 from benchmarks.ways.extract import EXTRACT_TABLE, FLAT_TABLE

@@ -1,4 +1,4 @@
-"""A way to get an activation, and a table of ways that are compared."""
+"""A way to get an activation, and a table of compared ways."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,18 +20,18 @@ class Way:
     """One way to get the activation.
 
     Attributes:
-        name: What it is chosen by.
-        title: What the table calls it.
-        run: Runs it on a model and tokens, those of all batches where several are gathered. It
-            returns the activation, or several, and holds nothing else; a bare forward, which
-            captures nothing, returns None.
+        name: Its name on the command line.
+        title: Its name in the table.
+        run: Runs it on a model and tokens, those of all batches if several are gathered. It returns
+            the activation, or several, and keeps nothing else; a bare forward, which captures
+            nothing, returns None.
         limit: The name of the way that it is compared with.
         model: The kind of model that it runs on.
-        near: The name of a way with another implementation of attention, whose activation its
-            own is near to. Ways that have the limit and the attention in common yield the same.
-        label: What plots call it; it is drawn if it has one.
-        alone: Whether it leaves a process slower than it was, so that it is timed in its own.
-        prepare: Makes what it needs beside the model and the tokens, before anything is measured.
+        near: The name of a way with another implementation of attention and a close result. Ways
+            with the same limit and attention yield the same result.
+        label: Its name in plots; it is drawn if it has one.
+        alone: Whether it makes its process slower, so that it is timed in its own.
+        prepare: Makes what it needs besides the model and the tokens, before anything is measured.
         captures: Whether it yields anything, which a bare forward does not.
 
     """
@@ -49,7 +49,7 @@ class Way:
 
 
 bare_way = partial(Way, captures=False)
-"""Makes a way that captures nothing, for others to be compared with."""
+"""Makes a way that captures nothing, as a limit for others."""
 
 
 USUAL = Setup()
@@ -60,13 +60,13 @@ class Table:
     """Ways that are compared with each other.
 
     Attributes:
-        name: What all of them are chosen by.
-        title: What they do.
+        name: Its name on the command line.
+        title: What the ways do.
         ways: The ways, in the order of the table.
-        setup: The model that they do it with, and how.
-        varied: What of the setup the table is about, so that a quick run keeps it.
-        rounds: The fresh processes to time in; none if memory alone is measured.
-        repeats: The passes over all ways in each.
+        setup: The model and how it runs.
+        varied: The fields of the setup that the table is about, which a quick run keeps.
+        rounds: The number of new processes to time in; none if only memory is measured.
+        repeats: The number of passes over all ways in each.
         sweep: The tables that it is one point of, if it is; most have a name for that alone.
         x: Where it is among them.
         to_disk: Whether what is captured goes to disk, or comes from there, so that it is no part

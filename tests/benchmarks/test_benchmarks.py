@@ -333,7 +333,9 @@ def test_an_accelerator_is_measured_by_its_allocator_and_its_events():
 def test_a_device_whose_peak_is_not_told_is_refused(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.mps, "is_available", lambda: True, raising=False)
-    with pytest.raises(RuntimeError, match=r"^torch does not tell the peak memory of mps devices"):
+    with pytest.raises(
+        RuntimeError, match=r"^torch does not report the peak memory of mps devices"
+    ):
         meter_of("mps")
 
 

@@ -90,11 +90,11 @@ def test_quick_and_whole_runs_are_not_kept_in_one_file(path, tmp_path):
 
 
 def test_a_file_that_is_none_of_findings_is_refused(tmp_path):
-    with pytest.raises(FindingsError, match=r"^there is no folder .*nowhere; make it first$"):
+    with pytest.raises(FindingsError, match=r"^there is no folder .*nowhere; create it first$"):
         Findings(tmp_path / "nowhere" / "found.json")
     other = tmp_path / "notes.json"
     other.write_text("[1]")
-    with pytest.raises(FindingsError, match=r"is no file of findings; give another one$"):
+    with pytest.raises(FindingsError, match=r"is not a file of findings; give another one$"):
         Findings(other)
     assert other.read_text() == "[1]"
 

@@ -226,7 +226,7 @@ def translating(**options):
 
 def test_the_decoder_of_fsmt_warns_where_it_attends_to_padding(fsmt):
     with (
-        pytest.warns(UserWarning, match="the decoder of FSMT attends to every token"),
+        pytest.warns(UserWarning, match="the decoder of FSMT attends to all tokens"),
         capture(fsmt, "model.decoder.layers.1", mask="attention"),
     ):
         fsmt(**translating())
@@ -278,7 +278,7 @@ def cpmant():
 def test_cpm_ant_warns_of_padding_on_the_right(cpmant):
     right = MASK.flip(1)
     with (
-        pytest.warns(UserWarning, match="CPM-Ant takes padding to be on the left"),
+        pytest.warns(UserWarning, match="CPM-Ant assumes padding on the left"),
         capture(cpmant, "lm_head", mask="attention"),
     ):
         cpmant(input_ids=tokens(3) * right, attention_mask=right.long())

@@ -12,7 +12,7 @@ POS = 6
 CAUSAL, ALL = torch.ones(POS, POS).tril().bool(), torch.ones(POS, POS).bool()
 ITSELF = torch.eye(POS).bool()
 _ORDER = {"causal": CAUSAL, "both ways": ALL}
-REFUSED = r"the forward's mask of four axes does not tell which tokens are padding"
+REFUSED = r"the forward's mask of four axes does not say which tokens are padding"
 
 
 class Own(nn.Module):
@@ -98,9 +98,8 @@ def test_the_refusal_says_what_to_give():
     with pytest.raises(OptionError) as refused:
         kept(ITSELF)
     assert str(refused.value) == (
-        "the forward's mask of four axes does not tell which tokens are padding: some attend to "
-        "themselves, but no other attends to them; give capture the mask itself, of the shape "
-        "batch pos"
+        "the forward's mask of four axes does not say which tokens are padding: some attend to "
+        "themselves, but no other attends to them; pass the mask to capture, of the shape batch pos"
     )
 
 

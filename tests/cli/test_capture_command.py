@@ -232,8 +232,8 @@ def test_cut_tokens_are_counted(tiny, loaded):
     long = " ".join(WORDS)
     whole = loaded.to_tokens(long, truncate=False).shape[1]
     assert capture(tiny, RESID, texts=[long, "one"]).stderr.splitlines()[0] == (
-        f"note: tokens were cut off at the end of 1 of the 2 texts, {whole - 8} in all: "
-        "the model reads 8 at once"
+        f"note: {whole - 8} tokens cut off at the ends of 1 of the 2 texts: the model reads 8 at "
+        "once"
     )
 
 

@@ -64,7 +64,7 @@ def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(tiny, text, out
     run(tiny, RESID, "--data", text, "--out", out, "--max-tokens", 5, "--no-resume")
     stderr = refused(tiny, RESID, "--data", text, "--out", out, "--no-resume")
     assert stderr == (
-        f"error: '{out}' exists; leave out --no-resume to go on with it, or give another path\n"
+        f"error: '{out}' exists; leave out --no-resume to resume it, or give another path\n"
     )
     assert len(Read(out)) == 5
 
@@ -264,8 +264,8 @@ def test_what_is_no_data_set_is_refused(tmp_path):
     result = actctx("info", tmp_path)
     assert result.exit_code == 2
     assert result.stderr == (
-        f"error: no data set can be read from '{tmp_path}': the directory holds none; give the "
-        "path that extract() wrote to\n"
+        f"error: no data set can be read from '{tmp_path}': the directory does not contain one; "
+        "give the path that extract() wrote to\n"
     )
 
 

@@ -15,7 +15,7 @@ from models import GENERATION, Mlp, bridge, tokens
 from shown import alike
 
 import actctx
-from actctx import capture, dataset, extract, plot
+from actctx import capture, dataset, extract, plot, stats
 from actctx._capture import capture as capturing
 from actctx._capture import decorator
 from actctx._model import places, sites
@@ -137,7 +137,11 @@ def _is_public(module, name):
 def test_the_reference_has_every_public_name():
     reference = (ROOT / "docs" / "reference.md").read_text()
     documented = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)", reference, re.MULTILINE))
-    modules = ((dataset, dataset.__all__), (extract, ["extract", "Extracted"]))
+    modules = (
+        (dataset, dataset.__all__),
+        (extract, ["extract", "Extracted"]),
+        (stats, stats.__all__),
+    )
     beside = {f"{module.__name__}.{name}" for module, names in modules for name in names}
     drawn = {name for name in documented if name.startswith("actctx.plot.")}
     assert documented - drawn == set(actctx.__all__) | beside
@@ -164,7 +168,7 @@ def _files(part):
 
 @pytest.mark.parametrize(
     "module",
-    [places, sites, capturing, decorator, activations, schema, plot, extract, dataset],
+    [places, sites, capturing, decorator, activations, schema, plot, stats, extract, dataset],
 )
 def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -184,6 +188,10 @@ def test_the_examples_of_docstrings_run(module, tmp_path, monkeypatch):
     if module is dataset:
         extract.extract(model, tokens(4), "blocks.1.hook_resid_post", "acts.lance")
         names["data"] = dataset.ActivationDataset("acts.lance")
+    if module is stats:
+        names["moments"] = stats.Moments()
+        rows = stats.Observation(values=names["torch"].eye(4), axes=("token", "d_model"))
+        names["moments"].update(rows)
     finder = doctest.DocTestFinder(exclude_empty=True)
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     found = finder.find(module, globs=names)

@@ -174,9 +174,9 @@ def test_a_disk_that_is_full_while_sites_are_added_loses_nothing(out, tmp_path):
         [sys.executable, "-c", FULL, str(out)], capture_output=True, text=True, check=False
     )
     assert run.stderr.splitlines()[-1] == (
-        f"actctx.DataError: cannot add the sites to '{out}': File too large (os error 27); "
-        f"nothing is lost, since what is new lies in '{tmp_path / 'acts.lance.adding'}': make "
-        "room, and the same call goes on with it"
+        f"actctx.DataError: cannot add the sites to '{out}': File too large (os error 27); nothing "
+        f"is lost, since the new columns are in '{tmp_path / 'acts.lance.adding'}': free space, "
+        "then the same call resumes"
     )
     assert [site.name for site in Read(out).layout.sites] == [RESID]
     model, ran = bridge(), []
@@ -190,9 +190,9 @@ def test_room_is_needed_for_what_is_added_and_for_its_copy(out, tmp_path, monkey
     free = shutil.disk_usage(tmp_path)._replace(free=90_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     assert refusal(DataError, bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True) == (
-        f"'{tmp_path / 'acts.lance.adding'}' has no room: 180 rows of 280 bytes are 49.2 KiB, "
-        "with 45.0 KiB more while they are added, but 87.9 KiB are free; give a smaller dtype, "
-        "fewer sites or tokens, or another disk"
+        f"'{tmp_path / 'acts.lance.adding'}' has too little space: 180 rows of 280 bytes are "
+        "49.2 KiB, with 45.0 KiB more while they are added, but 87.9 KiB are free; give a smaller "
+        "dtype, fewer sites or tokens, or another disk"
     )
     assert [each.name for each in tmp_path.iterdir()] == ["acts.lance"]
 
@@ -225,8 +225,8 @@ def test_an_addition_that_is_half_done_is_not_taken_for_another(out, tmp_path, m
         message = refusal(DataError, bridge(), batches(6), names, out, drop=DROP, add=True)
         asked = [names] if isinstance(names, str) else names
         assert message == (
-            f"'{beside}' holds a half-done addition of {[Z, MLP]}, not of {asked}; finish it "
-            "first, with the sites that it has, or delete that directory"
+            f"'{beside}' contains an unfinished addition of {[Z, MLP]}, not of {asked}; finish it "
+            "first, with its sites, or delete that directory"
         )
     extract(bridge(), batches(6), [Z, MLP], out, drop=DROP, add=True)
     check(out, tmp_path)
@@ -239,12 +239,12 @@ def test_an_addition_that_is_half_done_is_gone_on_with_as_it_began(out, tmp_path
         DataError, bridge(), batches(6), [Z, MLP], out, dtype=torch.float16, **options
     )
     assert message == (
-        f"cannot go on with '{beside}': its dtype of '{Z}' is 'float32', not 'float16'; give the "
-        "same, or delete that directory"
+        f"cannot resume '{beside}': its dtype of '{Z}' is 'float32', not 'float16'; give the same, "
+        "or delete that directory"
     )
     message = refusal(DataError, bridge(), batches(6), [Z, MLP], out, resume=False, **options)
     assert message == (
-        f"'{beside}' exists; give resume=True to go on with it, or delete that directory"
+        f"'{beside}' exists; give resume=True to resume it, or delete that directory"
     )
 
 
@@ -254,8 +254,8 @@ def test_an_addition_to_another_data_set_is_not_gone_on_with(tmp_path, out, monk
     extract(bridge(), batches(3), RESID, out, drop=DROP)
     beside = tmp_path / "acts.lance.adding"
     assert refusal(DataError, bridge(), batches(3), [Z, MLP], out, drop=DROP, add=True) == (
-        f"'{beside}' holds 180 rows of a half-done addition, but '{out}' has 90, so it is one to "
-        "another data set; delete that directory"
+        f"'{beside}' holds 180 rows of an unfinished addition, but '{out}' has 90, so it belongs "
+        "to another data set; delete that directory"
     )
 
 
@@ -295,7 +295,7 @@ def test_an_addition_that_is_refused_leaves_nothing(out, tmp_path, model, given,
 def test_sites_are_added_to_all_rows(out):
     options = {"drop": DROP, "add": True, "max_tokens": 100}
     assert refusal(OptionError, bridge(), batches(6), Z, out, **options) == (
-        "max_tokens=100 does not go with add=True, which adds to all rows that are there; leave "
+        "max_tokens=100 does not work with add=True, which adds to all existing rows; leave "
         "max_tokens out"
     )
 
@@ -308,9 +308,8 @@ def test_a_column_of_somebody_else_is_not_written_over(out):
         f"did not write; drop it, with {drop}, or give the site an alias, as in {{'resid': ...}}"
     )
     assert refusal(DataError, bridge(), batches(8), RESID, out, drop=DROP) == (
-        f"cannot go on with '{out}': it has a column 'blocks/0/hook_mlp_out' that extract() did "
-        f"not write, so new rows would have nothing in it; drop it, with {drop}, or give another "
-        "path"
+        f"cannot resume '{out}': it has a column 'blocks/0/hook_mlp_out' that extract() did not "
+        f"write, so new rows would have no value in it; drop it, with {drop}, or give another path"
     )
     lance.dataset(str(out)).drop_columns(["blocks/0/hook_mlp_out"])
     assert extract(bridge(), batches(8), RESID, out, drop=DROP).new_rows == 60
@@ -321,7 +320,7 @@ def test_what_stands_in_the_way_is_not_deleted(out, tmp_path):
     done.mkdir()
     (done / "mine.txt").touch()
     assert refusal(DataError, bridge(), batches(6), Z, out, drop=DROP, add=True) == (
-        f"'{done}' is a directory of other things, but sites are added by way of that path; move it"
+        f"'{done}' is a directory with other content, but adding sites needs that path; move it"
     )
     assert (done / "mine.txt").exists()
 

@@ -142,7 +142,7 @@ def test_a_data_set_that_ended_within_a_sequence_is_resumed(model, out, most):
 def test_other_texts_are_another_input(model, written):
     other = rows(["other", *DOCUMENTS[1:]])
     message = refusal(DataError, model, other, BLOCK, written, carry=CARRY, batch_size=3)
-    assert "or other values of what is carried" in message
+    assert "or other carried values" in message
 
 
 def test_sites_are_added_beside_them(model, written):
@@ -231,8 +231,8 @@ def test_what_is_no_condition_on_texts_is_refused(written):
         ActivationDataset(written, where="document = 'yes' AND lable = 1")
     assert str(refused.value) == (
         "where=\"document = 'yes' AND lable = 1\" is not a condition on rows: there is no column "
-        "lable; there are token, sequence, position, document, label, source, `block`; a string "
-        "stands in single quotes, as in label = 'yes'"
+        "lable; the columns are token, sequence, position, document, label, source, `block`; "
+        "strings need single quotes, as in label = 'yes'"
     )
 
 
@@ -254,8 +254,8 @@ def test_rows_whose_texts_were_deleted_are_refused(written, deleted):
     lance.dataset(written).delete(deleted)
     data = ActivationDataset(written)
     message = (
-        f"texts of '{written}' are lost: the first row of their sequence, which had them, was "
-        "deleted or changed; read the sites alone with data.read(), or write the data set anew"
+        f"texts of '{written}' are lost: the first row of their sequence, which stored them, was "
+        "deleted or changed; read only the sites with data.read(), or write the data set again"
     )
     for read in (
         lambda: data[:],

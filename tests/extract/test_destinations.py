@@ -28,13 +28,13 @@ def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(out):
     message = refusal(
         DataError, bridge(), batches(), [RESID, Z], out, drop={"position": [0]}, resume=False
     )
-    assert message == f"'{out}' exists; give resume=True to go on with it, or another path"
+    assert message == f"'{out}' exists; give resume=True to resume it, or another path"
 
 
 def test_a_file_in_its_place_is_refused(out):
     out.write_text("mine")
     assert refusal(DataError, bridge(), batches(), RESID, out) == (
-        f"'{out}' is a file, and no data set of actctx; give another path, or remove it"
+        f"'{out}' is a file, not a data set of actctx; give another path, or remove it"
     )
     assert out.read_text() == "mine"
 
@@ -43,7 +43,7 @@ def test_a_directory_of_other_things_is_refused(out):
     out.mkdir()
     (out / "notes.txt").touch()
     assert refusal(DataError, bridge(), batches(), RESID, out) == (
-        f"'{out}' is a directory of other things, and no data set of actctx; give another path, "
+        f"'{out}' is a directory with other content, not a data set of actctx; give another path, "
         "or remove it"
     )
     assert [each.name for each in out.iterdir()] == ["notes.txt"]
@@ -59,7 +59,7 @@ def test_a_data_set_within_a_directory_of_other_things_stays_whole(out, lock):
     before = {each.name for each in inner.rglob("*")}
     for _ in range(2):
         assert refusal(DataError, bridge(), batches(), RESID, out) == (
-            f"'{out}' is a directory of other things, and no data set of actctx; give another "
+            f"'{out}' is a directory with other content, not a data set of actctx; give another "
             "path, or remove it"
         )
     assert {each.name for each in inner.rglob("*")} == before
@@ -70,7 +70,7 @@ def test_a_data_set_within_a_directory_of_other_things_stays_whole(out, lock):
 def test_a_directory_without_the_lock_was_not_begun(out, name):
     (out / name).mkdir(parents=True)
     message = refusal(DataError, bridge(), batches(), RESID, out)
-    assert message.startswith(f"'{out}' is a directory of other things")
+    assert message.startswith(f"'{out}' is a directory with other content")
     assert [each.name for each in out.iterdir()] == [name]
 
 
@@ -105,7 +105,7 @@ def test_a_dataset_of_others_is_refused(out):
     lance.write_dataset(pa.table({"x": [1]}), str(out))
     there = {each.name for each in out.iterdir()}
     message = refusal(DataError, bridge(), batches(), RESID, out)
-    assert message.startswith(f"'{out}' is a Lance dataset, but none of actctx")
+    assert message.startswith(f"'{out}' is a Lance dataset, but not one of actctx")
     assert {each.name for each in out.iterdir()} == there
 
 

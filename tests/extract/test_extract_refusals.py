@@ -34,7 +34,7 @@ def test_what_is_refused_leaves_nothing_at_its_path(gpt2, out):
 
 def test_an_empty_input_is_refused(gpt2, out):
     assert refusal(DataError, gpt2, [], RESID, out) == (
-        "data has nothing in it, so there is nothing to run; give some input"
+        "data is empty, so there is nothing to run; give some input"
     )
 
 
@@ -47,7 +47,7 @@ def test_an_input_without_rows_is_refused(gpt2, out):
 
 def test_a_slice_that_leaves_no_rows_is_named(gpt2, out):
     assert refusal(DataError, gpt2, tokens(), RESID, out, slice={"pos": slice(0)}) == (
-        "the input leaves no rows: slice= selects none of the tokens that are left; give another"
+        "the input leaves no rows: slice= selects none of the remaining tokens; give another"
     )
 
 
@@ -66,9 +66,9 @@ def test_texts_need_a_tokenizer(llama, out):
 def test_ragged_batches_are_refused(gpt2, out):
     message = refusal(DataError, gpt2, iter([tokens(), [[1, 2], [3]]]), RESID, out)
     assert message == (
-        "from sequence 3 on, the input holds a batch of sequences of 1 to 2 tokens; fill them up "
-        "to one length, with an attention_mask, as tokenizer(..., padding=True) does, or give "
-        "single sequences, which are put into batches"
+        "from sequence 3 on, the input holds a batch of sequences of 1 to 2 tokens; pad them to "
+        "one length, with an attention_mask, as tokenizer(..., padding=True) does, or give single "
+        "sequences, which are batched here"
     )
     assert len(Read(out)) == 21
 
@@ -82,15 +82,15 @@ def test_token_ids_are_integers(gpt2, out):
 
 def test_dicts_without_tokens_are_refused(gpt2, out):
     assert refusal(DataError, gpt2, [{"ids": tokens()}], RESID, out) == (
-        "data holds dicts of 'ids', none of which is input_ids, tokens or text; rename what holds "
-        "the tokens"
+        "data holds dicts of 'ids', none of which is input_ids, tokens or text; rename the entry "
+        "with the tokens"
     )
 
 
 def test_sites_have_the_same_rows(gpt2, out):
     names = [Site(RESID, slice={"pos": -1}), Site(Z, slice={"pos": 0})]
     assert refusal(OptionError, gpt2, tokens(), names, out) == (
-        f"'{Z}' selects other positions than '{RESID}', but they are to have the same rows; give "
+        f"'{Z}' selects other positions than '{RESID}', but all sites need the same rows; give "
         "them one slice along 'pos', or a data set each"
     )
 
@@ -103,7 +103,7 @@ def test_a_sequence_without_the_position_is_refused(gpt2, out):
 def test_names_of_columns_are_not_taken_twice(gpt2, out):
     assert refusal(OptionError, gpt2, tokens(), {"token": RESID}, out) == (
         "'token' is the name of another column; give the site an alias, as in {'resid': ...}, or "
-        "rename what is carried"
+        "rename the carried entry"
     )
 
 
@@ -154,13 +154,12 @@ def test_what_is_no_path_is_refused(gpt2, path):
         ),
         (
             {"slice": {"d_model": slice(0)}},
-            f"'{RESID}' leaves rows of the shape (0,), in which there is nothing; give a slice "
-            "that selects something",
+            f"'{RESID}' has empty rows of the shape (0,); give a slice that selects something",
         ),
         (
             {"dtype": torch.float64},
-            f"'{RESID}' yields float64, which a data set does not hold; give dtype= "
-            "torch.float32, torch.float16 or torch.bfloat16",
+            f"'{RESID}' yields float64, which a data set cannot store; give dtype= torch.float32, "
+            "torch.float16 or torch.bfloat16",
         ),
     ],
 )
@@ -182,8 +181,8 @@ def test_a_dtype_is_no_string(gpt2, out, of_site):
 def test_a_mask_that_is_named_is_there(gpt2, out):
     message = refusal(DataError, gpt2, [{"input_ids": tokens()}], RESID, out, mask="loss_mask")
     assert message == (
-        "mask names 'loss_mask', but the input has nothing under that name; give dicts that have "
-        "it, or 'attention' for all tokens that are not padding"
+        "mask names 'loss_mask', but the input has no entry of that name; give dicts that have it, "
+        "or 'attention' for all tokens that are not padding"
     )
 
 
@@ -264,7 +263,7 @@ def test_what_float16_cannot_hold_is_refused_with_what_can(out, value, ends):
     site = Site("embed", axes="batch pos d")
     ids = torch.tensor([[4, 7, 5]])
     message = refusal(DataError, Poisoned(value), [ids], site, out, dtype=torch.float16)
-    assert ("float16 ends at 65504, beyond which dtype=torch.bfloat16 goes" in message) == ends
+    assert ("float16 ends at 65504, but dtype=torch.bfloat16 has a larger range" in message) == ends
 
 
 def test_a_row_of_one_number_is_held_against_what_is_finite(out):

@@ -64,7 +64,7 @@ def in_a_forked_process(folder, used):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_process_that_was_forked_after_a_data_set_was_used_uses_none(tmp_path):
     anew = (
-        "data sets cannot be used in a process that was forked from one that had used them, since "
+        "data sets cannot be used in a process that was forked from one that has used them, since "
         "Lance's threads do not survive a fork; start it another way, such as "
         "multiprocessing.get_context('spawn')"
     )

@@ -53,8 +53,8 @@ class Given(nn.Module):
 )
 def test_tensors_that_do_not_say_what_they_are_are_refused(gpt2, out, data, kind):
     assert refusal(DataError, gpt2, data, RESID, out) == (
-        f"data holds a {kind} of 2 tensors, which do not say what they are; give dicts of "
-        "input_ids and what else there is, such as attention_mask"
+        f"data holds a {kind} of 2 tensors without names; give dicts of input_ids and the others, "
+        "such as attention_mask"
     )
 
 

@@ -191,7 +191,7 @@ def test_a_disk_that_is_full_between_commits_is_told_of(out, monkeypatch, step):
         message = refusal(DataError, bridge(), batches(3), [RESID, Z], out, drop={"position": [0]})
     assert message == (
         f"cannot write to '{out}': {os.strerror(errno.ENOSPC)}; 60 rows are on disk, and running "
-        "it again goes on after them"
+        "it again resumes after them"
     )
     assert len(unbroken(out, 3)) == 90
 
@@ -244,6 +244,6 @@ def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path):
     rows = len(Read(out))
     assert rows
     assert f"DataError: cannot write to '{out}': " in run.stderr
-    assert f"{rows} rows are on disk, and running it again goes on after them" in run.stderr
+    assert f"{rows} rows are on disk, and running it again resumes after them" in run.stderr
     unbroken(out)
     assert same(Read(out), unbroken(tmp_path / "whole.lance"))

@@ -158,8 +158,8 @@ def test_rows_of_left_padding_by_an_older_version_are_not_joined_by_others(out, 
     as_written_before_padding_was_moved(out)
     site = "blocks.1.hook_resid_post" if add else FIRST
     assert refusal(DataError, model, [PADDED], site, out, add=add) == (
-        f"cannot go on with '{out}': an older version of actctx wrote it, which ran padding before "
-        "the tokens as it is, and this model may count that as positions, so its rows may be "
+        f"cannot resume '{out}': an older version of actctx wrote it, which did not move padding "
+        "behind the tokens, and this model may count padding as positions, so its rows may be "
         "wrong; give another path"
     )
 
@@ -210,9 +210,9 @@ def test_what_cannot_be_moved_along_is_refused(out):
     types = torch.zeros(1, 7, dtype=torch.long)
     model = huggingface("BertForMaskedLM")
     assert refusal(DataError, model, [{**batch, "token_type_ids": types}], FIRST, out) == (
-        "from sequence 0 on, the input has padding, and 'token_type_ids' of the shape (1, 7), of "
-        "which it is not known what belongs to which token; give single sequences, or batches "
-        "without padding before the tokens"
+        "from sequence 0 on, the input has padding, and 'token_type_ids' of the shape (1, 7), and "
+        "it is not known which of its entries belong to which token; give single sequences, or "
+        "batches without padding before the tokens"
     )
 
 
@@ -337,8 +337,8 @@ def test_a_mask_under_another_name_tells_no_padding(out):
     batch = {"input_ids": left(IDS), "padding_mask": left(MASK).long()}
     assert refusal(DataError, Other(), [batch], BLOCK, out) == (
         "data holds 'padding_mask', which the model's forward takes, but no 'attention_mask', so "
-        "that it is not known which tokens are padding; give an 'attention_mask' as well, or "
-        "mask='padding_mask' where it is not 0 for the tokens that leave rows"
+        "it is not known which tokens are padding; also give an 'attention_mask', or "
+        "mask='padding_mask' if it is not 0 for the tokens that become rows"
     )
     model = Other()
     extract(model, [{**batch, "attention_mask": left(MASK).long()}], BLOCK, out)
@@ -400,13 +400,13 @@ def test_padding_that_reaches_tokens_is_warned_of_and_left_out_by_an_option(
     out, architecture, data
 ):
     model = leaky(architecture)
-    with pytest.warns(UserWarning, match="padding reaches") as caught:
+    with pytest.warns(UserWarning, match="padding changes") as caught:
         extract(model, data, LAYER, out)
     (message,) = {str(each.message) for each in caught}
     assert message.startswith(
-        "padding reaches the tokens beside it: what 'encoder.layer.1' leaves of sequence 1 is "
+        "padding changes the tokens next to it: 'encoder.layer.1' of sequence 1 differs by "
     )
-    assert message.endswith("; give equal_lengths=True, with which no forward has padding")
+    assert message.endswith("; give equal_lengths=True, so that no forward has padding")
     equal = out.with_name("equal.lance")
     extract(model, data, LAYER, equal, equal_lengths=True)
     wanted = alone(model, model.encoder.layer[1])
@@ -455,13 +455,14 @@ def test_equal_lengths_do_not_go_with_rows_of_padding(out):
     batch = {"input_ids": IDS, "attention_mask": MASK.long()}
     options = {"mask": None, "equal_lengths": True}
     assert refusal(OptionError, Told(), [batch], BLOCK, out, **options) == (
-        "equal_lengths=True runs no padding, but mask=None keeps its rows; leave one of them out"
+        "equal_lengths=True runs without padding, but mask=None keeps its rows; leave one of them "
+        "out"
     )
 
 
 def test_a_data_set_is_not_resumed_with_other_lengths_together(out):
     extract(Told(), SEQUENCES, BLOCK, out, max_tokens=3)
     assert refusal(DataError, Told(), SEQUENCES, BLOCK, out, equal_lengths=True) == (
-        f"cannot go on with '{out}': its equal_lengths is False, not True; give the same, or "
-        "another path"
+        f"cannot resume '{out}': its equal_lengths is False, not True; give the same, or another "
+        "path"
     )

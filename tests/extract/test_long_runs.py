@@ -207,7 +207,9 @@ def test_an_interrupt_before_the_first_rows_says_so(model, out):
 
     with pytest.raises(KeyboardInterrupt) as ended:
         extract(model, interrupted(), RESID, out)
-    assert ended.value.__notes__ == [f"no rows are in '{out}' yet; the same call begins anew"]
+    assert ended.value.__notes__ == [
+        f"no rows are in '{out}' yet; the same call starts from the beginning"
+    ]
 
 
 def test_the_command_line_says_what_an_interrupt_keeps(tiny, tmp_path, out, monkeypatch):

@@ -21,7 +21,7 @@ datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.usefixtures("unchecked")
 LAYER = "blocks.1.hook_resid_post"
 CLEAR = "a list of texts, or of sequences of token ids"
-THROUGH = "what goes through it, such as torch.utils.data.DataLoader(data, batch_size=None)"
+THROUGH = "an iterable over it, such as torch.utils.data.DataLoader(data, batch_size=None)"
 
 
 class Mapped(Dataset):
@@ -64,32 +64,32 @@ TABLE = pa.table({"input_ids": [[1, 2], [3]]})
         ),
         (
             TABLE,
-            "data is one Table, of which going through it does not give its rows; give "
+            "data is one Table, and iterating over it does not yield its rows; give "
             "data.to_pylist()",
         ),
         (
             TABLE["input_ids"],
-            "data is one ChunkedArray, of which going through it does not give its rows; give "
+            "data is one ChunkedArray, and iterating over it does not yield its rows; give "
             "data.to_pylist()",
         ),
         (
             TABLE.to_reader(),
-            "data is one RecordBatchReader, of which going through it does not give its rows; give "
+            "data is one RecordBatchReader, and iterating over it does not yield its rows; give "
             "those of its batches, (row for batch in data for row in batch.to_pylist())",
         ),
         (
             TABLE.to_batches(),
-            "from sequence 0 on, the input holds a RecordBatch of Arrow's; give Python's values, "
-            "as its to_pylist() returns them",
+            "from sequence 0 on, the input holds a RecordBatch of Arrow; give Python values, as "
+            "its to_pylist() returns them",
         ),
         (
             [pa.scalar([1, 2])],
-            "from sequence 0 on, the input holds a ListScalar of Arrow's; give Python's values, as "
-            "its as_py() returns them",
+            "from sequence 0 on, the input holds a ListScalar of Arrow; give Python values, as its "
+            "as_py() returns them",
         ),
         (
             pd.DataFrame({"input_ids": [[1]]}),
-            "data is a table, of which going through it gives the names of its columns; give its "
+            "data is a table, and iterating over it yields the names of its columns; give its "
             "rows, data.to_dict('records')",
         ),
         (
@@ -99,7 +99,7 @@ TABLE = pa.table({"input_ids": [[1, 2], [3]]})
         ),
         (None, f"data is one NoneType, not an iterable of inputs; give {CLEAR}"),
         (Path("x"), f"data is one PosixPath, not an iterable of inputs; give {CLEAR}"),
-        (list, "data is the class 'list'; give an object of it"),
+        (list, "data is the class 'list'; give an instance of it"),
         (
             b"text",
             "data is one bytes, not an iterable of inputs; give texts, such as [data.decode()]",
@@ -110,8 +110,8 @@ TABLE = pa.table({"input_ids": [[1, 2], [3]]})
         ),
         (
             [{}],
-            "data holds empty dicts, none of which is input_ids, tokens or text; rename what holds "
-            "the tokens",
+            "data holds empty dicts, none of which is input_ids, tokens or text; rename the entry "
+            "with the tokens",
         ),
         (
             tokens().to("meta"),
@@ -142,12 +142,12 @@ TABLE = pa.table({"input_ids": [[1, 2], [3]]})
         ),
         (
             np.ma.masked_array([[1, 2]], [[False, True]]),
-            "the input holds a masked array, of which torch would take what is masked as well; "
-            "give array.data, with an attention_mask",
+            "the input holds a masked array, but torch ignores its mask; give array.data, with an "
+            "attention_mask",
         ),
         (
             np.full((1, 2), 2**63, dtype=np.uint64),
-            "from sequence 0 on, the input holds token ids of 2**63 and more; give the ids of the "
+            "from sequence 0 on, the input holds token ids of 2**63 or more; give the ids of the "
             "model's own tokenizer",
         ),
         (
@@ -234,13 +234,13 @@ def test_numpys_strings_are_texts(gpt2, out):
         ),
         (
             {"names": {"\ud800": LAYER}},
-            "a column needs a name, which '\\ud800' is not; give the site an alias, as in "
-            "{'resid': ...}",
+            "'\\ud800' cannot be the name of a column; give the site an alias, as in {'resid': "
+            "...}",
         ),
         (
             {"carry": ["\ud800"]},
-            "carry names '\\ud800', which no column can be called; rename it to a string without "
-            ". / `",
+            "carry names '\\ud800', which cannot be the name of a column; rename it to a string "
+            "without . / `",
         ),
         (
             {"tokenizer": lambda _: {"input_ids": 5}, "data": ["a"]},
@@ -269,7 +269,7 @@ def test_a_carried_text_that_cannot_be_written_is_refused(gpt2, out):
     data = [{"input_ids": [1, 2], "name": "\ud800"}]
     assert refusal(DataError, gpt2, data, LAYER, out, carry="name") == (
         "carry names 'name', which in sequence 0 of the input is '\\ud800', which has characters "
-        "that UTF-8 cannot write; replace them"
+        "that UTF-8 cannot encode; replace them"
     )
 
 
@@ -361,7 +361,7 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
         lambda: extract(gpt2, [ids, ids], LAYER, out, progress=False),
         lambda: extract(gpt2, ids, "blocks.0.hook_resid_post", out, add=True, progress=False),
     ):
-        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it anew$"):
+        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it again$"):
             read()
 
 
@@ -369,12 +369,12 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
     ("python", "typed"),
     [
         (
-            "'a' exists; give resume=True to go on with it, or another path",
-            "'a' exists; leave out --no-resume to go on with it, or give another path",
+            "'a' exists; give resume=True to resume it, or another path",
+            "'a' exists; leave out --no-resume to resume it, or give another path",
         ),
         (
-            "'a' exists; give resume=True to go on with it, or delete that directory",
-            "'a' exists; leave out --no-resume to go on with it, or delete that directory",
+            "'a' exists; give resume=True to resume it, or delete that directory",
+            "'a' exists; leave out --no-resume to resume it, or delete that directory",
         ),
         ("finite=False writes it as it is", "--no-finite writes it as it is"),
         (
@@ -382,8 +382,8 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
             "--pack joins, --context cuts, --slice selects",
         ),
         (
-            "max_tokens=3 does not go with add=True; leave max_tokens out",
-            "--max-tokens 3 does not go with --add; leave --max-tokens out",
+            "max_tokens=3 does not work with add=True; leave max_tokens out",
+            "--max-tokens 3 does not work with --add; leave --max-tokens out",
         ),
         (
             "give dtype=torch.float16, such as drop={'position': [0]}",
@@ -416,8 +416,8 @@ def in_utf8(texts):
 def test_a_text_that_a_tokenizer_does_not_take_is_said(gpt2, out):
     data = ["one", "\ud800"]
     assert refusal(DataError, gpt2, data, LAYER, out, tokenizer=in_utf8) == (
-        "sequence 1 of the input has characters that UTF-8 cannot write, which the tokenizer does "
-        "not take; replace them, as text.encode(errors='replace').decode() does"
+        "sequence 1 of the input has characters that UTF-8 cannot encode, which the tokenizer does "
+        "not accept; replace them, as text.encode(errors='replace').decode() does"
     )
 
 

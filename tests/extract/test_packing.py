@@ -140,7 +140,7 @@ def test_padding_before_tokens_is_refused_where_the_model_takes_no_mask(out):
     batch = {"input_ids": tokens(2, 3), "attention_mask": [[1, 1, 1], [0, 1, 1]]}
     assert refusal(DataError, Blind(), [batch], MIXED, out) == (
         "from sequence 0 on, the input has padding before tokens, but the model's forward takes no "
-        "attention mask, so that they would attend to it; give equal_lengths=True, which runs "
+        "attention mask, so tokens would attend to it; give equal_lengths=True, which runs "
         "sequences without padding, or single sequences"
     )
     extract(Masked(), [batch], MIXED, out)
@@ -155,9 +155,9 @@ def test_padding_behind_tokens_is_warned_of_where_the_model_takes_no_mask(out, o
     with pytest.warns(UserWarning, match="takes no attention mask") as caught:
         extract(model, [whole, batch, batch], MIXED, out)
     assert [str(each.message) for each in caught] == [
-        "the model's forward takes no attention mask, so that tokens attend to the padding behind "
-        "them if it is not causal; give equal_lengths=True, which runs sequences without padding, "
-        "or single sequences"
+        "the model's forward takes no attention mask, so tokens attend to the padding after them "
+        "if it is not causal; give equal_lengths=True, which runs sequences without padding, or "
+        "single sequences"
     ]
     assert Read(out)["position"] == [*range(3)] * 3 + [*range(ones), *range(3), *range(ones)]
 
@@ -184,8 +184,8 @@ def test_tokens_of_an_encoder_are_no_rows_of_its_decoder(out, build):
     decoder = next(name for name, _ in model.named_modules() if name.startswith("decoder"))
     message = refusal(OptionError, model, tokens(2), Site(decoder, axes="batch pos d"), out)
     assert message.endswith(
-        "is of the decoder, but a row is a token of what the encoder is given; capture it with "
-        "capture(), or extract from the decoder by itself"
+        "belongs to the decoder, but a row is a token of the encoder's input; capture it with "
+        "capture(), or extract from the decoder alone"
     )
 
 

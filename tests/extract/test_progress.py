@@ -19,7 +19,9 @@ def test_what_does_not_fit_on_the_disk_is_refused_before_any_forward(gpt2, out):
     handle = gpt2.embed.register_forward_hook(lambda *args: ran.append(args))
     message = refusal(DataError, gpt2, iter([tokens()]), RESID, out, max_tokens=10**15)
     handle.remove()
-    assert message.startswith(f"'{out}' has no room: 1000000000000000 rows of 152 bytes are 1")
+    assert message.startswith(
+        f"'{out}' has too little space: 1000000000000000 rows of 152 bytes are 1"
+    )
     assert not ran
     assert not [*out.glob("_versions/*")]
 
@@ -30,7 +32,9 @@ def test_rows_are_counted_beforehand_where_the_batches_are_at_hand(gpt2, as_list
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     data = [{"input_ids": tokens()}] if as_list else tokens()
     message = refusal(DataError, gpt2, data, RESID, out)
-    assert message.startswith(f"'{out}' has no room: 21 rows of 152 bytes are 3.1 KiB, but 3.1 KiB")
+    assert message.startswith(
+        f"'{out}' has too little space: 21 rows of 152 bytes are 3.1 KiB, but 3.1 KiB"
+    )
 
 
 @pytest.mark.parametrize("data", [[[1, 2, 3]], [{"tokens": [1, 2, 3]}], [torch.arange(3)]])

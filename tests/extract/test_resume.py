@@ -118,7 +118,7 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
     hook = model.register_forward_pre_hook(lambda _, args: ran.append(len(args[0])))
     # Batches of a sorted order are run in parts, but never joined.
     is_same = size > 8 and isinstance(data, list) and "pack" not in options
-    with nullcontext() if is_same else pytest.warns(UserWarning, match="up to rounding only"):
+    with nullcontext() if is_same else pytest.warns(UserWarning, match="only up to rounding"):
         extract(model, data, RESID, out, batch_size=size, **options)
     hook.remove()
     read = Read(out)
@@ -131,7 +131,7 @@ def test_another_batch_size_goes_on_in_the_same_order(tmp_path, monkeypatch, dat
 def test_sites_are_added_with_another_batch_size(tmp_path):
     wanted, out = whole_and_in_parts(tmp_path, sequences())
     extract(bridge(), sequences(), Z, out, batch_size=3, add=True)
-    with pytest.warns(UserWarning, match="up to rounding only"):
+    with pytest.warns(UserWarning, match="only up to rounding"):
         extract(bridge(), sequences(), [RESID, Z], out, batch_size=5)
     assert Read(out)["sequence"] == wanted["sequence"]
 

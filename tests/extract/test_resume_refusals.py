@@ -19,8 +19,8 @@ SENTENCES = [torch.tensor([[1, 2, 9], [3, 4, 9]]), torch.tensor([[5, 6, 9], [7, 
 
 OTHER = (
     "the rows on disk came from another input: row {row} is token 9 of sequence {row}, position 2 "
-    "in both, but its sequence has other tokens, or other arguments of the forward, or other "
-    "values of what is carried; give the same input in the same order, or another path"
+    "in both, but its sequence has other tokens, other arguments of the forward, or other carried "
+    "values; give the same input in the same order, or another path"
 )
 
 
@@ -78,7 +78,7 @@ def test_another_mask_is_another_input_where_padding_leaves_rows(out):
         message = refusal(DataError, bridge(), [OTHERWISE] * 2, site, out, mask=None, add=add)
         assert message.startswith(
             "the rows on disk came from another input: row 0 is token 1 of sequence 0, position 0 "
-            "in both, but its sequence has other tokens, or other arguments of the forward"
+            "in both, but its sequence has other tokens, other arguments of the forward"
         )
     assert extract(bridge(), [MASKED] * 2, RESID, out, mask=None).new_rows == 6
 
@@ -124,7 +124,7 @@ def test_a_shorter_input_is_refused(out):
     unbroken(out, 3)
     message = refusal(DataError, bridge(), batches(2), [RESID, Z], out, drop={"position": [0]})
     assert message == (
-        "the input leaves 60 rows, but 90 are on disk already, so they came from another one; "
+        "the input leaves 60 rows, but 90 are already on disk, so they came from another input; "
         "give the same input, or another path"
     )
 
@@ -138,7 +138,7 @@ def test_a_change_of_one_weight_is_refused(out):
         DataError, other_weights(), batches(), [RESID, Z], out, drop={"position": [0]}
     )
     assert message.startswith(
-        f"cannot go on with '{out}': its weight 'transformer.wte._original_component.weight' is '"
+        f"cannot resume '{out}': its weight 'transformer.wte._original_component.weight' is '"
     )
 
 
@@ -194,8 +194,8 @@ def test_other_axes_are_refused(out, mlp):
     extract(mlp, batches(2), Site("block", axes="batch pos d"), out)
     site = Site("block", axes="batch pos neuron")
     assert refusal(DataError, mlp, batches(3), site, out) == (
-        f"cannot go on with '{out}': its list of axes of 'block' is ['d'], not ['neuron']; give "
-        "the same, or another path"
+        f"cannot resume '{out}': its list of axes of 'block' is ['d'], not ['neuron']; give the "
+        "same, or another path"
     )
     assert Read(out).layout.finished
 
@@ -219,8 +219,8 @@ def test_another_tensor_of_the_same_place_is_refused(out, was, now, shown, add):
         out.rename(where)
         extract(mlp, batches(2), Site("head", axes="batch pos d"), out)
     assert refusal(DataError, mlp, batches(2), second, out, add=add) == (
-        f"cannot go on with '{where}': its tensor of 'x' (io, output, firing) is {shown}; "
-        f"give the same, or {rest}"
+        f"cannot resume '{where}': its tensor of 'x' (io, output, firing) is {shown}; give the "
+        f"same, or {rest}"
     )
 
 
@@ -259,7 +259,7 @@ def test_what_would_make_other_rows_is_refused(out, options, names, message):
     unbroken(out, 3)
     options = {"drop": {"position": [0]}, **options}
     assert refusal(DataError, bridge(), batches(), names, out, **options) == (
-        f"cannot go on with '{out}': its {message}; give the same, or another path"
+        f"cannot resume '{out}': its {message}; give the same, or another path"
     )
     assert len(Read(out)) == 90
 

@@ -34,15 +34,15 @@ def test_those_who_stop_early_are_not_left_with_the_longest(mlp, out):
 def test_a_hole_in_the_mask_of_a_single_sequence_is_refused(gpt2, out):
     row = {"input_ids": [1, 2, 3, 4], "attention_mask": [1, 0, 1, 1]}
     assert refusal(DataError, gpt2, [row], RESID, out) == (
-        "the attention mask of sequence 0 has a hole, and single sequences run without what it "
-        "leaves out; give it in a batch, which runs as it is"
+        "the attention mask of sequence 0 has a gap, and single sequences run without the tokens "
+        "that it excludes; give it in a batch, which runs as it is"
     )
 
 
 def test_what_a_misspelt_carry_could_have_been_is_listed(gpt2, out):
     rows = [{"input_ids": [1, 2], "label": 1}]
     assert refusal(DataError, gpt2, rows, RESID, out, carry=["labl"]) == (
-        "carry names 'labl', but sequence 0 of the input has nothing under that name, only "
+        "carry names 'labl', but sequence 0 of the input has no entry of that name, only "
         "'input_ids', 'label'; give dicts that have it"
     )
 
@@ -117,8 +117,8 @@ def test_means_of_bools_are_numbers(out):
 def test_complex_numbers_are_refused_and_not_halved(out, dtype):
     message = refusal(OptionError, OtherNumbers(), [[2, 3]], "waves", out, pool="max", dtype=dtype)
     assert message == (
-        "'waves' yields complex64, but a data set holds floating-point numbers, bools, and "
-        "integers of up to 64 bits with a sign, or 8 without; leave the site out, or keep it in "
+        "'waves' yields complex64, but a data set stores floating-point numbers, bools, signed "
+        "integers of up to 64 bits, and unsigned ones of 8 bits; leave the site out, or keep it in "
         "memory with capture()"
     )
 

@@ -11,8 +11,8 @@ from actctx import OptionError, Site
 from actctx.extract import extract
 
 OF_DECODERS = (
-    " is of the decoder, but a row is a token of what the encoder is given; capture it with "
-    "capture(), or extract from the decoder by itself"
+    " belongs to the decoder, but a row is a token of the encoder's input; capture it with "
+    "capture(), or extract from the decoder alone"
 )
 
 
@@ -48,7 +48,7 @@ def test_what_a_model_returns_of_its_encoder_is_not_refused(out, wrap):
     model = bart()
     site = Site("", output="encoder_last_hidden_state", axes="batch pos d")
     assert refusal(OptionError, wrap(model), tokens(2), site, out) == (
-        "a column needs a name, which '' is not; give the site an alias, as in {'resid': ...}"
+        "'' cannot be the name of a column; give the site an alias, as in {'resid': ...}"
     )
     extract(wrap(model), tokens(2), {"states": site}, out)
     with torch.no_grad():

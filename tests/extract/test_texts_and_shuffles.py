@@ -87,9 +87,9 @@ def test_a_dataloader_that_shuffles_without_a_seed_is_refused_at_the_start(model
     given = [torch.tensor(each) for each in ids(20, 2)]
     options = {"batch_size": 4, "shuffle": True}
     assert refusal(DataError, model, DataLoader(given, **options), RESID, out) == (
-        "data is a DataLoader that shuffles without a seed, so its order is another each time, and "
-        "what is written could never be resumed; give it "
-        "generator=torch.Generator().manual_seed(0), or give resume=False"
+        "data is a DataLoader that shuffles without a seed, so its order differs each time, and "
+        "the run could never be resumed; give it generator=torch.Generator().manual_seed(0), or "
+        "give resume=False"
     )
     assert not out.exists()
     assert extract(model, DataLoader(given, **options), RESID, out, resume=False).rows == 20
@@ -111,8 +111,8 @@ def test_a_stream_that_shuffles_without_a_seed_is_refused_at_the_start(model, ou
     given = datasets.Dataset.from_list([{"input_ids": [1, 2]}]).to_iterable_dataset()
     for shuffled in (given.shuffle().take(1), DataLoader(given.shuffle(), batch_size=8)):
         assert refusal(DataError, model, shuffled, RESID, out) == (
-            "data is a stream of datasets that shuffles without a seed, so its order is another "
-            "each time, and what is written could never be resumed; give it a seed, as in "
-            "shuffle(seed=0), or give resume=False"
+            "data is a stream of datasets that shuffles without a seed, so its order differs each "
+            "time, and the run could never be resumed; give it a seed, as in shuffle(seed=0), or "
+            "give resume=False"
         )
     extract(model, given.shuffle(seed=0), RESID, out)

@@ -60,10 +60,10 @@ def test_a_second_writer_that_took_the_lock_away_doubles_no_rows(out):
         extract(bridge(), batches()[:4], [RESID, Z], out)
 
     message = broken_into(out, second)
-    assert message.startswith(f"'{out}' was written to by somebody else: its newest version is ")
+    assert message.startswith(f"'{out}' was written to by another process: its newest version is ")
     assert message.endswith(
-        ", of 70 rows, so nothing more is added; let one writer end, and the same call goes on "
-        "after what is there"
+        ", of 70 rows, so nothing more is added; let one writer end, then the same call resumes "
+        "after the rows on disk"
     )
     assert len(ActivationDataset(out)) == 140
     check_whole(out)
@@ -75,17 +75,17 @@ def test_where_there_are_no_locks_that_is_said_and_no_row_is_doubled(out, monkey
         raise error if isinstance(error, Exception) else OSError(error, os.strerror(error))
 
     monkeypatch.setattr("filelock.FileLock.acquire", acquire)
-    said = f"'{out}' lies on a file system without locks, so a second writer is noticed only"
+    said = f"'{out}' is on a file system without locks, so a second writer is noticed only"
     with pytest.warns(UserWarning, match=said):
         message = broken_into(out, lambda: extract(bridge(), batches()[:4], [RESID, Z], out))
-    assert "was written to by somebody else" in message
+    assert "was written to by another process" in message
     with pytest.warns(UserWarning, match=said):
         check_whole(out)
 
 
 def test_a_commit_of_somebody_else_ends_the_writer_before_its_own(out):
     message = broken_into(out, lambda: lance.dataset(str(out)).update_config({"mine": "1"}))
-    assert "was written to by somebody else" in message
+    assert "was written to by another process" in message
     check_whole(out)
 
 
@@ -129,7 +129,7 @@ def test_columns_are_not_added_beside_another_writer(out):
 
     with pytest.raises(DataError) as caught:
         extract(bridge(), interrupted(), [Z], out, add=True)
-    assert "was written to by somebody else" in str(caught.value)
+    assert "was written to by another process" in str(caught.value)
     assert [*ActivationDataset(out).sites] == [RESID]
 
 

@@ -36,8 +36,8 @@ def test_ids_that_the_model_does_not_know_are_refused(out, build, worst, ids):
 @pytest.mark.parametrize("data", [[1, 2, 3], torch.arange(3), np.arange(3)])
 def test_one_sequence_is_no_input(mlp, out, data):
     assert refusal(DataError, mlp, data, BLOCK, out) == (
-        "data holds single numbers, as one sequence of token ids does; give a list of sequences, "
-        "such as [data]"
+        "data holds single numbers, like one sequence of token ids; give a list of sequences, such "
+        "as [data]"
     )
 
 
@@ -69,24 +69,23 @@ def test_what_a_tokenizer_gives_is_told_to_be_filled_up(gpt2, out):
 def test_batches_of_texts_are_refused(gpt2, out, batch):
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
         "from sequence 0 on, the input holds a list of texts; give single texts, such as "
-        "itertools.chain.from_iterable(data), which are put into batches"
+        "itertools.chain.from_iterable(data), which are batched here"
     )
 
 
 def test_a_mask_that_nothing_reads_is_refused(gpt2, out):
     batch = {"input_ids": tokens(2), "attn_mask": torch.ones(2, 7)}
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "data holds 'attn_mask', which nothing reads, and no 'attention_mask'; call it "
-        "'attention_mask' where it tells padding, give mask='attn_mask' where it tells which "
-        "tokens leave rows, or leave it out"
+        "data holds 'attn_mask', which is not used, and no 'attention_mask'; name it "
+        "'attention_mask' if it marks padding, give mask='attn_mask' if it marks the tokens that "
+        "become rows, or leave it out"
     )
 
 
 def test_a_mask_is_of_0_and_1(gpt2, out):
     batch = {"input_ids": tokens(2), "attention_mask": torch.full((2, 7), -1.0)}
     assert refusal(DataError, gpt2, [batch], RESID, out) == (
-        "'attention_mask' holds other values than 0 and 1; give 1 for each token that is not "
-        "padding"
+        "'attention_mask' has values other than 0 and 1; give 1 for each token that is not padding"
     )
 
 
@@ -101,7 +100,8 @@ def test_a_context_cuts_no_batches(gpt2, out):
 @pytest.mark.usefixtures("unchecked")
 def test_names_that_no_column_has_are_not_carried(mlp, out, name):
     assert refusal(OptionError, mlp, tokens(), BLOCK, out, carry=[name]) == (
-        f"carry names {name!r}, which no column can be called; rename it to a string without . / `"
+        f"carry names {name!r}, which cannot be the name of a column; rename it to a string "
+        "without . / `"
     )
 
 
@@ -123,7 +123,7 @@ def test_a_model_that_drops_at_random_is_refused(out, functional):
     model = Dropping(functional=functional)
     assert refusal(OptionError, model, [tokens()], BLOCK, out) == (
         f"the model is in training mode, in which {'it' if functional else 'drop'!r} drops at "
-        "random (p=0.25), so that each run leaves other activations; call model.eval() first"
+        "random (p=0.25), so each run yields other activations; call model.eval() first"
     )
     assert extract(model.eval(), [tokens()], BLOCK, out).rows == 21
 

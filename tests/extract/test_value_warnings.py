@@ -64,7 +64,9 @@ def test_values_that_a_cast_makes_zero_are_a_warning(out, options):
 
 
 def test_values_that_a_cast_makes_infinite_are_a_warning(out):
-    with pytest.warns(UserWarning, match=r"\d+ values are beyond the end of float16, 65504; "):
+    with pytest.warns(
+        UserWarning, match=r"\d+ values are outside the range of float16, which ends at 65504; "
+    ):
         extract(Scaled(1e6), tokens(), EMBED, out, dtype=torch.float16, finite=False)
 
 

@@ -49,7 +49,7 @@ def refused(first, second, out, site=SITE):
     rows = Read(out).table
     message = refusal(DataError, second, [tokens(), tokens(seed=1)], site, out)
     assert Read(out).table.equals(rows)
-    start, end = f"cannot go on with '{out}': its ", "; give the same, or another path"
+    start, end = f"cannot resume '{out}': its ", "; give the same, or another path"
     assert message.startswith(start)
     return message.removeprefix(start).partition(end)[0]
 

@@ -123,10 +123,10 @@ def test_only_what_cannot_be_divided_is_refused(name):
     model = huggingface("GPTBigCodeForCausalLM", multi_query=False)
     said = _refused(model, name)
     assert said.startswith(
-        f"no hook point matches {name!r}: TransformerLens' adapter cannot divide "
+        f"no hook point matches {name!r}: TransformerLens' adapter cannot split "
         "'transformer.h.0.attn.c_attn' into queries, keys and values (AssertionError: "
     )
-    assert said.endswith("); capture 'transformer.h.0.attn.c_attn', and divide what it returns")
+    assert said.endswith("); capture 'transformer.h.0.attn.c_attn', and split what it returns")
     with capture(model, ["blocks.0.hook_resid_post", Z, "transformer.h.0"]) as acts:
         model(tokens())
     assert torch.equal(acts["blocks.0.hook_resid_post"], acts["transformer.h.0"])

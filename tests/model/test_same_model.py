@@ -381,8 +381,8 @@ def test_a_data_set_of_an_earlier_version_is_resumed(out):
     now = unpacked(describe_model(model))["parameters"]
     message = refusal(DataError, model, [tokens(), tokens(seed=1), tokens(seed=2)], SITE, out)
     assert message.startswith(
-        f"cannot go on with '{out}': its model's fingerprint is '{parameters}', not '{now}'; give "
-        "the same, or another path (if a part of the model"
+        f"cannot resume '{out}': its model's fingerprint is '{parameters}', not '{now}'; give the "
+        "same, or another path (if a part of the model"
     )
 
 

@@ -272,8 +272,8 @@ def test_another_batch_size_is_warned_of_once(out, data, first, second, options)
     with pytest.warns(UserWarning, match="batch_size") as caught:
         extract(bridge(), data, RESID, out, batch_size=second, **options)
     assert [str(each.message) for each in caught] == [
-        f"the rows in '{out}' were run with batch_size={first}, and more are run with "
-        f"batch_size={second}, so values are equal to those of one run up to rounding only; give "
+        f"the rows in '{out}' were run with batch_size={first}, and new ones are run with "
+        f"batch_size={second}, so values equal those of a single run only up to rounding; give "
         f"batch_size={first} for the same bits"
     ]
     assert caught[0].filename == __file__

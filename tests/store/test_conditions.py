@@ -28,8 +28,8 @@ def test_a_column_that_is_not_there_is_named_beside_those_that_are(data):
     with pytest.raises(OptionError) as caught:
         ActivationDataset(data.path, where="text = yes")
     assert str(caught.value) == (
-        "where='text = yes' is not a condition on rows: there is no column yes; there are token, "
-        f"sequence, position, label, text, `{RESID}`, `{Z}`; a string stands in single quotes, as "
+        "where='text = yes' is not a condition on rows: there is no column yes; the columns are "
+        f"token, sequence, position, label, text, `{RESID}`, `{Z}`; strings need single quotes, as "
         "in label = 'yes'"
     )
 

@@ -273,7 +273,7 @@ def test_a_dataloader_that_shuffles_is_warned_of_once(path):
     with pytest.warns(UserWarning, match="a DataLoader that shuffles") as caught:
         batches = list(DataLoader(data, batch_size=32, shuffle=True))
     assert [str(each.message) for each in caught] == [
-        "a DataLoader that shuffles reads every row by itself, many times slower than "
+        "a DataLoader that shuffles reads every row separately, many times slower than "
         "data.loader(32), which reads blocks of rows; iterate over that, or give "
         "DataLoader(data.loader(32), batch_size=None)"
     ]
@@ -383,8 +383,8 @@ def test_an_unfinished_data_set_is_read_and_says_so(tmp_path):
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda _: None, "there is nothing"),
-        (Path.mkdir, "the directory holds none"),
+        (lambda _: None, "it does not exist"),
+        (Path.mkdir, "the directory does not contain one"),
         (Path.touch, "it is a file"),
     ],
 )
@@ -400,7 +400,7 @@ def test_a_path_without_a_data_set_is_refused(tmp_path, make, found):
 
 def test_a_lance_dataset_of_another_kind_is_refused(tmp_path):
     lance.write_dataset(pa.table({"x": [1]}), tmp_path / "c.lance")
-    with pytest.raises(DataError, match="is a Lance dataset, but none of actctx"):
+    with pytest.raises(DataError, match="is a Lance dataset, but not one of actctx"):
         ActivationDataset(tmp_path / "c.lance")
 
 

@@ -217,10 +217,10 @@ def test_what_eight_bits_do_not_reach_is_refused(out, dtype, value, shown, remed
     site = Site("part", axes="batch pos d")
     data = torch.tensor([[3, 4], [4, 5]])
     assert refusal(DataError, Beyond(value), data, site, out, dtype=dtype) == (
-        f"'part' is {shown} in row 3: token 5 of sequence 1, position 1; {remedy}, beyond which "
-        "dtype=torch.bfloat16 goes; finite=False writes it as it is"
+        f"'part' is {shown} in row 3: token 5 of sequence 1, position 1; {remedy}, but "
+        "dtype=torch.bfloat16 has a larger range; finite=False writes it as it is"
     )
-    with pytest.warns(UserWarning, match="'part' loses values in its cast: 1 value is beyond"):
+    with pytest.warns(UserWarning, match="'part' loses values in its cast: 1 value is outside"):
         extract(Beyond(value), data, site, out, dtype=dtype, finite=False)
     wanted = torch.tensor([0.0, 0, 0, value]).to(dtype).float()
     assert torch.equal(
@@ -244,9 +244,9 @@ def test_the_mean_of_integers_is_that_of_their_sum(out):
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.uint32], ids=str)
 def test_other_numbers_are_refused(out, dtype):
     assert refusal(OptionError, Numbers(dtype), IDS, VALUES, out) == (
-        f"'values' yields {str(dtype).removeprefix('torch.')}, but a data set holds floating-point "
-        "numbers, bools, and integers of up to 64 bits with a sign, or 8 without; leave the site "
-        "out, or keep it in memory with capture()"
+        f"'values' yields {str(dtype).removeprefix('torch.')}, but a data set stores "
+        "floating-point numbers, bools, signed integers of up to 64 bits, and unsigned ones of 8 "
+        "bits; leave the site out, or keep it in memory with capture()"
     )
 
 
@@ -288,7 +288,7 @@ def test_saelens_is_given_no_integers(out, tmp_path, dtype):
     with pytest.raises(OptionError) as refused:
         ActivationDataset(out).to_saelens(tmp_path / "cached", context=7)
     assert str(refused.value) == (
-        "SAELens trains from floating-point activations, but 'values' is "
+        "SAELens trains on floating-point activations, but 'values' is "
         f"{str(dtype).removeprefix('torch.')}; leave it out, with ActivationDataset(..., sites=)"
     )
     assert not (tmp_path / "cached").exists()

@@ -48,7 +48,7 @@ RUN = [[0.0, 1.0]] * 4
         (
             [RUN],
             {"dataset_info": lambda found: found["features"]["hook"].update(shape=[-4, 2])},
-            "has activations of the shape (-4, 2) in its column 'hook', where runs of one context",
+            "has activations of the shape (-4, 2) in its column 'hook', not runs of one context",
         ),
         (
             [RUN],
@@ -99,7 +99,7 @@ def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
         data[0]
     assert str(caught.value) == (
         f"rows of '{path}' cannot be read: its file {file.name!r} is damaged; open it again, since "
-        "another process may have replaced its files, or write it anew"
+        "another process may have replaced its files, or write it again"
     )
 
 
@@ -139,7 +139,7 @@ def test_a_carried_column_that_became_another_is_said(tmp_path):
     assert data[3]["label"].dtype == torch.int64  # of the version that was opened
     data._rows.version = None
     data._rows._opened = data._rows._files = None
-    with pytest.raises(DataError, match="its column 'label' is int32, as it was not before; "):
+    with pytest.raises(DataError, match="its column 'label' is int32, unlike before; "):
         data[3]
 
 
@@ -156,9 +156,9 @@ def test_rows_without_a_token_are_not_read_and_not_resumed(tmp_path):
     lance.dataset(path).alter_columns({"path": "token", "nullable": True})
     assert ActivationDataset(path).tokens.tolist() == tokens(torch.arange(ROWS)).tolist()
     lance.dataset(path).update({"token": "null"}, where="position = 3")
-    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which no int32"):
+    with pytest.raises(DataError, match=r"^the column 'token' of '.*' has nulls, which int32"):
         ActivationDataset(path)[:]
     destination = Destination(path)
-    with pytest.raises(DataError, match="cannot be read: rows have nothing in its column 'token'"):
+    with pytest.raises(DataError, match="cannot be read: rows have no value in its column 'token'"):
         next(destination.contents.origins())
     destination.release()

@@ -71,14 +71,14 @@ def other_column(path, found):
 @pytest.mark.parametrize(
     ("site", "found"),
     [
-        ({"shape": [2, 400]}, f"its column {COLUMN!r} is {{}}[6], where {{}}[800] belongs"),
-        ({"shape": [2, 2]}, f"its column {COLUMN!r} is {{}}[6], where {{}}[4] belongs"),
-        ({"dtype": "float32"}, f"its column {COLUMN!r} is {{}}[6], where {{float}}[6] belongs"),
-        ({"dtype": "bfloat16"}, f"its column {COLUMN!r} is {{}}[6], where {{bfloat16}}[6] belongs"),
-        ({"name": RESID}, f"two of its columns are called {RESID!r}"),
-        ({"name": "token"}, "two of its columns are called 'token'"),
-        ({"name": "text"}, "two of its columns are called 'text'"),
-        ({"column": "label"}, "its column 'label' is int64, where {}[6] belongs"),
+        ({"shape": [2, 400]}, f"its column {COLUMN!r} is {{}}[6], not {{}}[800]"),
+        ({"shape": [2, 2]}, f"its column {COLUMN!r} is {{}}[6], not {{}}[4]"),
+        ({"dtype": "float32"}, f"its column {COLUMN!r} is {{}}[6], not {{float}}[6]"),
+        ({"dtype": "bfloat16"}, f"its column {COLUMN!r} is {{}}[6], not {{bfloat16}}[6]"),
+        ({"name": RESID}, f"two of its columns are named {RESID!r}"),
+        ({"name": "token"}, "two of its columns are named 'token'"),
+        ({"name": "text"}, "two of its columns are named 'text'"),
+        ({"column": "label"}, "its column 'label' is int64, not {}[6]"),
     ],
 )
 def test_a_column_that_is_not_as_the_metadata_says_is_named(tmp_path, site, found):
@@ -97,7 +97,7 @@ def test_no_width_is_taken_for_another_of_bfloat16(tmp_path):
     rewrite(path, json.dumps(found))
     kind = "fixed_size_list<item: bfloat16>"
     assert refusal(path) == other_column(
-        path, f"its column {COLUMN!r} is {kind}[4], where {kind}[400] belongs"
+        path, f"its column {COLUMN!r} is {kind}[4], not {kind}[400]"
     )
 
 
@@ -114,20 +114,20 @@ def test_sizes_that_no_row_has_are_said(tmp_path, shape):
 @pytest.mark.parametrize(
     ("changed", "found"),
     [
-        ({"site": {"shape": "6"}}, "'sites[1].shape' is '6', where a list belongs"),
-        ({"site": {"shape": [2.0, 3]}}, "'sites[1].shape[0]' is 2.0, where a whole number belongs"),
+        ({"site": {"shape": "6"}}, "'sites[1].shape' is '6', not a list"),
+        ({"site": {"shape": [2.0, 3]}}, "'sites[1].shape[0]' is 2.0, not a whole number"),
         (
             {"site": {"shape": [True, 6]}},
-            "'sites[1].shape[0]' is True, where a whole number belongs",
+            "'sites[1].shape[0]' is True, not a whole number",
         ),
         ({"site": {"shape": [6]}}, f"{Z!r} has the axes 'head d_head', but the shape (6,)"),
-        ({"site": {"axes": [1, 2]}}, "'sites[1].axes[0]' is 1, where a text belongs"),
+        ({"site": {"axes": [1, 2]}}, "'sites[1].axes[0]' is 1, not a text"),
         ({"site": {"name": "\ud800"}}, r"'sites[1].name' is '\ud800', which is not text"),
         ({"site": {"name": ""}}, "the site '' has no name, or no column"),
         ({"site": {"column": None}}, "'sites[1].column' is missing"),
-        ({"sites": {}}, "'sites' is {}, where a list belongs"),
-        ({"sites": [3]}, "'sites[0]' is 3, where an object belongs"),
-        ({"model": []}, "'model' is [], where an object belongs"),
+        ({"sites": {}}, "'sites' is {}, not a list"),
+        ({"sites": [3]}, "'sites[0]' is 3, not an object"),
+        ({"model": []}, "'model' is [], not an object"),
         ({"model": {"name": ""}}, "'model.class' is None, which is not text"),
         ({"rows": "layer"}, "'rows' is 'layer', neither 'token' nor 'sequence'"),
         (
@@ -135,9 +135,9 @@ def test_sizes_that_no_row_has_are_said(tmp_path, shape):
             "'input.batch_size' is '8', which is not a number of sequences",
         ),
         ({"input": {"drop": json.loads("[" * 40 + "]" * 40)}}, "'input.drop' is nested too deeply"),
-        ({"carried": "label"}, "'carried' is 'label', where a list belongs"),
-        ({"finished": 1}, "'finished' is 1, where true or false belongs"),
-        ({"versions": {"actctx": 1}}, "'versions.actctx' is 1, where a text belongs"),
+        ({"carried": "label"}, "'carried' is 'label', not a list"),
+        ({"finished": 1}, "'finished' is 1, not true or false"),
+        ({"versions": {"actctx": 1}}, "'versions.actctx' is 1, not a text"),
         ({"versions": None}, "'versions' is missing"),
         ({"format": True}, "'format' is True"),
         ({"format": 0}, "'format' is 0"),
@@ -154,7 +154,7 @@ def test_metadata_of_another_type_is_named(tmp_path, changed, found):
     [
         ("[]", "it is not an object, but []"),
         ("[" * 100_000, "it is nested too deeply"),
-        ('{"format": 1, "format": 1}', "a name comes twice in it"),
+        ('{"format": 1, "format": 1}', "it has a duplicate name"),
         ("{", "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
     ],
 )
@@ -176,7 +176,7 @@ def test_what_a_later_version_wrote_is_called_that(tmp_path, changed, what):
     versions = {"actctx": "9.\x1b[2J"}
     path = forge(write(tmp_path / "a.lance", ROWS), versions=versions, **changed)
     assert refusal(path) == (
-        rf"'{path}' was written by actctx 9.\x1b[2J, whose {what} this version does not know; "
+        rf"'{path}' was written by actctx 9.\x1b[2J, whose {what} this version cannot read; "
         "upgrade actctx to read it"
     )
 
@@ -186,15 +186,15 @@ def test_what_a_later_version_wrote_is_called_that(tmp_path, changed, what):
     [
         (
             {"path": COLUMN, "data_type": "halves"},
-            f"its column {COLUMN!r} is {{}}, where {{}} belongs",
+            f"its column {COLUMN!r} is {{}}, not {{}}",
         ),
         (
             {"path": "token", "data_type": pa.int64()},
-            "its column 'token' is int64, where int32 belongs",
+            "its column 'token' is int64, not int32",
         ),
         (
             {"path": "sequence", "data_type": pa.int32()},
-            "its column 'sequence' is int32, where int64 belongs",
+            "its column 'sequence' is int32, not int64",
         ),
         ({"path": "token", "name": "tokens"}, "it has no column 'token'"),
     ],
@@ -240,14 +240,14 @@ def test_nulls_in_a_site_are_said(tmp_path, within):
     lance.write_dataset(table.set_column(at, table.schema.field(at), nulls), path, mode="append")
     data = ActivationDataset(path)
     assert torch.equal(data[:ROWS][Z], heads(torch.arange(ROWS)))
-    found = f"1 of 1 rows have nothing in its column {COLUMN!r}"
+    found = f"1 of 1 rows have no value in its column {COLUMN!r}"
     if within:
         found = f"its column {COLUMN!r} has nulls among its elements"
     with pytest.raises(DataError) as caught:
         data[ROWS]
     assert str(caught.value) == (
         f"rows of '{path}' cannot be read: {found}; open it again, since another process may have "
-        "replaced its files, or write it anew, or leave that site out with sites="
+        "replaced its files, or write it again, or leave that site out with sites="
     )
     for move in (lambda: [*data.loader(64)], lambda: data.read(Z), lambda: data[[0, 150]]):
         with pytest.raises(DataError, match=re.escape(COLUMN)):
@@ -305,7 +305,7 @@ def test_a_window_on_a_column_with_nulls_elsewhere_is_read_in_its_place():
     )
     site = StoredSite(Z, COLUMN, Z, ("head", "d_head"), (2, 3), "float16")
     assert as_tensor(values.slice(2, 2), site).flatten(1)[:, 0].tolist() == [2, 3]
-    with pytest.raises(ValueError, match=r"^1 of 2 rows have nothing in its column"):
+    with pytest.raises(ValueError, match=r"^1 of 2 rows have no value in its column"):
         as_tensor(values.slice(1, 2), site)
 
 
@@ -356,8 +356,8 @@ def test_more_rows_than_memory_holds_are_said(tmp_path):
         data._rows.empty(2**46)
     size = 2**46 * data._rows.nbytes / 2**40
     assert str(caught.value) == (
-        f"{2**46} rows of '{path}' take {size:.1f} TiB, for which there is no memory; read "
-        "fewer at once, or fewer columns with sites="
+        f"{2**46} rows of '{path}' take {size:.1f} TiB, which do not fit in memory; read fewer at "
+        "once, or fewer columns with sites="
     )
 
 
@@ -397,5 +397,5 @@ def test_nulls_are_not_added_to_another_data_set(tmp_path):
         whole.release()
         other.release()
     assert str(caught.value).startswith(f"cannot add the sites to '{whole.path}': ")
-    assert "rows have nothing in its column 'more'" in str(caught.value)
+    assert "rows have no value in its column 'more'" in str(caught.value)
     assert [*ActivationDataset(whole.path).sites] == [RESID, Z]

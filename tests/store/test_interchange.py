@@ -58,11 +58,11 @@ def test_rows_are_shuffled_for_saelens_where_asked(data, tmp_path):
 
 def test_bfloat16_is_written_for_saelens_as_float32_with_a_warning(path, tmp_path):
     datasets = pytest.importorskip("datasets")
-    with pytest.warns(UserWarning, match="no bfloat16") as caught:
+    with pytest.warns(UserWarning, match="do not support bfloat16") as caught:
         ActivationDataset(path, sites=RESID).to_saelens(tmp_path / "cached", context=10)
     assert str(caught[0].message) == (
-        f"SAELens' files have no bfloat16: {RESID!r} is written as float32, which holds the same "
-        "values and takes twice the space"
+        f"SAELens' files do not support bfloat16: {RESID!r} is written as float32, which has the "
+        "same values and takes twice the space"
     )
     cached = datasets.load_from_disk(tmp_path / "cached").with_format("torch")
     assert torch.equal(cached[:][RESID].reshape(-1, 4), resid(torch.arange(ROWS)).float())
@@ -79,13 +79,14 @@ def test_sites_are_renamed_for_saelens(data, tmp_path):
     [
         (
             {"hook_q": "z"},
-            f"rename names 'hook_q', which is no site that is read; the sites are {RESID!r}, {Z!r}",
+            f"rename names 'hook_q', which is not a site that is read; the sites are {RESID!r}, "
+            f"{Z!r}",
         ),
-        ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each another name"),
-        ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each another name"),
+        ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each a different name"),
+        ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each a different name"),
         (
             {Z: "token_ids"},
-            "rename gives 2 columns the name 'token_ids'; give each another name",
+            "rename gives 2 columns the name 'token_ids'; give each a different name",
         ),
     ],
 )
@@ -111,7 +112,7 @@ def test_what_saelens_cannot_be_given_whole_leaves_nothing(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", ROWS), sites=Z)
     for file in (tmp_path / "a.lance" / "data").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it anew$"):
+    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it again$"):
         data.to_saelens(tmp_path / "out" / "cached", context=10)
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["cached.partial"]
 
@@ -187,9 +188,9 @@ def test_a_model_is_not_held_against_what_saelens_cached(data, tmp_path, mlp):
     with pytest.raises(DataError) as caught:
         back.check(mlp)
     assert str(caught.value) == (
-        f"'{tmp_path / 'back.lance'}' does not say which model its activations are of, as nothing "
-        "does that from_saelens made, so they cannot be held against a Mlp with the fingerprint "
-        f"{fingerprint(mlp)}; leave out model= and check()"
+        f"'{tmp_path / 'back.lance'}' does not say which model its activations come from, like "
+        "everything that from_saelens made, so they cannot be compared with a Mlp with the "
+        f"fingerprint {fingerprint(mlp)}; leave out model= and check()"
     )
 
 
@@ -347,8 +348,8 @@ def test_a_context_longer_than_the_data_is_refused(data, tmp_path):
     with pytest.raises(OptionError) as caught:
         data.to_saelens(tmp_path / "cached", context=101)
     assert str(caught.value) == (
-        "context=101 makes no run of 100 rows; give the context_size of SAELens' config, and no "
-        "more than there are rows"
+        "context=101 does not fit 100 rows; give the context_size of SAELens' config, and no more "
+        "than there are rows"
     )
 
 
@@ -374,8 +375,8 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
     with pytest.raises(DataError) as caught:
         ActivationDataset.from_saelens(tmp_path / "xy", tmp_path / "out.lance")
     assert str(caught.value) == (
-        f"'{tmp_path / 'xy'}' holds no activations as SAELens caches them, which are columns of "
-        "the type Array2D; its columns are x, y"
+        f"'{tmp_path / 'xy'}' does not contain activations as SAELens caches them, which are "
+        "columns of the type Array2D; its columns are x, y"
     )
 
 
@@ -385,18 +386,18 @@ def test_a_directory_of_something_else_is_not_read_as_saelens(tmp_path):
         (
             [],
             RESID,
-            "holds no activations: its dataset has no rows; let SAELens cache some",
+            "does not contain activations: its dataset has no rows; let SAELens cache some",
         ),
         (
             None,  # a file of no rows
             RESID,
-            "holds no activations: its dataset has no rows; let SAELens cache some",
+            "does not contain activations: its dataset has no rows; let SAELens cache some",
         ),
         (
             [[[0.0, 1.0]] * 4],
             "token",
             "has activations in a column 'token', which is the name of another column of a data "
-            "set; give it the hook's, by rename_column('token', ...) of datasets",
+            "set; give it the hook's name, with rename_column('token', ...) of datasets",
         ),
     ],
 )

@@ -108,7 +108,7 @@ def test_another_lance_dataset_is_refused():
     with pytest.raises(DataError) as refused:
         Layout.of(pa.schema([("x", pa.int32())]), "other.lance")
     assert str(refused.value) == (
-        "'other.lance' is a Lance dataset, but none of actctx: its schema has no metadata "
+        "'other.lance' is a Lance dataset, but not one of actctx: its schema has no metadata "
         "'actctx'; give the path that extract() wrote to"
     )
 
@@ -119,7 +119,7 @@ def test_a_later_layout_is_refused():
     with pytest.raises(DataError) as refused:
         Layout.of(schema, "acts.lance")
     assert str(refused.value) == (
-        "'acts.lance' was written by actctx 1, whose layout this version does not know; upgrade "
+        "'acts.lance' was written by actctx 1, whose layout this version cannot read; upgrade "
         "actctx to read it"
     )
 
@@ -128,7 +128,7 @@ def test_other_dtypes_are_refused():
     with pytest.raises(OptionError) as refused:
         check_rows("hook_out", torch.zeros(3, 2, dtype=torch.float64))
     assert str(refused.value) == (
-        "'hook_out' yields float64, which a data set does not hold; give dtype= torch.float32, "
+        "'hook_out' yields float64, which a data set cannot store; give dtype= torch.float32, "
         "torch.float16 or torch.bfloat16"
     )
 
@@ -138,9 +138,9 @@ def test_what_no_dtype_makes_floating_point_is_refused_without_that_advice(dtype
     with pytest.raises(OptionError) as refused:
         check_rows("hook_tokens", torch.empty(3, 2, dtype=dtype))
     assert str(refused.value) == (
-        f"'hook_tokens' yields {dtype_name(dtype)}, but a data set holds floating-point numbers, "
-        "bools, and integers of up to 64 bits with a sign, or 8 without; leave the site out, or "
-        "keep it in memory with capture()"
+        f"'hook_tokens' yields {dtype_name(dtype)}, but a data set stores floating-point numbers, "
+        "bools, signed integers of up to 64 bits, and unsigned ones of 8 bits; leave the site "
+        "out, or keep it in memory with capture()"
     )
 
 

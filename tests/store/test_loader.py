@@ -337,8 +337,8 @@ def test_the_state_of_a_loader_of_another_order_is_refused(data):
     with pytest.raises(OptionError) as caught:
         data.loader(64, seed=2).load_state_dict(state)
     assert str(caught.value) == (
-        "the state is of a loader with seed=1, but this one has seed=2, which makes another order; "
-        "make the loader as it was made"
+        "the state is of a loader with seed=1, but this one has seed=2, which gives another order; "
+        "create the loader with the same arguments"
     )
 
 
@@ -356,7 +356,7 @@ def test_what_is_no_state_is_refused(data, state, shown):
     with pytest.raises(OptionError) as caught:
         data.loader(64).load_state_dict(state)
     assert str(caught.value) == (
-        f"{shown} is no state of a loader; give what state_dict() returned"
+        f"{shown} is not a state of a loader; give what state_dict() returned"
     )
 
 
@@ -416,7 +416,7 @@ def test_the_workers_of_a_dataloader_are_refused(data):
     with pytest.raises(OptionError) as caught:
         next(iter(loader))
     assert (
-        "a loader cannot be shared by 2 workers of a DataLoader, each of which would give all "
+        "a loader cannot be shared by 2 workers of a DataLoader, each of which would yield all "
         "batches; it reads ahead in threads, so give DataLoader(loader, batch_size=None, "
         "num_workers=0), or iterate over it"
     ) in str(caught.value)
@@ -480,8 +480,8 @@ def test_a_state_of_another_way_to_shuffle_is_refused(data, scheme, which):
     with pytest.raises(OptionError) as caught:
         loader.load_state_dict({**OLD, **scheme})
     assert str(caught.value) == (
-        f"the state is of {which} version of actctx, which shuffled in another way, so the rest of "
-        "its epoch cannot be given; begin the next one: "
+        f"the state is of {which} version of actctx, which shuffled differently, so its "
+        "epoch cannot be resumed; start the next one: "
         "loader.load_state_dict({**loader.state_dict(), 'epoch': 4})"
     )
     loader.load_state_dict({**loader.state_dict(), "epoch": 4})

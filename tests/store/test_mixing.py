@@ -213,7 +213,7 @@ def test_a_loader_that_takes_most_of_the_memory_is_warned_of(data, monkeypatch):
         data.loader(64)
     assert str(caught[0].message) == (
         f"the loader will hold up to {memory / 2**10:.1f} KiB, and this machine has 128.0 KiB of "
-        "memory; read fewer sites, by sites=, or shuffle fewer rows at a time, by pool=500"
+        "memory; read fewer sites with sites=, or shuffle fewer rows at a time with pool=500"
     )
 
 

@@ -65,7 +65,7 @@ def test_nulls_where_extract_wrote_numbers_are_said(tmp_path):
     with pytest.raises(DataError) as caught:
         data[:]
     assert str(caught.value) == (
-        f"the column 'label' of '{path}' has nulls, which no int64 is; fill them, with -1 for one, "
-        "or drop the column"
+        f"the column 'label' of '{path}' has nulls, which int64 does not have; fill them, for "
+        "example with -1, or drop the column"
     )
     assert len(data.read("text")) == ROWS

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.thorough
 MLP = "blocks.0.hook_mlp_out"
 DROP = {"position": [0]}
 BATCHES = 12
-NOT_WHOLE = "(is|are) not whole"
+NOT_WHOLE = "(is|are) incomplete"
 
 
 @pytest.fixture(autouse=True)
@@ -108,17 +108,17 @@ def test_the_newest_whole_version_is_read_and_the_others_are_said_to_be_lost(tmp
     whole = lance.dataset(str(out), version=numbers[2])
     rows = whole.count_rows()
     message = (
-        f"versions {numbers[1]} and {numbers[0]} of '{out}' are not whole, as after a cut of "
-        f"power: its manifest is empty; version {numbers[2]}, of {rows} rows, is read, and what "
-        "was written after it is lost; the same extract() writes it again"
+        f"versions {numbers[1]} and {numbers[0]} of '{out}' are incomplete, as after power loss: "
+        f"its manifest is empty; version {numbers[2]}, of {rows} rows, is read, and what was "
+        "written after it is lost; the same extract() writes it again"
     )
-    with pytest.warns(UserWarning, match="are not whole") as caught:
+    with pytest.warns(UserWarning, match="are incomplete") as caught:
         data = ActivationDataset(out)
     assert [str(each.message) for each in caught] == [message]
     assert caught[0].filename == __file__
     assert len(data) == rows
     assert [*manifests(out)] == numbers  # reading deletes nothing
-    with pytest.warns(UserWarning, match="are not whole"):
+    with pytest.warns(UserWarning, match="are incomplete"):
         write(out)
     assert len(ActivationDataset(out)) == 30 * BATCHES
 
@@ -131,7 +131,7 @@ def test_a_version_whose_files_are_missing_is_not_whole(tmp_path):
     (out / "data" / name).write_bytes(b"")
     with pytest.warns(UserWarning, match=f"its file 'data/{name}' is not whole; version"):
         assert len(ActivationDataset(out)) == 330
-    with pytest.warns(UserWarning, match="are not whole"):
+    with pytest.warns(UserWarning, match="are incomplete"):
         write(out)
     assert ActivationDataset(out).verify().rows == 360
 
@@ -143,7 +143,7 @@ def test_rows_behind_a_gap_are_not_given_up_for_an_older_version(tmp_path):
     (out / "data" / middle).unlink()
     for number in [*manifests(out)][1:-1]:  # as the next hour's writer does
         manifests(out)[number].unlink()
-    said = f"of '{out}' is not whole: its file 'data/{middle}' is missing; from row 180 on"
+    said = f"of '{out}' is incomplete: its file 'data/{middle}' is missing; from row 180 on"
     with pytest.warns(UserWarning, match=said):
         data = ActivationDataset(out)
     assert len(data) == 360

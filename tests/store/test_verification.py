@@ -91,7 +91,7 @@ def test_a_flipped_bit_is_found_with_its_column_and_rows(out, name, number):
     damage(file_of(out, 1, number), commit[3])
     assert refused(out) == (
         f"'{out}' is damaged: {name!r} has other values than were written in rows 70 to 139; "
-        f"'actctx repair {out}' keeps the rows before, and extract() writes the others"
+        f"'actctx repair {out}' keeps the rows before, and extract() rewrites the others"
     )
 
 
@@ -109,14 +109,14 @@ def test_every_flipped_byte_is_found(out):
 def test_a_flipped_byte_of_what_it_says_about_itself_is_found(out):
     newest = min((out / "_versions").glob("*.manifest"))
     newest.write_bytes(newest.read_bytes().replace(b'"context"', b'"contexu"'))
-    assert "what it says about itself is not what was written" in refused(out)
+    assert "its metadata is not what was written" in refused(out)
 
 
 def test_what_older_versions_wrote_cannot_be_compared(tmp_path):
     path = stored.write(tmp_path / "a.lance", 40, commits=2)
     verified = ActivationDataset(path).verify()
     assert verified == type(verified)(
-        40, (), ("it has no digests, as with what older versions of actctx wrote",)
+        40, (), ("it has no digests, like data sets of older versions of actctx",)
     )
 
 
@@ -142,7 +142,7 @@ def test_columns_of_others_and_deleted_rows_cannot_be_compared(out):
     assert ActivationDataset(out).verify().unchecked == unchecked
     lance.dataset(str(out)).delete("position = 3")
     assert ActivationDataset(out).verify().unchecked == (
-        "rows were deleted from it, so digests do not tell of those left",
+        "rows were deleted from it, so digests do not apply to the others",
     )
 
 
@@ -272,7 +272,7 @@ def test_the_command_line_says_what_it_cannot_compare(tmp_path):
     path = stored.write(tmp_path / "a.lance", 40)
     result = actctx("verify", path)
     assert result.stderr == (
-        "note: not compared: it has no digests, as with what older versions of actctx wrote\n"
+        "note: not compared: it has no digests, like data sets of older versions of actctx\n"
     )
     assert result.stdout == "0 columns of 40 rows are as they were written\n"
 
@@ -282,10 +282,10 @@ def test_the_command_line_tells_of_versions_that_are_not_whole(out):
     newest.write_bytes(b"")
     result = actctx("info", out)
     assert "210 rows, one per token" in result.stdout
-    assert "is not whole, as after a cut of power: its manifest is empty" in result.stderr
+    assert "is incomplete, as after power loss: its manifest is empty" in result.stderr
     result = actctx("verify", out)
     assert result.exit_code == 2
-    assert "is not whole, as after a cut of power: its manifest is empty" in result.stderr
+    assert "is incomplete, as after power loss: its manifest is empty" in result.stderr
     assert actctx("repair", out).stderr.startswith("note: version ")
     assert not newest.exists()
     assert actctx("verify", out).exit_code == 0
