@@ -20,6 +20,9 @@ __all__ = [
     "NotCapturedError",
     "OptionError",
     "OutputError",
+    "Plan",
+    "PlanError",
+    "PlannedSite",
     "Schema",
     "SelectionError",
     "SeveralFiringsError",
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
         NotCapturedError,
         OptionError,
         OutputError,
+        PlanError,
         SelectionError,
         SeveralFiringsError,
         StoppedError,
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
     from actctx._model.places import hook_names
     from actctx._model.sites import Site
     from actctx._results.activations import Activations, load
+    from actctx._results.plan import Plan, PlannedSite
     from actctx._results.schema import Schema, site
 else:
     # The modules of the names that are not errors. They import torch, so each is imported when
@@ -67,6 +72,8 @@ else:
     _MODULES = {
         "Activations": "_results.activations",
         "Capture": "_capture.capture",
+        "Plan": "_results.plan",
+        "PlannedSite": "_results.plan",
         "Schema": "_results.schema",
         "Site": "_model.sites",
         "Stopped": "_capture.forward",

@@ -6,6 +6,7 @@ ActctxError
 ├── AxisError (LookupError)             a slice or a join names an axis that the site does not have
 ├── SelectionError (IndexError)         a position is outside its axis
 ├── OutputError (TypeError)             a site yields no tensor to capture
+├── PlanError (RuntimeError)            a forward cannot be planned, since it depends on values
 ├── CaptureStateError (RuntimeError)    opened twice, closed while not open, shallowly copied
 ├── HooksRemovedError (RuntimeError)    the hooks of an open capture were removed
 ├── NeverFiredError (RuntimeError)      a site that was requested by name never fired
@@ -48,6 +49,10 @@ class SelectionError(ActctxError, IndexError):
 
 class OutputError(ActctxError, TypeError):
     """A site yields no tensor to capture."""
+
+
+class PlanError(ActctxError, RuntimeError):
+    """A forward cannot be planned without running it."""
 
 
 class CaptureStateError(ActctxError, RuntimeError):

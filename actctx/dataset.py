@@ -3,6 +3,7 @@
 import reprlib
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -24,10 +25,13 @@ from actctx._model.same_model import (
     summed_up,
 )
 from actctx._results.table import Row, as_html, as_text
+from actctx._select.own import device_of
+from actctx._stats.statistic import JointStatistic, Statistic
 from actctx._store.indexing import Index, is_int, rows_of, whole_number
 from actctx._store.layout import layout_of
 from actctx._store.loader import Loader
 from actctx._store.mixing import Mixing, warn_of_pool
+from actctx._store.reducing import ORIGIN, reduce_rows
 from actctx._store.rows import StoredBatch, StoredRows, dtypes_of
 from actctx._store.saelens import read_saelens, write_saelens
 from actctx._store.shuffle import Order, batches_of, rank_of
@@ -175,7 +179,7 @@ class ActivationDataset(Dataset[StoredBatch]):
     @property
     def nbytes(self) -> int:
         """The size in bytes of the activations and numbers of all rows in memory."""
-        return len(self) * self._rows.nbytes
+        return len(self) * self._rows.row_bytes
 
     def read(self, name: str) -> Any:
         """Read one site, or another column, of all rows into memory.
@@ -273,6 +277,80 @@ class ActivationDataset(Dataset[StoredBatch]):
         loader = Loader(self._rows, order, workers=workers, device=device)
         warn_of_pool(order, pool, memory=loader.memory)
         return loader
+
+    def reduce(
+        self,
+        statistic: Statistic | JointStatistic,
+        site: str | None = None,
+        *,
+        where: str | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> Any:
+        """Compute a statistic of the rows, in the memory of the result and of some rows.
+
+        The rows are read once, in their order. Sequences and positions are those of the columns
+        `sequence` and `position`; of rows of tokens, `TopK(context=...)` finds the tokens around
+        them in the data set, also where `where` leaves these rows out.
+
+        Args:
+            statistic: What to compute, such as `Moments()`; it stays as it is.
+            site: The name of a site that is read, or of its hook, or a suffix or a glob that means
+                no other; by default each site has a statistic of its own.
+            where: Which rows to take, in addition to those that the data set was opened with.
+            device: Where it is computed; the CPU by default.
+            progress: Whether a progress bar is shown, on a terminal or in a notebook; elsewhere a
+                line a minute.
+
+        Returns:
+            The statistic of the site; without `site`, a dict of one for each site, by name. Of a
+            `JointStatistic`, such as `LinearCKA`, the one of all sites.
+
+        Raises:
+            NotCapturedError: It has no such site.
+            OptionError: It is not a statistic, or not one of such values; the condition is not
+                valid; or there is no such device. A `JointStatistic` was given one site.
+            AxisError: A site does not have the axes to reduce.
+
+        Example:
+            >>> from actctx.stats import Moments
+            >>> data.reduce(Moments(), "blocks.1.hook_resid_post", progress=False).mean.shape
+            torch.Size([32])
+
+        """
+        if isinstance(statistic, type) or not isinstance(statistic, Statistic | JointStatistic):
+            raise OptionError(
+                f"{statistic!r} is not a statistic; give one, such as actctx.stats.Moments()"
+            )
+        if isinstance(statistic, JointStatistic) and site is not None:
+            raise OptionError(
+                f"{type(statistic).__name__} compares several sites, but site={site!r} names one; "
+                "leave site= out, and open the data set with sites= those to compare"
+            )
+        sites = dict(self.sites)
+        if site is not None:
+            wanted = find_site(self.sites, site, self._rows.others)
+            sites = {name: each for name, each in sites.items() if each is wanted}
+        rows = self._with_where(where)
+        others = {name: kind for name, kind in rows.others.items() if name in ORIGIN}
+        rows = StoredRows(rows.path, rows.version, sites, others, (), rows.matching)
+        found: Any
+        if isinstance(statistic, JointStatistic):
+            found = statistic.empty()
+        else:
+            found = {name: statistic.empty() for name in sites}
+        axis = self._first_axis
+        reduce_rows(rows, found, axis=axis, device=device_of(device), progress=progress)
+        return found if site is None else found[next(iter(sites))]
+
+    def _with_where(self, where: str | None) -> StoredRows:
+        """Return the rows that another condition holds of as well."""
+        if where is None:
+            return self._rows
+        both = where if self.where is None else f"({self.where}) AND ({where})"
+        rows = replace(self._rows, matching=None)
+        rows.find(both, {site.name: site for site in self.layout.sites})
+        return rows
 
     def check(self, model: nn.Module) -> None:
         """Make sure that the activations are of this model.

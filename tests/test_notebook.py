@@ -251,7 +251,7 @@ def test_without_widgets_it_shows_so_in_characters(kernel, tmp_path):
     pytest.importorskip("lance")
     run(
         kernel,
-        "import actctx._extract.progress\nactctx._extract.progress.find_spec = lambda name: None",
+        "import actctx._store.progress\nactctx._store.progress.find_spec = lambda name: None",
     )
     shown = run(kernel, EXTRACTION.format(out=tmp_path / "acts"))
     assert "30/30 [00:0" in shown

@@ -1,10 +1,11 @@
 """Count or estimate the memory of `run_with_cache`."""
 
 import functools
+import itertools
 import math
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from actctx._capture.hooks import Hook
 from actctx._model.axes import axis_sizes
 from actctx._model.flags import is_switched_off
 from actctx._model.places import Places
+from actctx._model.structure import tensors_in
 
 # Hook points that share a storage with an earlier one: the input of a component, which is the
 # output of an earlier one, and the output of a component, which is that of its last part.
@@ -82,20 +84,63 @@ def count_cache_bytes(model: nn.Module, forward: Callable[[], object]) -> int:
         The bytes of the storages.
 
     """
-    held: dict[str, tuple[StorageWeakRef, int]] = {}
+    with counting_cache(model) as held, torch.no_grad():
+        forward()
+    return held.nbytes
 
-    def see(name: str, value: object) -> None:
+
+class Held:
+    """The storages that a cache would hold, counted and not held."""
+
+    def __init__(self) -> None:
+        self._storages: dict[object, list[tuple[StorageWeakRef, int]]] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the storages, each counted once."""
+        held = itertools.chain.from_iterable(self._storages.values())
+        return sum({reference.cdata: nbytes for reference, nbytes in held}.values())
+
+    def see_point(self, name: str, value: object) -> None:
+        """Count what a hook point fired with, in the place of what it fired with before."""
         tensor = value[0] if isinstance(value, tuple) and value else value
         if isinstance(tensor, Tensor):
-            storage = tensor.untyped_storage()
-            # A weak reference keeps the storage's address from being used again, not its memory.
-            reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
-            held[name] = (reference, storage.nbytes())
+            self._storages[name] = [_storage_of(tensor)]
 
-    with ExitStack() as undo, torch.no_grad():
-        for name, point in Places(model).hook_points.items():
-            hook = Hook(point, name, functools.partial(see, name), io="point")
+    def see_output(self, module: nn.Module, value: object) -> None:
+        """Count all tensors that a module returned, beside what it returned before."""
+        self._storages.setdefault(module, []).extend(map(_storage_of, tensors_in(value)))
+
+
+def _storage_of(tensor: Tensor) -> tuple[StorageWeakRef, int]:
+    storage = tensor.untyped_storage()
+    # A weak reference keeps the storage's address from being used again, not its memory.
+    reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+    return reference, storage.nbytes()
+
+
+@contextmanager
+def counting_cache(model: nn.Module) -> Iterator[Held]:
+    """Count what caching everything would hold of the forward that runs in the block.
+
+    Of a TransformerLens model that is what `run_with_cache` holds; see `count_cache_bytes`. Of
+    any other it is what its modules return, at each call of each of them.
+
+    Args:
+        model: The model.
+
+    """
+    held = Held()
+    points = Places(model).hook_points.items()
+    hooks = [
+        Hook(point, name, functools.partial(held.see_point, name), io="point")
+        for name, point in points
+    ] or [
+        Hook(module, name, functools.partial(held.see_output, module), io="out")
+        for name, module in model.named_modules()
+    ]
+    with ExitStack() as undo:
+        for hook in hooks:
             undo.callback(hook.remove)
             hook.put_on()
-        forward()
-    return sum({reference.cdata: nbytes for reference, nbytes in held.values()}.values())
+        yield held

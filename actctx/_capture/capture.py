@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from actctx._capture.axis_layout import axes_before
 from actctx._capture.opening import B, Opening, Scope
+from actctx._capture.plan import Asked, plan_forward
 from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
 from actctx._errors import (
     CaptureStateError,
@@ -28,6 +29,7 @@ from actctx._model.sites import Names, Request, Site, resolve
 from actctx._results.activations import Activations
 from actctx._results.annotations import is_checking
 from actctx._results.early_checks import Expected, refuse_dtype, refuse_impossible
+from actctx._results.plan import Plan
 from actctx._results.schema import Part, Schema, parts_of
 from actctx._select.slices import Slice
 from actctx._text import shortened
@@ -268,6 +270,37 @@ class Capture(Generic[B]):
 
         """
         self.__exit__(None, None, None)
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Tell what a forward would leave in this capture, without running it.
+
+        Only shapes are followed through the model: weights are not read, nothing is computed but
+        what the inputs alone decide, such as masks, nobody's hooks fire, and the model stays as it
+        is. Inputs and weights may be on the meta device; then a mask has no values and is taken to
+        have no padding, which makes the rows of real tokens an upper bound.
+
+        Args:
+            args: What the model's forward would be given.
+            kwargs: The same, by name.
+
+        Returns:
+            The plan: for each site its axes, shape, dtype, device and bytes.
+
+        Raises:
+            PlanError: What the forward leaves depends on values of its activations, as inside of
+                experts, or torch cannot run the model without values.
+            ActctxError: As a capture of this forward would raise.
+
+        Example:
+            >>> plan = capture(model, "blocks.*.hook_resid_post", slice=-1).plan(tokens)
+            >>> plan["blocks.0.hook_resid_post"].shape, plan.nbytes
+            ((4, 32), 1024)
+
+        """
+        _refuse_what_is_off(self._model, self._sites)
+        return plan_forward(
+            Asked(self._model, self._sites, self._options, self._hand_over, args, kwargs)
+        )
 
     @property
     def sites(self) -> list[WatchedSite]:

@@ -143,6 +143,19 @@ def unwatched() -> Iterator[None]:
         _UNWATCHED.set(before)
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Run forwards as if none was running around them, and nothing was hidden."""
+    frame, before = _FRAME.get(), _UNWATCHED.get()
+    try:
+        _FRAME.set(None)
+        _UNWATCHED.set(False)
+        yield
+    finally:
+        _FRAME.set(frame)
+        _UNWATCHED.set(before)
+
+
 def frame_of(watcher: Watcher) -> Frame | None:
     """Find the running forward that a watcher watches, in this thread and context."""
     frame = _FRAME.get()

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from actctx._capture.forward import unwatched
 from actctx._capture.hooks import Hook
@@ -31,6 +30,7 @@ from actctx._capture.samples import MANY, SEQUENCES, Sample, samples_of
 from actctx._model.axes import Axes, Growth, grown_axes
 from actctx._model.parallel import is_cut
 from actctx._model.places import is_hook_point
+from actctx._model.shape_run import Answers, fake_of, is_fake, original_of
 from actctx._model.sides import input_of
 from actctx._model.stand_in import stand_in, undisturbed
 from actctx._model.structure import Inputs, tensor_of
@@ -206,6 +206,7 @@ def growth_at(
     that takes time for each module.
     """
     known = weakref.WeakKeyDictionary() if known is None else known
+    model, module = original_of(model), original_of(module)
     for part in itertools.chain([model], _parts_with(model, module)):
         if part not in known:
             known[part] = grown(part)
@@ -277,20 +278,20 @@ def _without_values(*, answer: bool) -> Callable[[nn.Module, Sample], Grown]:
         from torch._subclasses.fake_tensor import FakeTensorMode
 
         mode = FakeTensorMode(allow_non_fake_inputs=True)
-        hollow, copies = stand_in(model, mode.from_tensor)
+        hollow, copies = stand_in(model, functools.partial(fake_of, mode=mode))
         for module in hollow.modules():
             # The default kernel for experts does not infer shapes for float32.
             config: Any = vars(module).get("config")
             if getattr(config, "_experts_implementation", None) is not None:
                 config._experts_implementation = "batched_mm"
-        with mode, _Answers(answer):
+        with mode, Answers(answer=answer):
             return _watched(hollow, copies, sample)
 
     return run
 
 
 def _with_values(model: nn.Module, sample: Sample) -> Grown:
-    if any(parameter.is_meta for parameter in model.parameters()):
+    if any(each.is_meta or is_fake(each) for each in model.parameters()):
         raise ValueError("the weights lie elsewhere")
     hollow, copies = stand_in(model, _same)
     return _watched(hollow, copies, sample)
@@ -309,21 +310,6 @@ def _watched(copied: nn.Module, copies: Mapping[nn.Module, nn.Module], sample: S
         copied(*args, **kwargs)
     others = dict(zip(sample.grown, runs[1:], strict=True))
     return Grown(runs[0], others, sample.is_of_images)
-
-
-class _Answers(TorchFunctionMode):
-    """Answers questions about values, which fake tensors do not have."""
-
-    def __init__(self, answer: bool) -> None:  # noqa: FBT001  it is yes or no
-        super().__init__()
-        self._answer = answer
-
-    def __torch_function__(
-        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func in {torch.Tensor.__bool__, torch.equal, torch.allclose, torch.Tensor.equal}:
-            return self._answer
-        return func(*args, **(kwargs or {}))
 
 
 def _take_notes(copies: Mapping[nn.Module, nn.Module], runs: list[Run]) -> None:

@@ -38,6 +38,7 @@ from actctx._model.absolute_positions import (
 )
 from actctx._model.axes import position_dims
 from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
+from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
 from actctx._model.turned import depends_on_positions
@@ -66,6 +67,9 @@ class Padding:
         options: The options for all sites.
         sites: The captured sites.
 
+    Attributes:
+        is_guessed: Whether a mask had no values, in a plan, and all tokens were taken to be real.
+
     """
 
     def __init__(self, model: nn.Module, options: Options, sites: Iterable[WatchedSite]) -> None:
@@ -80,6 +84,7 @@ class Padding:
         self._fills = False
         self._previous: Start | None = None
         self._left_alone: list[Bool[Tensor, "batch pos"]] = []
+        self.is_guessed = False
         self._warned: set[str] = set()
         self._unturned: set[str] = set()
         # On a GPU a forward does not wait: whether a slice selected padding is reported later.
@@ -190,7 +195,7 @@ class Padding:
             return
         checked.append((side, size, steps))
         mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
-        if not isinstance(mask, Tensor) or mask.is_meta or is_transformed(mask):
+        if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask) or is_transformed(mask):
             return
         real = real_of(mask)
         if side != "decoder" and not reads_tokens(core_of(self._model)):
@@ -318,6 +323,7 @@ class Padding:
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
             full = mask.get("full_attention")
             mask = full if isinstance(full, Tensor) else tensors[0]
+        self.is_guessed |= is_fake(mask)
         is_square = mask.dim() == 4  # noqa: PLR2004  batch head query key
         given = as_mask(diagonal(mask, shape[0], before) if is_square else real_of(mask))
         width, pos = given.shape[1], shape[1]
@@ -382,7 +388,7 @@ class Padding:
         """Check the output of a table, if it may hold positions."""
         frame = self._frame()
         value = value[0] if isinstance(value, tuple) and value else value
-        if "left" in self._warned or not isinstance(value, Tensor):
+        if "left" in self._warned or not isinstance(value, Tensor) or is_fake(value):
             return
         if frame is not None and frame.masks[self, "start"].is_cached:
             return

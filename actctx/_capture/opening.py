@@ -213,6 +213,11 @@ class Opening(Generic[B]):
         """Record that a forward of another thread ran, for the message about `generate_batch()`."""
         self._misses_batches = self._misses_batches or is_batching()
 
+    @property
+    def is_guessed(self) -> bool:
+        """Whether a mask had no values, in a plan, and all tokens were taken to be real."""
+        return self._padding.is_guessed
+
     def check_hooks(self) -> None:
         """Raise `HooksRemovedError` if the hooks were removed."""
         gone = [key for key, hook in self._hooks.items() if not hook.is_attached]

@@ -10,6 +10,7 @@ from typing import Annotated
 from actctx._cli.options import (
     Add,
     AsDtype,
+    Batch,
     BatchSize,
     Carry,
     Context,
@@ -23,6 +24,7 @@ from actctx._cli.options import (
     Force,
     Hooks,
     Into,
+    Length,
     MaskName,
     MaxTokens,
     Model,
@@ -127,6 +129,27 @@ def _capture(
             tokenizer=tokenizer,
             device=device,
         )
+
+
+@app.command("plan")
+def _plan(
+    model: Model,
+    hook: Hooks,
+    *,
+    batch: Batch = 8,
+    length: Length = None,
+    slice: Slice = None,  # noqa: A002  as in `capture`
+    dtype: AsDtype = None,
+) -> None:
+    """Show what every HOOK would leave of a forward of MODEL, and its size, without running it.
+
+    Only the config of MODEL is read, no weights. The sizes are those of a model in float32, and
+    of a forward without padding.
+    """
+    with errors_as_messages(model):
+        from actctx._cli import commands
+
+        commands.plan(model, hook, batch=batch, length=length, slices=slice or [], dtype=dtype)
 
 
 @app.command("extract")

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -15,8 +16,9 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from actctx._capture.capture import capture as take
 from actctx._cli.corpus import paragraphs, read_corpus
-from actctx._cli.load_model import load
+from actctx._cli.load_model import load, load_without_weights
 from actctx._cli.options import Dtype, Pooling
 from actctx._cli.texts import (
     Result,
@@ -41,6 +43,9 @@ from actctx._store.verification import check_whole
 from actctx._store.versions import NewestVersion, newest_whole, open_lance
 from actctx._text import counted, dtype_name, format_bytes, is_utf8, printable, shortened
 from actctx.extract import extract as write
+
+_LENGTH = 1024
+"""The tokens of a sequence in a plan, unless the model reads fewer."""
 
 _UNBROKEN = 10_000
 """More columns than any table has."""
@@ -86,6 +91,41 @@ def capture(
     _note_what_was_lost(result, sequences)
     _print_sizes(result.activations, count_caches(loaded, batches), len(texts))
     typer.echo("not saved, which --out FILE does" if out is None else f"saved {out}")
+
+
+def plan(
+    model: str,
+    hooks: list[str],
+    *,
+    batch: int,
+    length: int | None,
+    slices: Sequence[str],
+    dtype: Dtype | None,
+) -> None:
+    """Show what the hooks would leave of a forward, without running it."""
+    selected = _slices(slices)
+    outlined: Any = load_without_weights(model)
+    limit = outlined.cfg.n_ctx
+    length = min(_LENGTH, limit) if length is None else length
+    if length > limit:
+        raise OptionError(
+            f"--length {length} is more than the {limit} tokens that {model} reads; give fewer"
+        )
+    tokens = torch.ones((batch, length), dtype=torch.long)
+    capturing = take(outlined, hooks, slice=selected, dtype=_torch(dtype), stop=True)
+    planned = capturing.plan(tokens)
+    if planned.missing:
+        _note(f"matched, but would never fire: {shortened(list(planned.missing))}")
+    table = _table("site", "axes", "shape", "dtype", "bytes")
+    table.columns[-1].justify = "right"
+    for name in planned:
+        row = planned[name].row(name)
+        table.add_row(row.site, row.axes, row.shape, row.dtype, format_bytes(row.nbytes))
+    _print(table)
+    said = f"{format_bytes(planned.nbytes)} would be captured"
+    if planned.cache_nbytes is not None:
+        said += f"; run_with_cache would hold {format_bytes(planned.cache_nbytes)}"
+    typer.echo(f"{said} for {counted(batch, 'text')} of {counted(length, 'token')}")
 
 
 def extract(

@@ -68,6 +68,52 @@ def load(name: str, *, device: str = "cpu", tokenizer: str | None = None) -> nn.
     return model.eval()  # type: ignore[no-any-return]
 
 
+def load_without_weights(name: str) -> nn.Module:
+    """Make a `TransformerBridge` of a model's config alone, in eval mode.
+
+    Its weights are torch's fake tensors, which have shapes and take no memory; it has no tokenizer
+    of use.
+
+    Args:
+        name: A hub name, the directory of a saved model, or `"minilm"`. Only its config is read.
+
+    Raises:
+        LoadError: The hub cannot be reached or does not have the model, the directory holds none,
+            or TransformerLens is too old or cannot make a model of the architecture without
+            weights.
+
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    directory = _directory(name)
+    if directory is None:
+        _check_hub(name)
+    boot = _boot()
+    try:
+        with _quiet(bars=False), FakeTensorMode(allow_non_fake_inputs=True):
+            model: Any = boot(
+                str(directory or name), load_weights=False, tokenizer=_tokenizer_of_nothing()
+            )
+    except Exception as error:  # an adapter may read weights
+        hint = f"; {_WITHOUT_NETWORK}" if directory is None else ""
+        raise LoadError(
+            f"cannot make {name!r} without its weights: {_first_line(error)}{hint}"
+        ) from error
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def _tokenizer_of_nothing() -> Any:
+    """Make a tokenizer for a model that gets no texts, where TransformerLens wants one."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    unknown = "<unk>"
+    words = Tokenizer(models.WordLevel({unknown: 0}, unk_token=unknown))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token=unknown, pad_token=unknown, eos_token=unknown
+    )
+
+
 def _directory(name: str) -> Path | None:
     """Find the directory of a model on disk; None for a hub name."""
     if name == MINILM:

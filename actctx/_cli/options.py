@@ -97,6 +97,15 @@ Out = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing file.")]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="The most texts in a forward.")]
+Batch = Annotated[int, typer.Option(min=1, metavar="N", help="The sequences in the forward.")]
+Length = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="The tokens in a sequence. [default: 1024, or as many as the model reads]",
+    ),
+]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="The device to run the model on.")]
 
 

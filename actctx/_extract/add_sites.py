@@ -16,7 +16,7 @@ from typing import Any
 
 from actctx._errors import DataError, OptionError
 from actctx._extract.compatibility import Facts
-from actctx._extract.plan import Plan
+from actctx._extract.plan import ExtractionPlan
 from actctx._extract.run import Tally, run
 from actctx._files import sync
 from actctx._store.contents import Contents
@@ -24,7 +24,7 @@ from actctx._store.destination import Destination, delete, found_at
 
 
 def add_sites(
-    plan: Plan,
+    plan: ExtractionPlan,
     data: Iterable[Any],
     *,
     destination: Destination,

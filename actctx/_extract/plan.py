@@ -28,7 +28,7 @@ COUNTED_BYTES = 24
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class ExtractionPlan:
     """What an extraction does.
 
     Attributes:
@@ -81,8 +81,8 @@ def make_plan(
     drop: Mapping[str, list[int]],
     pooling: str | None,
     finite: bool,
-) -> Plan:
-    """Plan an extraction without the tokens and positions of `drop`; see `Plan`.
+) -> ExtractionPlan:
+    """Plan an extraction without the tokens and positions of `drop`; see `ExtractionPlan`.
 
     Raises:
         OptionError: The sites do not leave the same rows, or have names that are taken.
@@ -121,7 +121,7 @@ def make_plan(
     }
     row_choice = RowChoice(rows.tokens, dropped, pools=pooling is not None)
     facts = Facts(layout, sites, slices)
-    return Plan(model, capture, chosen, sites, reader, row_choice, pooling, finite, facts)
+    return ExtractionPlan(model, capture, chosen, sites, reader, row_choice, pooling, finite, facts)
 
 
 def _check_names(names: list[str]) -> None:

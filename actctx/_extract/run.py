@@ -24,8 +24,8 @@ from actctx._extract.context_length import Positions
 from actctx._extract.inputs import Reader
 from actctx._extract.leaks import LoneSequence, one_alone
 from actctx._extract.pipe import Pipe
-from actctx._extract.plan import COUNTED_BYTES, Plan
-from actctx._extract.progress import add_note_of_rows, advance, progress_bar
+from actctx._extract.plan import COUNTED_BYTES, ExtractionPlan
+from actctx._extract.progress import add_note_of_rows, advance
 from actctx._extract.resume import Remainder
 from actctx._extract.room import Room
 from actctx._extract.row_choice import Work, pool_rows
@@ -40,6 +40,7 @@ from actctx._results.chunks import wait_for
 from actctx._select.own import Owned
 from actctx._store.contents import Contents
 from actctx._store.destination import Destination
+from actctx._store.progress import progress_bar
 from actctx._store.site_columns import StoredSite, check_rows, column_name
 from actctx._text import dtype_name, shortened
 
@@ -56,7 +57,7 @@ class Tally(NamedTuple):
 
 
 def run(
-    plan: Plan,
+    plan: ExtractionPlan,
     data: Iterable[Any],
     destination: Destination,
     *,
@@ -151,7 +152,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ExtractionPlan,
         reader: Reader,
         destination: Destination,
         acts: Activations,

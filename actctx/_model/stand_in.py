@@ -111,6 +111,8 @@ def _run_as_written(new: nn.Module) -> None:
         own["forward"] = own.pop("_old_forward")
     if isinstance(inner := new._modules.get("_orig_mod"), nn.Module):  # of torch.compile
         own["forward"] = inner
+    # Transformers adds its hooks for `output_hidden_states` and the like once, and not to copies.
+    own.pop("_output_capturing_hooks_installed", None)
     if "_compiled_call_impl" in own:
         own["_compiled_call_impl"] = None
 

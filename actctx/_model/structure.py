@@ -1,7 +1,7 @@
 """Find the captured tensor in what a site yields."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -58,6 +58,16 @@ def _by_name(value: Any, *, by_position: bool) -> Mapping[Any, Any]:
         names = getattr(value, "_fields", None) if not by_position else None
         return dict(zip(names or range(len(value)), value, strict=True))
     return {0: value}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """List the tensors in a structure, also in structures inside of it."""
+    if isinstance(value, Tensor):
+        yield value
+        return
+    if isinstance(value, Mapping | tuple | list) or is_dataclass(value):
+        for inner in _by_name(value, by_position=True).values():
+            yield from tensors_in(inner)
 
 
 def listed_inputs(inputs: Inputs, *, by_position: bool) -> Mapping[Any, Any]:

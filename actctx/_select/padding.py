@@ -9,6 +9,7 @@ from torch import Tensor
 
 from actctx._errors import AxisError, OptionError, SelectionError
 from actctx._model.axes import Axes
+from actctx._model.shape_run import is_fake
 from actctx._select.own import TokenRows
 from actctx._select.slices import Positions, Selector, Step, of_flat_rows
 
@@ -218,6 +219,8 @@ def find_rows(
 def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
     """Read a mask, such as a tokenizer's `attention_mask`, on the CPU.
 
+    In a plan it may have no values; then all tokens are taken to be real.
+
     Raises:
         OptionError: It is not two-dimensional, has no values, or has negative ones.
 
@@ -232,6 +235,8 @@ def as_mask(mask: Shaped[Tensor, "..."]) -> Bool[Tensor, "batch pos"]:
             f"the mask has the shape {tuple(mask.shape)}; give one of the shape batch pos, true "
             "where there are real tokens"
         )
+    if is_fake(mask):
+        return torch.ones(mask.shape, dtype=torch.bool, device="cpu")
     if mask.is_floating_point() and bool((mask < 0).any()):
         raise OptionError(
             "the mask has negative values, like a mask that is added to attention scores; give one "

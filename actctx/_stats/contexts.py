@@ -35,22 +35,33 @@ def contexts_of(observation: Observation, origins: Origins, around: int) -> Int[
     return torch.where(is_there, tokens[row, place], -1).int()
 
 
-def read_decode(decode: Decode | None) -> Callable[[int], str]:
-    """Read what makes text of a token id.
+def read_decode(decode: Decode | None) -> Callable[[Sequence[int]], list[str]]:
+    """Read what makes text of token ids, one for each.
 
     Raises:
         OptionError: It is neither a tokenizer nor a function.
 
     """
     if decode is None:
-        return lambda token: f" {token}"
+        return lambda tokens: [f" {token}" for token in tokens]
     if hasattr(decode, "decode"):
-        return lambda token: str(decode.decode([token]))
+        return lambda tokens: _decoded(decode, tokens)
     if callable(decode):
-        return lambda token: str(decode(token))
+        return lambda tokens: [str(decode(token)) for token in tokens]
     raise OptionError(
         f"decode={decode!r} makes no text of token ids; give a tokenizer, or a function of an id"
     )
+
+
+def _decoded(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
+    """Decode tokens together, since many tokenizers put spaces only between them."""
+    texts, before = [], ""
+    for place, token in enumerate(tokens):
+        text = str(tokenizer.decode([*tokens[: place + 1]]))
+        is_longer = text.startswith(before)
+        texts.append(text[len(before) :] if is_longer else str(tokenizer.decode([token])))
+        before = text
+    return texts
 
 
 class Contexts:
@@ -61,7 +72,7 @@ class Contexts:
         features: Sequence[int],
         values: Sequence[Sequence[float]],
         tokens: Sequence[Sequence[Sequence[int]]],
-        decode: Callable[[int], str],
+        decode: Callable[[Sequence[int]], list[str]],
         *,
         middle: int,
     ) -> None:
@@ -94,8 +105,11 @@ class Contexts:
 
 
 def _coloured(
-    around: Sequence[int], value: float, decode: Callable[[int], str], middle: int
+    around: Sequence[int],
+    value: float,
+    decode: Callable[[Sequence[int]], list[str]],
+    middle: int,
 ) -> ColouredTokens:
     there = [(place, token) for place, token in enumerate(around) if token >= 0]
-    texts = [decode(token) for _, token in there]
+    texts = decode([token for _, token in there])
     return ColouredTokens(texts, [value if place == middle else 0.0 for place, _ in there])

@@ -6,7 +6,6 @@ whatever order forwards come. Within a forward, values and the numbers of their 
 one integer each, of which no two are equal: what `torch.topk` does with equal ones is not defined.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -185,7 +184,7 @@ class TopK(RowAccumulator):
         around = self._largest("contexts") if self._context else self._largest("token")[..., None]
         rows = around.reshape(count, self._k, -1)[list(chosen), :most].tolist()
         shown = values[list(chosen), :most].tolist()
-        to_text: Callable[[int], str] = read_decode(self.decode if decode is None else decode)
+        to_text = read_decode(self.decode if decode is None else decode)
         return Contexts(chosen, shown, rows, to_text, middle=self._context)
 
     def _picture(self) -> str:

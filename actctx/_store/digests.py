@@ -35,13 +35,13 @@ class Digest:
     """A digest of bytes, and of columns, that come part by part.
 
     Attributes:
-        rows: The rows that came.
+        row_count: The number of rows that came.
 
     """
 
     def __init__(self) -> None:
         self._values, self._nulls = _new(), _new()
-        self.rows = 0
+        self.row_count = 0
 
     def update(self, values: Any) -> None:
         """Add bytes."""
@@ -52,9 +52,9 @@ class Digest:
         valid = column
         if column.null_count:
             rows = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))
-            self._nulls.update((rows + self.rows).tobytes())
+            self._nulls.update((rows + self.row_count).tobytes())
             valid = column.drop_null()
-        self.rows += len(column)
+        self.row_count += len(column)
         self._add_valid(valid)
 
     def _add_valid(self, column: "pa.Array") -> None:
@@ -170,10 +170,10 @@ def digested(
 
 def record_all(path: Path, digests: dict[str, Digest], metadata: str) -> None:
     """Write the digests of a data set that was written at once."""
-    rows = next(iter(digests.values())).rows
+    row_count = next(iter(digests.values())).row_count
     columns = {name: digest.hex() for name, digest in digests.items()}
     files = {file.name: digest_file(file) for file in (path / "data").iterdir()}
-    add_lines(path, [line_of_metadata(metadata), Commit(0, rows, columns, files).line()])
+    add_lines(path, [line_of_metadata(metadata), Commit(0, row_count, columns, files).line()])
 
 
 @dataclass(frozen=True)

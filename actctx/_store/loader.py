@@ -86,7 +86,7 @@ class Loader(IterableDataset[StoredBatch]):
         """
         batches = self._ahead + 2  # one more is being copied
         held = self._room + batches * min(self._order.batch_size, self._order.pool_rows)
-        return held * self._source.memory
+        return held * self._source.row_memory
 
     def __len__(self) -> int:
         """Count the batches of an epoch."""

@@ -101,20 +101,20 @@ class StoredRows:
             return count_rows(self.lance)
 
     @property
-    def nbytes(self) -> int:
+    def row_bytes(self) -> int:
         """The bytes of a row's activations and numbers."""
         numbers = sum(dtype.itemsize for dtype in self.others.values() if dtype is not None)
         return numbers + sum(site.nbytes for site in self.sites.values())
 
     @cached_property
-    def memory(self) -> int:
+    def row_memory(self) -> int:
         """The bytes that a row takes in memory; for lists, estimated from a sample.
 
         The sample is the same in every process, as is the estimate, so that what depends on it
         is as well.
         """
         alone, texts, ends = self._sampled
-        return self.nbytes + int(alone + texts * (1 + (_NEIGHBOURS - 1) * ends) / _NEIGHBOURS)
+        return self.row_bytes + int(alone + texts * (1 + (_NEIGHBOURS - 1) * ends) / _NEIGHBOURS)
 
     @cached_property
     def _sampled(self) -> tuple[float, float, float]:
@@ -202,11 +202,11 @@ class StoredRows:
         sites_named = [site for site in sites.values() if site.column.casefold() in folded]
         named = [name for name in self.others if name.casefold() in folded]
         texts = [name for name in named if name in self.texts]
-        row = sum(site.nbytes for site in sites_named)
+        row_bytes = sum(site.nbytes for site in sites_named)
         if texts:
             _, text, ends = self._sampled
-            row += int(text * max(ends, 1 / _SAMPLED))
-        batch_size = max(64, min(_READ_BYTES // max(row, 1), _MOST_AT_ONCE))
+            row_bytes += int(text * max(ends, 1 / _SAMPLED))
+        batch_size = max(64, min(_READ_BYTES // max(row_bytes, 1), _MOST_AT_ONCE))
         if not texts:
             yield from rows_where(self.lance, condition, batch_size=batch_size, refused=refused)
             return
@@ -236,9 +236,10 @@ class StoredRows:
             for name, site in self.sites.items():
                 batch[name] = torch.empty((rows, *site.shape), dtype=site.torch_dtype)
         except (RuntimeError, MemoryError, ValueError):  # of torch, and of NumPy
+            size = format_bytes(rows * self.row_bytes)
             raise DataError(
-                f"{rows} rows of {self.path!r} take {format_bytes(rows * self.nbytes)}, which do "
-                "not fit in memory; read fewer at once, or fewer columns with sites="
+                f"{rows} rows of {self.path!r} take {size}, which do not fit in memory; read "
+                "fewer at once, or fewer columns with sites="
             ) from None
         return batch
 
@@ -259,7 +260,7 @@ class StoredRows:
     @property
     def at_once(self) -> int:
         """The number of rows that are read fastest."""
-        return max(64, min(_READ_BYTES // max(self.memory, 1), _MOST_AT_ONCE))
+        return max(64, min(_READ_BYTES // max(self.row_memory, 1), _MOST_AT_ONCE))
 
     def read_into(
         self,

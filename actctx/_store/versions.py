@@ -40,7 +40,7 @@ class Version:
         file: Its manifest.
         damage: What is wrong with it; empty if it is whole.
         opened: The Lance dataset; None if its manifest cannot be read.
-        rows: The rows that can be read, from the first one on.
+        row_count: The number of rows that can be read, from the first one on.
 
     """
 
@@ -48,7 +48,7 @@ class Version:
     file: Path
     damage: str = ""
     opened: Any = None
-    rows: int = 0
+    row_count: int = 0
 
 
 def manifests(path: Path) -> dict[int, Path]:
@@ -81,11 +81,11 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
     for number, file in manifests(path).items():
         version = _inspect(path, number, file, lance)
         if not version.damage:
-            if most is not None and most.rows > version.rows:
+            if most is not None and most.row_count > version.row_count:
                 return most, torn
             return version, torn
         torn.append(version)
-        if version.opened is not None and (most is None or version.rows > most.rows):
+        if version.opened is not None and (most is None or version.row_count > most.row_count):
             most = version
     return most, torn
 
@@ -232,7 +232,7 @@ def newest_whole(path: str) -> NewestVersion:
     files = tuple(each.file for each in torn if each is not found)
     if found.damage:
         lost = f"version {found.number} of {path!r} is incomplete: {found.damage}"
-        lost += f"; from row {found.rows} on it cannot be read completely"
+        lost += f"; from row {found.row_count} on it cannot be read completely"
         remedy = f"'actctx repair {path}' keeps what is before that, and extract() writes the rest"
         return NewestVersion(found.opened, lost, remedy, has_gaps=True, torn=files)
     numbers = " and ".join(str(each.number) for each in reversed(torn[-2:]))
@@ -241,7 +241,7 @@ def newest_whole(path: str) -> NewestVersion:
     versions = f"version {numbers}" if len(torn) == 1 else f"versions {numbers}"
     lost = (
         f"{versions} of {path!r} {'is' if len(torn) == 1 else 'are'} incomplete, as after "
-        f"power loss: {torn[0].damage}; version {found.number}, of {found.rows} rows, is read, "
-        "and what was written after it is lost"
+        f"power loss: {torn[0].damage}; version {found.number}, of {found.row_count} rows, is "
+        "read, and what was written after it is lost"
     )
     return NewestVersion(found.opened, lost, "the same extract() writes it again", torn=files)

@@ -35,7 +35,7 @@ def slow(lines, count=3):
 
 @pytest.fixture
 def _often(monkeypatch):
-    monkeypatch.setattr("actctx._extract.progress._SECONDS", 0.05)
+    monkeypatch.setattr("actctx._store.progress._SECONDS", 0.05)
 
 
 LINE = re.compile(

@@ -303,7 +303,8 @@ def test_what_is_listed_for_a_pattern_is_what_is_captured_by_it(name, kind):
     acts = _run(model, name)
     captured = {*acts, *acts.missing}
     assert captured <= {*listed}
-    assert all(any(each in column.names for column in acts._columns.values()) for each in listed)
+    names = [column.label.names for column in acts._columns.values()]
+    assert all(any(each in those for those in names) for each in listed)
 
 
 def test_a_module_of_ones_own_lists_its_modules(deep):

@@ -213,6 +213,28 @@ def test_contexts_are_shown_as_coloured_text():
     assert top.empty().decode is top.decode
 
 
+def test_spaces_between_tokens_are_those_of_the_tokenizer():
+    class Words:
+        def decode(self, ids):
+            return " ".join(["the", "cat", "sat"][token] for token in ids).replace(
+                "cat sat", "cats"
+            )
+
+    values = torch.tensor([[[1.0], [3.0], [2.0]]])
+    top = seen(TopK(1, context=1), values, tokens=_tokens(1, 3))
+    assert top.show(0, decode=Words())._lines[0][0][1].tokens == ("the", " cat", "s")
+
+
+def test_tokens_that_change_the_text_before_them_are_decoded_alone():
+    class Backwards:
+        def decode(self, ids):
+            return "".join(str(token) for token in reversed(ids))
+
+    values = torch.tensor([[[1.0], [3.0], [2.0]]])
+    top = seen(TopK(1, context=1), values, tokens=_tokens(1, 3))
+    assert top.show(0, decode=Backwards())._lines[0][0][1].tokens == ("0", "1", "2")
+
+
 def test_without_a_tokenizer_ids_are_shown():
     top = seen(TopK(1), torch.tensor([[[1.0], [3.0]]]), tokens=_tokens(1, 2, 9))
     assert repr(top.show(0)) == "feature 0\n          3  ' 19'"

@@ -57,7 +57,7 @@ CONDITIONS = [
     (
         "`blocks/0/attn/hook_z`[1] > 5",
         "where='`blocks/0/attn/hook_z`[1] > 5' is not a condition on rows: the data set has no "
-        f"'blocks/0/attn/hook_z'; closest: {Z!r}; it holds {RESID!r}, {Z!r}, 'token', "
+        f"'blocks/0/attn/hook_z'; closest: {Z!r}; it has {RESID!r}, {Z!r}, 'token', "
         "'sequence', 'position', 'label', 'text'",
     ),
 ]

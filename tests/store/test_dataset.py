@@ -204,7 +204,7 @@ def test_what_has_an_alias_is_listed_with_its_hook(aliased):
     with pytest.raises(NotCapturedError) as caught:
         ActivationDataset(aliased, sites=RESID)
     assert str(caught.value) == (
-        f"the data set has no {RESID!r}; closest: {HOOKS[0]!r}; it holds 'resid' (of "
+        f"the data set has no {RESID!r}; closest: {HOOKS[0]!r}; it has 'resid' (of "
         f"{HOOKS[0]!r}), 'z' (of {HOOKS[1]!r})"
     )
 
@@ -409,12 +409,12 @@ ERRORS = [
         lambda data: ActivationDataset(data.path, sites="blocks.1.hook_resid_pst"),
         NotCapturedError,
         f"the data set has no 'blocks.1.hook_resid_pst'; closest: '{RESID}', '{Z}'; it "
-        f"holds '{RESID}', '{Z}'",
+        f"has '{RESID}', '{Z}'",
     ),
     (
         lambda data: ActivationDataset(data.path, sites="blocks.*.hook_q"),
         NotCapturedError,
-        f"the data set has no 'blocks.*.hook_q'; closest: '{Z}', '{RESID}'; it holds "
+        f"the data set has no 'blocks.*.hook_q'; closest: '{Z}', '{RESID}'; it has "
         f"'{RESID}', '{Z}'",
     ),
     (
@@ -425,7 +425,7 @@ ERRORS = [
     (
         lambda data: data.read("lable"),
         NotCapturedError,
-        f"the data set has no 'lable'; closest: 'label'; it holds '{RESID}', '{Z}', 'token', "
+        f"the data set has no 'lable'; closest: 'label'; it has '{RESID}', '{Z}', 'token', "
         "'sequence', 'position', 'label', 'text'",
     ),
     (

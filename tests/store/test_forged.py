@@ -354,7 +354,7 @@ def test_more_rows_than_memory_holds_are_said(tmp_path):
     data = ActivationDataset(path)
     with pytest.raises(DataError) as caught:
         data._rows.empty(2**46)
-    size = 2**46 * data._rows.nbytes / 2**40
+    size = 2**46 * data._rows.row_bytes / 2**40
     assert str(caught.value) == (
         f"{2**46} rows of '{path}' take {size:.1f} TiB, which do not fit in memory; read fewer at "
         "once, or fewer columns with sites="

@@ -289,9 +289,9 @@ def test_strings_are_counted_where_memory_is(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", 500, width=10_000))
     assert 500 * 10_000 < data.loader(1).memory < 500 * 10_000 * 1.1
     held = sum(map(sys.getsizeof, data.read("text"))) + data.nbytes
-    assert 0.9 < data._rows.memory * 500 / held < 1.1
+    assert 0.9 < data._rows.row_memory * 500 / held < 1.1
     some = ActivationDataset(data.path, where="text > 'row 3'")
-    assert 0.9 < some._rows.memory / data._rows.memory < 1.1
+    assert 0.9 < some._rows.row_memory / data._rows.row_memory < 1.1
 
 
 def test_a_loader_of_a_large_file_holds_little():
@@ -311,11 +311,11 @@ MESSAGES = [
     ({"batch_size": 4, "pool": 1e6}, "pool=1000000.0 is not an int; give 1 or more"),
     (
         {"batch_size": 4, "rank": 0.5, "world_size": 2},
-        "rank=0.5 is none of 2 ranks; they count from 0",
+        "rank=0.5 is not one of 2 ranks; they count from 0",
     ),
     (
         {"batch_size": 4, "rank": 2, "world_size": 2},
-        "rank=2 is none of 2 ranks; they count from 0",
+        "rank=2 is not one of 2 ranks; they count from 0",
     ),
     (
         {"batch_size": 4, "rank": 2},
@@ -491,7 +491,7 @@ def test_a_state_of_another_way_to_shuffle_is_refused(data, scheme, which):
 def test_rows_take_the_place_of_those_that_were_given(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", 20_000))
     loader = data.loader(100, pool=2000, workers=2)
-    assert loader.memory < data._rows.memory * 20_000 / 4
+    assert loader.memory < data._rows.row_memory * 20_000 / 4
     for batch in loader:
         rows = torch.from_numpy(numbers(batch))
         assert torch.equal(batch[RESID], resid(rows))
