@@ -20,6 +20,7 @@ from torch import nn
 
 from actctx._model.places import Place
 
+_SCALES = re.compile(r"scaling\([^()]*\bposition_ids\b")
 _NAMED = re.compile(r"rotary|hook_(?:rot_|cos|sin)")
 
 
@@ -27,10 +28,12 @@ def depends_on_positions(core: nn.Module, place: Place) -> bool:
     """Return whether the values of a place depend on positions, not only on distances.
 
     These are rotary tables, and rotated values. If a norm after a rotary embedding has unequal
-    weights, scores also depend on positions, and with them the whole model.
+    weights, or scores are scaled by positions, the whole model depends on them.
     """
     # RoFormer may rotate values too.
     if _NAMED.search(place.name) or getattr(getattr(core, "config", None), "rotary_value", False):
+        return True
+    if any(_scales_in(type(module).forward) for module in core.modules()):
         return True
     turned = [
         child
@@ -46,11 +49,17 @@ def _has_differing_weights(module: nn.Module) -> bool:
 
 
 @functools.lru_cache
+def _scales_in(forward: Callable[..., Any]) -> bool:
+    """Return whether a forward scales something by the positions, as Mistral Large 4 does."""
+    return _SCALES.search(_source(forward)) is not None
+
+
+@functools.lru_cache
 def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
     """List the attributes of a module that its forward calls on rotated values."""
     try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
-    except (OSError, TypeError, SyntaxError):
+        tree = ast.parse(textwrap.dedent(_source(forward)))
+    except SyntaxError:
         return frozenset()
     turned: set[str] = set()
     found: set[str] = set()
@@ -64,6 +73,13 @@ def _turned_in(forward: Callable[..., Any]) -> frozenset[str]:
         else:
             turned -= targets
     return frozenset(found)
+
+
+def _source(forward: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(forward)
+    except (OSError, TypeError):
+        return ""
 
 
 def _turns(value: ast.expr) -> bool:

@@ -98,6 +98,46 @@ def test_norms_behind_rotary_embeddings_that_weigh_make_the_whole_model_count(fa
     torch.testing.assert_close(acts.tensor, alone(model, site, ids), atol=1e-5, rtol=1e-5)
 
 
+def test_scores_that_are_scaled_by_positions_count_padding():
+    config = transformers.MistralLarge4TextConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=8,
+        index_topk=16,
+        index_head_dim=8,
+        index_n_heads=2,
+        vocab_size=VOCAB,
+    )
+    torch.manual_seed(0)
+    model, site = transformers.MistralLarge4TextModel(config).eval(), Site("layers.0")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.normal_(std=0.2)
+    ids = tokens(3)
+    given = {"input_ids": padded_left(ids), "attention_mask": MASK.long()}
+    with (
+        pytest.warns(UserWarning, match=r"padded on the left.*pass position_ids"),
+        capture(model, site, mask="attention"),
+    ):
+        model(**given)
+    given["position_ids"] = (MASK.long().cumsum(1) - 1).clamp(min=0)
+    with capture(model, site, mask="attention") as acts:
+        model(**given)
+    torch.testing.assert_close(acts.tensor, alone(model, site, ids), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("turned", [True, False])
 def test_values_that_a_rotary_embedding_turns_count_padding(recwarn, turned):
     config = transformers.RoFormerConfig(
