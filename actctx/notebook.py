@@ -50,6 +50,9 @@ _word = functools.partial(argument, type=_unquoted)
 @argument(
     "--grad", action="store_true", help="Keep the graph, for gradients through the activations."
 )
+@_word("--reduce", metavar="EXPRESSION", help="A statistic to compute, such as Moments().")
+@_word("--map", metavar="EXPRESSION", help="A function whose results are kept instead.")
+@_word("--map-axis", default="feature", help="The last axis of these results, or none.")
 @argument("--stop", action="store_true", help="End each forward once all names have fired.")
 @_word("--as", dest="variable", default="acts", metavar="NAME", help="By default acts.")
 def capture_activations(line: str, cell: str) -> object:
@@ -78,6 +81,9 @@ def capture_activations(line: str, cell: str) -> object:
         join=None if args.join.lower() == "none" else args.join,
         capacity=args.capacity,
         grad=args.grad,
+        reduce=_value(shell, "--reduce", args.reduce),
+        map=_value(shell, "--map", args.map),
+        map_axis=None if args.map_axis.lower() == "none" else args.map_axis,
         stop=args.stop,
     )
     with capturing as shell.user_ns[args.variable]:
@@ -122,6 +128,24 @@ def _evaluate(shell: Any, model: str) -> Any:
             f"one: {type(error).__name__}: {error}; give a variable that holds one, or an "
             "expression, in quotes if it has spaces"
         ) from None
+
+
+def _value(shell: Any, option: str, expression: str | None) -> Any:
+    """Evaluate what an option is given.
+
+    Raises:
+        OptionError: It cannot be.
+
+    """
+    if expression is None:
+        return None
+    try:
+        return shell.ev(expression)
+    except Exception as error:
+        raise OptionError(
+            f"{option} {expression!r} cannot be evaluated: {type(error).__name__}: {error}; give "
+            "an expression of what the notebook has, in quotes if it has spaces"
+        ) from error
 
 
 def _run(shell: Any, cell: str) -> object:

@@ -69,6 +69,16 @@ def test_options_are_those_of_capture(kernel):
     )
 
 
+def test_statistics_and_functions_are_expressions_of_the_notebook(kernel):
+    run(kernel, "from actctx.stats import Moments")
+    magic = "%%capture_activations model 0 --reduce 'Moments()' --map 'lambda x: x[:, :1]'\n"
+    run(kernel, magic + "model(x); model(x);")
+    assert run(kernel, "acts['0'].count, acts['0'].mean.shape") == "(6, torch.Size([1]))"
+    magic = "%%capture_activations model 0 --map torch.linalg.vecdot_of\n"
+    with pytest.raises(CellExecutionError, match=r"--map 'torch.linalg.vecdot_of' cannot be"):
+        run(kernel, magic + "model(x)")
+
+
 def test_the_forward_is_stopped_early(kernel):
     shown = run(kernel, "%%capture_activations model 0 --stop\nmodel(x)")
     assert shown.startswith("<Stopped: Sequential.forward ended after '0'")

@@ -44,7 +44,7 @@ def numbers_of(forwards: Iterable[Mapping[str, Any]]) -> Numbers:
 
     """
     for given in forwards:
-        found = [(name, each) for name, each in _flat(given) if _holds_tokens(name, each)]
+        found = [(name, each) for name, each in flat_inputs(given) if holds_tokens(name, each)]
         # Other arguments have two axes too, such as the sizes of images. A bridge uses different
         # names for its tokens and those of its decoder.
         named = [each for name, each in found if name.endswith(_TOKENS)]
@@ -63,19 +63,19 @@ _OTHER = ("mask", "position", "type", "label", "past")
 _WITH_TOKENS = 2
 
 
-def _flat(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def flat_inputs(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Flatten arguments, including those inside a batch or `*args` of a wrapper."""
     for name, value in given.items():
         if isinstance(value, Mapping):
-            yield from _flat(value)
+            yield from flat_inputs(value)
         elif isinstance(value, tuple | list):
             for each in value:
-                yield from _flat({name: each})
+                yield from flat_inputs({name: each})
         else:
             yield str(name), value
 
 
-def _holds_tokens(name: str, value: Any) -> bool:
+def holds_tokens(name: str, value: Any) -> bool:
     """Return whether an argument of a forward is its tokens, or their embeddings."""
     if not isinstance(value, Tensor) or value.dim() < _WITH_TOKENS:
         return False
@@ -180,11 +180,11 @@ class Teller:
         self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
     ) -> Callable[[], Named | None]:
         """Return a function that finds the axes of a site's values when it is called."""
-        name, selector, rows = site.place.name, site.selector, site.rows
+        name = site.place.name
 
         def tell() -> Named | None:
             axes = self.axes(name, shape, numbers)
-            return None if axes is None else named_after(selector, rows, axes, shape)
+            return None if axes is None else named_after(site, axes, shape)
 
         return tell
 
@@ -241,7 +241,7 @@ def tell_axes(
         teller = Teller.of(model, site, known)
         if site.needs_axes or seen.column.asks_axes:
             axes = teller.axes(site.place.name, shape, numbers)
-            if axes is None and site.needs_axes:
+            if axes is None and site.needs_axes and not site.may_lack_axes:
                 raise site.refuse_axes(shape)
         else:
             tell = teller.later(site, shape, numbers)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from actctx._capture.axis_layout import axes_before
 from actctx._capture.opening import B, Opening, Scope
 from actctx._capture.plan import Asked, plan_forward
-from actctx._capture.watched import Options, WatchedSite, check_capacity, checked_mask, watch_site
+from actctx._capture.settled import check_capacity, checked_mask, watch_site
+from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import (
     CaptureStateError,
     HookNameError,
@@ -31,7 +32,9 @@ from actctx._results.annotations import is_checking
 from actctx._results.early_checks import Expected, refuse_dtype, refuse_impossible
 from actctx._results.plan import Plan
 from actctx._results.schema import Part, Schema, parts_of
+from actctx._select.mapped import AXIS, MapFunction
 from actctx._select.slices import Slice
+from actctx._stats.statistic import Statistic
 from actctx._text import shortened
 
 S = TypeVar("S", bound=Schema)
@@ -51,6 +54,9 @@ class CaptureOptions(TypedDict, total=False):
     mask: Tensor | str | None
     capacity: int | None
     grad: bool
+    reduce: Statistic | None
+    map: MapFunction | None
+    map_axis: str | None
     check: bool
 
 
@@ -74,6 +80,9 @@ def capture(
     mask: Shaped[Tensor, "batch pos"] | str | None = None,
     capacity: int | None = None,
     grad: bool = False,
+    reduce: Statistic | None = None,
+    map: MapFunction | None = None,  # noqa: A002  what `map` does
+    map_axis: str | None = AXIS,
     check: bool = True,
 ) -> "Capture[Any]":
     """Capture chosen activations from the forwards that run in a `with` block.
@@ -115,6 +124,14 @@ def capture(
             fill in place. Without it, reading copies each forward once more to join them.
         grad: Whether the captured tensors stay in the autograd graph. Block and forwards then
             run with gradients.
+        reduce: A statistic of `actctx.stats`, such as `Moments()`, to compute of all forwards in
+            place of keeping tensors. Every site gets one of its own, under `acts[name]`.
+        map: A function, such as the encoder of a sparse autoencoder. It gets what was selected of
+            an activation, and its result is kept instead. It must not change the axes before the
+            last, nor what it gets. It runs in the block's grad mode, and before `dtype`, `device`
+            and `reduce`.
+        map_axis: The name of the last axis of what `map` returns, or None where it drops the last
+            axis.
         check: Whether the fields of a `Schema` are checked against their annotations. The
             environment variable `ACTCTX_CHECK=0` disables this everywhere.
 
@@ -145,7 +162,8 @@ def capture(
         capacity=capacity,
         check=is_checking(check),
     )
-    return Capture(model, names, options, defaults=Site("", slice, dtype, device))
+    defaults = Site("", slice, dtype, device, reduce=reduce, map=map, map_axis=map_axis)
+    return Capture(model, names, options, defaults=defaults)
 
 
 capture.__module__ = "actctx"  # where users find it
@@ -184,19 +202,24 @@ class Capture(Generic[B]):
         )
         if isinstance(names, type):
             _check_schema(names, options)
-            parts = [(part, [*map(watch, requests)]) for part, requests in parts_of(names, model)]
+            parts = [
+                (part, [watch(request) for request in requests])
+                for part, requests in parts_of(names, model)
+            ]
             self._sites = [site for _, sites in parts for site in sites]
             checked = sizes if options.check else None
             self._hand_over = functools.partial(
                 names, parts=[part for part, _ in parts], sizes=checked
             )
-            for part, sites in parts if options.check else ():
-                _check_part(part, sites, sizes, model)
+            for part, sites in parts:
+                part.field.check_kind(sites[0].reduce)
+                if options.check and not part.field.is_statistic:
+                    _check_part(part, sites, sizes, model)
         else:
             requests = resolve(model, names)
             for request in requests:
                 _check_alias(request)
-            self._sites = [*map(watch, requests)]
+            self._sites = [watch(request) for request in requests]
         self._opening: Opening[B] | None = None
         warn(*faults_of(model, [site.place.name for site in self._sites]))
 

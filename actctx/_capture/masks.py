@@ -90,9 +90,9 @@ class Padding:
         # On a GPU a forward does not wait: whether a slice selected padding is reported later.
         self._later: Tensor | None = None
         self._tells_slices = self._asked is None and any(map(_selects_positions, sites))
-        self._tracks = self._joins_positions or not (
-            self._asked is None or isinstance(self._asked, Chosen)
-        )
+        reduces = any(site.reduce is not None for site in sites)
+        asks = not (self._asked is None or isinstance(self._asked, Chosen))
+        self._tracks = self._joins_positions or asks or reduces
 
     def hooks(self) -> Iterator[Hook]:
         """Make the hooks that only record masks."""
@@ -129,7 +129,7 @@ class Padding:
         if self._asked is not None:
             if start.repeats:
                 self._warn_repeats()
-        elif previous is not None and not is_first:
+        elif self._joins_positions and previous is not None and not is_first:
             self._check_joined(start, previous)
 
     def end(self, frame: Frame, output: Any) -> None:
@@ -164,12 +164,14 @@ class Padding:
             return self._asked.rows(selector.site, shape)
         if frame is not None:
             self._check_turned(site, frame)
-        side = self._side(site, frame)
+        side = self.side(site, frame)
         found = [] if frame is None else frame.masks.setdefault((self, "rows"), [])
         for steps, known_side, known_shape, rows in found:
             if (known_side, known_shape) == (side, shape) and steps == selector.tokens.steps:
                 return rows  # type: ignore[no-any-return]
         given = self._given(site, side, shape, frame)
+        if frame is not None:
+            frame.masks[self, "real", side, shape] = given.real
         start = Start(-1) if frame is None else frame.masks[self, "start"]
         line = None if frame is None else start.line
         kept = find_rows(selector, given.real, shape)
@@ -189,12 +191,12 @@ class Padding:
             for step in site.selector.steps
             if step.dim % len(shape) in dims
         )
-        side, size = self._side(site, frame), tuple(shape[dim] for dim in dims)
+        side, size = self.side(site, frame), tuple(shape[dim] for dim in dims)
         checked = frame.masks.setdefault((self, "slices"), [])
         if (side, size, steps) in checked:
             return
         checked.append((side, size, steps))
-        mask = self._mask(side, frame) if side in {None, "encoder", "decoder"} else None
+        mask = self.mask(side, frame) if side in {None, "encoder", "decoder"} else None
         if not isinstance(mask, Tensor) or mask.is_meta or is_fake(mask) or is_transformed(mask):
             return
         real = real_of(mask)
@@ -212,7 +214,8 @@ class Padding:
 
     # Which mask, and how it lies.
 
-    def _side(self, site: WatchedSite, frame: Frame | None) -> Side | None:
+    def side(self, site: WatchedSite, frame: Frame | None) -> Side | None:
+        """Return on which tokens a site runs, of a model that has an encoder and a decoder."""
         if self._sides is None:
             self._sides = Sides(self._model)
         side = self._sides.of(site.place, io=site.io, output=site.output)
@@ -238,7 +241,23 @@ class Padding:
         """List the arguments of a forward, and those of the wrapped model."""
         return frame.inputs, frame.masks.get((self, "given"), {})
 
-    def _mask(self, side: Side | None, frame: Frame) -> Any:
+    def real(
+        self, side: Side | None, shape: tuple[int, int], frame: Frame | None
+    ) -> Bool[Tensor, "batch pos"] | None:
+        """Return the mask that told the rows of a site with so many sequences and positions."""
+        return None if frame is None else frame.masks.get((self, "real", side, shape))
+
+    def continued(self, side: Side | None, frame: Frame | None) -> tuple[int | None, int | None]:
+        """Return how many positions came before a forward on one side, and the line that it is of.
+
+        Encoders have no cache.
+        """
+        if frame is None:
+            return 0, None
+        start: Start = frame.masks[self, "start"]
+        return 0 if side == "encoder" else start.before, start.line
+
+    def mask(self, side: Side | None, frame: Frame) -> Any:
         """Find the mask that a forward was given for a side."""
         given = self.inputs(frame)
         is_decoder = any(inputs.get("encoder_hidden_states") is not None for inputs in given)
@@ -272,11 +291,13 @@ class Padding:
             )
         if side == "shared":
             return self._given_of_either(site, shape, frame)
-        mask = self._mask(side, frame)
+        mask = self.mask(side, frame)
         if side == "decoder":
             self._warn("fault", decoder_fault(core_of(self._model), frame.inputs))
         if mask is None:
-            mask = mask_of_generate(side, self._before(side, frame), shape[0], self.inputs(frame))
+            mask = mask_of_generate(
+                side, self.continued(side, frame)[0], shape[0], self.inputs(frame)
+            )
         if mask is None:
             name = "decoder_attention_mask" if side == "decoder" else "attention_mask"
             raise OptionError(
@@ -303,11 +324,6 @@ class Padding:
             )
         return fitting[0]
 
-    def _before(self, side: Side | None, frame: Frame) -> int | None:
-        """Return how many positions came before on one side; encoders have no cache."""
-        start: Start = frame.masks[self, "start"]
-        return 0 if side == "encoder" else start.before
-
     def _aligned(
         self,
         mask: Any,
@@ -317,7 +333,7 @@ class Padding:
         frame: Frame,
     ) -> _Given:
         """Align a forward's mask with a site; see the note above."""
-        before, ran = self._before(side, frame), positions_of(frame.inputs)
+        before, ran = self.continued(side, frame)[0], positions_of(frame.inputs)
         if isinstance(mask, dict):  # one for each kind of layer
             tensors = [each for each in mask.values() if isinstance(each, Tensor)]
             tensors.append(torch.ones(shape[0], (before or 0) + (ran or shape[1])))
@@ -464,7 +480,7 @@ class Padding:
 
     def warn_positions(self, site: WatchedSite) -> None:
         """Warn, once, that positions of a site are not the tokens that the forward was given."""
-        if self._side(site, None) != "tower" and reads_tokens(core_of(self._model)):
+        if self.side(site, None) != "tower" and reads_tokens(core_of(self._model)):
             self._warn(
                 "positions",
                 f"{site.shown} does not have one position per token of the forward, so a slice "

@@ -81,6 +81,12 @@ def plan_forward(asked: Asked) -> Plan:
     model = asked.model
     if is_cut(model):
         raise _refusal(model, "its weights are split over processes, which would all have to plan")
+    reduced = next((site for site in asked.sites if site.reduce is not None), None)
+    if reduced is not None:
+        raise PlanError(
+            f"{reduced.shown} cannot be planned: reduce= keeps a statistic, not a tensor; plan the "
+            "capture without reduce="
+        )
     first = _outcome(asked, answer=False)
     found = _agreed(model, first, _outcome(asked, answer=True)) if first.were_asked else first
     if found.plan is not None:

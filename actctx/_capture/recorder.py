@@ -1,5 +1,6 @@
 """Read, check, select and stage the value of a site."""
 
+import functools
 import weakref
 from typing import Any
 
@@ -13,13 +14,16 @@ from actctx._capture.axis_layout import (
     numbers_of,
     tell_axes,
 )
-from actctx._capture.forward import Frame
+from actctx._capture.forward import Frame, unwatched
 from actctx._capture.growth import Known
 from actctx._capture.masks import Padding
+from actctx._capture.origins import origin_of
 from actctx._capture.watched import Options, Seen, WatchedSite
 from actctx._errors import SelectionError
 from actctx._model.parallel import gathered, pieces_of
-from actctx._select.own import Owned, plain_mode
+from actctx._results.column import Origin
+from actctx._select.mapped import Mapped
+from actctx._select.own import Owned, TokenRows, plain_mode
 from actctx._select.padding import Chosen
 from actctx._select.transforms import is_mapped, is_transformed, outside, value_of
 from actctx._select.values import check_capturable
@@ -146,6 +150,21 @@ class Recorder:
             rows = self._padding.rows(site, shape, frame)
             selected = site.rows.keep(selected, rows)
             copied |= not rows.is_all
+        if site.mapped is not None:
+            selected, copied = self._mapped(site.mapped, selected), False
         if site.cast_loss is not None:
             site.cast_loss.add(selected)
-        return seen.column.keep(selected, rows, number=number, copied=copied)
+        origin = functools.partial(self._origin, site, activation.shape, frame, rows)
+        return seen.column.keep(selected, rows, number=number, copied=copied, origin=origin)
+
+    def _origin(
+        self, site: WatchedSite, shape: torch.Size, frame: Frame | None, rows: TokenRows | None
+    ) -> Origin:
+        numbers = self._numbers(frame)
+        return origin_of(self._padding, site, shape, frame, rows=rows, numbers=numbers)
+
+    def _mapped(self, mapped: Mapped, selected: Tensor) -> Tensor:
+        """Return what `map=` computes. Forwards in it are captured by nobody."""
+        with unwatched(), torch.set_grad_enabled(self._grad):
+            found = mapped.of(selected)
+        return found if self._grad else found.detach()

@@ -9,20 +9,20 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from actctx._errors import AxisError, OptionError, SelectionError
-from actctx._model.axes import POSITIONS, ROUTER_AXES, Axes, position_dims
+from actctx._errors import AxisError
+from actctx._model.axes import POSITIONS, Axes, position_dims
 from actctx._model.flags import why_it_never_fired
 from actctx._model.places import Place
-from actctx._model.sites import Request, Site
 from actctx._model.structure import tensor_of
 from actctx._model.translation import Readout
 from actctx._results.annotations import Sizes
 from actctx._results.column import Column, ColumnOptions
 from actctx._results.label import Named
 from actctx._select.cast_loss import CastLoss
-from actctx._select.own import device_of, dtype_of
-from actctx._select.padding import Chosen, RowSelector, as_mask, check_tokens, split_rows
+from actctx._select.mapped import Mapped
+from actctx._select.padding import Chosen, RowSelector, check_tokens, split_rows
 from actctx._select.slices import Selector, Slice, parse_slice
+from actctx._stats.statistic import Statistic
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +45,8 @@ class WatchedSite:
     pattern: str | None = None
     told_axes: Axes | None = None
     cast_loss: CastLoss | None = None
+    mapped: Mapped | None = None
+    reduce: Statistic | None = None
 
     @property
     def shown(self) -> str:
@@ -71,7 +73,8 @@ class WatchedSite:
     @property
     def column_options(self) -> ColumnOptions:
         """The options for its column."""
-        return ColumnOptions(self.options.join, self.options.capacity, self.dtype, self.device)
+        options = self.options
+        return ColumnOptions(options.join, options.capacity, self.dtype, self.device, self.reduce)
 
     @functools.cached_property
     def reader(self) -> Callable[[Any], Tensor]:
@@ -93,7 +96,7 @@ class WatchedSite:
             SelectionError: A position is outside an axis of these sizes.
 
         """
-        selector, rows = _selecting(self.key, self.asked, axes, sizes or {}, self.options)
+        selector, rows = selecting(self.key, self.asked, axes, sizes or {}, self.options)
         if rows is not None and self.rows is not None:  # an extraction has already chosen tokens
             rows = rows._replace(tokens=self.rows.tokens)
         return replace(self, told_axes=axes, selector=selector, rows=rows)
@@ -108,8 +111,8 @@ class WatchedSite:
     @property
     def takes_all(self) -> bool:
         """Whether the whole activation is captured, without a cast or a move."""
-        changes = self.selector.steps, self.rows, self.dtype, self.device
-        return changes == ((), None, None, None)
+        changes = self.selector.steps, self.rows, self.mapped, self.dtype, self.device
+        return changes == ((), None, None, None, None)
 
     def check_axes(self, shape: torch.Size) -> None:
         """Refuse axes that the user named but that the activation does not have.
@@ -157,13 +160,36 @@ class WatchedSite:
             sizes: Their sizes, None for sizes that differ between forwards.
 
         """
-        return _selected(self.selector, self.rows, whole, sizes)
+        axes, left = self.selector.axes_after(whole), self.selector.sizes_after(sizes)
+        if self.rows is not None:
+            axes, left = self.rows.axes_after(axes), self.rows.sizes_after(left)
+        if self.mapped is not None:
+            axes, left = self.mapped.axes_after(axes), self.mapped.sizes_after(left)
+        return axes, left
+
+    @property
+    def joins_by_name(self) -> bool:
+        """Whether its forwards are joined along an axis that is found by its name."""
+        return self.reduce is None and self.options.join not in {None, "batch"}
 
     @property
     def needs_axes(self) -> bool:
         """Whether its axes must be known from the first activation on."""
-        joins = self.options.join not in {None, "batch"}
-        return self.rows is not None or self.selects_by_name or joins
+        return (
+            self.rows is not None
+            or self.reduce is not None
+            or self.selects_by_name
+            or self.joins_by_name
+        )
+
+    @property
+    def may_lack_axes(self) -> bool:
+        """Whether activations of which nothing names the axes are taken to be rows.
+
+        A statistic takes them so. Axes that a name proposes, but that nothing confirms, are not.
+        """
+        is_named = self.place.axes is not None or self.rows is not None
+        return not (is_named or self.selects_by_name or self.joins_by_name)
 
     def refuse_axes(self, shape: torch.Size) -> AxisError:
         """Raise an error: the axes are needed but cannot be determined."""
@@ -177,22 +203,11 @@ class WatchedSite:
         )
 
 
-def _selected(
-    selector: Selector, rows: RowSelector | None, whole: Axes, sizes: Sizes
-) -> tuple[Axes, Sizes]:
-    axes, left = selector.axes_after(whole), selector.sizes_after(sizes)
-    if rows is None:
-        return axes, left
-    return rows.axes_after(axes), rows.sizes_after(left)
-
-
-def named_after(
-    selector: Selector, rows: RowSelector | None, whole: Axes, shape: tuple[int, ...]
-) -> Named:
+def named_after(site: WatchedSite, whole: Axes, shape: tuple[int, ...]) -> Named:
     """Name the axes of the captured part of activations of this shape."""
     sizes = fixed_sizes(whole, shape)
     own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
-    return Named(*_selected(selector, rows, whole, sizes), own)
+    return Named(*site.selected(whole, sizes), own)
 
 
 def _found(site: str, output: int | str | None, readout: Readout | None, value: Any) -> Tensor:
@@ -258,7 +273,7 @@ class Seen:
     def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
         """Name the axes of the captured part of activations of this shape; None if unknown."""
         named = axes if axes is not None else ("_",) * len(shape)
-        found = named_after(self.site.selector, self.site.rows, named, shape)
+        found = named_after(self.site, named, shape)
         # Axes that only the user named are checked against the config, not against themselves.
         label = self.column.label
         label.named = found._replace(whole={}) if self.site.named_axes else found
@@ -277,75 +292,7 @@ class Options:
     check: bool = True
 
 
-def watch_site(
-    request: Request,
-    *,
-    defaults: Site,
-    sizes: Mapping[str, int],
-    options: Options,
-    grow: Callable[[WatchedSite], tuple[Axes, Mapping[str, int]] | None],
-) -> WatchedSite:
-    """Settle the options of one site; those of the capture are the defaults.
-
-    Args:
-        request: The requested site.
-        defaults: The options of the capture.
-        sizes: The sizes of axes in the model's config.
-        options: The options for all sites.
-        grow: Determines the axes of a site, and their sizes, by a run of the model. It is called
-            before anything is refused.
-
-    Raises:
-        AxisError: It does not have the axis to select from or to join along.
-        SelectionError: A position is outside an axis of known size.
-        OptionError: Another option makes no sense.
-
-    """
-    asked, place = request.site, request.place
-    sizes = {} if asked.axes is not None else sizes
-    axes = tuple(asked.axes.split()) if asked.axes is not None else place.axes
-    site = WatchedSite(
-        key=request.key,
-        place=place,
-        exact=request.exact,
-        io=asked.io if place.readout is None else place.readout.io,
-        output=asked.output if place.readout is None else place.readout.output,
-        firing=asked.firing,
-        named_axes=None if asked.axes is None else axes,
-        selector=Selector(request.key, (), axes),
-        rows=None,
-        dtype=dtype_of(asked.dtype if asked.dtype is not None else defaults.dtype),
-        device=device_of(asked.device if asked.device is not None else defaults.device),
-        asked=defaults.slice if asked.slice is None else asked.slice,
-        options=options,
-        pattern=request.pattern,
-    )
-    _check_firing(site, options)
-    try:
-        return _checked(site, axes, sizes)
-    except (AxisError, SelectionError):
-        told = None if asked.axes is not None else grow(site)
-        if told is None:
-            if axes is None or asked.axes is not None:
-                raise
-            return _checked(site, axes, {})  # a config alone does not decide
-        return _checked(replace(site, told_axes=told[0]), *told)
-
-
-def _checked(site: WatchedSite, axes: Axes | None, sizes: Mapping[str, int]) -> WatchedSite:
-    by_name = site.named_axes is None and site.told_axes is None
-    if by_name and axes in ROUTER_AXES and isinstance(site.options.mask, Chosen):
-        # A router sees the tokens in order, so they are split into sequences. Inside an expert they
-        # may be in another order.
-        axes = ("batch", "pos", *axes[1:])
-        site = replace(site, named_axes=axes)
-    selector, rows = _selecting(site.key, site.asked, axes, sizes, site.options)
-    site = replace(site, selector=selector, rows=rows)
-    _check_join(site, site.options.join)
-    return site
-
-
-def _selecting(
+def selecting(
     key: str, asked: Slice, axes: Axes | None, sizes: Mapping[str, int], options: "Options"
 ) -> tuple[Selector, RowSelector | None]:
     """Parse the selection along the axes of a site, and along its real tokens."""
@@ -355,79 +302,6 @@ def _selecting(
     # A mask needs axes, even if a slice by position does not.
     check_tokens(key, axes, chosen=chosen)
     return split_rows(parse_slice(key, asked, axes, sizes), axes, chosen=chosen)
-
-
-def checked_mask(mask: Tensor | str | None) -> Tensor | str | None:
-    """Return the requested mask.
-
-    Raises:
-        OptionError: It is not a valid mask.
-
-    """
-    if mask is None or (isinstance(mask, str) and mask == "attention"):
-        return mask
-    if isinstance(mask, Tensor):
-        return as_mask(mask)
-    raise OptionError(
-        f"mask={mask!r} is not a valid mask; give 'attention' for that of each forward, or a "
-        "tensor of the shape batch pos"
-    )
-
-
-def check_capacity(options: Options) -> None:
-    """Refuse a capacity that is not a positive int, or that conflicts with other options.
-
-    Raises:
-        OptionError: It is not a positive int, or it conflicts with another option.
-
-    """
-    capacity = options.capacity
-    if capacity is None:
-        return
-    if type(capacity) is not int or capacity < 1:  # True is an int
-        raise OptionError(f"capacity={capacity!r} is not a number of rows; give a positive int")
-    if options.join is None or options.grad:
-        other = "join=None" if options.join is None else "grad=True"
-        raise OptionError(
-            f"capacity= fills one tensor in place, which does not work with {other}; leave one of "
-            "them out"
-        )
-
-
-def _check_firing(site: WatchedSite, options: Options) -> None:
-    if site.is_known_at_once:
-        return
-    if options.stop:
-        raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, which is known only at the end of a "
-            "forward, so stop=True cannot stop before it; count firings from the first"
-        )
-    if options.capacity is not None and site.firing != -1:
-        raise OptionError(
-            f"{site.shown} asks for firing={site.firing}, which capacity= cannot store; count "
-            "firings from the first"
-        )
-
-
-def _check_join(site: WatchedSite, join: str | None) -> None:
-    """Refuse to join along an axis that the site cannot have. The batch axis is checked later."""
-    kept_as_tokens = site.rows is not None and not site.rows.is_one_a_sequence
-    if join is None or join == "batch" or kept_as_tokens:
-        return
-    if not isinstance(join, str):
-        raise OptionError(f"join={join!r} is not an axis; give 'batch', 'pos' or None for a list")
-    axes = site.known_axes
-    if axes is None:
-        raise AxisError(
-            f"the axes of {site.key!r} are not known, so its forwards cannot be joined along "
-            f"{join!r}; name them, as in Site(..., axes='batch pos d_model')"
-        )
-    left, _ = site.selected(axes, (None,) * len(axes))
-    if join not in left and not (join == "pos" and "query" in left):
-        raise AxisError(
-            f"the forwards of {site.key!r} cannot be joined along {join!r}: its axes, after the "
-            f"slice, are {' '.join(left)!r}; join along one of them, or keep a list with join=None"
-        )
 
 
 def why_silent(model: nn.Module, site: WatchedSite) -> str:

@@ -90,6 +90,7 @@ def make_plan(
     """
     described = describe_model(model)
     check_sides(model, capture.sites)
+    _check_options(capture.sites)
     _check_names([*reader.carry, *(site.key for site in capture.sites)])
     rows = _shared_rows(capture.sites)
     layout = Layout(
@@ -122,6 +123,20 @@ def make_plan(
     row_choice = RowChoice(rows.tokens, dropped, pools=pooling is not None)
     facts = Facts(layout, sites, slices)
     return ExtractionPlan(model, capture, chosen, sites, reader, row_choice, pooling, finite, facts)
+
+
+def _check_options(sites: Sequence[WatchedSite]) -> None:
+    for site in sites:
+        if site.reduce is not None:
+            raise OptionError(
+                f"reduce= of {site.shown} keeps a statistic, but a data set has rows; leave it "
+                "out, or compute it with capture"
+            )
+        if site.mapped is not None:
+            raise OptionError(
+                f"map= of {site.shown} is a function, which a data set cannot tell from another "
+                "when it is resumed; leave it out, and compute it from the rows that are read"
+            )
 
 
 def _check_names(names: list[str]) -> None:

@@ -3,11 +3,11 @@
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from actctx._errors import HookNameError, OptionError
 from actctx._model.axes import hook_axes
@@ -33,10 +33,14 @@ class Site:
             name of a parameter. By default the first.
         firing: Which firing of each forward to keep if the site fires several times; negative
             numbers count from the last. By default all.
+        reduce: A statistic to compute in place of keeping tensors; see `capture`.
+        map: A function of what was selected, whose result is kept instead; see `capture`.
+        map_axis: The name of the last axis of what `map` returns, or None where it drops the last
+            axis.
 
     Raises:
-        OptionError: `io` is neither `"in"` nor `"out"`, `axes` names an axis twice, or `firing`
-            is not an int.
+        OptionError: `io` is neither `"in"` nor `"out"`, `axes` names an axis twice, `firing` is
+            not an int, or there is a `map_axis` without `map`.
 
     Example:
         >>> Site("blocks.*.attn.hook_pattern", slice={"head": [0, 3]}, dtype=torch.float16)
@@ -52,6 +56,9 @@ class Site:
     axes: str | None = None
     output: int | str | None = None
     firing: int | None = None
+    reduce: Any = None
+    map: Callable[[Tensor], Tensor] | None = None
+    map_axis: str | None = "feature"
 
     def __post_init__(self) -> None:
         if self.io not in {"in", "out"}:
@@ -70,13 +77,30 @@ class Site:
                 "as 0 for the first of each forward or -1 for the last"
             )
 
+        check_map_axis(self.map, self.map_axis)
+
     def __repr__(self) -> str:
+        given = {each.name: (getattr(self, each.name), each.default) for each in fields(self)[1:]}
         changed = [
             f"{name}={value!r}"
-            for name, value in vars(self).items()
-            if name != "name" and value is not None and (name, value) != ("io", "out")
+            for name, (value, default) in given.items()
+            if value is not default and not (isinstance(value, str) and value == default)
         ]
         return f"Site({', '.join([repr(self.name), *changed])})"
+
+
+def check_map_axis(function: object, axis: object) -> None:
+    """Refuse the name of an axis of what no function returns.
+
+    Raises:
+        OptionError: There is no function.
+
+    """
+    if function is None and axis != "feature":
+        raise OptionError(
+            f"map_axis={axis!r} is for what map= returns, but there is no map=; give it, too, or "
+            "leave map_axis out"
+        )
 
 
 Site.__module__ = "actctx"  # where users find it

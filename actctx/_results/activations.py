@@ -112,7 +112,8 @@ class Activations(_Tensors):
             name: Its name, an alias, or a suffix or a glob that matches no other captured site.
 
         Returns:
-            The tensor, joined over the forwards; with `join=None` a list, one per forward.
+            The tensor, joined over the forwards; with `join=None` a list, one per forward; with
+            `reduce=` the statistic of all forwards, which the next forward changes.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -163,7 +164,8 @@ class Activations(_Tensors):
 
         Raises:
             NotCapturedError: No site was captured, or more than one.
-            OptionError: With `join=None` there is a list of tensors instead.
+            OptionError: With `join=None` there is a list of tensors instead, and with `reduce=` a
+                statistic.
             SeveralFiringsError, JoinError, AxisError: As for `acts[name]`.
 
         """
@@ -180,7 +182,9 @@ class Activations(_Tensors):
                 f"acts.tensor needs exactly one site, but {len(self)} were captured: "
                 f"{listed(self._order)}; read acts[name]"
             )
-        tensor: Tensor = self[next(iter(self))]
+        (name,) = self
+        self._check_tensor("acts.tensor is for a tensor", name, "read acts[name]")
+        tensor: Tensor = self[name]
         return tensor
 
     @property
@@ -201,6 +205,8 @@ class Activations(_Tensors):
     def axes(self, name: str) -> Axes:
         """Name the axes of a captured tensor, such as `("batch", "pos", "d_model")`.
 
+        Of a statistic they are those of what it is computed of, and its own say what it keeps.
+
         An axis whose name is not known is `"_"`, as in jaxtyping.
 
         Raises:
@@ -209,11 +215,12 @@ class Activations(_Tensors):
         """
         return self._column(name).label.settle()
 
-    def firings(self, name: str) -> list[Shaped[Tensor, "..."]]:
+    def firings(self, name: str) -> list[Any]:
         """Read a site that fires more than once in a forward, such as a shared module.
 
         Returns:
-            A tensor for each firing of a forward, in order, each joined over the forwards.
+            A tensor for each firing of a forward, in order, each joined over the forwards; with
+            `reduce=` a statistic of all forwards.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -271,7 +278,7 @@ class Activations(_Tensors):
             NotCapturedError: No captured site has this name in any layer.
             HookNameError: The name matches several stacks of layers.
             JoinError: The layers do not have the same shape.
-            OptionError: With `join=None` there are lists of tensors.
+            OptionError: With `join=None` there are lists of tensors, and with `reduce=` statistics.
 
         Example:
             >>> acts.stack("hook_resid_post").shape
@@ -283,7 +290,19 @@ class Activations(_Tensors):
                 "acts.stack(name) needs joined forwards, but join=None keeps lists; stack the "
                 "tensors of the lists yourself"
             )
-        return stack_layers({key: self[key] for key in self._layers(name)})
+        layers = self._layers(name)
+        instead = (
+            "stack what you read of each, as in torch.stack([acts[name].mean for name in acts])"
+        )
+        for key in layers:
+            self._check_tensor("acts.stack(name) stacks tensors", key, instead)
+        return stack_layers({key: self[key] for key in layers})
+
+    def _check_tensor(self, purpose: str, key: str, instead: str) -> None:
+        column = self._columns[key]
+        if not column.is_tensor:
+            kind = column.spec().__name__
+            raise OptionError(f"{purpose}, but {key!r} is a {kind}; {instead}")
 
     def _layers(self, name: str) -> list[str]:
         if not self:
@@ -297,7 +316,7 @@ class Activations(_Tensors):
 
         Returns:
             An annotation such as `Float32[Tensor, "batch pos d_model=768"]`. Axes have a size if
-            the config or the slice fixes it; the others are free.
+            the config or the slice fixes it; the others are free. For a statistic, its class.
 
         Raises:
             NotCapturedError: Nothing was captured under this name.
@@ -523,7 +542,7 @@ def why_nothing(
 def are_layers(columns: Mapping[str, Column[Any]], name: str) -> bool:
     """Return whether the sites that a name matches can be stacked over layers."""
     fired = {key: column for key, column in columns.items() if column.firings}
-    if not all(column.stacks for column in fired.values()):
+    if not all(column.is_tensor for column in fired.values()):
         return False
     try:
         return bool(layers_of({key: column.label.names for key, column in fired.items()}, name))

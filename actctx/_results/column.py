@@ -6,22 +6,51 @@ later, sharing memory with nothing. When the forward ends, `write` takes its sta
 raised, stages are dropped and `write` is never called, so `keep` must not change what can be read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
-from jaxtyping import Int64, Shaped
+from jaxtyping import Bool, Int, Int64, Shaped
 from torch import Tensor
 
+from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
 from actctx._results.label import Label
 from actctx._results.saved import SavedSite
 from actctx._results.table import Row
 from actctx._select.own import TokenRows
+from actctx._stats.statistic import Statistic
 
 S = TypeVar("S")
 """The staged value of one firing, until the forward ends."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Where the values of one firing come from, in its own forward.
+
+    Attributes:
+        axes: The axes of what was selected; `"_"` for those that are not known.
+        sequence: The sequence that each row is from, in the shape of the axes that have the rows;
+            None where it is not known.
+        position: The position that each row is from, what a KV cache holds included.
+        sequences: The number of sequences of the forward; 0 where it is not known.
+        line: What forwards that continue each other have in common.
+        tokens: The token ids of the forward.
+        real: Which of them are no padding.
+        first_position: The position of the first of them.
+
+    """
+
+    axes: Axes
+    sequence: Int64[Tensor, "..."] | None = None
+    position: Int64[Tensor, "..."] | None = None
+    sequences: int = 0
+    line: int | None = None
+    tokens: Int[Tensor, "batch pos"] | None = None
+    real: Bool[Tensor, "batch pos"] | None = None
+    first_position: int = 0
 
 
 @dataclass(frozen=True)
@@ -33,6 +62,7 @@ class ColumnOptions:
         capacity: The number of elements along `join`, allocated at the first firing.
         dtype: The dtype that floating-point activations are cast to.
         device: The device that activations move to.
+        reduce: The statistic that is computed in place of keeping tensors.
 
     """
 
@@ -40,6 +70,7 @@ class ColumnOptions:
     capacity: int | None = None
     dtype: torch.dtype | None = None
     device: torch.device | None = None
+    reduce: Statistic | None = None
 
 
 @runtime_checkable
@@ -50,13 +81,13 @@ class Column(Protocol[S]):
         asks_axes: Whether the axes are needed at the first activation, and not only when read.
         copies: Whether the stage of an activation that is kept whole, without a cast or a move, is
             an `Owned` copy of it.
-        stacks: Whether it is read as one tensor, which can be a layer of a stack.
+        is_tensor: Whether it is read as one tensor, which can be a layer of a stack.
 
     """
 
     asks_axes: ClassVar[bool]
     copies: ClassVar[bool]
-    stacks: ClassVar[bool]
+    is_tensor: ClassVar[bool]
 
     @property
     def label(self) -> Label:
@@ -67,7 +98,13 @@ class Column(Protocol[S]):
         """The values for each firing of a forward; empty before the first forward."""
 
     def keep(
-        self, selected: Shaped[Tensor, "..."], rows: TokenRows | None, *, number: int, copied: bool
+        self,
+        selected: Shaped[Tensor, "..."],
+        rows: TokenRows | None,
+        *,
+        number: int,
+        copied: bool,
+        origin: Callable[[], Origin],
     ) -> S:
         """Stage the selection of one firing.
 
@@ -76,6 +113,7 @@ class Column(Protocol[S]):
             rows: With a mask, where its rows come from.
             number: The index of the stage in its forward.
             copied: Whether selecting made a copy already.
+            origin: Finds where the values come from.
 
         """
 

@@ -1,7 +1,7 @@
 """A column whose forwards become one tensor when it is read."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -24,7 +24,7 @@ from actctx._results.chunks import (
     wait_for,
     wait_for_all,
 )
-from actctx._results.column import Column, ColumnOptions
+from actctx._results.column import Column, ColumnOptions, Origin
 from actctx._results.joining import (
     check_alike,
     check_joinable,
@@ -53,7 +53,7 @@ class JoinedColumn:
 
     asks_axes: ClassVar[bool] = False
     copies: ClassVar[bool] = True
-    stacks: ClassVar[bool] = True
+    is_tensor: ClassVar[bool] = True
 
     label: Label
     join: str
@@ -69,6 +69,7 @@ class JoinedColumn:
         *,
         number: int,  # noqa: ARG002  only preallocated columns use it
         copied: bool,
+        origin: Callable[[], Origin],  # noqa: ARG002  the rows tell it
     ) -> Owned:
         """Make an owned tensor of the selection."""
         dtype, device = self.options.dtype, self.options.device

@@ -1,6 +1,6 @@
 """A column that keeps the tensors of forwards apart, for `join=None`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -23,7 +23,7 @@ from actctx._results.chunks import (
     wait_for,
     wait_for_all,
 )
-from actctx._results.column import ColumnOptions
+from actctx._results.column import ColumnOptions, Origin
 from actctx._results.label import Label
 from actctx._results.saved import SavedSite
 from actctx._results.sequences import KeptRows
@@ -37,7 +37,7 @@ class ListColumn:
 
     asks_axes: ClassVar[bool] = False
     copies: ClassVar[bool] = True
-    stacks: ClassVar[bool] = False
+    is_tensor: ClassVar[bool] = False
 
     label: Label
     options: ColumnOptions
@@ -51,6 +51,7 @@ class ListColumn:
         *,
         number: int,  # noqa: ARG002  only preallocated columns use it
         copied: bool,
+        origin: Callable[[], Origin],  # noqa: ARG002  the rows tell it
     ) -> Owned:
         """Make an owned tensor of the selection."""
         dtype, device = self.options.dtype, self.options.device

@@ -1,7 +1,7 @@
 """A column whose forwards fill one tensor in place, for `capacity=`."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from actctx._errors import CapacityError
 from actctx._results.annotations import Sizes
 from actctx._results.chunks import Chunks, copied_chunks, moved_chunks, row_of
-from actctx._results.column import Column, ColumnOptions
+from actctx._results.column import Column, ColumnOptions, Origin
 from actctx._results.joined import JoinedColumn
 from actctx._results.joining import check_joinable, check_not_quantized
 from actctx._results.label import Label
@@ -35,7 +35,7 @@ class PreallocatedColumn:
 
     asks_axes: ClassVar[bool] = True
     copies: ClassVar[bool] = False
-    stacks: ClassVar[bool] = True
+    is_tensor: ClassVar[bool] = True
 
     filled: JoinedColumn
     capacity: int
@@ -53,7 +53,13 @@ class PreallocatedColumn:
         return self.filled.firings
 
     def keep(
-        self, selected: Shaped[Tensor, "..."], rows: TokenRows | None, *, number: int, copied: bool
+        self,
+        selected: Shaped[Tensor, "..."],
+        rows: TokenRows | None,
+        *,
+        number: int,
+        copied: bool,
+        origin: Callable[[], Origin],  # noqa: ARG002  the rows tell it
     ) -> Owned:
         """Write the selection to its place, where it counts once the forward has ended.
 

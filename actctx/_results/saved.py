@@ -19,10 +19,14 @@ from actctx._errors import DataError, OptionError
 from actctx._files import describe, read_safetensors, unreadable, write_safetensors
 from actctx._model.axes import Axes
 from actctx._results.annotations import Sizes
+from actctx._stats.kinds import of_state
+from actctx._stats.statistic import Statistic
 from actctx._text import is_utf8
 
 _KEY = "activations"
 _FORMAT = 1
+_WITH_STATISTICS = 2
+"""The format of a file that has some; earlier versions of actctx refuse it."""
 _TAKEN = {"axes", "model", "actctx", "torch", _KEY}
 _JOINS = ("batch", "pos")
 _INSTEAD = "give a file that acts.save wrote, or another safetensors file"
@@ -38,6 +42,7 @@ class SavedSite:
         sizes: Their sizes, None for those that depend on the input.
         tensor: Its value; None if it never fired.
         positions: The sequences and positions of the rows that a mask kept.
+        statistic: Its statistic, in place of a tensor.
 
     """
 
@@ -46,6 +51,7 @@ class SavedSite:
     sizes: Sizes = ()
     tensor: Shaped[Tensor, "..."] | None = None
     positions: Int64[Tensor, "token 2"] | None = None
+    statistic: Statistic | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,16 +80,19 @@ def write_saved(saved: Saved, path: str | PathLike[str], metadata: Mapping[str, 
     sites: dict[str, dict[str, Any]] = {}
     for key, site in saved.sites.items():
         sites[key] = {"names": site.names, "sizes": site.sizes}
-        if site.tensor is None:
+        if site.statistic is not None:
+            sites[key]["statistic"] = _write_statistic(key, site, tensors, {*saved.sites})
+        elif site.tensor is None:
             sites[key] = {"names": site.names, "fired": False}
         if site.positions is not None:  # often those of all sites
             there = [name for name in shared if torch.equal(tensors[name], site.positions)]
-            name = there[0] if there else _unused("positions", {*saved.sites, *shared})
+            name = there[0] if there else _unused("positions", {*saved.sites, *tensors}, " of rows")
             shared += [] if there else [name]
             tensors[name] = site.positions
             sites[key]["positions"] = name
+    has_statistics = any(site.statistic is not None for site in saved.sites.values())
     known = {
-        "format": _FORMAT,
+        "format": _WITH_STATISTICS if has_statistics else _FORMAT,
         "join": saved.join,
         "forwards": saved.forwards,
         "sites": sites,
@@ -93,9 +102,24 @@ def write_saved(saved: Saved, path: str | PathLike[str], metadata: Mapping[str, 
     write_safetensors(tensors, path, {**metadata, **described})
 
 
-def _unused(name: str, taken: set[str]) -> str:
+def _write_statistic(
+    key: str, site: SavedSite, tensors: dict[str, Tensor], taken: set[str]
+) -> dict[str, Any]:
+    """Put the tensors of a statistic beside the others, and return the rest of it."""
+    assert site.statistic is not None  # noqa: S101  the caller has looked
+    parts, rest = {}, {}
+    for part, value in site.statistic.state_dict().items():
+        if isinstance(value, Tensor):
+            parts[part] = _unused(f"{key}.{part}", {*taken, *tensors}, "_")
+            tensors[parts[part]] = value.detach().contiguous()
+        else:
+            rest[part] = value
+    return {"axes": " ".join(site.axes), "parts": parts, "rest": rest}
+
+
+def _unused(name: str, taken: set[str], behind: str) -> str:
     while name in taken:
-        name += " of rows"
+        name += behind
     return name
 
 
@@ -152,7 +176,7 @@ def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> S
 
     """
     known: dict[str, Any] = json.loads(metadata.get(_KEY, "{}"))
-    if known.get("format", _FORMAT) > _FORMAT:
+    if known.get("format", _FORMAT) > _WITH_STATISTICS:
         raise DataError(
             f"it was written by actctx {metadata['actctx']!r}, whose files this version cannot "
             "read; upgrade actctx to read it"
@@ -160,8 +184,10 @@ def _understood(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> S
     axes: dict[str, str] = json.loads(metadata["axes"])
     said: dict[str, dict[str, Any]] = known.get("sites", {key: {} for key in axes})
     sites = {_text(name): _site(name, each, axes.get(name), tensors) for name, each in said.items()}
-    positions = {each["positions"] for each in said.values() if "positions" in each}
-    others = [name for name in tensors if name not in sites and name not in positions]
+    used = {each["positions"] for each in said.values() if "positions" in each}
+    for each in said.values():
+        used.update(each.get("statistic", {"parts": {}})["parts"].values())
+    others = [name for name in tensors if name not in sites and name not in used]
     return Saved(
         sites | {name: _plain(name, tensors[name]) for name in others},
         join=_JOINS[_JOINS.index(known.get("join", "batch"))],
@@ -176,6 +202,8 @@ def _site(
     names = tuple(map(_text, said.get("names", [name])))
     if said.get("fired", True) is False:
         return SavedSite(names)
+    if "statistic" in said:
+        return _statistic(names, said, tensors)
     tensor = tensors[name]
     plain = _plain(name, tensor)
     found = plain.axes if axes is None else tuple(axes.split())
@@ -190,6 +218,18 @@ def _site(
     ):
         raise ValueError
     return SavedSite(names, found, sizes, tensor, positions)
+
+
+def _statistic(
+    names: tuple[str, ...], said: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> SavedSite:
+    found = said["statistic"]
+    parts = {part: tensors[name] for part, name in found["parts"].items()}
+    axes, sizes = tuple(_text(found["axes"]).split()), tuple(said["sizes"])
+    statistic = of_state({**found["rest"], **parts})
+    if not isinstance(statistic, Statistic):
+        raise TypeError
+    return SavedSite(names, axes, sizes, statistic=statistic)
 
 
 def _text(value: object) -> str:

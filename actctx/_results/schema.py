@@ -18,13 +18,16 @@ from typing import (
 import torch
 from torch import Tensor, nn
 
-from actctx._errors import HookNameError, NotCapturedError, OptionError
+from actctx._errors import HookNameError, NotCapturedError, OptionError, TypedError
 from actctx._model.sites import Request, Site, resolve_sites
 from actctx._results.activations import Activations
 from actctx._results.annotations import Claim, hold, is_array_type, shown, suggested
 from actctx._results.column import Column
 from actctx._results.joined import stack_in_place
 from actctx._results.layers import check_layers, in_layers, several_in, stack_layers
+from actctx._select.mapped import AXIS, MapFunction
+from actctx._stats.statistic import Statistic
+from actctx._text import counted
 
 
 class Field:
@@ -35,7 +38,7 @@ class Field:
         self.name = self.what = ""
         self.owner: type = object
         self.hint: Any = None
-        self.is_dict = False
+        self.is_dict = self.is_statistic = False
 
     def of(self, owner: type, name: str) -> "Field":
         """Return the field for a class, since one `site(...)` may be used in several."""
@@ -64,10 +67,38 @@ class Field:
         """Read the annotation: a tensor, or a dict of tensors by hook name."""
         self.is_dict = get_origin(hint) is dict and get_args(hint)[0] is str
         self.hint = get_args(hint)[1] if self.is_dict else hint
+        self.is_statistic = _is_statistic(self.hint)
+        if self.is_statistic:
+            return
         if not is_array_type(self.hint) or not issubclass(Tensor, self.hint.array_type):
             raise OptionError(
                 f"{self.what} is annotated {shown(hint)}; annotate it as a tensor, such as "
                 'Float[Tensor, "batch pos d_model"], or as a dict[str, ...] of tensors'
+            )
+
+    def check_kind(self, reduce: Statistic | None) -> None:
+        """Compare the annotation with what is kept: a tensor, or a statistic.
+
+        Raises:
+            TypedError: It is of the other, or of another statistic.
+
+        """
+        if reduce is None and not self.is_statistic:
+            return
+        name = self.hint.__name__ if self.is_statistic else shown(self.hint)
+        if reduce is None:
+            raise TypedError(
+                f"{self.what} is annotated {name}, but tensors are captured there; write "
+                f"site({self.site.name!r}, reduce={name}())"
+            )
+        if not self.is_statistic or not isinstance(reduce, self.hint):
+            kind = type(reduce).__name__
+            raise TypedError(
+                f"{self.what} is annotated {name}, but reduce= computes a {kind}; annotate it as "
+                f"{kind}, or leave reduce= out"
+                if not self.is_statistic
+                else f"{self.what} is annotated {name}, but reduce= computes a {kind}; annotate it "
+                f"as {kind}, or give reduce= a {name}"
             )
 
 
@@ -88,6 +119,8 @@ class Part:
 
     def claims(self, activations: Activations) -> list[Claim]:
         """List the claims to check, once its sites have fired."""
+        if self.field.is_statistic:  # which was compared with the annotation before
+            return []
         columns = self._columns(activations)
         outlines = {name: column.outline() for name, column in columns.items()}
         axes = next((column.label.axes for column in columns.values()), ())
@@ -123,6 +156,10 @@ class Part:
         return {name: activations.single(key) for name, key in fired.items()}
 
 
+def _is_statistic(hint: object) -> bool:
+    return isinstance(hint, type) and not get_args(hint) and issubclass(hint, Statistic)
+
+
 def site(
     name: str | nn.Module,
     *,
@@ -133,6 +170,9 @@ def site(
     axes: str | None = None,
     output: int | str | None = None,
     firing: int | None = None,
+    reduce: Statistic | None = None,
+    map: MapFunction | None = None,  # noqa: A002  as in `capture`
+    map_axis: str | None = AXIS,
 ) -> Any:
     """Declare where a field of a `Schema` is captured, and how; the options are those of `Site`.
 
@@ -146,6 +186,9 @@ def site(
         axes: See `Site`.
         output: See `Site`.
         firing: See `Site`.
+        reduce: See `Site`. The field is annotated as the class of the statistic.
+        map: See `Site`.
+        map_axis: See `Site`.
 
     Returns:
         The value for the class body; for a type checker it has the annotated type.
@@ -154,7 +197,7 @@ def site(
         OptionError: As `Site`.
 
     """
-    return Field(Site(name, slice, dtype, device, io, axes, output, firing))
+    return Field(Site(name, slice, dtype, device, io, axes, output, firing, reduce, map, map_axis))
 
 
 site.__module__ = "actctx"  # where users find it
@@ -338,6 +381,11 @@ def parts_of(schema: type[Schema], model: nn.Module) -> list[tuple[Part, list[Re
         is_family = field.is_dict or not requests[0].exact
         keys = {each.key: f"{name}.{each.key}" if is_family else name for each in requests}
         is_stacked = is_family and not field.is_dict
+        if is_stacked and field.is_statistic:
+            raise OptionError(
+                f"{field.what} is annotated {field.hint.__name__}, but {field.site.name!r} matches "
+                f"{counted(len(keys), 'site')}; annotate it as dict[str, {field.hint.__name__}]"
+            )
         if is_stacked:
             _check_layers(field, [*keys])
         kept = [replace(request, key=keys[request.key]) for request in requests]

@@ -25,14 +25,19 @@ class Sequences:
 
     def place(self, rows: TokenRows) -> Int64[Tensor, "token 2"]:
         """Return the sequence and the position of each row of a forward that has not ended."""
-        return rows.where + torch.tensor([self._first(rows), rows.before])
+        return rows.where + torch.tensor([self.first(rows.sequences, rows.line), rows.before])
 
-    def add(self, rows: TokenRows) -> None:
+    def first(self, sequences: int, line: int | None) -> int:
+        """Return the number of the first sequence of a forward that has not ended."""
+        first, count = self.lines.get(-1 if line is None else line, (0, 0))
+        return first if count == sequences else self.count
+
+    def add(self, sequences: int, line: int | None) -> None:
         """Count the sequences of a forward that ended."""
-        first = self._first(rows)
-        self.count = max(self.count, first + rows.sequences)
-        if rows.line is not None:
-            self.lines[rows.line] = first, rows.sequences
+        first = self.first(sequences, line)
+        self.count = max(self.count, first + sequences)
+        if line is not None:
+            self.lines[line] = first, sequences
 
     def clear(self) -> None:
         """Start at 0 again."""
@@ -42,11 +47,6 @@ class Sequences:
     def copied(self) -> "Sequences":
         """Return an independent copy."""
         return Sequences(self.count, self.lines.copy())
-
-    def _first(self, rows: TokenRows) -> int:
-        """Return the number of the first sequence of a forward."""
-        first, count = self.lines.get(-1 if rows.line is None else rows.line, (0, 0))
-        return first if count == rows.sequences else self.count
 
 
 @dataclass(eq=False)
@@ -65,7 +65,7 @@ class KeptRows:
     def add(self, rows: TokenRows) -> None:
         """Add the rows of one forward."""
         self.where.append(self.sequences.place(rows))
-        self.sequences.add(rows)
+        self.sequences.add(rows.sequences, rows.line)
 
     def joined(self) -> Int64[Tensor, "token 2"] | None:
         """Return the rows of all forwards; None if there were none, or no mask."""

@@ -3,6 +3,7 @@
 import math
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -57,7 +58,7 @@ class Frequency(RowAccumulator):
         values = rows.values
         if values.is_floating_point():
             values = values.to(result_dtype(values))
-            found = values > _threshold(values, self._above)
+            found = values > _threshold(values.dtype, self._above)
         elif math.isfinite(self._above):
             found = values > math.floor(self._above)  # torch would round large integers
         else:
@@ -81,12 +82,14 @@ class Frequency(RowAccumulator):
         return f"{drawn}<div>how many features are above {self._above:g} how often</div>"
 
 
-def _threshold(values: Float[Tensor, "..."], above: float) -> Float[Tensor, ""]:
-    """Return the largest number of the values' dtype that is not above a number.
+def _threshold(dtype: torch.dtype, above: float) -> float:
+    """Return the largest number of a dtype that is not above a number.
 
     Torch rounds the number to the dtype before it compares, perhaps upwards.
     """
-    rounded = torch.tensor(above, dtype=values.dtype, device=values.device)
-    if rounded.item() > above:
-        rounded = torch.nextafter(rounded, torch.full_like(rounded, -math.inf))
-    return rounded
+    kind = np.float64 if dtype == torch.float64 else np.float32
+    with np.errstate(over="ignore"):
+        rounded = kind(above)
+    if float(rounded) > above:
+        rounded = np.nextafter(rounded, kind(-math.inf))
+    return float(rounded)

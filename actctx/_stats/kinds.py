@@ -25,6 +25,11 @@ _KINDS: dict[str, type[Accumulator]] = {
 }
 
 
+def is_of_actctx(statistic: object) -> bool:
+    """Return whether `of_state` makes such a statistic again."""
+    return type(statistic) is _KINDS.get(type(statistic).__name__)
+
+
 def of_state(state: Mapping[str, Any], *, device: torch.device | str | None = None) -> Accumulator:
     """Make a statistic of the state of one.
 

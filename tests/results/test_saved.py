@@ -319,7 +319,7 @@ def test_metadata_that_does_not_fit_is_said(written, path, changed):
 
 
 def test_a_file_of_a_later_version_is_called_that(written, path):
-    written(known=lambda _: {"format": 2, "all": "else"}, actctx="9.0")
+    written(known=lambda _: {"format": 3, "all": "else"}, actctx="9.0")
     with pytest.raises(DataError) as caught:
         actctx.load(path)
     assert str(caught.value) == (

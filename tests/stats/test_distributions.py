@@ -117,7 +117,7 @@ def test_a_histogram_draws_the_first_element():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("above", [0.0, 0.1, -0.1, math.inf, -math.inf])
+@pytest.mark.parametrize("above", [0.0, 0.1, -0.1, 1e39, math.inf, -math.inf])
 def test_a_frequency_is_the_share_of_rows_above_the_value_itself(dtype, above):
     values = _values(2, 50, 3).to(dtype)
     values[0, :4, 0] = torch.tensor([above, -above, 0.0, -0.0]).to(dtype)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from observed import observed, seen
+from torch._subclasses import FakeTensorMode
 
 from actctx import DataError, JoinError, OptionError
 from actctx.stats import (
@@ -217,6 +218,17 @@ def test_its_results_are_on_the_device_that_was_asked_for(name):
         statistic.update(observation)
         statistic.merge(statistic)
     assert {each.device.type for each in _results(statistic).values()} == {"cpu"}
+
+
+@every_kind
+def test_its_size_is_known_of_tensors_without_values(name):
+    if name == "Counts":  # which looks at the values
+        return
+    expected = _seen(_made(name), _values(name))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        statistic = _made(name)
+        statistic.merge(_seen(statistic, torch.empty(6, 5, 3)))
+    assert statistic.nbytes == expected.nbytes
 
 
 @every_kind
