@@ -38,10 +38,10 @@ from actctx._model.absolute_positions import (
 )
 from actctx._model.axes import position_dims
 from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
+from actctx._model.rotary import depends_on_positions
 from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
 from actctx._model.structure import Inputs, listed_inputs
-from actctx._model.turned import depends_on_positions
 from actctx._select.own import TokenRows
 from actctx._select.padding import Chosen, as_mask, find_rows, real_of
 from actctx._select.slices import Positions, Selector, Step

@@ -37,6 +37,12 @@ def test_it_is_that_of_two_passes_in_double_precision(dtype, mean):
     assert covariance.covariance.dtype == (dtype if dtype == torch.float64 else torch.float32)
 
 
+def test_a_mean_of_a_hundred_thousand_deviations_costs_no_digits():
+    values = _values(2, 300, 4) + torch.tensor([1e5, 2e5, 3e5, 0.0])
+    found = seen(Covariance(), values).covariance
+    _assert_covers(found.double(), two_pass(values)[1])
+
+
 def test_its_diagonal_is_the_variance():
     values = _mixed(3, 4, 5, mean=3.0)
     covariance, moments = seen(Covariance(), values), seen(Moments(), values)

@@ -92,7 +92,7 @@ def test_quantiles_are_those_of_torch_up_to_the_width_of_a_bin():
 def test_quantiles_know_infinite_values_and_nan():
     values = torch.tensor([-torch.inf, 0, 1, 2, torch.inf])[None, :, None].repeat(1, 1, 2)
     values[0, 0, 1] = torch.nan
-    found = seen(Histogram(1024), values).quantile([0, 0.25, 0.5, 0.75, 1])
+    found = seen(Histogram(1024), values).quantile([0.0, 0.25, 0.5, 0.75, 1.0])
     torch.testing.assert_close(
         found[:, 0], torch.tensor([-torch.inf, 0, 1, 2, torch.inf]), rtol=0, atol=0.01
     )

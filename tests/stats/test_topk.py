@@ -123,6 +123,22 @@ def test_of_equal_values_the_earlier_ones_are_taken(order):
     assert top.position.tolist() == [[0, 1, 0, 1, 0]] * 3
 
 
+def test_of_equal_values_of_a_sequence_the_earlier_positions_are_taken():
+    top = TopK(2)
+    for first in (2, 0):  # as steps with a KV cache, merged the other way round
+        part = TopK(2)
+        part.update(
+            Observation(
+                values=torch.zeros(1, 2, 1),
+                axes=("batch", "pos", "d_model"),
+                sequence=torch.zeros(1, 2).long(),
+                position=torch.arange(first, first + 2)[None],
+            )
+        )
+        top.merge(part)
+    assert top.position.tolist() == [[0, 1]]
+
+
 def test_positions_in_front_of_sequences_are_taken_in_the_order_of_sequences():
     top = TopK(3)
     top.update(
