@@ -180,11 +180,11 @@ class Teller:
         self, site: WatchedSite, shape: tuple[int, ...], numbers: Numbers
     ) -> Callable[[], Named | None]:
         """Return a function that finds the axes of a site's values when it is called."""
-        name = site.place.name
+        name, changes = site.place.name, site.changes  # not the site, whose module is the model's
 
         def tell() -> Named | None:
             axes = self.axes(name, shape, numbers)
-            return None if axes is None else named_after(site, axes, shape)
+            return None if axes is None else named_after(changes, axes, shape)
 
         return tell
 

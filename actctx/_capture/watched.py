@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -23,6 +23,20 @@ from actctx._select.mapped import Mapped
 from actctx._select.padding import Chosen, RowSelector, check_tokens, split_rows
 from actctx._select.slices import Selector, Slice, parse_slice
 from actctx._stats.statistic import Statistic
+
+
+@runtime_checkable
+class Change(Protocol):
+    """A step from an activation to what is kept of it."""
+
+    def axes_after(self, axes: Axes, /) -> Axes:
+        """Return the axes that it leaves."""
+
+    def sizes_after(self, sizes: Sizes, /) -> Sizes:
+        """Return the sizes that it leaves."""
+
+
+Changes = tuple[Change, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,12 +174,13 @@ class WatchedSite:
             sizes: Their sizes, None for sizes that differ between forwards.
 
         """
-        axes, left = self.selector.axes_after(whole), self.selector.sizes_after(sizes)
-        if self.rows is not None:
-            axes, left = self.rows.axes_after(axes), self.rows.sizes_after(left)
-        if self.mapped is not None:
-            axes, left = self.mapped.axes_after(axes), self.mapped.sizes_after(left)
-        return axes, left
+        return axes_after(self.changes, whole, sizes)
+
+    @property
+    def changes(self) -> Changes:
+        """What changes the axes of an activation, in order. It does not hold the model."""
+        found = (self.selector, self.rows, self.mapped)
+        return tuple(each for each in found if each is not None)
 
     @property
     def joins_by_name(self) -> bool:
@@ -203,11 +218,18 @@ class WatchedSite:
         )
 
 
-def named_after(site: WatchedSite, whole: Axes, shape: tuple[int, ...]) -> Named:
+def axes_after(changes: Changes, whole: Axes, sizes: Sizes) -> tuple[Axes, Sizes]:
+    """Return the axes that changes leave of those of an activation, and their sizes."""
+    for change in changes:
+        whole, sizes = change.axes_after(whole), change.sizes_after(sizes)
+    return whole, sizes
+
+
+def named_after(changes: Changes, whole: Axes, shape: tuple[int, ...]) -> Named:
     """Name the axes of the captured part of activations of this shape."""
     sizes = fixed_sizes(whole, shape)
     own = {axis: size for axis, size in zip(whole, sizes, strict=True) if size is not None}
-    return Named(*site.selected(whole, sizes), own)
+    return Named(*axes_after(changes, whole, sizes), own)
 
 
 def _found(site: str, output: int | str | None, readout: Readout | None, value: Any) -> Tensor:
@@ -273,7 +295,7 @@ class Seen:
     def name_axes(self, axes: Axes | None, shape: torch.Size) -> None:
         """Name the axes of the captured part of activations of this shape; None if unknown."""
         named = axes if axes is not None else ("_",) * len(shape)
-        found = named_after(self.site, named, shape)
+        found = named_after(self.site.changes, named, shape)
         # Axes that only the user named are checked against the config, not against themselves.
         label = self.column.label
         label.named = found._replace(whole={}) if self.site.named_axes else found
