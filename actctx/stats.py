@@ -1,7 +1,8 @@
 """Statistics of activations, which `reduce=` computes in place of keeping tensors."""
 
+from actctx._stats.contexts import Contexts
 from actctx._stats.counts import Counts
-from actctx._stats.covariance import Covariance
+from actctx._stats.covariance import Covariance, Eigen
 from actctx._stats.frequency import Frequency
 from actctx._stats.histogram import Histogram
 from actctx._stats.kinds import load
@@ -12,8 +13,10 @@ from actctx._stats.statistic import JointStatistic, Observation, Statistic
 from actctx._stats.topk import TopK
 
 __all__ = [
+    "Contexts",
     "Counts",
     "Covariance",
+    "Eigen",
     "Frequency",
     "Histogram",
     "JointStatistic",
@@ -26,6 +29,17 @@ __all__ = [
     "load",
 ]
 
-for _kind in (Counts, Covariance, Frequency, Histogram, LinearCKA, Moments, Sample, TopK):
+for _kind in (
+    Contexts,
+    Counts,
+    Covariance,
+    Eigen,
+    Frequency,
+    Histogram,
+    LinearCKA,
+    Moments,
+    Sample,
+    TopK,
+):
     _kind.__module__ = __name__  # where users find them
 del _kind

@@ -31,8 +31,12 @@ include_patterns = ["docs/**", "benchmarks/README.md"]
 exclude_patterns = [".venv", "build", "dist", "**/.ipynb_checkpoints"]
 default_role = "py:obj"  # what stands in `backticks` in a docstring is a link where it can be one
 
-# Nothing is asked of the network: only the package's own names are looked up.
-nitpick_ignore_regex = [("py:.*", r"(?!actctx).*")]
+# Nothing is asked of the network: only the package's own names are looked up. Type variables, and
+# what several statistics have in common, are on no page.
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!actctx).*"),
+    ("py:class", r"actctx\._stats\.(accumulator\.(Like|Accumulator)|statistic\.(Kind|Joint))"),
+]
 
 # Pages of Markdown are run by the tests, and notebooks where they are made.
 nb_execution_mode = "off"

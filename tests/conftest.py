@@ -3,7 +3,7 @@ import os
 import jaxtyping
 import pytest
 import torch
-from models import Mlp, bridge, huggingface, tokens
+from models import Mlp, hooks_of, huggingface, shared, tokens
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test needs the network; none shall wait for it
 torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
@@ -17,24 +17,28 @@ def _gradients_are_left_as_they_were():
     assert torch.is_grad_enabled(), "a test, or what it tested, left gradients off"
 
 
-@pytest.fixture(scope="session")
-def _shared_gpt2():
-    return bridge("GPT2LMHeadModel")
-
-
 @pytest.fixture
-def gpt2(_shared_gpt2):
+def gpt2():
     """A tiny GPT-2 bridge, which each test must leave as it was."""
-    yield _shared_gpt2
-    left = [name for name, point in _shared_gpt2.hook_dict.items() if point.has_hooks()]
+    model = shared()
+    yield model
+    left = [name for name, point in model.hook_dict.items() if point.has_hooks()]
     assert not left, f"hooks were left on {left}"
-    assert "forward" not in _shared_gpt2.__dict__
+    assert "forward" not in model.__dict__
+
+
+@pytest.fixture(scope="session")
+def _shared_llama():
+    return huggingface("LlamaForCausalLM")
 
 
 @pytest.fixture
-def llama():
-    """A tiny plain Hugging Face Llama."""
-    return huggingface("LlamaForCausalLM")
+def llama(_shared_llama):
+    """A tiny plain Hugging Face Llama, which each test must leave as it was."""
+    before = hooks_of(_shared_llama)
+    yield _shared_llama
+    assert hooks_of(_shared_llama) == before
+    assert not _shared_llama.training
 
 
 @pytest.fixture

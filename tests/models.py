@@ -141,6 +141,12 @@ def bridge(architecture: str = "GPT2LMHeadModel", seed: int = 0) -> nn.Module:
     return bridge_of(huggingface(architecture, seed=seed))
 
 
+@functools.cache
+def shared(architecture: str = "GPT2LMHeadModel") -> nn.Module:
+    """Build a bridge once for all tests of a process; each must leave it as it was."""
+    return bridge(architecture)
+
+
 def bridge_of(model: nn.Module, architecture: str | None = None) -> nn.Module:
     """Build a `TransformerBridge` of a Hugging Face model, whose modules it takes over."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module

@@ -12,7 +12,6 @@ Hugging Face's `generate()` omits a mask without zeros. The mask is read where `
 it, since some models are not passed a mask that has zeros.
 """
 
-import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -24,9 +23,10 @@ from torch import Tensor, nn
 from actctx._capture.axis_layout import side_of_run
 from actctx._capture.forward import Frame, running_frame
 from actctx._capture.frames import counted_frames, of_frames
-from actctx._capture.generation import Lines, Start, generating, positions_of
+from actctx._capture.generation import Lines, Start, positions_of
 from actctx._capture.given_masks import MASKS, diagonal, left_masks, mask_of_generate
 from actctx._capture.hooks import Hook
+from actctx._capture.padding_warnings import PaddingWarnings
 from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import OptionError, SelectionError
 from actctx._model.absolute_positions import (
@@ -37,7 +37,7 @@ from actctx._model.absolute_positions import (
     widths_of,
 )
 from actctx._model.axes import position_dims
-from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault, warn
+from actctx._model.known_faults import decoder_fault, mask_fault, right_padding_fault
 from actctx._model.rotary import depends_on_positions
 from actctx._model.shape_run import is_fake
 from actctx._model.sides import Side, Sides, core_of, encoder_of, reads_tokens
@@ -85,7 +85,7 @@ class Padding:
         self._previous: Start | None = None
         self._left_alone: list[Bool[Tensor, "batch pos"]] = []
         self.is_guessed = False
-        self._warned: set[str] = set()
+        self._warnings = PaddingWarnings(model)
         self._unturned: set[str] = set()
         # On a GPU a forward does not wait: whether a slice selected padding is reported later.
         self._later: Tensor | None = None
@@ -128,9 +128,9 @@ class Padding:
         previous, self._previous = self._previous, start
         if self._asked is not None:
             if start.repeats:
-                self._warn_repeats()
+                self._warnings.repeats()
         elif self._joins_positions and previous is not None and not is_first:
-            self._check_joined(start, previous)
+            self._warnings.joined(start, previous)
 
     def end(self, frame: Frame, output: Any) -> None:
         """Record the caches that a forward has returned."""
@@ -142,7 +142,7 @@ class Padding:
     def finish(self) -> None:
         """Give the warning that had to wait until the forwards had run."""
         if self._later is not None and bool(self._later):
-            self._warn_slice()
+            self._warnings.selected()
         self._later = None
 
     def rows(self, site: WatchedSite, shape: tuple[int, int], frame: Frame | None) -> TokenRows:
@@ -207,10 +207,16 @@ class Padding:
         padded = ~Selector(site.key, steps, None).select(real).all()
         if mask.is_cpu:
             if bool(padded):
-                self._warn_slice()
+                self._tells_slices = False
+                self._warnings.selected()
         else:
             later = padded if self._later is None else self._later
             self._later = later | padded.to(later.device)  # masks may be on several devices
+
+    def warn_positions(self, site: WatchedSite) -> None:
+        """Warn, once, that positions of a site are not the tokens that the forward was given."""
+        if self.side(site, None) != "tower" and reads_tokens(core_of(self._model)):
+            self._warnings.positions(site)
 
     # Which mask, and how it lies.
 
@@ -293,7 +299,7 @@ class Padding:
             return self._given_of_either(site, shape, frame)
         mask = self.mask(side, frame)
         if side == "decoder":
-            self._warn("fault", decoder_fault(core_of(self._model), frame.inputs))
+            self._warnings.give("fault", decoder_fault(core_of(self._model), frame.inputs))
         if mask is None:
             mask = mask_of_generate(
                 side, self.continued(side, frame)[0], shape[0], self.inputs(frame)
@@ -392,7 +398,7 @@ class Padding:
         if frame is not None:
             frame.masks[self, "given"] = given.kwargs
         if self._fault is not None and isinstance(given.kwargs.get("attention_mask"), Tensor):
-            self._warn("fault", self._fault)
+            self._warnings.give("fault", self._fault)
 
     def _note_returned(self, output: Any) -> None:
         frame = self._frame()
@@ -404,14 +410,14 @@ class Padding:
         """Check the output of a table, if it may hold positions."""
         frame = self._frame()
         value = value[0] if isinstance(value, tuple) and value else value
-        if "left" in self._warned or not isinstance(value, Tensor) or is_fake(value):
+        if self._warnings.has_given("left") or not isinstance(value, Tensor) or is_fake(value):
             return
         if frame is not None and frame.masks[self, "start"].is_cached:
             return
         for mask in self._left_alone if frame is None else self._padded_left(frame):
             seen = value[..., : mask.shape[1], :] if self._fills and value.dim() > 1 else value
             if counts_padding(seen, mask, self._widths):
-                self._warn_left()
+                self._warnings.left()
                 return
 
     def _padded_left(self, frame: Frame) -> list[Bool[Tensor, "batch pos"]]:
@@ -435,81 +441,22 @@ class Padding:
 
     def _check_counted(self, mask: Tensor, frame: Frame) -> None:
         """Warn of padding that is counted although no table shows it."""
-        self._warn("fault", right_padding_fault(core_of(self._model), mask))
-        is_known = self._asked != "attention" or "left" in self._warned
+        self._warnings.give("fault", right_padding_fault(core_of(self._model), mask))
+        is_known = self._asked != "attention" or self._warnings.has_given("left")
         if is_known or not is_padded_left(mask) or self._has_positions(frame):
             return
         if has_bare_table(self._model):
-            self._warn_left()
+            self._warnings.left()
 
     def _check_turned(self, site: WatchedSite, frame: Frame) -> None:
         """Warn of padding on the left if a site depends on what a rotary embedding turned."""
-        is_known = self._asked != "attention" or "left" in self._warned
+        is_known = self._asked != "attention" or self._warnings.has_given("left")
         if is_known or site.key in self._unturned or frame.masks[self, "start"].is_cached:
             return
         if self._padded_left(frame) and not self._has_positions(frame):
             if depends_on_positions(core_of(self._model), site.place):
-                self._warn_left()
+                self._warnings.left()
             self._unturned.add(site.key)
-
-    # Warnings, once for each capture.
-
-    def _warn(self, what: str, said: str | None) -> None:
-        if said is None or what in self._warned:
-            return
-        self._warned.add(what)
-        warn(said)
-
-    def _warn_left(self) -> None:
-        takes = "position_ids" in _parameters(self._model)
-        ids = ", or pass position_ids that start at the first token of each" if takes else ""
-        self._warn(
-            "left",
-            f"the sequences are padded on the left, and {type(self._model).__name__} counts the "
-            "padding as positions, so the activations differ from those of the sequences alone; "
-            f"pad on the right{ids}",
-        )
-
-    def _warn_slice(self) -> None:
-        self._tells_slices = False
-        self._warn(
-            "slice",
-            "a slice along 'pos' selects padding, by the mask that the forward was given; capture "
-            "with mask='attention', so that positions count real tokens and -1 is the last",
-        )
-
-    def warn_positions(self, site: WatchedSite) -> None:
-        """Warn, once, that positions of a site are not the tokens that the forward was given."""
-        if self.side(site, None) != "tower" and reads_tokens(core_of(self._model)):
-            self._warn(
-                "positions",
-                f"{site.shown} does not have one position per token of the forward, so a slice "
-                "along 'pos' may select what the model adds, such as patches or padding to a "
-                "multiple; look at the whole site first, or select by position with a tuple, as "
-                "in slice=np.s_[:, -1], which does not count tokens",
-            )
-
-    def _warn_repeats(self) -> None:
-        self._warn(
-            "repeats",
-            "generate() takes back wrong guesses and runs their positions again, but the guesses "
-            "are captured too; if acts.positions() has several rows of one position, keep only the "
-            "last, and drop those after the end of the text; or generate without an assistant "
-            "model or a prompt lookup",
-        )
-
-    def _check_joined(self, start: Start, previous: Start) -> None:
-        if start.line == previous.line and not start.repeats:
-            return
-        if start.is_cached or previous.is_cached or generating() is not None:
-            self._warn(
-                "joined",
-                "join='pos' joins a forward to one that it does not continue, so positions repeat "
-                "or belong to other sequences, as with guidance, with assisted decoding, without a "
-                "KV cache, or in a second generate(); capture with join=None for a list, or with "
-                "mask='attention', where acts.positions() gives the sequence and position of each "
-                "row",
-            )
 
 
 _SIDES: tuple[Side, ...] = ("encoder", "decoder")
@@ -550,17 +497,6 @@ def _kept_logits(inputs: Mapping[str, Any], count: int | None) -> int | None:
     """Return the number of last positions that a forward was asked to compute logits for."""
     kept = inputs.get("logits_to_keep", inputs.get("num_logits_to_keep"))
     return min(kept, count) if count and type(kept) is int and kept > 0 else None
-
-
-def _parameters(model: nn.Module) -> tuple[str, ...]:
-    return (*_signature(model.forward), *_signature(core_of(model).forward))
-
-
-def _signature(function: Callable[..., Any]) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(function).parameters)
-    except (TypeError, ValueError):
-        return ()
 
 
 def _weakly(method: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -22,10 +22,6 @@ class Counts(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows.
-        axes: The names of the axes that are kept.
-
     Example:
         >>> counts = Counts(4)
         >>> counts.update(Observation(values=torch.tensor([[3, 0, 3]]), axes=("batch", "pos")))

@@ -35,10 +35,6 @@ class Covariance(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows.
-        axes: The names of the axes that are kept, of which the last has the features.
-
     Example:
         >>> covariance = Covariance()
         >>> covariance.update(Observation(values=torch.eye(2), axes=("token", "d_model")))

@@ -25,10 +25,6 @@ class Frequency(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows.
-        axes: The names of the axes that are kept.
-
     Example:
         >>> frequency = Frequency(above=0.5)
         >>> frequency.update(Observation(values=torch.eye(4), axes=("token", "d_mlp")))

@@ -40,10 +40,6 @@ class Histogram(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows.
-        axes: The names of the axes that are kept.
-
     Example:
         >>> histogram = Histogram(bins=4)
         >>> values = torch.tensor([[0.0], [1.0], [1.5], [7.0]])

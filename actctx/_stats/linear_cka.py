@@ -32,10 +32,6 @@ class LinearCKA(Accumulator):
             `token` that there are. All others have the features.
         device: Where the result is kept; by default where the activations of the first site are.
 
-    Attributes:
-        count: The number of rows.
-        names: The names of the sites.
-
     Example:
         >>> cka = LinearCKA()
         >>> rows = Observation(values=torch.eye(4), axes=("token", "d_model"))

@@ -31,10 +31,6 @@ class Moments(RowAccumulator):
             `token` that there are. `over="batch"` keeps a mean for each position.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows.
-        axes: The names of the axes that are kept.
-
     Example:
         >>> moments = Moments()
         >>> moments.update(Observation(values=torch.eye(4), axes=("token", "d_model")))

@@ -32,10 +32,6 @@ class Sample(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows that were seen.
-        axes: The names of the axes of a row.
-
     Example:
         >>> sample = Sample(2)
         >>> sample.update(Observation(values=torch.eye(4), axes=("token", "d_model")))

@@ -36,11 +36,6 @@ class TopK(RowAccumulator):
             `token` that there are.
         device: Where the result is kept; by default where the activations are.
 
-    Attributes:
-        count: The number of rows that were seen.
-        axes: The names of the axes that are kept.
-        decode: What makes text of a token id; it can be set later.
-
     Example:
         >>> top = TopK(2)
         >>> values = torch.tensor([[1.0], [3.0], [2.0]])

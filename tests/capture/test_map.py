@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import BATCH, POS, Mlp, tokens
+from models import BATCH, POS, Mlp, tiny_transformer, tokens
 
 from actctx import AxisError, OptionError, Site, capture
 from actctx.stats import Frequency
@@ -222,3 +222,15 @@ def test_bad_options_are_refused_before_any_forward(gpt2, options, said):
 def test_forwards_are_not_joined_along_an_axis_that_it_drops(gpt2):
     with pytest.raises(AxisError, match="cannot be joined along 'pos'"):
         capture(gpt2, RESID, slice={"d_model": 0}, map=norms, map_axis=None, join="pos")
+
+
+def test_the_encoder_of_saelens_is_such_a_function(ids):
+    sae_lens = pytest.importorskip("sae_lens")
+    model = tiny_transformer()
+    torch.manual_seed(0)
+    config = sae_lens.StandardSAEConfig(d_in=32, d_sae=64, device="cpu", dtype="float32")
+    sae = sae_lens.StandardSAE(config)
+    with capture(model, RESID) as kept, capture(model, RESID, map=sae.encode) as acts:
+        model(ids)
+    torch.testing.assert_close(acts.tensor, sae.encode(kept.tensor).detach())
+    assert not acts.tensor.requires_grad

@@ -1,5 +1,7 @@
 """Masks of models with an encoder and a decoder: each site has that of its side."""
 
+import functools
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,13 @@ from masked import OTHER, RIGHT
 from models import GENERATION, VOCAB, bart, bridge, bridge_of, tokens
 
 from actctx import OptionError, SelectionError, Site, capture
+
+_bart = functools.cache(bart)
+
+
+@functools.cache
+def _bridge_of_bart():
+    return bridge_of(bart())
 
 
 @pytest.mark.parametrize(
@@ -33,7 +42,7 @@ from actctx import OptionError, SelectionError, Site, capture
 )
 def test_a_site_is_masked_by_the_mask_of_its_side(site, mask):
     """Encoder and decoder have as many positions, so that their number tells nothing."""
-    model = bart()
+    model = _bart()
     axes = "batch pos" if (site.output or "").endswith("input_ids") else "batch pos width"
     site = Site(site.name, io=site.io, output=site.output, axes=axes)
     with capture(model, {"it": site}, mask="attention") as acts:
@@ -60,7 +69,7 @@ def test_a_site_is_masked_by_the_mask_of_its_side(site, mask):
     ],
 )
 def test_a_hook_point_is_masked_by_the_mask_of_its_side(name, mask):
-    model = bridge_of(bart())
+    model = _bridge_of_bart()
     axes = "batch pos head d_head" if "cross_attn" in name else "batch pos width"
     with capture(model, {"it": Site(name, axes=axes)}, mask="attention") as acts:
         model(

@@ -1,6 +1,7 @@
 """TransformerLens' hook names on plain Hugging Face models, against bridges of the same weights."""
 
 import copy
+import functools
 import gc
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from models import (
     hooks_of,
     huggingface,
     plainly_hooked,
+    shared,
     tokens,
 )
 from torch import Tensor, nn
@@ -38,15 +40,19 @@ EAGER_ONLY = {"BloomForCausalLM", "CodeGenForCausalLM", "Gemma2ForCausalLM"}
 PATTERN = "blocks.0.attn.hook_pattern"
 
 
+_built = functools.cache(huggingface)  # by the tests that leave a model as it was
+
+
 @pytest.fixture(scope="module", params=WITHOUT_T5)
 def architecture(request):
     return request.param
 
 
+@functools.cache
 def _of_a_bridge(architecture):
     if architecture == "CodeGenForCausalLM" and not OLD_CACHE:
         pytest.skip("its bridge does not run with this transformers")
-    return plainly_hooked(bridge(architecture), tokens())
+    return plainly_hooked(shared(architecture), tokens())
 
 
 def _shaped_as(found, expected):
@@ -61,7 +67,7 @@ def test_every_name_is_captured_as_on_a_bridge(architecture, attention):
     if attention == "sdpa" and architecture in EAGER_ONLY:
         pytest.skip("Hugging Face has no other attention for it")
     expected = _of_a_bridge(architecture)
-    model = huggingface(architecture, attention=attention)
+    model = _built(architecture, attention)
     before = hooks_of(model)
     with capture(model, "**.hook_*") as acts:
         model(tokens())
@@ -114,8 +120,8 @@ def test_a_module_that_returns_no_pattern_unless_asked_says_so():
 
 
 def test_names_and_aliases_are_those_of_a_bridge(architecture):
-    point_of = {name: point.name for name, point in bridge(architecture).hook_dict.items()}
-    model = huggingface(architecture, attention="eager")
+    point_of = {name: point.name for name, point in shared(architecture).hook_dict.items()}
+    model = _built(architecture, "eager")
     names = hook_names(model, "**.hook_*")
     assert set(names) <= set(point_of)
     with capture(model, "**.hook_*") as acts:
@@ -125,7 +131,7 @@ def test_names_and_aliases_are_those_of_a_bridge(architecture):
 
 
 def test_what_is_missing_is_what_hugging_face_computes_inside(architecture):
-    model = huggingface(architecture, attention="eager")
+    model = _built(architecture, "eager")
     names = set(hook_names(model, "**.hook_*"))
     for name in _of_a_bridge(architecture):
         if name not in names:
@@ -144,14 +150,14 @@ def test_heads_are_split_and_axes_named(architecture):
             "blocks.*.hook_resid_post", slice={"pos": -1}
         )
 
-    model = huggingface(architecture)
+    model = _built(architecture, "eager")
     with capture(model, Heads, stop=True) as acts:
         assert isinstance(model(tokens()), Stopped)
     assert acts.resid.shape == (2, 3, 32)
 
 
 def test_a_stop_at_any_name_ends_the_forward_there(architecture):
-    model = huggingface(architecture)
+    model = _built(architecture, "eager")
     with capture(model, "**.hook_*") as acts:
         model(tokens())
     expected = {name: acts[name] for name in acts}

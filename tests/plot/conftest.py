@@ -1,6 +1,6 @@
 import matplotlib as mpl
 import pytest
-from models import bridge, tokens
+from models import shared, tokens
 from pictures import PATTERN, RESID
 
 from actctx import capture
@@ -10,7 +10,7 @@ mpl.use("agg")
 
 @pytest.fixture(scope="module")
 def acts():
-    model = bridge()
+    model = shared()
     with capture(model, [RESID, PATTERN]) as acts:
         model(tokens())
     return acts

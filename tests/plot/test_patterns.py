@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import bridge, tokens
+from models import shared, tokens
 from pictures import PATTERN, labels_of, shown_in
 from torch import nn
 
@@ -31,7 +31,7 @@ def test_heads_share_a_scale_from_0_to_1(acts):
 
 
 def test_pictures_grow_with_the_tokens_to_be_read():
-    model = bridge()
+    model = shared()
     with capture(model, PATTERN) as acts:
         model(tokens(1, 16))
     first, *_ = plot_pattern(acts, PATTERN, tokens=["token"] * 16)
@@ -54,7 +54,7 @@ def test_layers_and_positions_are_counted_in_whole_numbers(acts, draw):
 
 
 def test_a_pattern_of_one_head_is_one_picture():
-    model = bridge()
+    model = shared()
     with capture(model, PATTERN, slice={"head": 1}) as acts:
         model(tokens())
     assert len(plot_pattern(acts, PATTERN)) == 1
@@ -78,7 +78,7 @@ def test_tokens_that_are_not_as_many_as_keys_are_refused(acts):
 
 
 def test_heads_that_a_slice_selected_are_numbered():
-    model = bridge()
+    model = shared()
     with capture(model, PATTERN, slice={"head": [3, 1]}) as acts:
         model(tokens())
     pictures = plot_pattern(acts, PATTERN, heads=[3, 1])
@@ -96,7 +96,7 @@ def test_a_sequence_that_is_not_there_is_refused(acts):
 
 
 def test_queries_that_were_selected_are_not_named_after_keys():
-    model = bridge()
+    model = shared()
     with capture(model, PATTERN, slice={"query": [5, 6]}) as acts:
         model(tokens())
     first, *_ = plot_pattern(acts, PATTERN, tokens=list("abcdefg"))
@@ -108,7 +108,7 @@ def test_queries_that_were_selected_are_not_named_after_keys():
 
 def test_a_pattern_of_a_data_set_is_that_which_was_captured(acts, tmp_path):
     path = tmp_path / "pattern.lance"
-    extract(bridge(), tokens(), [PATTERN, "blocks.1.hook_resid_post"], path)
+    extract(shared(), tokens(), [PATTERN, "blocks.1.hook_resid_post"], path)
     data = ActivationDataset(path)
     stored, captured = (plot_pattern(each, PATTERN, sequence=2) for each in (data, acts))
     for one, two in zip(stored, captured, strict=True):
@@ -124,15 +124,15 @@ def test_a_pattern_of_a_data_set_is_that_which_was_captured(acts, tmp_path):
 
 
 def test_a_query_of_a_data_set_is_no_pattern_but_one_head_is(tmp_path):
-    extract(bridge(), tokens(), PATTERN, tmp_path / "query", slice={"query": -1})
+    extract(shared(), tokens(), PATTERN, tmp_path / "query", slice={"query": -1})
     with pytest.raises(AxisError, match=r"the axes 'batch head key', but a picture"):
         plot_pattern(ActivationDataset(tmp_path / "query"), PATTERN)
-    extract(bridge(), tokens(), PATTERN, tmp_path / "head", slice={"head": 1})
+    extract(shared(), tokens(), PATTERN, tmp_path / "head", slice={"head": 1})
     assert len(plot_pattern(ActivationDataset(tmp_path / "head"), PATTERN)) == 1
 
 
 def test_scores_are_no_pattern():
-    model = bridge()
+    model = shared()
     with capture(model, "blocks.1.attn.hook_attn_scores") as acts:
         model(tokens())
     with pytest.raises(OptionError, match=r"are between 0 and 1; capture attn\.hook_pattern"):
@@ -159,7 +159,7 @@ def test_positions_without_tokens_are_numbered_by_whole_numbers(acts):
 
 
 def test_a_pattern_without_queries_is_refused():
-    model = bridge()
+    model = shared()
     with capture(model, PATTERN, slice={"query": slice(0, 0)}) as acts:
         model(tokens())
     with pytest.raises(AxisError, match="so there is nothing to draw"):

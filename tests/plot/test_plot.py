@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from models import bridge, tokens
+from models import bridge, shared, tokens
 from pictures import PATTERN, RESID, labels_of, shown_in
 from torch import nn
 
@@ -28,7 +28,7 @@ def test_norms_of_all_positions_are_a_heat_map(acts):
 
 
 def test_norms_of_one_position_are_a_line():
-    model = bridge()
+    model = shared()
     with capture(model, RESID, slice=-1) as acts:
         model(tokens(9))
     picture = plot_norms(acts)
@@ -51,7 +51,7 @@ def test_layers_that_were_not_captured_are_refused(acts):
 
 
 def test_lists_of_tensors_are_refused():
-    model = bridge()
+    model = shared()
     with capture(model, RESID, join=None) as acts:
         model(tokens())
     for draw in (plot_norms, plot_similarity):
@@ -61,7 +61,7 @@ def test_lists_of_tensors_are_refused():
 
 @pytest.mark.parametrize("draw", [plot_norms, plot_similarity])
 def test_layers_have_their_numbers(draw):
-    model = bridge()
+    model = shared()
     with capture(model, "blocks.1.hook_resid_post") as acts:
         model(tokens())
     picture = draw(acts)
@@ -71,7 +71,7 @@ def test_layers_have_their_numbers(draw):
 
 
 def test_norms_of_heads_are_a_heat_map_of_their_mean():
-    model = bridge()
+    model = shared()
     with capture(model, "blocks.*.attn.hook_z") as acts:
         model(tokens())
     expected = acts.stack("attn.hook_z").norm(dim=-1).mean((1, 3))
@@ -79,7 +79,7 @@ def test_norms_of_heads_are_a_heat_map_of_their_mean():
 
 
 def test_norms_of_one_sequence_are_a_heat_map():
-    model = bridge()
+    model = shared()
     with capture(model, RESID, slice={"batch": 0}) as acts:
         model(tokens())
     expected = acts.stack("hook_resid_post").norm(dim=-1)
@@ -88,7 +88,7 @@ def test_norms_of_one_sequence_are_a_heat_map():
 
 @pytest.mark.parametrize("sliced", [0, 1])
 def test_layers_with_positions_and_without_are_refused(sliced):
-    model = bridge()
+    model = shared()
     sites = [Site(f"blocks.{n}.hook_resid_post", slice=-1 if n == sliced else {}) for n in (0, 1)]
     with capture(model, sites) as acts:
         model(tokens())
@@ -97,7 +97,7 @@ def test_layers_with_positions_and_without_are_refused(sliced):
 
 
 def test_norms_of_what_a_mask_kept_lie_at_their_positions():
-    model = bridge()
+    model = shared()
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 0, 1, 1], [0, 0, 0, 1, 1, 1, 1]])
     with capture(model, RESID, mask=mask.bool()) as acts:
         model(tokens())
@@ -110,7 +110,7 @@ def test_norms_of_what_a_mask_kept_lie_at_their_positions():
 
 
 def test_positions_that_a_slice_selected_are_numbered():
-    model = bridge()
+    model = shared()
     with capture(model, RESID, slice={"pos": [2, 5]}) as acts:
         model(tokens())
     assert labels_of(plot_norms(acts, positions=[2, 5])) == ["2", "5"]
@@ -119,7 +119,7 @@ def test_positions_that_a_slice_selected_are_numbered():
 
 
 def test_positions_that_are_not_known_have_no_numbers():
-    model = bridge()
+    model = shared()
     with capture(model, RESID, slice=-1) as acts:
         model(tokens())
     with pytest.raises(OptionError) as caught:
@@ -140,7 +140,7 @@ def test_a_module_whose_axes_are_not_known_is_a_line():
 
 
 def test_one_number_a_row_has_no_norm():
-    model = bridge()
+    model = shared()
     with capture(model, "blocks.*.mlp.hook_post", slice={"pos": 0, "d_mlp": 3}) as acts:
         model(tokens())
     for draw in (plot_norms, plot_similarity):
@@ -152,7 +152,7 @@ def test_one_number_a_row_has_no_norm():
 
 def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
     pytest.importorskip("lance")
-    extract(bridge(), [tokens()], RESID, tmp_path / "data", progress=False)
+    extract(shared(), [tokens()], RESID, tmp_path / "data", progress=False)
     data = ActivationDataset(tmp_path / "data")
     monkeypatch.setattr("actctx._plot.sources._ROWS", 8)
     torch.testing.assert_close(shown_in(plot_norms(data)), shown_in(plot_norms(acts)))
@@ -169,7 +169,7 @@ def test_a_data_set_is_drawn_as_what_was_captured(acts, tmp_path, monkeypatch):
 
 def test_a_data_set_of_sequences_is_a_line(tmp_path):
     pytest.importorskip("lance")
-    extract(bridge(), [tokens(9)], RESID, tmp_path / "data", slice=-1, progress=False)
+    extract(shared(), [tokens(9)], RESID, tmp_path / "data", slice=-1, progress=False)
     data = ActivationDataset(tmp_path / "data")
     expected = [data.read(name).norm(dim=-1).median().item() for name in data.sites]
     assert plot_norms(data).lines[0].get_ydata().tolist() == pytest.approx(expected)
@@ -187,7 +187,7 @@ def test_matplotlib_that_is_not_there_is_asked_for(acts, monkeypatch):
 
 
 def test_one_row_a_sequence_is_a_line_with_a_mask_too():
-    model, ids = bridge(), tokens()
+    model, ids = shared(), tokens()
     mask = torch.ones_like(ids)
     with capture(model, RESID, slice=-1, mask=mask) as acts:
         model(ids)
@@ -195,7 +195,7 @@ def test_one_row_a_sequence_is_a_line_with_a_mask_too():
 
 
 def test_rows_that_are_none_or_no_numbers_are_refused():
-    model, ids = bridge(), tokens()
+    model, ids = shared(), tokens()
     with capture(model, RESID, mask=torch.zeros_like(ids)) as acts:
         model(ids)
     for draw in (plot_norms, layer_similarity):
@@ -294,7 +294,7 @@ def test_similarity_does_not_see_rotations_and_scales(acts):
 
 
 def test_layers_with_other_rows_are_not_compared():
-    model = bridge()
+    model = shared()
     sites = [Site("blocks.0.hook_resid_post", slice=[0]), Site("blocks.1.hook_resid_post")]
     with capture(model, sites) as acts:
         model(tokens())
@@ -304,7 +304,7 @@ def test_layers_with_other_rows_are_not_compared():
 
 @pytest.mark.parametrize("rows", [1, 5])
 def test_rows_that_are_all_the_same_are_not_compared(rows):
-    model = bridge()
+    model = shared()
     with capture(model, RESID, slice={"pos": 0}) as acts:
         model(tokens(1).expand(rows, -1))
     with pytest.raises(OptionError) as caught:
@@ -322,7 +322,7 @@ def test_similarity_is_the_same_in_parts(acts, monkeypatch):
 
 
 def test_layers_of_aliases_are_numbered_as_in_the_model():
-    model = bridge()
+    model = shared()
     with capture(model, {"v2": "blocks.1.hook_resid_post", "v3": "blocks.0.hook_out"}) as acts:
         model(tokens())
     picture = plot_similarity(acts, "v*")
