@@ -77,7 +77,7 @@ def check_cuts(tmp_path, monkeypatch, seed, cuts):
 
     def told(self, rows):
         append(self, rows)
-        promised[0] = self.rows
+        promised[0] = self.row_count
 
     def noted(path):
         if draw.random() < 0.5 and len(left) < cuts:
@@ -254,7 +254,7 @@ def check_image(where: Path, seed: int, cuts: int, *, syncs: bool = True) -> Non
 
     def told(self, rows):
         append(self, rows)
-        promised[0] = self.rows
+        promised[0] = self.row_count
 
     def slowly():
         for batch in batches():
