@@ -25,6 +25,7 @@ from actctx._store.layout import Layout
 from actctx._store.site_columns import StoredSite, column_name
 from actctx._text import dtype_name, printable
 
+_SITES = "list of sites"
 _NOT_COMPARED = {"name", "tokenizer", "batch_size"}
 
 
@@ -69,7 +70,7 @@ class Facts:
         facts = [
             *self._of_model(layout),
             # added sites come after the others, wherever a pattern has them
-            ("list of sites", stored, stored if sorted(asked) == sorted(stored) else asked),
+            (_SITES, stored, stored if sorted(asked) == sorted(stored) else asked),
             *self._of_sites(layout),
             *self._of_rows(layout),
         ]
@@ -268,7 +269,10 @@ def _compare(refusal: str, facts: Iterable[Fact], otherwise: str = "another path
         name, was, now = fact
         if was != now:
             hint = f" ({ANEW})" if is_of_weights(fact) else ""
+            same = "the same"
+            if name == _SITES and not {*now} <= {*was}:
+                same += ", and add the others afterwards with add=True"
             raise DataError(
-                f"{refusal}: its {printable(name)} is {was!r}, not {now!r}; give the same, or "
+                f"{refusal}: its {printable(name)} is {was!r}, not {now!r}; give {same}, or "
                 f"{otherwise}{hint}"
             )

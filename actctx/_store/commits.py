@@ -25,7 +25,9 @@ from actctx._store.digests import (
     add_lines,
     digest_file,
     digested,
+    line_of_manifest,
     line_of_metadata,
+    read_manifest_digests,
 )
 from actctx._store.libraries import import_lance
 from actctx._store.versions import manifests, torn_frame
@@ -86,10 +88,18 @@ class Commits:
 
     def clear(self) -> None:
         """Delete the manifests that a cut of power left torn, on which Lance fails."""
-        torn = {*self.torn, *filter(torn_frame, manifests(self.path).values())}
-        for file in torn:
-            file.unlink(missing_ok=True)
+        there = manifests(self.path)
+        torn = {
+            number: file for number, file in there.items() if file in self.torn or torn_frame(file)
+        }
+        noted = read_manifest_digests(self.path)
+        newest = next(iter(there), 0)
+        reused = {*torn, *(number for number in noted if noted[number] and number > newest)}
+        if reused:
+            self._record([line_of_manifest(number, "") for number in sorted(reused)])
         if torn:
+            for file in torn.values():
+                file.unlink(missing_ok=True)
             self._sync(self.path / "_versions")
         self.torn = ()
 
@@ -215,6 +225,7 @@ class Commits:
     def _end(self, made: Any) -> None:
         """Sync what makes a commit part of the data set."""
         self.start_from(made)
+        self._sync(add_lines(self.path, [line_of_manifest(made.version, self._manifest)]))
         if not self.syncs:
             return
         self._sync(manifests(self.path)[made.version])

@@ -7,6 +7,9 @@ encoded or divided into batches, so it holds where somebody compacts the files. 
 disk before its commit is, so there are lines whose commit never came: rows are as they were written
 where one of the lines that tell of them says so. Each line begins with a digest of itself: what is
 damaged is the data, or the line. They are made to find damage, not forgery.
+
+The digest of a manifest is written behind its commit. Where there are several of one version, the
+last counts, since a version that was torn is deleted, and its number is used again.
 """
 
 import json
@@ -204,6 +207,11 @@ def line_of_metadata(metadata: str) -> str:
     return _line({"metadata": digest_of(metadata)})
 
 
+def line_of_manifest(version: int, digest: str) -> str:
+    """Write the line for the manifest of a version; without a digest, that there is none yet."""
+    return _line({"manifest": version, "digest": digest})
+
+
 def _line(said: dict[str, Any]) -> str:
     text = json.dumps(said)
     return f"{digest_of(text)} {text}\n"
@@ -239,16 +247,24 @@ def read_digests(path: str) -> DigestLog:
             damaged += 1
         elif "metadata" in said:
             found.metadata.add(said["metadata"])
-        else:
+        elif "manifest" not in said:
             start, stop = said["rows"]
             found.commits.append(Commit(start, stop, said["columns"], said["files"]))
     return DigestLog(found.commits, found.metadata, damaged)
 
 
-def _read_lines(path: str) -> Iterator[dict[str, Any] | None]:
-    """Parse each line; yield None for one that is damaged."""
-    for line in filter(None, _read(path).decode("utf-8", "replace").splitlines()):
-        digest, _, text = line.partition(" ")
+def read_manifest_digests(path: Path) -> dict[int, str]:
+    """Read the digests of the manifests of a data set on a local disk, by version."""
+    noted = (said for said in _read_lines(str(path), b'{"manifest"') if said is not None)
+    return {said["manifest"]: said["digest"] for said in noted}
+
+
+def _read_lines(path: str, having: bytes = b"") -> Iterator[dict[str, Any] | None]:
+    """Parse each line that has some bytes; yield None for one that is damaged."""
+    for line in _read(path).splitlines():
+        if not line or having not in line:
+            continue
+        digest, _, text = line.decode("utf-8", "replace").partition(" ")
         yield json.loads(text) if digest_of(text) == digest else None
 
 

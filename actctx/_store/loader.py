@@ -150,9 +150,12 @@ class Loader(IterableDataset[StoredBatch]):
         self._check_scheme(state)
         for name, here in self._identity().items():
             if state[name] != here:
+                was, now = state[name], here
+                if name == "pool":  # which counts batches, but users give rows
+                    was, now = (each * self._order.batch_size for each in (was, now))
                 raise OptionError(
-                    f"the state is of a loader with {name}={state[name]!r}, but this one has "
-                    f"{name}={here!r}, which gives another order; create the loader with the same "
+                    f"the state is of a loader with {name}={was!r}, but this one has "
+                    f"{name}={now!r}, which gives another order; create the loader with the same "
                     "arguments"
                 )
         for name in ("epoch", "batch"):

@@ -117,7 +117,8 @@ def warn_of_pool(order: Order, pool: int | None, *, memory: int) -> None:
     warnings.warn(
         f"pool={pool} shuffles {counted(order.pool_rows, 'row')} at a time, out of "
         f"{counted(-(-order.pool_rows // BLOCK), 'block')} of neighbouring rows: "
-        f"{neighbours(rows):.0%} of the rows of a batch have a neighbour in it; give pool={least} "
+        f"{neighbours(rows):.0%} of the rows of a batch have a neighbour in it; give "
+        f"pool={min(least, order.rows)} "
         "or more, or leave it out",
         stacklevel=3,
     )

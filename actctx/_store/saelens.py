@@ -119,9 +119,11 @@ def _renamed(sites: Mapping[str, StoredSite], rename: Mapping[str, str]) -> dict
         found = meant_sites(sites, name)
         if len(found) != 1:
             what = "several sites that are read" if found else "not a site that is read"
+            is_turned = not found and meant_sites(sites, new)
+            first = "; give the site's own name first, then the new one" * bool(is_turned)
             raise OptionError(
                 f"rename names {name!r}, which is {what}; the sites are "
-                f"{shortened([repr(each) for each in sites])}"
+                f"{shortened([repr(each) for each in sites])}{first}"
             )
         names[next(iter(found))] = new
     for name, count in Counter([_TOKENS, *names.values()]).items():

@@ -40,8 +40,11 @@ _MESSAGE = b"\xff" * 4
 _MOST_ROWS = 2**48
 """More of them than any disk holds, and few enough that their bytes are counted in 64 bits."""
 
-_COPY = "put a copy of it in its place, or give another path"
-REOPEN = "open it again, since another process may have replaced its files, or write it again"
+_COPY = "put a copy of it in its place, or extract it again to another path"
+REOPEN = (
+    "open it again, since another process may have replaced its files; if that fails, "
+    "see 'actctx verify' and 'actctx repair'"
+)
 """What to do where rows of an open data set cannot be read."""
 
 

@@ -4,8 +4,9 @@
 A cut of power leaves what was not synced in any state: a manifest that is empty, ends early or
 holds zeros, data files that are missing or too short. Lance takes a manifest of zeros for a data
 set without rows. So before a version is opened, the frame of its manifest is checked, and the data
-files that it lists are looked for. The newest version that is whole is read, unless a later one
-still has more whole rows, as where somebody deleted a file in the middle.
+files that it lists are looked for. Its digest is compared, if one was noted, since a manifest with
+a flipped byte can still be readable and list other rows. The newest version that is whole is read,
+unless a later one still has more whole rows, as where somebody deleted a file in the middle.
 """
 
 import os
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 from actctx._errors import DataError
 from actctx._files import reason_of
 from actctx._model.known_faults import warn
+from actctx._store.digests import digest_file, read_manifest_digests
 from actctx._store.libraries import import_lance
 from actctx._store.validation import damaged, is_panic, reading
 
@@ -25,6 +27,7 @@ _FOOTER = struct.Struct("<Q2H4s")
 """How a manifest ends: the place of its message, a format, and what all of Lance's files end in."""
 _MAGIC = b"LANC"
 _TORN = "its manifest is damaged ({})"
+_CHANGED = "its manifest has other bytes than were written"
 _OF_TEARING = ("rotobuf", "orrupt", "nvalid format", "file size is too small", "nvalid range")
 """What Lance says of a manifest that is torn."""
 _OF_LATER = ("nsupported", "not supported", "pgrade")
@@ -77,9 +80,10 @@ def find_version(path: Path, lance: Any) -> tuple[Version | None, list[Version]]
 
     """
     torn: list[Version] = []
+    noted = read_manifest_digests(path)
     most: Version | None = None
     for number, file in manifests(path).items():
-        version = _inspect(path, number, file, lance)
+        version = _inspect(path, number, file, lance, digest=noted.get(number))
         if not version.damage:
             if most is not None and most.row_count > version.row_count:
                 return most, torn
@@ -108,10 +112,12 @@ def torn_frame(file: Path) -> str:
     return ""
 
 
-def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
+def _inspect(path: Path, number: int, file: Path, lance: Any, *, digest: str | None) -> Version:
     damage = torn_frame(file)
     if damage:
         return Version(number, file, f"its manifest {damage}")
+    if digest and digest_file(file) != digest:
+        return Version(number, file, _CHANGED)
     try:
         opened = lance.dataset(str(path), version=number)
         metadata = opened.schema.metadata or {}
@@ -121,7 +127,7 @@ def _inspect(path: Path, number: int, file: Path, lance: Any) -> Version:
         return Version(number, file, _TORN.format(reason_of(error)))
     # Lance takes zeros for an empty data set, and text of zeros for text.
     if opened.version != number or any(b"\0" in value for value in metadata.values()):
-        return Version(number, file, "its manifest has other bytes than were written")
+        return Version(number, file, _CHANGED)
     rows = 0
     for fragment in opened.get_fragments():
         if lost := _lost_file(path, fragment):
@@ -225,8 +231,8 @@ def newest_whole(path: str) -> NewestVersion:
         found, torn = find_version(Path(path), import_lance())
         if found is None and torn:
             raise damaged(path, torn[0].damage)
-        if found is None:  # of which Lance says why
-            found = Version(0, Path(path), "", import_lance().dataset(path))
+        if found is None:
+            raise damaged(path, "it has no manifest")
     if not torn:
         return NewestVersion(found.opened)
     files = tuple(each.file for each in torn if each is not found)

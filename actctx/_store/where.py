@@ -1,6 +1,7 @@
 """Translate the names of a data set's columns between users and Lance, also in conditions."""
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any
@@ -202,6 +203,13 @@ def rows_where(
 def why_refused(reason: str, sites: Mapping[str, StoredSite], others: Collection[str]) -> str:
     """Explain what is wrong with a condition, in place of what Lance says."""
     unknown = re.match(r".*No field named (.+?)\. (?:Valid fields are|Did you mean)", reason)
+    deep = next((site for site in sites.values() if len(site.shape) > 1), None)
+    if deep is not None and "array_element does not support type" in reason:
+        return (
+            "a condition numbers the elements of a site in one line, from 1 on; of "
+            f"{_in_backticks(deep.name)}, with the shape {deep.shape}, give one number from 1 to "
+            f"{math.prod(deep.shape)}"
+        )
     if unknown is None:
         return as_users_write(reason, sites)
     there = ", ".join([*others, *map(_in_backticks, sites)])

@@ -20,7 +20,7 @@ def test_a_damaged_manifest_is_told_of(out):
         manifest.write_bytes(b"")
     message = refusal(DataError, bridge(), batches(3), [RESID, Z], out)
     assert message.startswith(f"the data set at '{out}' cannot be read: ")
-    assert message.endswith("; put a copy of it in its place, or give another path")
+    assert message.endswith("; put a copy of it in its place, or extract it again to another path")
 
 
 def test_a_data_set_is_gone_on_with_only_where_that_is_asked_for(out):

@@ -361,7 +361,7 @@ def test_rows_that_cannot_be_read_are_said_by_whoever_reads_them(gpt2, ids, out)
         lambda: extract(gpt2, [ids, ids], LAYER, out, progress=False),
         lambda: extract(gpt2, ids, "blocks.0.hook_resid_post", out, add=True, progress=False),
     ):
-        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*write it again$"):
+        with pytest.raises(DataError, match=rf"^rows of '{out}' cannot be read: .*repair'$"):
             read()
 
 

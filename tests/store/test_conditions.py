@@ -50,6 +50,12 @@ def test_values_in_bfloat16_are_no_condition(tmp_path, where):
 
 CONDITIONS = [
     (
+        f"`{Z}`[1][2] > 5",
+        f"where='`{Z}`[1][2] > 5' is not a condition on rows: a condition numbers the elements of "
+        f"a site in one line, from 1 on; of `{Z}`, with the shape (2, 3), give one number from 1 "
+        "to 6",
+    ),
+    (
         f"{Z}[1] > 5",
         f"where='{Z}[1] > 5' names {Z!r} without backticks, which names with dots need; write "
         f"`{Z}`",

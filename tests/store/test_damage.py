@@ -30,7 +30,9 @@ def test_a_damaged_manifest_is_said(tmp_path):
         with pytest.raises(DataError) as caught:
             ActivationDataset(path)
         assert str(caught.value).startswith(f"the data set at '{path}' cannot be read: ")
-        assert str(caught.value).endswith("; put a copy of it in its place, or give another path")
+        assert str(caught.value).endswith(
+            "; put a copy of it in its place, or extract it again to another path"
+        )
 
 
 def test_whoever_writes_is_told_of_damage_as_whoever_reads(tmp_path):

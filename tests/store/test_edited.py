@@ -99,7 +99,8 @@ def test_a_file_that_says_its_tables_are_longer_than_it_is_not_read(tmp_path):
         data[0]
     assert str(caught.value) == (
         f"rows of '{path}' cannot be read: its file {file.name!r} is damaged; open it again, since "
-        "another process may have replaced its files, or write it again"
+        "another process may have replaced its files; if that fails, see 'actctx verify' and "
+        "'actctx repair'"
     )
 
 

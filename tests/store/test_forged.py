@@ -57,14 +57,14 @@ def refusal(path):
 def damaged(path, found):
     return (
         f"the data set at '{path}' cannot be read: its metadata 'actctx' is damaged ({found}); put "
-        "a copy of it in its place, or give another path"
+        "a copy of it in its place, or extract it again to another path"
     )
 
 
 def other_column(path, found):
     return (
-        f"the data set at '{path}' cannot be read: {found}; put a copy of it in its place, or give "
-        "another path"
+        f"the data set at '{path}' cannot be read: {found}; put a copy of it in its place, or "
+        "extract it again to another path"
     )
 
 
@@ -247,7 +247,8 @@ def test_nulls_in_a_site_are_said(tmp_path, within):
         data[ROWS]
     assert str(caught.value) == (
         f"rows of '{path}' cannot be read: {found}; open it again, since another process may have "
-        "replaced its files, or write it again, or leave that site out with sites="
+        "replaced its files; if that fails, see 'actctx verify' and 'actctx repair', or leave that "
+        "site out with sites="
     )
     for move in (lambda: [*data.loader(64)], lambda: data.read(Z), lambda: data[[0, 150]]):
         with pytest.raises(DataError, match=re.escape(COLUMN)):

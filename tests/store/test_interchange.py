@@ -82,6 +82,11 @@ def test_sites_are_renamed_for_saelens(data, tmp_path):
             f"rename names 'hook_q', which is not a site that is read; the sites are {RESID!r}, "
             f"{Z!r}",
         ),
+        (
+            {"z": Z},
+            f"rename names 'z', which is not a site that is read; the sites are {RESID!r}, {Z!r}; "
+            "give the site's own name first, then the new one",
+        ),
         ({Z: RESID}, f"rename gives 2 columns the name {RESID!r}; give each a different name"),
         ({Z: "x", RESID: "x"}, "rename gives 2 columns the name 'x'; give each a different name"),
         (
@@ -112,7 +117,7 @@ def test_what_saelens_cannot_be_given_whole_leaves_nothing(tmp_path):
     data = ActivationDataset(write(tmp_path / "a.lance", ROWS), sites=Z)
     for file in (tmp_path / "a.lance" / "data").iterdir():
         file.write_bytes(b"")
-    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*write it again$"):
+    with pytest.raises(DataError, match=r"^rows of '.*a\.lance' cannot be read: .*repair'$"):
         data.to_saelens(tmp_path / "out" / "cached", context=10)
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["cached.partial"]
 

@@ -342,6 +342,12 @@ def test_the_state_of_a_loader_of_another_order_is_refused(data):
     )
 
 
+def test_the_pools_of_two_loaders_are_told_apart_in_rows(data):
+    state = {**data.loader(4).state_dict(), "pool": 3}
+    with pytest.raises(OptionError, match="a loader with pool=12, but this one has pool=131072, "):
+        data.loader(4).load_state_dict(state)
+
+
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("state", "shown"),

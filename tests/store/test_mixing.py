@@ -200,7 +200,7 @@ def test_a_pool_that_is_too_small_is_warned_of(data):
         data.loader(64, pool=64)
     assert [str(each.message) for each in caught] == [
         "pool=64 shuffles 64 rows at a time, out of 2 blocks of neighbouring rows: 100% of the "
-        "rows of a batch have a neighbour in it; give pool=65536 or more, or leave it out"
+        "rows of a batch have a neighbour in it; give pool=1000 or more, or leave it out"
     ]
     data.loader(64, pool=1000)
     data.loader(64, pool=64, shuffle=False)

@@ -77,7 +77,7 @@ def check_cuts(tmp_path, monkeypatch, seed, cuts):
 
     def told(self, rows):
         append(self, rows)
-        promised[0] = self.rows
+        promised[0] = self.row_count
 
     def noted(path):
         if draw.random() < 0.5 and len(left) < cuts:
@@ -171,7 +171,8 @@ def test_a_version_of_a_later_lance_is_not_taken_for_a_torn_one(tmp_path):
     dataset = lance.dataset(str(out))
     newest = manifests(out)[dataset.version]
     known = newest.read_bytes()
-    newest.write_bytes(known.replace(b"fixed_size_list:float", b"later_size_list:float"))
+    later = newest.with_name(f"{2**64 - 2 - dataset.version}.manifest")
+    later.write_bytes(known.replace(b"fixed_size_list:float", b"later_size_list:float"))
     with pytest.raises(DataError, match="cannot be read"):
         ActivationDataset(out)
 
@@ -253,7 +254,7 @@ def check_image(where: Path, seed: int, cuts: int, *, syncs: bool = True) -> Non
 
     def told(self, rows):
         append(self, rows)
-        promised[0] = self.rows
+        promised[0] = self.row_count
 
     def slowly():
         for batch in batches():

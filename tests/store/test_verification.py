@@ -107,6 +107,11 @@ def test_every_flipped_byte_is_found(out):
 
 
 def test_a_flipped_byte_of_what_it_says_about_itself_is_found(out):
+    lines = (out / "digests.txt").read_text().splitlines(keepends=True)
+    older = (
+        line for line in lines if '{"manifest": ' not in line
+    )  # as of older versions of actctx
+    (out / "digests.txt").write_text("".join(older))
     newest = min((out / "_versions").glob("*.manifest"))
     newest.write_bytes(newest.read_bytes().replace(b'"context"', b'"contexu"'))
     assert "its metadata is not what was written" in refused(out)
