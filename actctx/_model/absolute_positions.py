@@ -9,11 +9,16 @@ left, and a table yields the same rows for sequences with different padding, the
 counted the padding.
 
 # NOTE [What is not seen]
-Tables that are not modules, such as CTRL's, are recognized by their name and width.
+Tables that are not modules, such as CTRL's, are recognized by their name and width. An embedding
+whose weight is read, and that is not called, is recognized by the source of the forward. Positions
+that a forward computes itself are not seen.
 """
 
+import functools
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped
@@ -23,7 +28,11 @@ from actctx._model.sides import core_of, in_towers
 
 _KIND = re.compile("Pos(ition(al)?)?_?Emb")
 _NAME = re.compile("pos|wpe")
-_BARE = re.compile("^(pe|wpe|pos|([a-z]+_)?pos(ition(al)?)?s?_?(emb|enc|tab)[a-z]*)$")
+_BARE = re.compile(
+    "(^|_)(pe|wpe|penc|pos|position(s|al)?|sin(e|usoid)?_tab(le)?|sinusoid[a-z]*|timing)(_|$)"
+    "|(^|_)pos(ition(al)?)?s?_?(emb|enc|tab)[a-z]*$"
+    "|^P$"
+)
 
 
 def tables_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -47,17 +56,39 @@ def has_bare_table(model: nn.Module) -> bool:
     widths = widths_of(model) or {
         module.embedding_dim for module in core.modules() if isinstance(module, nn.Embedding)
     }
+    if any(map(_reads_table, core.modules())):
+        return True
+    looked_at = {id(module) for _, module in tables_of(model)}  # what they yield is checked
     return any(
         _BARE.search(name)
+        and "rel" not in name.lower()
         and isinstance(tensor, Tensor)
         and tensor.is_floating_point()
         and tensor.dim() in {2, 3}
         and tensor.shape[-1] in widths
         for module in core.modules()
-        if id(module) not in beside and not isinstance(module, nn.Embedding)
+        if id(module) not in beside | looked_at and not isinstance(module, nn.Embedding)
         if "Rel" not in type(module).__name__
         for name, tensor in {**vars(module), **module._parameters, **module._buffers}.items()
     )
+
+
+def _reads_table(module: nn.Module) -> bool:
+    """Return whether a module reads the weight of a table of positions instead of calling it."""
+    return any(
+        isinstance(child, nn.Embedding)
+        and _NAME.search(name)
+        and f"{name}.weight" in _source(type(module).forward)
+        for name, child in module.named_children()
+    )
+
+
+@functools.lru_cache
+def _source(function: Callable[..., Any]) -> str:
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
 
 
 def widths_of(model: nn.Module) -> set[int]:

@@ -274,6 +274,11 @@ class _Bare(nn.Module):
         ("pos_emb", {"is_buffer": False}, 1),
         ("position_embeddings", {"is_buffer": False}, 1),
         ("pe", {"is_buffer": True}, 1),
+        ("W_pos", {"is_buffer": False}, 1),
+        ("embed_positions", {"is_buffer": False}, 1),
+        ("sin_table", {"is_buffer": True}, 1),
+        ("timing_signal", {"is_buffer": True}, 1),
+        ("relative_positions", {"is_buffer": False}, 0),
         ("embed", {"is_buffer": False}, 0),
         ("pos_emb", {"is_buffer": True, "turns": True}, 0),  # as wide as a part of a head
     ],
@@ -284,6 +289,28 @@ def test_left_padding_is_told_of_where_a_table_of_positions_is_no_module(name, o
     for mask, count in [(LEFT, counts), (RIGHT, 0)]:
         _, said = _captured(model, "layer", ids, mask, mask="attention")
         assert len(said) == count
+
+
+class _Read(nn.Module):
+    """A custom model that reads the weight of its table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.wpe, self.layer = (
+            nn.Embedding(VOCAB, 8),
+            nn.Embedding(16, 8),
+            nn.Linear(8, 8),
+        )
+
+    def forward(self, ids, attention_mask=None):  # noqa: ARG002
+        return self.layer(self.embed(ids) + self.wpe.weight[: ids.shape[1]])
+
+
+@pytest.mark.parametrize(("mask", "count"), [(LEFT, 1), (RIGHT, 0)])
+def test_left_padding_is_told_of_where_the_weight_of_a_table_is_read(mask, count):
+    _, said = _captured(_Read(), "layer", tokens(3, 7), mask, mask="attention")
+    assert len(said) == count
 
 
 def test_what_fires_once_for_all_sequences_of_generate_is_refused():

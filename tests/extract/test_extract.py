@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from extracted import RESID, Read, Z, resid, sequences
-from models import plainly_hooked, tokens
+from models import huggingface, plainly_hooked, tokens
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -242,8 +242,8 @@ def test_a_hugging_face_dataset_is_an_input(gpt2, out, streaming):
     assert read["label"] == read["sequence"]
 
 
-def test_a_plain_hugging_face_model_is_read_by_hook_names(llama, out):
-    ids = tokens()
+def test_a_plain_hugging_face_model_is_read_by_hook_names(out):
+    ids, llama = tokens(), huggingface("LlamaForCausalLM")  # hidden states leave hooks on it
     extract(llama, ids, {"resid": "blocks.0.hook_resid_post"}, out)
     with torch.no_grad():
         wanted = llama(ids, output_hidden_states=True).hidden_states[1]
