@@ -116,7 +116,7 @@ def are_one(label: Label, firings: list[Chunks], read: Callable[[int], Any]) -> 
     """Return whether firings are one tensor: there is only one, or all are equal."""
     if len(firings) == 1:
         return True
-    if not label.repeats or any(each.value.requires_grad for each in firings[0]):
+    if not label.repeats or not firings or any(each.value.requires_grad for each in firings[0]):
         return False
     first, *others = map(read, range(len(firings)))
     return all(_is_equal(first, other) for other in others)

@@ -300,7 +300,9 @@ def test_what_is_written_without_values_is_not_taken_for_known(ids):
         capture(Written(), "out").plan(ids)
 
 
-def test_a_model_that_has_returned_hidden_states_is_planned(llama, ids):
+def test_a_model_that_has_returned_hidden_states_is_planned(ids):
+    llama = huggingface("LlamaForCausalLM")  # hidden states leave hooks on it
+
     class Reading(nn.Module):
         def __init__(self):
             super().__init__()
