@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from actctx._capture.axis_layout import side_of_run
 from actctx._capture.forward import Frame, running_frame
-from actctx._capture.frames import counted_frames, of_frames
 from actctx._capture.generation import Lines, Start, positions_of
 from actctx._capture.given_masks import MASKS, diagonal, left_masks, mask_of_generate
 from actctx._capture.hooks import Hook
 from actctx._capture.padding_warnings import PaddingWarnings
+from actctx._capture.sound_frames import counted_frames, of_frames
 from actctx._capture.watched import Options, WatchedSite
 from actctx._errors import OptionError, SelectionError
 from actctx._model.absolute_positions import (
