@@ -1,11 +1,21 @@
-"""A bounded queue between two threads that also passes on errors."""
+"""A bounded queue between two threads that also passes on errors.
+
+# NOTE [Waiting in steps]
+Python runs the handlers of signals in the main thread, between two instructions. One that arrives
+just before the thread blocks on a lock is handled only when the lock is released, which may be
+never. So a wait is cut into steps.
+"""
 
 import threading
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+STEP_SECONDS = 1.0
+"""How long a signal waits for its handler at most. See the note above."""
 
 
 class Pipe(Generic[T]):
@@ -31,7 +41,7 @@ class Pipe(Generic[T]):
 
         """
         with self._changed:
-            self._changed.wait_for(lambda: len(self._items) < self._most or self._is_abandoned)
+            self._wait_for(lambda: len(self._items) < self._most or self._is_abandoned)
             if not self._is_abandoned:
                 self._items.append(item)
                 self._changed.notify_all()
@@ -61,8 +71,8 @@ class Pipe(Generic[T]):
 
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._items or self._is_closed or self._is_abandoned, timeout
+            self._wait_for(
+                lambda: bool(self._items) or self._is_closed or self._is_abandoned, timeout
             )
             if self._items:
                 self._changed.notify_all()
@@ -70,6 +80,14 @@ class Pipe(Generic[T]):
         if self._error is not None:
             raise self._error
         return None
+
+    def _wait_for(self, is_met: Callable[[], bool], timeout: float | None = None) -> None:
+        end = None if timeout is None else time.monotonic() + timeout
+        while not is_met():
+            left = STEP_SECONDS if end is None else end - time.monotonic()
+            if left <= 0:
+                return
+            self._changed.wait(min(left, STEP_SECONDS))
 
     def __iter__(self) -> Iterator[T]:
         """Take out items until the pipe is closed; then raise its error, if there was one."""

@@ -19,7 +19,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from actctx._errors import DataError
-from actctx._extract.pipe import Pipe
+from actctx._extract.pipe import STEP_SECONDS, Pipe
 from actctx._extract.row_choice import Work
 from actctx._results.chunks import wait_for
 from actctx._select.own import Owned
@@ -96,7 +96,7 @@ class Writer:
         while self._thread.ident is not None and not self._ended.is_set():
             try:
                 self._pipe.close()
-                self._ended.wait()  # a join that was interrupted takes it for ended
+                self._ended.wait(STEP_SECONDS)  # a join that was interrupted takes it for ended
             except BaseException as error:  # noqa: BLE001  raised again below
                 interrupt = error
         if interrupt is not None:

@@ -13,6 +13,7 @@ from commands import actctx
 from extracted import RESID, TESTS, Read
 from models import huggingface, tokens
 
+from actctx._extract.pipe import Pipe
 from actctx._extract.signals import signals_raised
 from actctx.extract import extract
 
@@ -134,6 +135,33 @@ def test_a_signal_commits_what_is_whole_and_ends(out, name):
     returned, left, said, rows = ended_by(number, out)
     assert (returned, left) == (128 + number, "left\n")
     assert f"'{out}' keeps {rows} rows; the same call resumes after them" in said
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+def test_a_signal_that_does_not_wake_the_main_thread_is_handled_soon():
+    """As one that arrives just before the thread blocks; here, one that another thread gets."""
+
+    was_woken = []
+
+    def end(*_):
+        was_woken.append(bool(pipe._items))
+        handled.set()
+        raise SystemExit(7)
+
+    def send():
+        threading.Event().wait(0.2)
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+        handled.wait(20)
+        pipe.put("too late")
+
+    pipe, handled, before = Pipe(1), threading.Event(), signal.signal(signal.SIGUSR1, end)
+    try:
+        threading.Thread(target=send, daemon=True).start()
+        with pytest.raises(SystemExit, match="7"):
+            pipe.take()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert was_woken == [False]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
