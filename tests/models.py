@@ -261,3 +261,16 @@ def bart():
     config._attn_implementation = "eager"
     torch.manual_seed(0)
     return transformers.BartForConditionalGeneration(config).eval()
+
+
+class Poisoned(nn.Module):
+    """Yields something that is no number for one token."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        with torch.no_grad():
+            self.embed.weight[7] = value
+
+    def forward(self, ids):
+        return self.embed(ids)

@@ -154,7 +154,7 @@ class Padding:
             frame: The forward, or None if a part of the model was called directly.
 
         Raises:
-            OptionError: There is no mask.
+            OptionError: The forward was not given a mask.
             SelectionError: The mask does not fit the site, or has no selected token.
 
         """

@@ -23,7 +23,7 @@ def read_corpus(path: Path) -> Iterable[Any]:
             the directory of a Hugging Face dataset.
 
     Raises:
-        OptionError: It is none of these.
+        OptionError: The path is not one of these.
 
     """
     suffix = path.suffix.lower()

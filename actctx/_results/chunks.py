@@ -10,15 +10,24 @@ from torch import Tensor
 
 from actctx._errors import OptionError
 from actctx._results.annotations import Sizes, spec_of
+from actctx._results.column import ColumnOptions
 from actctx._results.label import Label
 from actctx._results.sketch import sketch
 from actctx._results.table import Row
-from actctx._select.own import Owned, own, plain_mode
+from actctx._select.own import Owned, TokenRows, own, plain_mode
 from actctx._select.values import why_not_moved
 from actctx._text import dtype_name
 
 Chunks = deque[Owned]
 """The tensors of one firing, a chunk for each forward."""
+
+
+def chunk_of(
+    selected: Tensor, rows: TokenRows | None, options: ColumnOptions, *, copied: bool
+) -> Owned:
+    """Make an owned tensor of a selection."""
+    owned = own(selected, copied=copied, dtype=options.dtype, device=options.device)
+    return owned if rows is None else owned._replace(rows=rows)
 
 
 def add_chunks(firings: list[Chunks], stages: Sequence[Owned]) -> int:

@@ -16,6 +16,7 @@ from actctx._results.chunks import (
     add_chunks,
     are_one,
     bytes_of,
+    chunk_of,
     copied_chunks,
     moved_chunks,
     row_of,
@@ -35,7 +36,7 @@ from actctx._results.label import Label
 from actctx._results.saved import SavedSite
 from actctx._results.sequences import KeptRows
 from actctx._results.table import Row
-from actctx._select.own import Owned, TokenRows, own, plain_mode
+from actctx._select.own import Owned, TokenRows, plain_mode
 
 
 @dataclass(eq=False)
@@ -72,9 +73,7 @@ class JoinedColumn:
         origin: Callable[[], Origin],  # noqa: ARG002  the rows tell it
     ) -> Owned:
         """Make an owned tensor of the selection."""
-        dtype, device = self.options.dtype, self.options.device
-        owned = own(selected, copied=copied, dtype=dtype, device=device)
-        return owned if rows is None else owned._replace(rows=rows)
+        return chunk_of(selected, rows, self.options, copied=copied)
 
     def write(self, stages: Sequence[Owned]) -> int:
         """Take the tensors of one forward, and return their bytes on the host."""

@@ -5,8 +5,7 @@ import threading
 import pytest
 import torch
 from extracted import RESID, Read, Z, resid, sequences
-from models import huggingface, plainly_hooked, tokens
-from torch import nn
+from models import Poisoned, huggingface, plainly_hooked, tokens
 from torch.utils.data import DataLoader, TensorDataset
 
 from actctx import Site
@@ -306,19 +305,6 @@ def test_an_array_runs_in_batches(gpt2, out):
     hook.remove()
     assert ran == [(2, 7), (2, 7), (1, 7)]
     assert Read(out)["sequence"] == [row for row in range(5) for _ in range(7)]
-
-
-class Poisoned(nn.Module):
-    """Yields something that is no number for one token."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.embed = nn.Embedding(50, 8)
-        with torch.no_grad():
-            self.embed.weight[7] = value
-
-    def forward(self, ids):
-        return self.embed(ids)
 
 
 def test_what_is_not_finite_is_written_where_that_is_asked_for(out):

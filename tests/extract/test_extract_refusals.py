@@ -3,7 +3,7 @@
 import pytest
 import torch
 from extracted import RESID, Read, Z, refusal
-from models import tokens
+from models import Poisoned, tokens
 from torch import nn
 
 from actctx import DataError, HookNameError, NeverFiredError, OptionError, SelectionError, Site
@@ -232,19 +232,6 @@ def test_a_site_that_fires_no_more_is_refused_with_its_row(out):
         "out"
     )
     assert len(Read(out)) == 2
-
-
-class Poisoned(nn.Module):
-    """Yields something that is no number for one token."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.embed = nn.Embedding(50, 8)
-        with torch.no_grad():
-            self.embed.weight[7] = value
-
-    def forward(self, ids):
-        return self.embed(ids)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
